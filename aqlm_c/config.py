@@ -1,0 +1,131 @@
+"""What to quantize to and how: the AQLM format and the options of the solver."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_SCHEME = re.compile(r"(\d+)x(\d+)(?:g(\d+))?(?:o(\d+))?")
+_GROUP_SIZES = (4, 8, 16, 32)
+
+
+def _int_between(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raise ValueError unless `value` is an int (not a bool) in [low, high]."""
+    if type(value) is int and low <= value and (high is None or value <= high):
+        return
+    expected = f"an integer in {low}..{high}" if high is not None else f"an integer >= {low}"
+    raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def parse_scheme(scheme: str) -> dict[str, int]:
+    """Read a scheme such as "2x8g8": num_codebooks x nbits_per_codebook g in_group_size.
+
+    The group size may be left out ("2x8" is "2x8g8"); "o2" at the end sets out_group_size.
+    Returns those fields of `AqlmConfig` by name. Raises ValueError for anything else.
+    """
+    match = _SCHEME.fullmatch(scheme.strip()) if isinstance(scheme, str) else None
+    if match is None:
+        raise ValueError(
+            f"scheme={scheme!r}: expected <num_codebooks>x<nbits>g<group size>, such as '2x8g8', '1x16g8' or '3x8g8'"
+        )
+    num_codebooks, nbits, in_group, out_group = match.groups()
+    return {
+        "num_codebooks": int(num_codebooks),
+        "nbits_per_codebook": int(nbits),
+        "in_group_size": int(in_group or 8),
+        "out_group_size": int(out_group or 1),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class AqlmConfig:
+    """The format of a quantized weight and the options of its solver (AQLM, arXiv 2401.06118, section 3).
+
+    Raises ValueError naming the field, its value and what was expected.
+    """
+
+    # The format: K codebooks of 2^B entries, each entry a block [out_group_size, in_group_size] of the weight.
+    num_codebooks: int = 2
+    nbits_per_codebook: int = 8
+    in_group_size: int = 8
+    out_group_size: int = 1
+
+    # The solver.
+    beam_size: int = 0  # 0: the exact search over pairs where K >= 2 and B <= 8, else a beam of 1
+    relative_mse_tolerance: float = 0.01  # stop when a sweep lowers the error by less than this share of it
+    init_max_iter: int = 100  # at most this many k-means rounds per codebook
+    ldl_passes: int = 4  # passes of sequential error feedback, each followed by an update of the codebooks
+    max_sweeps: int = 4  # at most this many coordinate sweeps after them
+    cg_steps: int = 10  # conjugate-gradient steps per update of the codebooks
+    relative_damp: float = 1e-3  # added to H's diagonal before it is factored, in units of its mean
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _int_between("num_codebooks", self.num_codebooks, 1, 8)
+        _int_between("nbits_per_codebook", self.nbits_per_codebook, 1, 16)
+        if self.in_group_size not in _GROUP_SIZES:
+            raise ValueError(f"in_group_size={self.in_group_size!r}: expected one of {_GROUP_SIZES}")
+        _int_between("out_group_size", self.out_group_size, 1)
+        _int_between("beam_size", self.beam_size, 0, 64)
+        _int_between("init_max_iter", self.init_max_iter, 1)
+        _int_between("ldl_passes", self.ldl_passes, 0)
+        _int_between("max_sweeps", self.max_sweeps, 0)
+        _int_between("cg_steps", self.cg_steps, 0)
+        _int_between("seed", self.seed, 0, 2**63 - 1)
+        for name, low_allowed in (("relative_mse_tolerance", True), ("relative_damp", False)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not (0 <= value < 1) or (value == 0 and not low_allowed):
+                raise ValueError(f"{name}={value!r}: expected a number in {'[' if low_allowed else '('}0, 1)")
+
+    @classmethod
+    def from_scheme(cls, scheme: str, **options: Any) -> AqlmConfig:
+        """`AqlmConfig` of a scheme string (`parse_scheme`) and any of the solver's options."""
+        return cls.from_dict({**parse_scheme(scheme), **options})
+
+    @property
+    def scheme(self) -> str:
+        """The format as a string that `from_scheme` reads, such as "2x8g8"."""
+        out_group = f"o{self.out_group_size}" if self.out_group_size > 1 else ""
+        return f"{self.num_codebooks}x{self.nbits_per_codebook}g{self.in_group_size}{out_group}"
+
+    @property
+    def search_beam_size(self) -> int:
+        """What the code search is told: 0 for the exact search over pairs, else the width of the beam."""
+        pairs = self.num_codebooks >= 2 and self.nbits_per_codebook <= 8
+        return self.beam_size or (0 if pairs else 1)
+
+    def code_bits_per_weight(self) -> float:
+        """Bits per weight of the codes alone."""
+        return self.num_codebooks * self.nbits_per_codebook / (self.in_group_size * self.out_group_size)
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> float:
+        """True bits per weight of a layer: codes, and codebooks and scales of 16 bits."""
+        codebooks = 16 * self.num_codebooks * 2**self.nbits_per_codebook * self.out_group_size * self.in_group_size
+        scales = 16 * out_features / self.out_group_size
+        return self.code_bits_per_weight() + (codebooks + scales) / (out_features * in_features)
+
+    def check_layer(self, name: str, out_features: int, in_features: int) -> None:
+        """Raise ValueError unless groups tile a [out_features, in_features] weight."""
+        if in_features % self.in_group_size:
+            raise ValueError(
+                f"in_group_size={self.in_group_size}: expected a divisor of in_features={in_features} of layer {name}"
+            )
+        if out_features % self.out_group_size:
+            raise ValueError(
+                f"out_group_size={self.out_group_size}: expected a divisor of out_features={out_features} "
+                f"of layer {name}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name; `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> AqlmConfig:
+        """The config with these fields; raises ValueError for a name that is not a field."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(fields) - set(known)):
+            raise ValueError(f"unknown option {unknown[0]!r}: expected one of {', '.join(known)}")
+        return cls(**fields)

@@ -1,0 +1,157 @@
+"""QuantizedLinear: a linear layer that keeps its weight as AQLM codes (arXiv 2401.06118, section 3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+
+if TYPE_CHECKING:
+    from .solver import QuantizedWeight
+
+__all__ = ["QuantizedLinear"]
+
+
+def _expect(ok: bool, name: str, value, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: got {value}, expected {expected}")
+
+
+def _check_codes(codes: Tensor, nbits: int, name: str) -> None:
+    if nbits in (8, 16) or codes.is_meta or codes.numel() == 0:
+        return
+    half = 2 ** (nbits - 1)
+    low, high = (int(code) for code in codes.aminmax())
+    expected = f"{-half} to {half - 1} for {nbits} bits per codebook"
+    _expect(-half <= low and high < half, name, f"codes from {low} to {high}", expected)
+
+
+class QuantizedLinear(nn.Module):
+    """``y = x W^T + bias`` with W in the published AQLM layout, which is also what state_dict holds.
+
+    Group (o, j) of W, og outputs by g inputs, is ``scales[o] * sum_k codebooks[k, codes[o, j, k]]``.
+
+    Attributes:
+        codes: int8 (nbits_per_codebook <= 8) or int16 [out / og, in / g, num_codebooks]; the low bits count.
+        codebooks: dtype [num_codebooks, 2 ** nbits_per_codebook, og, g].
+        scales: dtype [out / og, 1, 1, 1].
+        bias: dtype [out], or None.
+
+    Raises:
+        ValueError: a size is out of range or a group size does not divide its side.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        in_group_size: int,
+        out_group_size: int,
+        num_codebooks: int,
+        nbits_per_codebook: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _expect(in_group_size in (4, 8, 16, 32), "in_group_size", in_group_size, "4, 8, 16 or 32")
+        _expect(out_group_size >= 1, "out_group_size", out_group_size, "at least 1")
+        _expect(1 <= num_codebooks <= 8, "num_codebooks", num_codebooks, "1 to 8")
+        _expect(1 <= nbits_per_codebook <= 16, "nbits_per_codebook", nbits_per_codebook, "1 to 16")
+        for name, features, group in (
+            ("in_features", in_features, in_group_size),
+            ("out_features", out_features, out_group_size),
+        ):
+            _expect(features > 0 and features % group == 0, name, features, f"a multiple of {group}")
+
+        self.in_features, self.out_features = in_features, out_features
+        self.in_group_size, self.out_group_size = in_group_size, out_group_size
+        self.num_codebooks, self.nbits_per_codebook = num_codebooks, nbits_per_codebook
+
+        rows, groups = out_features // out_group_size, in_features // in_group_size
+        stored = torch.int8 if nbits_per_codebook <= 8 else torch.int16
+
+        def empty(*size: int, dtype=dtype) -> Tensor:
+            return torch.empty(size, device=device, dtype=dtype)
+
+        self.codes = nn.Parameter(empty(rows, groups, num_codebooks, dtype=stored), requires_grad=False)
+        entries = 2**nbits_per_codebook
+        self.codebooks = nn.Parameter(empty(num_codebooks, entries, out_group_size, in_group_size))
+        self.scales = nn.Parameter(empty(rows, 1, 1, 1))
+        self.register_parameter("bias", nn.Parameter(empty(out_features)) if bias else None)
+
+    @classmethod
+    def from_quantized_weight(cls, qw: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> QuantizedLinear:
+        """The layer of a solved weight.
+
+        Args:
+            qw: codes [O, J, K], codebooks [K, E, og, g], scales [O, 1, 1, 1]; they are copied.
+            bias: [out] or None; copied in its own dtype, which must be that of the layer's input.
+            dtype: of codebooks and scales; qw's values lie on its grid, so nothing is rounded.
+
+        Raises:
+            ValueError: codes outside the codebooks.
+        """
+        codes, codebooks, scales = (torch.tensor(a) for a in (qw.codes, qw.codebooks, qw.scales))
+        rows, groups, num_codebooks = codes.shape
+        _, entries, out_group_size, in_group_size = codebooks.shape
+        layer = cls(
+            groups * in_group_size,
+            rows * out_group_size,
+            bias is not None,
+            in_group_size,
+            out_group_size,
+            num_codebooks,
+            entries.bit_length() - 1,
+            device="meta",
+            dtype=dtype,
+        )
+        layer.codes = nn.Parameter(codes, requires_grad=False)
+        layer.codebooks = nn.Parameter(codebooks.to(dtype))
+        layer.scales = nn.Parameter(scales.to(dtype).view(rows, 1, 1, 1))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone())
+        layer.check_codes()
+        return layer
+
+    @property
+    def scheme(self) -> str:
+        """As `AqlmConfig.scheme`: "2x8g8" is 2 codebooks of 8 bits over groups of 8 inputs."""
+        return f"{self.num_codebooks}x{self.nbits_per_codebook}g{self.in_group_size}"
+
+    def check_codes(self, name: str = "codes") -> None:
+        """ValueError, naming the tensor `name`, if a code lies outside its codebook.
+
+        Asked once wherever codes come from outside (load_state_dict asks by itself); 8 and 16 bits fill their
+        dtype and cannot be wrong.
+        """
+        _check_codes(self.codes, self.nbits_per_codebook, name)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        name = prefix + "codes"
+        if name in state_dict:
+            _check_codes(state_dict[name], self.nbits_per_codebook, name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features], a new tensor of x's dtype."""
+        return ops.matmul(x, self.codes, self.codebooks, self.scales, self.bias)
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """The same layer with a dense weight of `dtype` (that of codebooks if None), rounded once."""
+        dtype = dtype or self.codebooks.dtype
+        weight = ops.decode_rows(self.codes, self.codebooks.float(), self.scales.float())
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight.to(dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype, copy=True))
+        return linear
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        og = f", out_group_size={self.out_group_size}" if self.out_group_size != 1 else ""
+        return f"{text}, scheme={self.scheme}{og}"

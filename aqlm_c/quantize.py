@@ -1,0 +1,245 @@
+"""Quantizes weights, linears and whole models: the verbs of the package."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import _core, calibration
+from .config import AqlmConfig
+from .linear import QuantizedLinear
+from .report import LayerReport, QuantizationReport
+from .solver import Hessian, QuantizedWeight, quantize_weight
+
+__all__ = ["Hessian", "Progress", "QuantizedWeight", "quantize_linear", "quantize_model", "quantize_weight"]
+
+log = logging.getLogger("aqlm_c")
+
+
+class Progress:
+    """What `quantize_model` tells while it works; this one says nothing."""
+
+    def on_start(self, n_blocks: int, n_layers: int) -> None: ...
+    def on_block(self, index: int, name: str) -> None: ...
+    def on_phase(self, name: str) -> None: ...
+    def on_layer(self, report: LayerReport) -> None: ...
+    def on_finish(self, report: QuantizationReport) -> None: ...
+
+
+def quantize_linear(
+    linear: torch.nn.Linear,
+    hessian: Hessian | np.ndarray | torch.Tensor,
+    config: AqlmConfig,
+    dtype: torch.dtype | None = None,
+) -> tuple[QuantizedLinear, QuantizedWeight]:
+    """Quantize one linear layer under H (arXiv 2401.06118, section 3).
+
+    `hessian` is H = X^T X / n_tokens [in, in] over its calibration inputs; pass one `Hessian` for all
+    linears with the same input. Codebooks and scales are rounded to `dtype`, a 16-bit float: the layer's
+    own if not given, and float16 for a float32 layer. Returns the layer, which takes over the bias, and the
+    weight with its error. Raises ValueError for a format that does not fit the layer and for NaN or Inf.
+    """
+    config.check_layer("linear", linear.out_features, linear.in_features)
+    dtype = dtype or disk_dtype(linear.weight.dtype)
+    if not isinstance(hessian, Hessian):
+        hessian = Hessian(np.ascontiguousarray(torch.as_tensor(hessian).detach().cpu().numpy(), dtype=np.float32))
+    weight = np.ascontiguousarray(linear.weight.detach().to("cpu", torch.float32).numpy())
+    quantized = quantize_weight(weight, hessian.H, config, dtype=str(dtype).removeprefix("torch."), hessian=hessian)
+    return QuantizedLinear.from_quantized_weight(quantized, linear.bias, dtype), quantized
+
+
+def quantize_model(
+    model: Any,
+    sequences: torch.Tensor,
+    config: AqlmConfig,
+    *,
+    layers: str | None = None,
+    progress: Any = None,
+    batch_size: int | None = None,
+) -> QuantizationReport:
+    """Quantize the linears in the decoder blocks of a transformers model, in place, block by block.
+
+    Each block's linears are quantized under H of their inputs in the model as it is by then, quantized up
+    to that block; the embeddings and the output layer stay. `sequences` holds token ids [n, length], int64.
+    `layers` is a regular expression: only linears whose name it finds. `progress`: see `Progress`.
+    `batch_size`: sequences in one forward pass. The model is left in evaluation mode and can be saved with
+    `save_quantized`.
+
+    Raises ValueError, before any work, for token ids that are too few or outside the vocabulary, for a
+    format that does not fit a layer and for NaN or Inf in a weight; and later, naming the layer, for NaN or
+    Inf in activations.
+    """
+    progress = progress or Progress()
+    phases = _Phases(progress)
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError("model: is quantized already, expected an unquantized model")
+    sequences = _check_sequences(model, sequences)
+    prefix, blocks = calibration.find_blocks(model)
+    targets = [_select(f"{prefix}.{index}", block, layers) for index, block in enumerate(blocks)]
+    _check_targets(targets, config, layers)
+
+    reports: list[LayerReport] = []
+    model.eval()
+    progress.on_start(len(blocks), sum(map(len, targets)))
+    with phases("calibrate"):
+        stream = calibration.start_stream(model, blocks, sequences, batch_size)
+    for index, (block, linears) in enumerate(zip(blocks, targets, strict=True)):
+        progress.on_block(index, f"{prefix}.{index}")
+        replacements: dict[str, QuantizedLinear] = {}
+        if linears:
+            with phases("calibrate"):
+                sums = calibration.HessianSums(linears)
+                sums.gather(stream, index, block)
+                hessians = sums.hessians()
+            phases.move("calibrate", "hessian", sums.seconds)
+            for name, linear in linears.items():
+                with phases("quantize"):
+                    started = time.perf_counter()
+                    replacements[name], quantized = quantize_linear(linear, hessians[name], config)
+                    seconds = time.perf_counter() - started
+                with phases("reference"):
+                    reports.append(_layer_report(name, linear, hessians[name], config, quantized, seconds))
+                progress.on_layer(reports[-1])
+            del sums, hessians
+        last = index == len(blocks) - 1
+        with phases("propagate"):
+            if calibration.PROPAGATE_DENSE and not last:
+                _decode_into(linears, replacements)
+                stream.advance(index, block)
+            for name, quantized_linear in replacements.items():
+                model.set_submodule(name, quantized_linear)
+            if not calibration.PROPAGATE_DENSE and not last:
+                stream.advance(index, block)
+        targets[index] = {}  # lets go of the dense weights
+
+    from .hf.quantizer import attach
+
+    attach(model, config)
+    report = QuantizationReport(
+        layers=reports,
+        phases=phases.seconds,
+        tokens=sequences.numel(),
+        sequences=len(sequences),
+        peak_memory_bytes=_peak_memory(),
+        config=config.to_dict(),
+        model=getattr(model.config, "_name_or_path", ""),
+        threads=_core.get_num_threads(),
+        isa=_core.get_isa(),
+    )
+    progress.on_finish(report)
+    return report
+
+
+def disk_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit float in which codebooks and scales of a layer of `dtype` are stored."""
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
+
+
+class _Phases:
+    """Seconds by phase."""
+
+    def __init__(self, progress: Any) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(
+            ("calibrate", "hessian", "quantize", "reference", "propagate"), 0.0
+        )
+        self._progress = progress
+        self._shown = ""
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if name not in (self._shown, "reference"):
+            self._shown = name
+            self._progress.on_phase(name)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
+
+
+def _check_sequences(model: Any, sequences: torch.Tensor) -> torch.Tensor:
+    sequences = torch.as_tensor(sequences)
+    if sequences.ndim != 2 or sequences.is_floating_point() or not sequences.numel():
+        raise ValueError(
+            f"sequences: {sequences.dtype} {list(sequences.shape)}, expected token ids [n, length], at least one"
+        )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    low, high = sequences.aminmax()
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"sequences: token id {int(low if low < 0 else high)}, expected 0..{vocabulary - 1}: "
+            "were they tokenised for another model?"
+        )
+    return sequences.long()
+
+
+def _select(prefix: str, block: torch.nn.Module, layers: str | None) -> dict[str, torch.nn.Linear]:
+    """The linears of a block to quantize, by their name in the model."""
+    try:
+        pattern = re.compile(layers or "")
+    except re.error as error:
+        raise ValueError(f"layers={layers!r}: expected a regular expression: {error}") from None
+    named = ((f"{prefix}.{name}", module) for name, module in block.named_modules())
+    return {name: module for name, module in named if isinstance(module, torch.nn.Linear) and pattern.search(name)}
+
+
+def _check_targets(targets: list[dict[str, torch.nn.Linear]], config: AqlmConfig, layers: str | None) -> None:
+    if not any(targets):
+        raise ValueError(f"layers={layers!r}: matches no linear layer, expected names such as 'mlp.up_proj'")
+    for name, linear in (item for block in targets for item in block.items()):
+        config.check_layer(name, linear.out_features, linear.in_features)
+        if not torch.isfinite(linear.weight).all():
+            raise ValueError(f"{name}.weight: NaN or Inf, expected finite values")
+
+
+def _layer_report(
+    name: str,
+    linear: torch.nn.Linear,
+    hessian: Hessian,
+    config: AqlmConfig,
+    quantized: QuantizedWeight,
+    seconds: float,
+) -> LayerReport:
+    """The layer's error beside that of Gaussian weights under the same H by reverse water-filling."""
+    weight = np.ascontiguousarray(linear.weight.detach().to("cpu", torch.float32).numpy())
+    bits = config.bits_per_weight(*weight.shape)
+    # What Gaussian weights of this mean square have for tr(W H W^T), over what these weights have.
+    gaussian_signal = float(np.square(weight, dtype=np.float64).mean()) * weight.shape[0] * float(np.trace(hessian.H))
+    signal = _core.quantization_error(weight, hessian.H)
+    code_rate, true_rate = (
+        _core.gaussian_reference(hessian.eigenvalues, rate) * gaussian_signal / signal if signal > 0 else None
+        for rate in (config.code_bits_per_weight(), bits)
+    )
+    return LayerReport(
+        name=name,
+        out_features=weight.shape[0],
+        in_features=weight.shape[1],
+        scheme=config.scheme,
+        relative_error=quantized.relative_error,
+        gaussian_code_rate=code_rate,
+        gaussian_true_rate=true_rate,
+        bits_per_weight=bits,
+        seconds=seconds,
+    )
+
+
+@torch.no_grad()
+def _decode_into(linears: dict[str, torch.nn.Linear], quantized: dict[str, QuantizedLinear]) -> None:
+    for name, linear in linears.items():
+        linear.weight.copy_(quantized[name].dequantize(linear.weight.dtype).weight)
+
+
+def _peak_memory() -> int:
+    """Most bytes this process has held in memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,215 @@
+"""Quantizes one weight: start, code search and least-squares updates in turn, all of them in C (`_core`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from .config import AqlmConfig
+
+_GRIDS = ("float16", "bfloat16", "float32")
+
+
+class Hessian:
+    """H = X^T X / n_tokens of a layer's inputs, and what is derived from it once for all layers that share it.
+
+    H: float32 [in, in], symmetric. Raises ValueError for another shape, and for NaN or Inf.
+    """
+
+    def __init__(self, H: np.ndarray) -> None:
+        self.H = np.ascontiguousarray(H, dtype=np.float32)
+        if self.H.ndim != 2 or self.H.shape[0] != self.H.shape[1]:
+            raise ValueError(f"H: got shape {self.H.shape}, expected a square matrix [in_features, in_features]")
+        if not np.isfinite(self.H).all():
+            raise ValueError("H: got NaN or Inf, expected finite values")
+        self._factors: dict[tuple[int, float], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def factor(self, in_group_size: int, relative_damp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(order int32 [J], feedback float32 [in, in], metric float32 [J, g, g]) of the block LDL of H."""
+        key = (in_group_size, relative_damp)
+        if key not in self._factors:
+            self._factors[key] = _core.factor_hessian(self.H, in_group_size, relative_damp)
+        return self._factors[key]
+
+    @cached_property
+    def eigenvalues(self) -> np.ndarray:
+        """Eigenvalues of H, float64 [in], ascending; none below zero."""
+        return np.linalg.eigvalsh(self.H.astype(np.float64)).clip(min=0.0)
+
+
+@dataclasses.dataclass
+class QuantizedWeight:
+    """A weight in the AQLM format (arXiv 2401.06118, section 3) and how it came about.
+
+    codes: int8 (nbits_per_codebook <= 8) or int16 [out, in / g, num_codebooks], as on disk. codebooks:
+    float32 [num_codebooks, 2^nbits, 1, g]; scales: float32 [out, 1, 1, 1]; both hold only values of `dtype`.
+    relative_error: tr(D H D^T) / tr(W H W^T) of these very values, D = W - Wq. seconds: by step. history:
+    (step, relative error after it), from the start to the end.
+    """
+
+    codes: np.ndarray
+    codebooks: np.ndarray
+    scales: np.ndarray
+    dtype: str
+    relative_error: float
+    seconds: dict[str, float]
+    history: list[tuple[str, float]]
+
+    def decode(self) -> np.ndarray:
+        """The quantized weight, float32 [out, in]."""
+        return _core.decode_rows(self.codes, self.codebooks, self.scales)
+
+
+def quantize_weight(
+    weight: Any, H: Any, config: AqlmConfig, *, dtype: str = "float16", hessian: Hessian | None = None
+) -> QuantizedWeight:
+    """Find codes, codebooks and scales that minimise tr((W - Wq) H (W - Wq)^T).
+
+    weight: [out, in], anything NumPy reads as float32. H: [in, in] = X^T X / n_tokens over the layer's
+    inputs; `hessian` is the same with its derived quantities kept, for layers that share an input. dtype:
+    the 16-bit float (or "float32") whose values codebooks and scales are restricted to.
+
+    Residual k-means (AQLM, section 3.1), then `ldl_passes` passes of sequential error feedback over groups
+    and up to `max_sweeps` coordinate sweeps (section 3.2), each with the exact search over pairs of
+    codebooks or a beam, and each followed by conjugate gradients for the codebooks and closed-form scales.
+    Sweeps end when one lowers the error by less than `relative_mse_tolerance` of itself. The best state is
+    kept. The result depends on the seed and not on the number of threads or the instruction set.
+
+    Raises ValueError naming the argument: for a shape that does not fit, for NaN or Inf, for an H under
+    which the weight has no output, for out_group_size other than 1.
+    """
+    W = _as_matrix("weight", weight)
+    hessian = hessian or Hessian(_as_matrix("H", H))
+    if dtype not in _GRIDS:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {_GRIDS}")
+    if hessian.H.shape[0] != W.shape[1]:
+        raise ValueError(f"H: got shape {hessian.H.shape}, expected ({W.shape[1]}, {W.shape[1]}) for this weight")
+    if config.out_group_size != 1:
+        raise ValueError(f"out_group_size: got {config.out_group_size}, expected 1: the solver knows no other yet")
+    config.check_layer("weight", *W.shape)
+    return _Solver(W, hessian, config).solve(dtype)
+
+
+class _Solver:
+    def __init__(self, W: np.ndarray, hessian: Hessian, config: AqlmConfig) -> None:
+        self.W, self.hessian, self.config = W, hessian, config
+        self.seconds: dict[str, float] = {}
+        self.history: list[tuple[str, float]] = []
+        self.signal = self._timed("error", _core.quantization_error, W, hessian.H)
+        if not self.signal > 0:
+            raise ValueError("H: under it this weight has no output (tr(W H W^T) is 0); expected some calibration signal")
+
+    def solve(self, dtype: str) -> QuantizedWeight:
+        config, W, H = self.config, self.W, self.hessian.H
+        beam = config.search_beam_size
+        self._start()
+        for _ in range(config.ldl_passes):
+            factor = self._timed("factor", self.hessian.factor, config.in_group_size, config.relative_damp)
+            self.codes = self._timed("search", _core.search_ldl, W, *factor, self.codebooks, self.scales, beam)
+            self._update("ldl")
+        for sweep in range(config.max_sweeps):
+            before = self.history[-1][1]
+            self.codes = self._timed(
+                "search", _core.search_sweep, self.codes, W, H, self.codebooks, self.scales, beam, config.seed + sweep
+            )
+            self._update("sweep")
+            if before - self.history[-1][1] < config.relative_mse_tolerance * before:
+                break
+        return self._rounded(dtype)
+
+    def _start(self) -> None:
+        config, W = self.config, self.W
+        norms = np.sqrt(np.square(W, dtype=np.float64).mean(axis=1))
+        self.scales = np.where(norms > 0, norms, 1.0).astype(np.float32)
+        self.codes, self.codebooks = self._timed(
+            "kmeans",
+            _core.residual_kmeans,
+            W,
+            self.scales,
+            config.num_codebooks,
+            config.nbits_per_codebook,
+            config.in_group_size,
+            config.init_max_iter,
+            1e-3,
+            config.seed,
+        )
+        self.best: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._record("kmeans")
+
+    def _update(self, step: str) -> None:
+        W, H, steps = self.W, self.hessian.H, self.config.cg_steps
+        self.codebooks = self._timed(
+            "codebooks", _core.update_codebooks, self.codebooks, W, H, self.codes, self.scales, steps
+        )
+        self.scales = self._timed("scales", _core.update_scales, self.scales, W, H, self.codes, self.codebooks)
+        self._record(step)
+
+    def _record(self, step: str) -> None:
+        error = self._error()
+        if self.best is None or error < min(e for _, e in self.history):
+            self.best = (self.codes, self.codebooks, self.scales)
+        self.history.append((step, error))
+
+    def _error(self) -> float:
+        state = (self.codes, self.codebooks, self.scales)
+        return self._timed("error", _core.quantization_error, self.W, self.hessian.H, *state) / self.signal
+
+    def _rounded(self, dtype: str) -> QuantizedWeight:
+        """The best state on the grid of `dtype`; the codebooks are fitted again under the rounded scales."""
+        self.codes, self.codebooks, self.scales = self.best
+        if dtype != "float32":
+            self.scales = round_to(self.scales, dtype)
+            self.codebooks = self._timed(
+                "codebooks", _core.update_codebooks, self.codebooks, self.W, self.hessian.H, self.codes, self.scales, 2
+            )
+            self.codebooks = round_to(self.codebooks, dtype)
+        error = self._error()
+        self.history.append(("rounded", error))
+        return QuantizedWeight(
+            codes=_core.pack_codes(self.codes, self.config.nbits_per_codebook),
+            codebooks=self.codebooks[:, :, None, :],
+            scales=self.scales[:, None, None, None],
+            dtype=dtype,
+            relative_error=error,
+            seconds=self.seconds,
+            history=self.history,
+        )
+
+    def _timed(self, step: str, function: Any, *args: Any) -> Any:
+        started = time.perf_counter()
+        result = function(*args)
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
+        return result
+
+
+def round_to(x: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 `x` rounded to the nearest values of `dtype` ("float16" or "bfloat16"), as float32.
+
+    Raises ValueError if a value is too large for it.
+    """
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            rounded = x.astype(np.float16).astype(np.float32)
+    else:  # NumPy has no bfloat16: the upper half of a float32, rounded to nearest even
+        bits = x.view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    if not np.isfinite(rounded).all():
+        raise ValueError(f"codebooks and scales: got values up to {np.abs(x).max():.3g}, too large for {dtype}")
+    return rounded
+
+
+def _as_matrix(name: str, value: Any) -> np.ndarray:
+    """A finite float32 C-contiguous matrix of `value` (a NumPy array or a tensor, of any float dtype)."""
+    if hasattr(value, "detach"):
+        value = value.detach().float().cpu().numpy()
+    matrix = np.ascontiguousarray(value, dtype=np.float32)
+    if matrix.ndim != 2:
+        raise ValueError(f"{name}: got shape {matrix.shape}, expected a matrix")
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"{name}: got NaN or Inf, expected finite values")
+    return matrix

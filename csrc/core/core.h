@@ -1,0 +1,66 @@
+/* core.h: what the files of core/ share with each other and with nobody else. */
+#ifndef AQLM_CORE_H
+#define AQLM_CORE_H
+
+#include "../aqlm.h"
+#include "../simd/simd.h"
+
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+static inline int64_t aqlm_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t aqlm_max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t aqlm_round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+/* dispatch.c */
+const aqlm_kernels *aqlm_isa(void);
+
+/* parallel.c */
+void aqlm_parallel(int64_t begin, int64_t end, int64_t grain, aqlm_range_fn fn, void *ctx);
+bool aqlm_cancelled(void); /* polls on the calling thread; true from then on until the outermost call returns */
+int64_t aqlm_even_grain(int64_t n, int64_t least); /* n cut into one piece a thread, none below `least` */
+
+/* A status that many threads may set; the first error stays. */
+typedef struct aqlm_shared_status { _Atomic int value; } aqlm_shared_status;
+void aqlm_set_status(aqlm_shared_status *s, aqlm_status status);
+aqlm_status aqlm_get_status(aqlm_shared_status *s); /* AQLM_CANCELLED included; clears the cancel flag */
+
+/* 64-byte aligned; NULL if the size overflows or memory is out. Free with free(). */
+void *aqlm_alloc(int64_t count, size_t size);
+
+/* gemm.c: c[m, n] (+)= a b, every sum over k in order. a(i, p) = a[i * row_step + p * col_step]. One thread. */
+int64_t aqlm_gemm_workspace(void); /* in floats */
+typedef struct aqlm_operand { const float *at; int64_t row_step, col_step; } aqlm_operand;
+void aqlm_gemm(float *c, int64_t ldc, aqlm_operand a, aqlm_operand b, int64_t m, int64_t n, int64_t k,
+               bool accumulate, float *workspace);
+
+/* convert.c */
+void aqlm_to_f32(float *to, const void *from, aqlm_dtype dtype, int64_t n);
+void aqlm_from_f32(void *to, aqlm_dtype dtype, const float *from, int64_t n);
+size_t aqlm_dtype_size(aqlm_dtype dtype);
+
+/* decode.c: q[g] = sum_k codebooks[k, codes[k]], the working-code decode of one group with og = 1 */
+void aqlm_sum_entries(float *q, const uint16_t *codes, const float *codebooks, const aqlm_shape *shape);
+/* q[rows, in] of the rows begin..end, without scales */
+void aqlm_decode_working(float *q, const uint16_t *codes, const float *codebooks, const aqlm_shape *shape,
+                         int64_t begin, int64_t end);
+/* One row of a stored weight, codebooks and scales already in f32. */
+void aqlm_decode_row_f32(float *row, const void *codes, const float *codebooks, const float *scales,
+                         const aqlm_shape *shape, int64_t row_index);
+
+/* rng.c: splitmix64 seeded, xoshiro256** */
+typedef struct aqlm_rng { uint64_t s[4]; } aqlm_rng;
+aqlm_rng aqlm_rng_seed(uint64_t seed);
+uint64_t aqlm_rng_next(aqlm_rng *rng);
+int64_t aqlm_rng_below(aqlm_rng *rng, int64_t n); /* uniform in 0..n-1, no modulo bias */
+
+/* small.c: dense g x g algebra, g <= 32 */
+bool aqlm_cholesky_small(double *l, const double *a, int64_t g); /* a = l l^T, l lower; false if not positive */
+void aqlm_solve_small(double *x, const double *l, const double *b, int64_t g);
+double aqlm_forward_square(const double *l, const double *b, int64_t g); /* b^T (l l^T)^-1 b */
+
+aqlm_status aqlm_check_quantizer_shape(const aqlm_shape *shape); /* a valid shape with og = 1 */
+aqlm_status aqlm_check_working_codes(const uint16_t *codes, const aqlm_shape *shape);
+
+#endif

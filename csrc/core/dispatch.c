@@ -1,0 +1,44 @@
+/* dispatch.c: asks the CPU once, then every call goes through one table of kernels. */
+#include "core.h"
+
+static const aqlm_kernels *chosen;
+static const char *names[5];
+static const aqlm_kernels *tables[4];
+static int count;
+
+static void add(const aqlm_kernels *table) {
+    tables[count] = table;
+    names[count++] = table->name;
+}
+
+__attribute__((constructor)) static void find_isas(void) {
+    add(&aqlm_kernels_scalar);
+#ifdef AQLM_HAVE_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add(&aqlm_kernels_avx2);
+#endif
+#ifdef AQLM_HAVE_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vbmi"))
+        add(&aqlm_kernels_avx512);
+#endif
+#ifdef AQLM_HAVE_NEON
+    add(&aqlm_kernels_neon); /* every AArch64 CPU has it */
+#endif
+    chosen = tables[count - 1];
+    const char *wish = getenv("AQLM_C_ISA");
+    if (wish && *wish) aqlm_set_isa(wish); /* an unknown name leaves the best one; door 1 reports it */
+}
+
+const aqlm_kernels *aqlm_isa(void) { return chosen; }
+const char *aqlm_get_isa(void) { return chosen->name; }
+const char *const *aqlm_available_isas(void) { return names; }
+
+aqlm_status aqlm_set_isa(const char *name) {
+    for (int i = 0; i < count; i++)
+        if (strcmp(names[i], name) == 0) {
+            chosen = tables[i];
+            return AQLM_OK;
+        }
+    return AQLM_BAD_ARGUMENT;
+}

@@ -1,0 +1,477 @@
+/* search.c: the codes of all groups under H (AQLM section 3.2), by coordinate sweeps or by one pass of
+ * sequential error feedback (method.md). Both are the same walk over groups: within one output, group j has
+ * the metric S_j and a linear term that the groups already fixed contribute, tr(D H D^T) being quadratic.
+ *
+ *   sweep: S_j = H_jj,         target' = w_j S_j + sum over i != j of D_i H_ij
+ *   LDL:   S_j = R_jj R_jj^T,  target' = (w_j + sum over i < j of D_i F_ij) S_j
+ *
+ * and the cost of the sum of entries q (scale divided out) is q S q - 2 target' q. Outputs are independent, so
+ * threads take rows; groups are taken in `order`, in blocks: what D contributes to a block is one matrix
+ * product, what changes inside the block is added by small rank-g updates (lazy batched updates, as GPTQ). */
+#include "core.h"
+
+#include <math.h>
+
+enum { BLOCK_COLS = 128, CHUNK_ROWS = 512, MOST_BEAM = 64, MOST_K = 8 };
+
+typedef struct search {
+    const aqlm_search *s;
+    uint16_t *codes;
+    const int32_t *order; /* [J] */
+    const float *couple;  /* [in, in] in order space: H for a sweep, the feedback F for LDL */
+    const float *metric;  /* [J, g, g] in order space */
+    bool ldl;
+    aqlm_shared_status status;
+} search;
+
+/* ---- one group: its codebooks seen through the metric S_j ---------------------------------- */
+
+typedef struct pair_table {
+    int64_t first, second; /* codebooks; the one with the larger radius is `first`, it is scanned outside */
+    aqlm_pair pair;
+    float *m;
+} pair_table;
+
+typedef struct view {
+    const aqlm_search *s;
+    int64_t g, K, E, padded;
+    const float *metric;
+    double factor[32 * 32]; /* Cholesky factor of the metric, for |t|^2 */
+    float *ct, *norm;       /* [K, g, padded] twice the entries, [K, padded] their squares in S (Inf beyond E) */
+    float *cs;              /* [K, E, g] entries times S */
+    float radius[MOST_K];
+    pair_table table;       /* one pair at a time; m is [padded, padded] */
+} view;
+
+static int64_t view_floats(const aqlm_search *s, int64_t padded, bool pairs) {
+    const int64_t g = s->shape.in_group_size, K = s->shape.num_codebooks;
+    return K * padded * (2 * g + 1) + (pairs ? padded * padded : 0);
+}
+
+static void view_place(view *v, const aqlm_search *s, float *memory) {
+    v->s = s;
+    v->g = s->shape.in_group_size;
+    v->K = s->shape.num_codebooks;
+    v->E = INT64_C(1) << s->shape.nbits_per_codebook;
+    v->padded = aqlm_round_up(v->E, AQLM_LANES);
+    v->ct = memory;
+    v->norm = v->ct + v->K * v->g * v->padded;
+    v->cs = v->norm + v->K * v->padded;
+    v->table.m = v->cs + v->K * v->padded * v->g;
+}
+
+static aqlm_status view_metric(view *v, const float *metric) {
+    const int64_t g = v->g, n = v->padded;
+    v->metric = metric;
+    double s[32 * 32];
+    double trace = 0.0;
+    for (int64_t i = 0; i < g * g; i++) s[i] = metric[i];
+    for (int64_t d = 0; d < g; d++) trace += s[d * g + d];
+    if (!isfinite(trace)) return AQLM_NOT_POSITIVE;
+    for (int64_t d = 0; d < g; d++) s[d * g + d] += 1e-6 * trace / (double)g + 1e-30; /* dead inputs: only a bound */
+    if (!aqlm_cholesky_small(v->factor, s, g)) return AQLM_NOT_POSITIVE;
+    for (int64_t k = 0; k < v->K; k++) {
+        float most = 0.0f;
+        for (int64_t e = 0; e < n; e++) {
+            float *ct = v->ct + k * g * n + e;
+            if (e >= v->E) {
+                for (int64_t d = 0; d < g; d++) ct[d * n] = 0.0f;
+                v->norm[k * n + e] = INFINITY;
+                continue;
+            }
+            const float *entry = v->s->codebooks + (k * v->E + e) * g;
+            float *cs = v->cs + (k * v->E + e) * g, square = 0.0f;
+            memset(cs, 0, (size_t)g * sizeof *cs);
+            for (int64_t p = 0; p < g; p++)
+                for (int64_t d = 0; d < g; d++) cs[d] += entry[p] * metric[p * g + d];
+            for (int64_t d = 0; d < g; d++) {
+                ct[d * n] = 2.0f * entry[d];
+                square += cs[d] * entry[d];
+            }
+            v->norm[k * n + e] = square;
+            most = square > most ? square : most;
+        }
+        v->radius[k] = sqrtf(most);
+    }
+    return AQLM_OK;
+}
+
+static void view_pair(view *v, int64_t i, int64_t j) {
+    const int64_t g = v->g, n = v->padded;
+    const bool swap = v->radius[j] > v->radius[i];
+    pair_table *t = &v->table;
+    t->first = swap ? j : i;
+    t->second = swap ? i : j;
+    memset(t->m, 0, (size_t)(n * n) * sizeof *t->m);
+    /* m[a, b] = 2 c_a S c_b: rank_update sums over the group in order on every ISA */
+    aqlm_isa()->rank_update(t->m, n, v->cs + t->first * v->E * g, g, v->ct + t->second * g * n, n, v->E, g, n);
+    t->pair = (aqlm_pair){t->m, n, v->radius[t->second], 0.0f};
+}
+
+static float cost_of(const view *v, const float *q, const float *target) {
+    float square = 0.0f, cross = 0.0f;
+    for (int64_t d = 0; d < v->g; d++) {
+        float sum = 0.0f;
+        for (int64_t p = 0; p < v->g; p++) sum += q[p] * v->metric[p * v->g + d];
+        square += sum * q[d];
+        cross += target[d] * q[d];
+    }
+    return square - 2.0f * cross;
+}
+
+/* target' - q S: what is left for the codebooks not in q */
+static void remaining(const view *v, float *left, const float *target, const float *q) {
+    memcpy(left, target, (size_t)v->g * sizeof *left);
+    for (int64_t p = 0; p < v->g; p++)
+        for (int64_t d = 0; d < v->g; d++) left[d] -= q[p] * v->metric[p * v->g + d];
+}
+
+static const float *entry_of(const view *v, int64_t k, int64_t code) {
+    return v->s->codebooks + (k * v->E + code) * v->g;
+}
+
+/* ---- exact pairs ---------------------------------------------------------------------------- */
+
+/* The best codes of the two codebooks in v->table with all others (`others`: their sum) held. */
+static void search_pair(const view *v, uint16_t *codes, const float *target, const float *others, bool have_guess,
+                        float *scratch /* [2, padded] */) {
+    const pair_table *t = &v->table;
+    const int64_t g = v->g, n = v->padded;
+    const aqlm_kernels *isa = aqlm_isa();
+    float left[32], *u = scratch, *w = scratch + n;
+    double wide[32];
+    remaining(v, left, target, others);
+    isa->scores(u, v->norm + t->first * n, v->ct + t->first * g * n, left, g, n);
+    isa->scores(w, v->norm + t->second * n, v->ct + t->second * g * n, left, g, n);
+    for (int64_t d = 0; d < g; d++) wide[d] = left[d];
+    const float square = (float)aqlm_forward_square(v->factor, wide, g);
+    int32_t a = codes[t->first], b = codes[t->second];
+    if (!have_guess) {
+        float low;
+        isa->nearest(&a, &low, v->norm + t->first * n, v->ct + t->first * g * n, left, 1, g, n);
+        b = 0;
+    }
+    aqlm_pair pair = t->pair;
+    const float reach = v->radius[t->first] + v->radius[t->second];
+    pair.slack = 1e-4f * (square + reach * reach);
+    isa->pair_min(&a, &b, u, w, square, &pair);
+    codes[t->first] = (uint16_t)a;
+    codes[t->second] = (uint16_t)b;
+}
+
+/* The pairs visited: (0, 1) for two codebooks, the ring (0, 1), (1, 2) ... (K - 1, 0) for more. */
+static int64_t ring_pairs(int64_t K) { return K == 2 ? 1 : K; }
+
+static void sum_without(const view *v, float *q, const uint16_t *codes, uint32_t left_out) {
+    memset(q, 0, (size_t)v->g * sizeof *q);
+    for (int64_t k = 0; k < v->K; k++)
+        if (!(left_out >> k & 1)) {
+            const float *entry = entry_of(v, k, codes[k]);
+            for (int64_t d = 0; d < v->g; d++) q[d] += entry[d];
+        }
+}
+
+/* All rows of one group. targets [rows, g]; codes of row r at codes + r * stride. */
+static void search_pairs(view *v, uint16_t *codes, int64_t stride, const float *targets, int64_t rows, bool from_scratch,
+                         float *scratch) {
+    const int64_t K = v->K, g = v->g;
+    float q[32];
+    if (from_scratch) {
+        /* Two codebooks at a time on what the ones before left; an odd last one alone. */
+        uint32_t open = (1u << K) - 1;
+        for (int64_t k = 0; k < K; k += 2) {
+            const bool alone = k + 1 == K;
+            if (!alone) view_pair(v, k, k + 1);
+            for (int64_t r = 0; r < rows; r++) {
+                sum_without(v, q, codes + r * stride, open);
+                if (!alone) {
+                    search_pair(v, codes + r * stride, targets + r * g, q, false, scratch);
+                    continue;
+                }
+                float left[32], low;
+                int32_t best;
+                remaining(v, left, targets + r * g, q);
+                aqlm_isa()->nearest(&best, &low, v->norm + k * v->padded, v->ct + k * g * v->padded, left, 1, g, v->padded);
+                codes[r * stride + k] = (uint16_t)best;
+            }
+            open &= ~(3u << k);
+        }
+        if (K == 2) return;
+    }
+    for (int64_t p = 0; p < ring_pairs(K); p++) {
+        const int64_t i = p, j = (p + 1) % K;
+        view_pair(v, i, j);
+        for (int64_t r = 0; r < rows; r++) {
+            sum_without(v, q, codes + r * stride, 1u << i | 1u << j);
+            search_pair(v, codes + r * stride, targets + r * g, q, true, scratch);
+        }
+    }
+}
+
+/* ---- beam search ------------------------------------------------------------------------------ */
+
+typedef struct hypothesis {
+    float cost;
+    uint16_t codes[MOST_K];
+    float sum[32];
+} hypothesis;
+
+typedef struct beam {
+    hypothesis *now, *next; /* [beam_size] each */
+    int64_t size, most;
+    float *score; /* [padded] */
+} beam;
+
+/* Keeps the `most` cheapest of all (hypothesis, entry of codebook k); ties to the earlier hypothesis, then
+ * entry. The codes at k must already be taken out of each sum. */
+static void expand(const view *v, beam *b, int64_t k, const float *target) {
+    const int64_t g = v->g, n = v->padded;
+    const aqlm_kernels *isa = aqlm_isa();
+    int64_t kept = 0;
+    for (int64_t h = 0; h < b->size; h++) {
+        const hypothesis *from = b->now + h;
+        float left[32];
+        remaining(v, left, target, from->sum);
+        if (b->most == 1) {
+            int32_t best;
+            float low;
+            isa->nearest(&best, &low, v->norm + k * n, v->ct + k * g * n, left, 1, g, n);
+            b->next[0] = *from;
+            b->next[0].cost = from->cost + low;
+            b->next[0].codes[k] = (uint16_t)best;
+            kept = 1;
+            break;
+        }
+        isa->scores(b->score, v->norm + k * n, v->ct + k * g * n, left, g, n);
+        for (int64_t e = 0; e < v->E; e++) {
+            const float cost = from->cost + b->score[e];
+            if (kept == b->most && !(cost < b->next[kept - 1].cost)) continue;
+            int64_t at = kept < b->most ? kept++ : kept - 1;
+            for (; at > 0 && cost < b->next[at - 1].cost; at--) b->next[at] = b->next[at - 1];
+            b->next[at] = *from;
+            b->next[at].cost = cost;
+            b->next[at].codes[k] = (uint16_t)e;
+        }
+    }
+    for (int64_t h = 0; h < kept; h++) {
+        const float *entry = entry_of(v, k, b->next[h].codes[k]);
+        for (int64_t d = 0; d < g; d++) b->next[h].sum[d] += entry[d];
+    }
+    hypothesis *t = b->now;
+    b->now = b->next;
+    b->next = t;
+    b->size = kept;
+}
+
+/* Takes code k out of every hypothesis; those that then coincide are one. */
+static void release(const view *v, beam *b, int64_t k, const float *target) {
+    int64_t kept = 0;
+    for (int64_t h = 0; h < b->size; h++) {
+        hypothesis *x = b->now + h;
+        bool seen = false;
+        for (int64_t i = 0; i < kept && !seen; i++) {
+            seen = true;
+            for (int64_t c = 0; c < v->K; c++) seen = seen && (c == k || b->now[i].codes[c] == x->codes[c]);
+        }
+        if (seen) continue;
+        sum_without(v, x->sum, x->codes, 1u << k);
+        x->cost = cost_of(v, x->sum, target);
+        b->now[kept++] = *x;
+    }
+    b->size = kept;
+}
+
+static void search_beam(const view *v, beam *b, uint16_t *codes, const float *target, bool from_scratch) {
+    const int64_t K = v->K;
+    b->size = 1;
+    memset(b->now, 0, sizeof *b->now);
+    float before = INFINITY;
+    if (from_scratch)
+        for (int64_t k = 0; k < K; k++) expand(v, b, k, target);
+    else {
+        memcpy(b->now->codes, codes, (size_t)K * sizeof *codes);
+        sum_without(v, b->now->sum, codes, 0);
+        before = cost_of(v, b->now->sum, target);
+    }
+    if (!from_scratch || K > 1)
+        for (int64_t k = 0; k < K; k++) {
+            release(v, b, k, target);
+            expand(v, b, k, target);
+        }
+    float q[32];
+    sum_without(v, q, b->now->codes, 0);
+    if (cost_of(v, q, target) < before) memcpy(codes, b->now->codes, (size_t)K * sizeof *codes);
+}
+
+/* ---- the walk ------------------------------------------------------------------------------------- */
+
+typedef struct walk {
+    float *D;       /* [rows, in] W - Wq in order space */
+    float *T;       /* [rows, ldt] contribution of D to the block's linear terms */
+    float *targets; /* [rows, g] target' / scale */
+    float *change;  /* [rows, g] what is sent on to the later groups of the block */
+    float *gemm, *scores;
+    int64_t ldt;
+} walk;
+
+static void walk_chunk(search *x, view *v, beam *b, walk *k, int64_t r0, int64_t rows) {
+    const aqlm_search *s = x->s;
+    const aqlm_shape *shape = &s->shape;
+    const int64_t in = shape->in_features, g = v->g, K = v->K, J = in / g, per_block = BLOCK_COLS / g;
+    const int64_t stride = J * K;
+    uint16_t *codes = x->codes + r0 * stride;
+    float q[32];
+    for (int64_t r = 0; r < rows && !x->ldl; r++)
+        for (int64_t i = 0; i < J; i++) {
+            const int64_t j = x->order[i];
+            sum_without(v, q, codes + r * stride + j * K, 0);
+            const float *w = s->weight + (r0 + r) * in + j * g;
+            for (int64_t d = 0; d < g; d++) k->D[r * in + i * g + d] = w[d] - s->scales[r0 + r] * q[d];
+        }
+    for (int64_t b0 = 0; b0 < J; b0 += per_block) {
+        const int64_t b1 = aqlm_min(b0 + per_block, J), cols = (b1 - b0) * g;
+        const int64_t depth = x->ldl ? b0 * g : in;
+        aqlm_gemm(k->T, k->ldt, (aqlm_operand){k->D, in, 1}, (aqlm_operand){x->couple + b0 * g, in, 1}, rows, cols, depth,
+                  false, k->gemm);
+        for (int64_t i = b0; i < b1; i++) {
+            if (aqlm_cancelled()) return;
+            const int64_t j = x->order[i];
+            const float *metric = x->metric + i * g * g;
+            aqlm_status status = view_metric(v, metric);
+            if (status) {
+                aqlm_set_status(&x->status, status);
+                return;
+            }
+            for (int64_t r = 0; r < rows; r++) {
+                const float scale = s->scales[r0 + r], inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
+                const float *w = s->weight + (r0 + r) * in + j * g, *D = k->D + r * in + i * g;
+                const float *T = k->T + r * k->ldt + (i - b0) * g;
+                float *target = k->targets + r * g, base[32];
+                /* LDL: (w + T) S. Sweep: T + (w - D) S, because T counts D_j itself. */
+                for (int64_t d = 0; d < g; d++) base[d] = x->ldl ? w[d] + T[d] : w[d] - D[d];
+                for (int64_t d = 0; d < g; d++) target[d] = x->ldl ? 0.0f : T[d];
+                for (int64_t p = 0; p < g; p++)
+                    for (int64_t d = 0; d < g; d++) target[d] += base[p] * metric[p * g + d];
+                for (int64_t d = 0; d < g; d++) target[d] *= inverse;
+            }
+            if (b)
+                for (int64_t r = 0; r < rows; r++)
+                    search_beam(v, b, codes + r * stride + j * K, k->targets + r * g, x->ldl);
+            else search_pairs(v, codes + j * K, stride, k->targets, rows, x->ldl, k->scores);
+            for (int64_t r = 0; r < rows; r++) {
+                const float *w = s->weight + (r0 + r) * in + j * g;
+                float *D = k->D + r * in + i * g;
+                sum_without(v, q, codes + r * stride + j * K, 0);
+                for (int64_t d = 0; d < g; d++) {
+                    const float now = w[d] - s->scales[r0 + r] * q[d];
+                    k->change[r * g + d] = x->ldl ? now : now - D[d];
+                    D[d] = now;
+                }
+            }
+            const int64_t later = (i + 1 - b0) * g;
+            if (later < cols)
+                aqlm_isa()->rank_update(k->T + later, k->ldt, k->change, g, x->couple + i * g * in + b0 * g + later, in,
+                                        rows, g, cols - later);
+        }
+    }
+}
+
+static void walk_rows(int64_t begin, int64_t end, void *ctx) {
+    search *x = ctx;
+    const aqlm_shape *shape = &x->s->shape;
+    const int64_t in = shape->in_features, g = shape->in_group_size, most = x->s->beam_size;
+    const int64_t chunk = aqlm_min(CHUNK_ROWS, end - begin), padded = aqlm_round_up(INT64_C(1) << shape->nbits_per_codebook, AQLM_LANES);
+    view v;
+    walk k = {.ldt = BLOCK_COLS + AQLM_LANES};
+    const int64_t sizes[] = {view_floats(x->s, padded, most == 0), chunk * in, chunk * k.ldt + AQLM_LANES, chunk * g,
+                             chunk * g, aqlm_gemm_workspace(), 2 * padded};
+    int64_t total = 0;
+    for (int i = 0; i < 7; i++) total += aqlm_round_up(sizes[i], AQLM_LANES);
+    float *memory = aqlm_alloc(total, sizeof *memory), *at[7];
+    hypothesis *hypotheses = aqlm_alloc(2 * most, sizeof *hypotheses);
+    if (memory && hypotheses) {
+        float *p = memory;
+        for (int i = 0; i < 7; p += aqlm_round_up(sizes[i], AQLM_LANES), i++) at[i] = p;
+        view_place(&v, x->s, at[0]);
+        k.D = at[1];
+        k.T = at[2];
+        memset(k.T, 0, (size_t)sizes[2] * sizeof *k.T);
+        k.targets = at[3];
+        k.change = at[4];
+        k.gemm = at[5];
+        k.scores = at[6];
+        beam b = {hypotheses, hypotheses + most, 0, most, k.scores};
+        for (int64_t r = begin; r < end && !aqlm_cancelled(); r += chunk)
+            walk_chunk(x, &v, most ? &b : NULL, &k, r, aqlm_min(chunk, end - r));
+    } else aqlm_set_status(&x->status, AQLM_NO_MEMORY);
+    free(memory);
+    free(hypotheses);
+}
+
+static aqlm_status check(const aqlm_search *s) {
+    aqlm_status status = aqlm_check_quantizer_shape(&s->shape);
+    if (status || s->beam_size < 0 || s->beam_size > MOST_BEAM) return AQLM_BAD_ARGUMENT;
+    if (s->beam_size == 0 && (s->shape.num_codebooks < 2 || s->shape.nbits_per_codebook > 8)) return AQLM_BAD_ARGUMENT;
+    return AQLM_OK;
+}
+
+static aqlm_status walk_all(search *x) {
+    const int64_t out = x->s->shape.out_features;
+    aqlm_parallel(0, out, aqlm_even_grain(out, 16), walk_rows, x);
+    return aqlm_get_status(&x->status);
+}
+
+aqlm_status aqlm_search_ldl(uint16_t *codes, const aqlm_search *s, const int32_t *order, const float *feedback,
+                            const float *metric) {
+    aqlm_status status = check(s);
+    if (status) return status;
+    const int64_t n = s->shape.out_features * (s->shape.in_features / s->shape.in_group_size) * s->shape.num_codebooks;
+    memset(codes, 0, (size_t)n * sizeof *codes);
+    search x = {s, codes, order, feedback, metric, true, {AQLM_OK}};
+    return walk_all(&x);
+}
+
+typedef struct permute_job {
+    float *to, *metric;
+    const float *from;
+    const int32_t *order;
+    int64_t in, g;
+} permute_job;
+
+static void permute_groups(int64_t begin, int64_t end, void *ctx) {
+    const permute_job *p = ctx;
+    const int64_t g = p->g, J = p->in / g;
+    for (int64_t i = begin; i < end; i++)
+        for (int64_t d = 0; d < g; d++) {
+            const float *row = p->from + (p->order[i] * g + d) * p->in;
+            float *to = p->to + (i * g + d) * p->in;
+            for (int64_t j = 0; j < J; j++) memcpy(to + j * g, row + p->order[j] * g, (size_t)g * sizeof *to);
+            memcpy(p->metric + (i * g + d) * g, to + i * g, (size_t)g * sizeof *to);
+        }
+}
+
+aqlm_status aqlm_search_sweep(uint16_t *codes, const aqlm_search *s, const float *H) {
+    aqlm_status status = check(s);
+    if (!status) status = aqlm_check_working_codes(codes, &s->shape);
+    if (status) return status;
+    const int64_t in = s->shape.in_features, g = s->shape.in_group_size, J = in / g;
+    int32_t *order = aqlm_alloc(J, sizeof *order);
+    float *memory = aqlm_alloc(in * in + in * g + AQLM_LANES, sizeof *memory);
+    if (order && memory) {
+        aqlm_rng rng = aqlm_rng_seed(s->seed);
+        for (int64_t i = 0; i < J; i++) order[i] = (int32_t)i;
+        for (int64_t i = J - 1; i > 0; i--) {
+            const int64_t pick = aqlm_rng_below(&rng, i + 1);
+            const int32_t t = order[i];
+            order[i] = order[pick];
+            order[pick] = t;
+        }
+        permute_job p = {memory, memory + in * in, H, order, in, g};
+        aqlm_parallel(0, J, 8, permute_groups, &p);
+        search x = {s, codes, order, p.to, p.metric, false, {AQLM_OK}};
+        status = walk_all(&x);
+    } else status = AQLM_NO_MEMORY;
+    free(order);
+    free(memory);
+    return status;
+}

@@ -1,0 +1,5 @@
+#include "simd.h"
+#include "vec_avx512.h"
+#define AQLM_TABLE aqlm_kernels_avx512
+#define AQLM_NAME "avx512"
+#include "kernels.h"

@@ -1,0 +1,5 @@
+#include "simd.h"
+#include "vec_scalar.h"
+#define AQLM_TABLE aqlm_kernels_scalar
+#define AQLM_NAME "scalar"
+#include "kernels.h"

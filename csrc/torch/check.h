@@ -1,0 +1,82 @@
+/* check.h: what the ops ask of their tensors. Every failure is one line: argument, value, what was expected. */
+#ifndef AQLM_TORCH_CHECK_H
+#define AQLM_TORCH_CHECK_H
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "aqlm.h"
+
+namespace aqlm_torch {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+/* STD_TORCH_CHECK would put the C++ file and line in front of a message meant for the caller. */
+template <class... Parts> void check(bool ok, const Parts &...parts) {
+    if (ok) return;
+    std::ostringstream text;
+    (text << ... << parts);
+    throw std::runtime_error(text.str());
+}
+
+inline void check(aqlm_status status, const char *what) {
+    check(status == AQLM_OK, what, ": ", aqlm_status_text(status));
+}
+
+inline std::string shape_of(const Tensor &t) {
+    std::ostringstream text;
+    for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "[") << t.size(i);
+    text << (t.dim() ? "]" : "[]");
+    return text.str();
+}
+
+inline aqlm_dtype dtype_of(const Tensor &t, const char *name) {
+    switch (t.scalar_type()) {
+    case ScalarType::Float: return AQLM_F32;
+    case ScalarType::Half: return AQLM_F16;
+    case ScalarType::BFloat16: return AQLM_BF16;
+    default: break;
+    }
+    check(false, name, ": got dtype ", torch::headeronly::toString(t.scalar_type()),
+          ", expected float32, float16 or bfloat16");
+    return AQLM_F32;
+}
+
+/* The shape a stored weight has, once its three tensors are known to agree with each other. */
+inline aqlm_shape shape_of_weight(const Tensor &codes, const Tensor &codebooks, const Tensor &scales) {
+    check(codes.dim() == 3, "codes: got shape ", shape_of(codes), ", expected [out / og, in / g, num_codebooks]");
+    check(codebooks.dim() == 4, "codebooks: got shape ", shape_of(codebooks),
+          ", expected [num_codebooks, 2^nbits_per_codebook, og, g]");
+    const int64_t entries = codebooks.size(1);
+    int64_t nbits = 0;
+    while (nbits < 17 && (int64_t{1} << nbits) < entries) ++nbits;
+    check(entries == int64_t{1} << nbits, "codebooks: got ", entries, " entries, expected a power of two");
+    check(codebooks.size(0) == codes.size(2), "codebooks: got ", codebooks.size(0), " codebooks, expected ",
+          codes.size(2), " as in codes");
+    check(scales.numel() == codes.size(0) && (scales.dim() == 1 || scales.dim() == 4), "scales: got shape ",
+          shape_of(scales), ", expected [", codes.size(0), ", 1, 1, 1]");
+    const ScalarType stored = nbits <= 8 ? ScalarType::Char : ScalarType::Short;
+    check(codes.scalar_type() == stored, "codes: got dtype ", torch::headeronly::toString(codes.scalar_type()),
+          ", expected ", nbits <= 8 ? "int8" : "int16", " for ", nbits, " bits per codebook");
+    check(scales.scalar_type() == codebooks.scalar_type(), "scales: got dtype ",
+          torch::headeronly::toString(scales.scalar_type()), ", expected that of codebooks, ",
+          torch::headeronly::toString(codebooks.scalar_type()));
+    const aqlm_shape shape = {codes.size(0) * codebooks.size(2),
+                              codes.size(1) * codebooks.size(3),
+                              codes.size(2),
+                              nbits,
+                              codebooks.size(3),
+                              codebooks.size(2)};
+    const char *problem = aqlm_check_shape(&shape);
+    check(problem == nullptr, "codes and codebooks: got shapes ", shape_of(codes), " and ", shape_of(codebooks),
+          ", expected a valid layer: ", problem ? problem : "");
+    return shape;
+}
+
+} // namespace aqlm_torch
+#endif

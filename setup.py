@@ -1,0 +1,158 @@
+"""Builds the C core and its doors; metadata is in pyproject.toml.
+
+The core is plain C: one static library of csrc/core and one of csrc/simd per instruction set, each with its
+own compiler flags, because a file compiled for AVX-512 must hold nothing that runs before dispatch. Both
+doors, `_core` (NumPy) and `_torch` (torch's stable ABI), link the same libraries.
+
+AQLM_C_REQUIRE=torch makes a door that cannot be built an error instead of a printed ✗.
+"""
+
+import os
+import platform
+import re
+import sys
+from glob import glob
+from importlib import metadata, util
+from pathlib import Path
+from sysconfig import get_platform
+
+import numpy
+from setuptools import Extension, setup
+from setuptools.command.build_clib import build_clib
+from setuptools.command.build_ext import build_ext
+
+TORCH_OLDEST = (2, 11)
+LIMITED_API = ("Py_LIMITED_API", "0x030A0000")
+
+# Every instruction set gives the same bits, so the compiler may not fuse or reorder floating point, and
+# link-time optimisation may not carry one library's instructions into another.
+C_FLAGS = [
+    *("-std=c11", "-O3", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-lto"),
+]
+LINK_FLAGS = ["-pthread", "-lm"]
+ISA_FLAGS = {
+    "scalar": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mfma", "-mf16c"],
+    "neon": [],
+}
+
+
+def compiled_isas(machine=None):
+    """Names of the instruction sets compiled for `machine` (as platform.machine() says it)."""
+    machine = (machine or platform.machine()).lower()
+    if machine in ("x86_64", "amd64"):
+        return ["scalar", "avx2", "avx512"]
+    return ["scalar", "neon"] if machine in ("aarch64", "arm64") else ["scalar"]
+
+
+def sources(*patterns):
+    return sorted(path for pattern in patterns for path in glob(pattern))
+
+
+HEADERS = sources("csrc/*.h", "csrc/*/*.h")
+
+
+def c_libraries(isas):
+    """(name, build_info) for build_clib: the core, then one library per instruction set."""
+
+    def library(files, flags, macros=()):
+        return {
+            "sources": files,
+            "include_dirs": ["csrc"],
+            "cflags": C_FLAGS + flags,
+            "macros": list(macros),
+            "obj_deps": {"": [*HEADERS, "setup.py"]},
+        }
+
+    have = [(f"AQLM_HAVE_{isa.upper()}", "1") for isa in isas if isa != "scalar"]
+    core = ("aqlm_core", library(sources("csrc/core/*.c"), [], have))
+    return [core] + [(f"aqlm_{isa}", library([f"csrc/simd/kernels_{isa}.c"], ISA_FLAGS[isa])) for isa in isas]
+
+
+def core_door():
+    return Extension(
+        "aqlm_c._core",
+        ["csrc/python/module.c"],
+        include_dirs=["csrc", numpy.get_include()],
+        define_macros=[LIMITED_API],
+        extra_compile_args=C_FLAGS,
+        extra_link_args=LINK_FLAGS,
+        depends=sources("csrc/*.h", "csrc/*/*"),
+        py_limited_api=True,
+    )
+
+
+def torch_problem():
+    """Why `_torch` cannot be built here, or None."""
+    if util.find_spec("torch") is None:
+        return "torch is not installed here (an isolated build sees none: use --no-build-isolation)"
+    version = metadata.version("torch")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < TORCH_OLDEST:
+        return f"torch {version} is older than {'.'.join(map(str, TORCH_OLDEST))}"
+    return None
+
+
+def torch_door():
+    root = Path(util.find_spec("torch").origin).parent  # importing torch would cost seconds
+    return Extension(
+        "aqlm_c._torch",
+        sources("csrc/torch/*.cpp"),
+        include_dirs=["csrc"],
+        define_macros=[
+            LIMITED_API,
+            ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*TORCH_OLDEST)),
+        ],
+        extra_compile_args=[
+            *("-std=c++17", "-O2", "-pthread", "-fvisibility=hidden", "-fno-lto", "-Wall", "-Wextra"),
+            *("-isystem", str(root / "include")),
+        ],
+        libraries=["torch_cpu"],
+        library_dirs=[str(root / "lib")],
+        extra_link_args=LINK_FLAGS,
+        language="c++",
+        depends=sources("csrc/*.h", "csrc/*/*"),
+        py_limited_api=True,
+    )
+
+
+def doors(required):
+    """The extensions that can be built here. SystemExit if one named in `required` cannot."""
+    unknown = set(required) - {"torch"}
+    if unknown:
+        sys.exit(f"AQLM_C_REQUIRE: got {', '.join(sorted(unknown))}, expected a comma-separated list of: torch")
+    problem = torch_problem()
+    print("✓ aqlm_c._core")
+    print(f"✗ aqlm_c._torch: {problem}" if problem else "✓ aqlm_c._torch", flush=True)
+    if problem and "torch" in required:
+        sys.exit(f"AQLM_C_REQUIRE=torch, but {problem}")
+    return [core_door()] + ([] if problem else [torch_door()])
+
+
+class BuildCLib(build_clib):
+    """Keeps the objects between builds, editable ones too: they depend on no Python."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.build_clib = self.build_temp = f"build/clib.{get_platform()}"
+
+    def build_libraries(self, libraries):
+        for name, _ in libraries:  # `ar` would keep the members of files that are gone
+            Path(self.build_clib, f"lib{name}.a").unlink(missing_ok=True)
+        super().build_libraries(libraries)
+
+
+class BuildExt(build_ext):
+    def run(self):
+        self.run_command("build_clib")  # which `build_ext --inplace` alone would skip
+        super().run()
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=doors([door for door in os.environ.get("AQLM_C_REQUIRE", "").split(",") if door]),
+        libraries=c_libraries(compiled_isas()),
+        cmdclass={"build_clib": BuildCLib, "build_ext": BuildExt},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

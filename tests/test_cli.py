@@ -1,0 +1,323 @@
+"""The command line on a tiny random Llama: the three commands, what they print, and wrong input."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from aqlm_c import __version__, cli, demo
+
+CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
+SMALL = ["--scheme", "2x4g8", "--samples", "4", "--sequence-length", "32"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token per byte, so that any text has many tokens."""
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(vocab={**vocabulary, "<eos>": 256}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", chat_template=CHAT)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama(torch.bfloat16, hidden_size=40, vocab_size=257).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantized_dir(tmp_path_factory, model_dir):
+    path = tmp_path_factory.mktemp("quantized") / "tiny"
+    assert cli.main(["quantize", str(model_dir), str(path), *SMALL, "--quiet"]) == 0
+    return path
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command line in this process; gives (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def edited(source, target, edit):
+    """A copy of a model directory whose tensors `edit` has changed."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(target / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_quantize_reports_layers_sizes_and_json(run, model_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("All happy families are alike. " * 50)
+    out, report = tmp_path / "deep" / "out", tmp_path / "report.json"
+    code, stdout, stderr = run(
+        "quantize", model_dir, out, *SMALL, "--data", text, "--data", "pydoc_data.topics", "--threads", 1,
+        "--beam-size", 2, "--tolerance", 0.05, "--seed", 7, "--json", report,
+    )  # fmt: skip
+    assert code == 0
+    assert "\x1b" not in stdout + stderr  # no terminal: no bars and no colours
+    assert "model.layers.1.mlp.down_proj: error 0." in stderr
+    assert "model.layers.1 (2 of 2)" in stderr
+    for word in ("14 layers", "self_attn.q_proj", "dB code", "original", "quantized", "embeddings", "seconds"):
+        assert word in stdout
+
+    written = json.loads(report.read_text())
+    assert len(written["layers"]) == 14
+    assert all(0 < layer["relative_error"] < 1 for layer in written["layers"])
+    assert all(layer["bits_per_weight"] > 1 for layer in written["layers"])
+    assert {"load", "calibrate", "hessian", "quantize", "propagate", "save"} <= set(written["phases"])
+    assert written["config"] | {"seed": 7, "beam_size": 2, "relative_mse_tolerance": 0.05} == written["config"]
+    assert written["tokens"] == 128
+    assert written["threads"] == 1
+    assert written["data"]["sources"][str(text)] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert written["sizes"]["quantized_bytes"] == (out / "model.safetensors").stat().st_size
+    assert written["sizes"]["original_bytes"] == (model_dir / "model.safetensors").stat().st_size
+    assert written["sizes"]["original_embedding_bytes"] == 257 * 40 * 2
+
+
+def test_same_command_same_bytes(run, model_dir, quantized_dir, tmp_path):
+    assert run("quantize", model_dir, tmp_path / "out", *SMALL, "--quiet") == (0, "", "")
+    again, first = (load_file(path / "model.safetensors") for path in (tmp_path / "out", quantized_dir))
+    assert again.keys() == first.keys()
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    assert run("quantize", model_dir, tmp_path / "other", *SMALL, "--quiet", "--shuffle")[0] == 0
+    other = load_file(tmp_path / "other" / "model.safetensors")
+    assert any(not torch.equal(other[name], first[name]) for name in first)
+
+
+def test_layers_selects(run, model_dir, tmp_path):
+    code, stdout, _ = run("quantize", model_dir, tmp_path / "out", *SMALL, "--layers", r"\.0\.mlp")
+    assert code == 0
+    assert "3 layers" in stdout
+    assert "q_proj" not in stdout
+
+
+def test_overwrite_replaces(run, model_dir, tmp_path):
+    out = tmp_path / "out"
+    assert run("quantize", model_dir, out, *SMALL, "--quiet")[0] == 0
+    assert run("quantize", model_dir, out, *SMALL, "--quiet", "--overwrite", "--scheme", "1x4g8")[0] == 0
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["num_codebooks"] == 1
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_evaluate(run, quantized_dir, tmp_path):
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.arange(500) % 256)
+    arguments = ("evaluate", quantized_dir, "--data", ids, "--sequence-length", 64)
+    report = tmp_path / "result.json"
+    code, stdout, _ = run(*arguments, "--data", "pydoc_data.topics", "--windows", 3, "--json", report)
+    assert code == 0
+    results = json.loads(report.read_text())["results"]
+    assert [result["data"] for result in results] == [str(ids), "pydoc_data.topics"]
+    assert [result["windows"] for result in results] == [3, 3]
+    lines = stdout.splitlines()
+    assert f"{ids}: perplexity {results[0]['perplexity']:.4f} (3 x 64 tokens" in lines[0]
+    assert len(lines) == 2
+
+    code, stdout, stderr = run(*arguments, "--windows", 3, "--quiet")
+    assert (code, float(stdout), stderr) == (0, results[0]["perplexity"], "")
+
+
+def test_generate_streams_and_repeats(run, quantized_dir, tokenizer, monkeypatch):
+    prompts = []
+    encode = PreTrainedTokenizerFast.__call__
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast, "__call__", lambda self, text, **kw: prompts.append(text) or encode(self, text, **kw)
+    )
+    arguments = ("generate", quantized_dir, "hello", "--max-new-tokens", 12)
+    code, greedy, _ = run(*arguments)
+    assert (code, prompts) == (0, ["<user>hello<answer>"])
+    assert run(*arguments, "--chat")[1] == greedy
+    assert run(*arguments, "--raw")[0] == 0
+    assert prompts[-1] == "hello"
+
+    sampled = [run(*arguments, "--temperature", 2, "--top-p", 0.9, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1]
+    assert len({greedy, *sampled}) == 3
+
+
+# Each wrong input: the options after MODEL and OUT, and words of the one line it gives.
+WRONG_OPTIONS = {
+    "unknown scheme": (["--scheme", "2x"], ["scheme='2x'", "'2x8g8'"]),
+    "group size": (["--scheme", "2x4g16"], ["in_group_size=16", "in_features=40", "layers.0"]),
+    "group size unknown": (["--scheme", "2x4g5"], ["in_group_size=5"]),
+    "too little text": (["--samples", "99999"], ["pydoc_data.topics", "99999", "tokens"]),
+    "samples": (["--samples", "0"], ["samples=0", "expected"]),
+    "samples text": (["--samples", "few"], ["--samples", "integer"]),
+    "sequence length": (["--sequence-length", "1"], ["sequence_length=1", "expected"]),
+    "seed": (["--seed", "-1"], ["seed=-1", "expected"]),
+    "threads": (["--threads", "0"], ["--threads=0", "expected"]),
+    "tolerance": (["--tolerance", "2"], ["relative_mse_tolerance=2", "expected"]),
+    "beam size": (["--beam-size", "-3"], ["beam_size=-3", "expected"]),
+    "no such data": (["--data", "nosuch.txt"], ["data='nosuch.txt'", "no such file"]),
+    "no such data set": (["--data", "nosuch"], ["data='nosuch'", "no data set"]),
+    "layers match nothing": (["--layers", "nosuch"], ["layers='nosuch'", "expected"]),
+    "layers not a regex": (["--layers", "("], ["layers='('", "regular expression"]),
+    "json folder": (["--json", "no/such/folder.json"], ["--json='no/such/folder.json'", "expected"]),
+    "unknown option": (["--nosuch"], ["--nosuch"]),
+}
+
+
+@pytest.mark.parametrize(("options", "words"), WRONG_OPTIONS.values(), ids=WRONG_OPTIONS)
+def test_wrong_option_is_one_line(run, model_dir, tmp_path, options, words):
+    assert_refused(run("quantize", model_dir, tmp_path / "out", *SMALL, "--quiet", *options), words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_refused(result, words):
+    code, stdout, stderr = result
+    assert (code, stdout) == (2, "")
+    assert stderr.count("\n") == 1, stderr
+    assert stderr.startswith("aqlm-c: ")
+    for word in words:
+        assert word in stderr
+
+
+def set_value(name, value):
+    def edit(tensors):
+        tensors[name].view(-1)[3] = value
+
+    return edit
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", ["model.layers.1.mlp.up_proj", "weight", "NaN or Inf"]),
+        ("model.layers.0.input_layernorm.weight", ["model.layers.0.self_attn.", "NaN or Inf"]),
+    ],
+    ids=["weight", "activation"],
+)
+def test_nan_and_inf_are_refused(run, model_dir, tmp_path, tensor, value, words):
+    model = edited(model_dir, tmp_path / "model", set_value(tensor, value))
+    assert_refused(run("quantize", model, tmp_path / "out", *SMALL, "--quiet"), words)
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_existing_out_is_refused(run, model_dir, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("keep me")
+    for options in ([], ["--overwrite"]):  # not a model: not even then
+        result = run("quantize", model_dir, tmp_path / "out", *SMALL, "--quiet", *options)
+        assert_refused(result, ["OUT=", str(tmp_path / "out"), "expected"])
+    assert (tmp_path / "out" / "precious").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("name", ["nosuch", "./nosuch", "no/such.gguf", "owner/nosuch"])
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "generate"])
+def test_no_such_model(run, tmp_path, command, name):
+    last = {"quantize": [tmp_path / "out"], "evaluate": ["--quiet"], "generate": ["hello"]}[command]
+    code, stdout, stderr = run(command, name, *last)
+    assert (code, stdout) == (2, "")
+    assert f"model='{name}'" in stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "corrupt", "codes"])
+def test_damaged_checkpoint(run, quantized_dir, tmp_path, damage):
+    words = ["model.safetensors"]
+    if damage == "codes":
+        name = "model.layers.0.mlp.up_proj.codes"
+        model = edited(quantized_dir, tmp_path / "model", set_value(name, 8))
+        words = [name, "to 8", "expected -8 to 7"]
+    else:
+        model = edited(quantized_dir, tmp_path / "model", lambda tensors: None)
+        file = model / "model.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[:-100] if damage == "truncated" else b"\xff" * 64 + content[64:])
+    assert_refused(run("evaluate", model, "--sequence-length", 32, "--windows", 1, "--quiet"), words)
+
+
+def test_evaluate_and_generate_refuse(run, quantized_dir, model_dir, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("short")
+    evaluate, generate = ("evaluate", quantized_dir, "--quiet"), ("generate", quantized_dir, "hello")
+    assert_refused(run(*evaluate, "--data", text), [str(text), "5 tokens", "2048"])
+    assert_refused(run(*evaluate, "--windows", 0), ["--windows=0", "expected"])
+    assert_refused(run(*evaluate, "--sequence-length", 1), ["--sequence-length=1", "expected"])
+    assert_refused(run(*generate, "--top-p", 0), ["--top-p=0", "expected"])
+    assert_refused(run(*generate, "--temperature", -1), ["--temperature=-1", "expected"])
+    assert_refused(run(*generate, "--max-new-tokens", 0), ["--max-new-tokens=0", "expected"])
+
+    plain = edited(model_dir, tmp_path / "plain", lambda tensors: None)
+    for file in plain.glob("chat_template*"):
+        file.unlink()
+    code, _, stderr = run("generate", plain, "hello", "--chat")
+    assert code == 2
+    assert "--chat" in stderr.splitlines()[-1]
+    assert "--raw" in stderr.splitlines()[-1]
+
+
+def test_missing_arguments_and_unknown_commands(run):
+    assert_refused(run("quantize", "smollm2"), ["OUT"])
+    assert_refused(run("nosuch"), ["nosuch"])
+
+
+def test_interrupt_leaves_nothing(run, model_dir, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Display, "on_layer", interrupt)
+    assert run("quantize", model_dir, tmp_path / "out", *SMALL)[0] == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bars_in_a_terminal(run, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    code, _, stderr = run("quantize", model_dir, tmp_path / "out", *SMALL)
+    assert code == 0
+    assert "\x1b[" in stderr
+    for words in ("blocks", "1/2", "model.layers.1", "left", "down_proj: error"):
+        assert words in stderr
+
+
+def test_help_version_and_module(run, capsys):
+    code, stdout, _ = run()
+    assert code == 0
+    assert all(command in stdout for command in ("quantize", "evaluate", "generate", "smollm2"))
+    assert run("--version") == (0, f"aqlm-c {__version__}\n", "")
+    done = subprocess.run([sys.executable, "-m", "aqlm_c", "quantize", "x", "y", "--scheme", "z"], capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"aqlm-c: scheme='z'")
+
+
+def test_missing_package_names_the_cure():
+    code = "import sys; sys.modules['typer'] = None; import aqlm_c.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "aqlm-c: the package typer is missing: pip install 'aqlm-c[hf]'\n"
+
+
+def test_demo_compares_and_can_fail(model_dir, tmp_path, capsys, monkeypatch):
+    arguments = ["--model", str(model_dir), "--out", str(tmp_path / "out"), "--scheme", "2x4g8"]
+    arguments += ["--samples", "2", "--sequence-length", "32", "--windows", "2"]
+    assert demo.main(arguments) == 0
+    stdout = capsys.readouterr().out
+    assert "✓ the loaded model's logits equal those in memory" in stdout
+    assert "The capital of France is" in stdout
+    monkeypatch.setattr(demo, "LIMIT", 0.1)
+    assert demo.main(arguments) == 1  # and OUT of the first run is replaced
+    assert "✗ the quantized perplexity" in capsys.readouterr().out

@@ -1,0 +1,226 @@
+"""Published checkpoints in transformers: written here by an independent NumPy writer, compared with a dense twin."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+from tiny import random_tokens, write_published
+from transformers import AutoModelForCausalLM
+
+import aqlm_c.hf
+from aqlm_c.config import AqlmConfig
+from aqlm_c.linear import QuantizedLinear
+
+LINEARS = 14  # of the two blocks
+
+
+def load(directory, **options):
+    """The loaded model; fails if any tensor was missing, left over or of another shape."""
+    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return model
+
+
+def quantized_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+
+
+SCHEMES = [
+    (1, 16, 8, 1),
+    (2, 8, 8, 1),
+    (8, 8, 8, 1),
+    (1, 8, 8, 1),
+    (1, 16, 16, 1),
+    (1, 15, 8, 1),
+    (3, 12, 4, 1),
+    (2, 8, 8, 2),
+]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: "{}x{}g{}o{}".format(*s))
+def test_published_formats(tmp_path, scheme):
+    dense = write_published(tmp_path, scheme)
+    model = load(tmp_path)
+    tokens = random_tokens(2, 12)
+    with torch.no_grad():
+        expected, logits = dense(tokens).logits, model(tokens).logits
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        cache = model(tokens[:, :-1], use_cache=True).past_key_values
+        decoded = model(tokens[:, -1:], past_key_values=cache).logits[:, 0]
+        assert (decoded - expected[:, -1]).abs().max() <= 1e-5 * expected.abs().max()
+    assert len(quantized_names(model)) == LINEARS
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_tied_and_untied_embeddings_and_biases(tmp_path, tied, bias):
+    dense = write_published(tmp_path, (2, 8, 8, 1), tie_word_embeddings=tied, attention_bias=bias, mlp_bias=bias)
+    model = load(tmp_path)
+    assert isinstance(model.lm_head, torch.nn.Linear)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    tokens = random_tokens(2, 12)
+    expected = dense(tokens).logits
+    assert (model(tokens).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert model.generate(tokens[:1], max_new_tokens=3, do_sample=False).shape == (1, 15)
+
+
+def test_skip_list_is_matched_exactly(tmp_path):
+    # layers.1 is a prefix of nothing to skip, and "up_proj" alone is no module's name
+    keep = ["model.layers.1.mlp.up_proj"]
+    extra = {
+        "linear_weights_not_to_quantize": ["model.layers.1.mlp.up_proj.weight", "up_proj", "model.layers.0", "lm_head"]
+    }
+    write_published(tmp_path, (2, 8, 8, 1), keep, extra)
+    model = load(tmp_path)
+    assert len(quantized_names(model)) == LINEARS - 1
+    assert keep[0] not in quantized_names(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_empty_skip_list_keeps_the_output_embedding(tmp_path, tied):
+    extra = {"linear_weights_not_to_quantize": []}
+    write_published(tmp_path, (2, 8, 8, 1), extra=extra, tie_word_embeddings=tied)
+    assert len(quantized_names(load(tmp_path))) == LINEARS
+
+
+def test_loaded_model_holds_the_disk_layout_and_one_copy_of_it(tmp_path):
+    write_published(tmp_path / "a", (2, 8, 8, 1))
+    model = load(tmp_path / "a")
+    stored = load_file(tmp_path / "a" / "model.safetensors")
+    model(random_tokens(2, 12))
+    model.generate(random_tokens(1, 4), max_new_tokens=2, do_sample=False)
+    for name, tensor in model.state_dict().items():
+        if name in stored:  # not the tied lm_head
+            np.testing.assert_array_equal(tensor.numpy(), stored[name])
+            assert tensor.numpy().dtype == stored[name].dtype
+    for _, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            held = [v for v in vars(layer).values() if isinstance(v, torch.Tensor)]
+            assert not held and set(layer.state_dict()) <= {"codes", "codebooks", "scales", "bias"}
+            assert not list(layer.buffers()) and not list(layer.children())
+    model.save_pretrained(tmp_path / "b")
+    again = load_file(tmp_path / "b" / "model.safetensors")
+    assert again.keys() == stored.keys()
+    assert all(again[name].tobytes() == stored[name].tobytes() for name in stored)
+    logits = model(random_tokens(2, 12)).logits
+    assert torch.equal(load(tmp_path / "b")(random_tokens(2, 12)).logits, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_keep_codebooks_as_stored(tmp_path, dtype):
+    dense = write_published(tmp_path, (2, 8, 8, 1), attention_bias=True)
+    model = load(tmp_path, dtype=dtype)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.codebooks.dtype == layer.scales.dtype == torch.float16
+    assert layer.bias.dtype == model.lm_head.weight.dtype == dtype
+    tokens = random_tokens(2, 12)
+    with torch.no_grad():
+        expected = dense(tokens).logits
+        own = (dense.to(dtype)(tokens).logits.float() - expected).abs().max()  # torch's own error in this dtype
+        assert (model(tokens).logits.float() - expected).abs().max() <= 2 * own
+
+
+def test_dequantize(tmp_path):
+    dense = write_published(tmp_path, (2, 8, 8, 1), attention_bias=True)
+    tokens = random_tokens(2, 12)
+    expected = dense(tokens).logits
+    with pytest.warns(UserWarning, match="dequantize"):
+        overridden = AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=aqlm_c.hf.AqlmConfig(dequantize=True)
+        )
+    for model in (load(tmp_path).dequantize(), overridden):
+        assert not quantized_names(model) and not hasattr(model.config, "quantization_config")
+        assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.float32
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+        model.save_pretrained(tmp_path / "dense")
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        assert torch.equal(plain(tokens).logits, model(tokens).logits)
+
+
+def test_disk_offload(tmp_path):
+    dense = write_published(tmp_path / "model", (2, 8, 8, 1))
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = load(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload")
+    assert model.model.layers[0].mlp.up_proj.codes.device.type == "meta"
+    tokens = random_tokens(2, 12)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, load(tmp_path / "model")(tokens).logits)
+        torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_base_model_without_the_head(tmp_path):
+    dense = write_published(tmp_path, (2, 8, 8, 1))
+    body = transformers.AutoModel.from_pretrained(tmp_path)
+    tokens = random_tokens(2, 12)
+    got, want = body(tokens).last_hidden_state, dense.model(tokens).last_hidden_state
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+# ---- the config -----------------------------------------------------------------------------------------------
+
+
+def test_config_keeps_unknown_keys_and_leaves_out_run_time_options(tmp_path):
+    write_published(tmp_path, (2, 8, 8, 1), extra={"provenance": {"data": "some text"}})
+    config = load(tmp_path).config.quantization_config
+    assert type(config) is aqlm_c.hf.AqlmConfig and isinstance(config, transformers.AqlmConfig)
+    fields = config.to_dict()
+    assert fields["provenance"] == {"data": "some text"} and fields["quant_method"] == "aqlm"
+    assert "dequantize" not in fields
+    assert json.loads(json.dumps(fields)) == fields
+    assert type(config).from_dict(fields).to_dict() == fields
+    assert config.layer_config() == AqlmConfig()
+
+
+@pytest.mark.parametrize("theirs", [transformers.AqlmConfig, aqlm_c.hf.AqlmConfig])
+def test_a_config_passed_along_does_not_replace_the_checkpoints(tmp_path, theirs):
+    write_published(tmp_path, (2, 8, 8, 1))
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        model = load(tmp_path, quantization_config=theirs(num_codebooks=5))
+    assert model.config.quantization_config.num_codebooks == 2
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_codebooks", 9), ("in_group_size", 7), ("nbits_per_codebook", 17)])
+def test_config_refuses_what_no_checkpoint_has(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value}: expected"):
+        aqlm_c.hf.AqlmConfig(**{field: value})
+
+
+def test_own_name_is_registered_too():
+    from transformers.quantizers import auto
+
+    for method in ("aqlm", "aqlm_c"):
+        assert auto.AUTO_QUANTIZER_MAPPING[method] is aqlm_c.hf.AqlmQuantizer
+        config = auto.AutoQuantizationConfig.from_dict(
+            {"quant_method": method, "num_codebooks": 2, "nbits_per_codebook": 8}
+        )
+        assert config.quant_method == method and config.to_dict()["quant_method"] == method
+
+
+def test_flags():
+    quantizer = aqlm_c.hf.AqlmQuantizer(aqlm_c.hf.AqlmConfig())
+    assert quantizer.is_serializable() and quantizer.is_trainable
+    assert quantizer.is_qat_trainable and quantizer.is_compileable
+
+
+def test_a_fresh_process_needs_no_aqlm_package_and_no_network(tmp_path):
+    dense = write_published(tmp_path, (2, 8, 8, 1))
+    script = f"""
+import socket, sys
+def refuse(*args, **kwargs): raise AssertionError("network call")
+socket.socket.connect = refuse
+sys.modules["aqlm"] = None
+import torch, aqlm_c.hf
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+torch.save(model(torch.arange(8)[None]).logits, {str(tmp_path / "logits.pt")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    torch.testing.assert_close(logits, dense(torch.arange(8)[None]).logits, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,276 @@
+"""Door 2: the torch ops, their gradients, and the layer that calls them."""
+
+import copy
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import error_budget, max_error
+from torch import nn
+
+from aqlm_c import ops
+from aqlm_c.linear import QuantizedLinear
+
+# out, in, K, B, og, g: every stored dtype, group size and odd bit width, sizes around lanes and tiles.
+SHAPES = [
+    (1, 8, 1, 1, 1, 8),
+    (17, 40, 2, 8, 1, 8),
+    (48, 64, 1, 16, 1, 8),
+    (33, 96, 3, 12, 1, 4),
+    (24, 64, 8, 5, 1, 16),
+    (30, 64, 4, 8, 2, 32),
+    (35, 48, 2, 9, 5, 8),
+]
+SHAPE_IDS = ["{2}x{3}g{5}-og{4}-{0}x{1}".format(*s) for s in SHAPES]
+SMALL = (12, 16, 2, 3, 2, 4)
+
+
+def random_weight(shape, dtype=torch.float32, seed=0):
+    """codes, codebooks, scales as they lie on disk."""
+    out, in_features, K, B, og, g = shape
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-(2 ** (B - 1)), 2 ** (B - 1), (out // og, in_features // g, K), generator=generator)
+    codebooks = torch.randn(K, 2**B, og, g, generator=generator)
+    scales = torch.rand(out // og, 1, 1, 1, generator=generator) + 0.5
+    return codes.to(torch.int8 if B <= 8 else torch.int16), codebooks.to(dtype), scales.to(dtype)
+
+
+def dense(codes, codebooks, scales):
+    """W [out, in] in float64, by the formula (differentiable)."""
+    K, E, og, g = codebooks.shape
+    O, J, _ = codes.shape
+    unsigned = codes.long() % E
+    groups = sum(codebooks[k].double()[unsigned[:, :, k]] for k in range(K)) * scales.double().view(O, 1, 1, 1)
+    return groups.transpose(1, 2).reshape(O * og, J * g)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_decode_rows(shape, dtype, isa):
+    codes, codebooks, scales = random_weight(shape, dtype)
+    rows, truth = ops.decode_rows(codes, codebooks, scales), dense(codes, codebooks, scales)
+    assert rows.dtype == dtype and rows.shape == shape[:2]
+    assert max_error(rows, truth) <= error_budget(truth.to(dtype), truth)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+@pytest.mark.parametrize("leading", [(1,), (2, 3), (65,)], ids=str)
+def test_matmul(shape, leading, dtype, isa):
+    weight = random_weight(shape, dtype)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(*leading, shape[1], generator=generator).to(dtype)
+    bias = torch.randn(shape[0], generator=generator).to(dtype)
+    W = dense(*weight)
+    for b in (None, bias):
+        y = ops.matmul(x, *weight, b)
+        truth = nn.functional.linear(x.double(), W, None if b is None else b.double())
+        plain = nn.functional.linear(x, W.to(dtype), b)
+        assert y.dtype == dtype and y.shape == (*leading, shape[0])
+        assert max_error(y, truth) <= error_budget(plain, truth)
+
+
+def test_matmul_takes_a_vector_and_no_rows():
+    weight = random_weight(SMALL)
+    x = torch.randn(3, SMALL[1])
+    assert torch.equal(ops.matmul(x[1], *weight), ops.matmul(x, *weight)[1])
+    assert ops.matmul(x[:0], *weight).shape == (0, SMALL[0])
+    assert ops.matmul(x[None, :0], *weight).shape == (1, 0, SMALL[0])
+
+
+def test_matmul_mixes_dtypes_of_input_and_weight(dtype):
+    weight = random_weight(SMALL, torch.float16)
+    x = torch.randn(5, SMALL[1]).to(dtype)
+    truth = x.double() @ dense(*weight).T
+    assert max_error(ops.matmul(x, *weight), truth) <= error_budget(truth.to(dtype), truth)
+
+
+def test_views_give_the_same_bits(dtype):
+    """Strided and unaligned arguments, inside buffers of NaN and of wrong codes."""
+
+    def spread(t, filler):
+        buffer = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), filler, dtype=t.dtype)
+        view = buffer[..., 1::2]
+        return view.copy_(t)
+
+    weight = random_weight(SMALL, dtype)
+    x, bias = torch.randn(7, SMALL[1]).to(dtype), torch.randn(SMALL[0]).to(dtype)
+    nan = float("nan")
+    views = [spread(t, 0 if t.dtype == torch.int8 else nan) for t in (*weight[:2], bias)]
+    codes, codebooks, bias_view = views
+    y = ops.matmul(spread(x, nan), codes, codebooks, weight[2].view(-1), bias_view)
+    assert torch.equal(y, ops.matmul(x, *weight, bias))
+    shifted = torch.full((x.numel() + 1,), nan, dtype=dtype)[1:].view_as(x).copy_(x)  # contiguous, unaligned
+    assert torch.equal(ops.matmul(shifted, *weight, bias), y)
+
+
+def test_threads_give_the_same_bits(dtype):
+    shape = (200, 256, 2, 8, 1, 8)
+    weight, x = random_weight(shape, dtype), torch.randn(67, shape[1]).to(dtype)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append((ops.matmul(x, *weight), ops.decode_rows(*weight)))
+    finally:
+        torch.set_num_threads(threads)
+    for y, rows in results[1:]:
+        assert torch.equal(y, results[0][0]) and torch.equal(rows, results[0][1])
+
+
+BAD = {
+    "x: got shape": lambda a: a.update(x=a["x"][:, 1:]),
+    "x: got dtype Double": lambda a: a.update(x=a["x"].double()),
+    "codes: got shape": lambda a: a.update(codes=a["codes"][0]),
+    "codes: got dtype Short, expected int8": lambda a: a.update(codes=a["codes"].short()),
+    "codebooks: got shape": lambda a: a.update(codebooks=a["codebooks"][0]),
+    "codebooks: got 7 entries": lambda a: a.update(codebooks=a["codebooks"][:, 1:]),
+    "codebooks: got 1 codebooks, expected 2": lambda a: a.update(codebooks=a["codebooks"][:1]),
+    "codebooks: got dtype Int": lambda a: a.update(codebooks=a["codebooks"].int(), scales=a["scales"].int()),
+    "codes and codebooks: got shapes [6, 4, 2] and [2, 8, 2, 3], expected a valid layer": lambda a: a.update(
+        codebooks=a["codebooks"][..., :3]
+    ),
+    "scales: got shape": lambda a: a.update(scales=a["scales"][1:]),
+    "scales: got dtype Half": lambda a: a.update(scales=a["scales"].half()),
+    "bias: got shape": lambda a: a.update(bias=a["bias"][1:]),
+    "bias: got dtype Half": lambda a: a.update(bias=a["bias"].half()),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_wrong_arguments_are_named(message):
+    codes, codebooks, scales = random_weight(SMALL)
+    arguments = dict(
+        x=torch.randn(3, SMALL[1]), codes=codes, codebooks=codebooks, scales=scales, bias=torch.randn(SMALL[0])
+    )
+    BAD[message](arguments)
+    with pytest.raises(RuntimeError) as error:
+        ops.matmul(**arguments)
+    text = str(error.value)
+    assert text.startswith(message) and "expected" in text and "\n" not in text.strip()
+
+
+def test_opcheck():
+    x = torch.randn(2, 3, SMALL[1], requires_grad=True)
+    codes, codebooks, scales = random_weight(SMALL)
+    bias = torch.randn(SMALL[0], requires_grad=True)
+    torch.library.opcheck(torch.ops.aqlm_c.matmul.default, (x, codes, codebooks, scales, None))
+    weight = codes, codebooks.requires_grad_(), scales.requires_grad_()
+    torch.library.opcheck(torch.ops.aqlm_c.matmul.default, (x, *weight, bias))
+    torch.library.opcheck(torch.ops.aqlm_c.decode_rows.default, weight)
+
+
+@pytest.mark.parametrize("shape", [SMALL, SHAPES[3]], ids=["2x3g4-og2", "3x12g4"])
+def test_gradients_are_those_of_the_dense_weight(shape):
+    codes, *weight = random_weight(shape)
+    x, bias = torch.randn(2, 5, shape[1]), torch.randn(shape[0])
+    leaves = [t.clone().requires_grad_() for t in (x, *weight, bias)]
+    exact = [t.double().requires_grad_() for t in (x, *weight, bias)]
+    upstream = torch.randn(2, 5, shape[0])
+    ops.matmul(leaves[0], codes, *leaves[1:]).backward(upstream)
+    nn.functional.linear(exact[0], dense(codes, *exact[1:3]), exact[3]).backward(upstream.double())
+    for ours, truth in zip(leaves, exact, strict=True):
+        assert ours.grad.shape == truth.grad.shape
+        assert max_error(ours.grad, truth.grad) <= 1e-5 * truth.grad.abs().max()
+
+
+def make_layer(shape=SMALL, dtype=torch.float32, bias=True):
+    codes, codebooks, scales = random_weight(shape)
+    grid = [t.to(dtype).float().numpy() for t in (codebooks, scales)]
+    qw = SimpleNamespace(codes=codes.numpy(), codebooks=grid[0], scales=grid[1])
+    b = torch.linspace(-1, 1, shape[0]).to(dtype) if bias else None
+    return QuantizedLinear.from_quantized_weight(qw, b, dtype)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_agrees_with_its_dense_self(dtype, bias):
+    layer = make_layer(dtype=dtype, bias=bias)
+    x = torch.randn(4, SMALL[1]).to(dtype)
+    linear = layer.dequantize()
+    assert linear.weight.dtype == dtype and (linear.bias is not None) == bias
+    truth = layer.dequantize(torch.float64)(x.double())
+    assert max_error(layer(x), truth) <= error_budget(linear(x), truth)
+
+
+def test_layer_survives_state_dict_copy_and_dtype_moves():
+    layer = make_layer()
+    x = torch.randn(4, SMALL[1])
+    y = layer(x)
+    kinds = {name: (t.dtype, tuple(t.shape)) for name, t in layer.state_dict().items()}
+    assert kinds == {
+        "codes": (torch.int8, (6, 4, 2)),
+        "codebooks": (torch.float32, (2, 8, 2, 4)),
+        "scales": (torch.float32, (6, 1, 1, 1)),
+        "bias": (torch.float32, (12,)),
+    }
+    fresh = QuantizedLinear(16, 12, True, 4, 2, 2, 3)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x), y) and torch.equal(copy.deepcopy(layer)(x), y)
+    half = copy.deepcopy(layer).half()
+    assert half.codes.dtype == torch.int8 and half(x.half()).dtype == torch.float16
+    assert "16, out_features=12, bias=True, scheme=2x3g4, out_group_size=2" in repr(layer)
+
+
+def test_layer_output_may_be_modified_in_place():
+    layer, x = make_layer(), torch.randn(4, SMALL[1], requires_grad=True)
+    layer(x).add_(1).sum().backward()
+    assert max_error(x.grad, layer.dequantize().weight.sum(0).expand(4, -1)) < 1e-5
+
+
+def test_layer_trains_codebooks_and_scales_but_not_codes():
+    layer = make_layer()
+    layer(torch.randn(4, SMALL[1])).square().sum().backward()
+    assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"codebooks", "scales", "bias"}
+
+
+def test_layer_compiles_whole():
+    """fullgraph; a new number of rows does not recompile once it is known to change."""
+    layer = make_layer()
+    model = nn.Sequential(layer, nn.ReLU(), make_layer((8, 12, 1, 8, 1, 4)))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (2, 3, 7):
+            x, y = (torch.randn(rows, SMALL[1]).requires_grad_() for _ in range(2))
+            y.data.copy_(x)
+            compiled(x).sum().backward()
+            model(y).sum().backward()
+            assert torch.equal(x.grad, y.grad)
+
+
+def test_layer_refuses_codes_outside_the_codebook():
+    layer = make_layer()
+    state = layer.state_dict()
+    state["codes"] = torch.full_like(state["codes"], 4)
+    fresh = nn.ModuleDict({"proj": QuantizedLinear(16, 12, True, 4, 2, 2, 3)})
+    with pytest.raises(ValueError, match=r"proj\.codes: got codes from 4 to 4, expected -4 to 3 for 3 bits"):
+        fresh.load_state_dict({f"proj.{name}": t for name, t in state.items()})
+    with pytest.raises(RuntimeError, match=r"size mismatch for proj\.codes"):
+        fresh.load_state_dict({f"proj.{name}": t[:1] for name, t in layer.state_dict().items()})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(in_group_size=5), "in_group_size: got 5, expected 4, 8, 16 or 32"),
+        (dict(in_features=18), "in_features: got 18, expected a multiple of 4"),
+        (dict(out_group_size=5), "out_features: got 12, expected a multiple of 5"),
+        (dict(out_group_size=0), "out_group_size: got 0, expected at least 1"),
+        (dict(num_codebooks=9), "num_codebooks: got 9, expected 1 to 8"),
+        (dict(nbits_per_codebook=17), "nbits_per_codebook: got 17, expected 1 to 16"),
+    ],
+)
+def test_layer_names_the_wrong_size(change, message):
+    sizes = dict(
+        in_features=16, out_features=12, bias=False, in_group_size=4, out_group_size=2, num_codebooks=2,
+        nbits_per_codebook=3,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        QuantizedLinear(**(sizes | change))
+
+
+def test_missing_door_gives_the_cure():
+    code = "import sys; sys.modules['aqlm_c._torch'] = None; import aqlm_c.ops"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "ImportError: aqlm_c.ops needs aqlm_c._torch" in run.stderr and "--no-build-isolation" in run.stderr
