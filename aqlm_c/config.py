@@ -54,11 +54,11 @@ class AqlmConfig:
 
     # The solver.
     beam_size: int = 0  # 0: the exact search over pairs where K >= 2 and B <= 8, else a beam of 1
-    relative_mse_tolerance: float = 0.01  # stop when a sweep lowers the error by less than this share of it
-    init_max_iter: int = 100  # at most this many k-means rounds per codebook
-    ldl_passes: int = 4  # passes of sequential error feedback, each followed by an update of the codebooks
-    max_sweeps: int = 4  # at most this many coordinate sweeps after them
-    cg_steps: int = 10  # conjugate-gradient steps per update of the codebooks
+    relative_mse_tolerance: float = 0.005  # stop when a sweep lowers the error by less than this share of it
+    init_max_iter: int = 20  # at most this many k-means rounds per codebook
+    ldl_passes: int = 6  # passes of sequential error feedback, each followed by an update of the codebooks
+    max_sweeps: int = 8  # at most this many coordinate sweeps after them
+    cg_steps: int = 3  # conjugate-gradient steps per update of the codebooks
     relative_damp: float = 1e-3  # added to H's diagonal before it is factored, in units of its mean
     seed: int = 0
 

@@ -6,9 +6,13 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,7 +58,7 @@ def load_model(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any, 
         return _load_directory(name, path, dtype)
     if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
         raise ValueError(f"model={name!r}: no such model directory; {_EXPECTED}")
-    model, tokenizer = _from_pretrained(name, name, dtype)
+    model, tokenizer = _from_pretrained(name, name, dtype, local_files_only=not _hub_reachable())
     return model, tokenizer, ModelSource(name, "hub", name, quantized=_is_quantized(model))
 
 
@@ -123,15 +127,31 @@ def _smollm2_file() -> Path:
     return files[0]
 
 
-def _from_pretrained(name: str, where: str | Path, dtype: str | torch.dtype, **options: Any) -> tuple[Any, Any]:
-    gguf = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
+def _hub_reachable() -> bool:
+    """Whether the hub's name resolves: where it does not, each file would be tried again for most of a minute."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **gguf)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
-    except (OSError, SafetensorError, ImportError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname
+        return bool(urllib.request.getproxies() or socket.getaddrinfo(host, 443))
+    except OSError:
+        return False
+
+
+def _from_pretrained(
+    name: str, where: str | Path, dtype: str | torch.dtype, local_files_only: bool = True, **options: Any
+) -> tuple[Any, Any]:
+    options["local_files_only"] = local_files_only
+    for_both = {key: value for key, value in options.items() if key in ("local_files_only", "gguf_file")}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **for_both)
+        model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
+    except (OSError, SafetensorError, ImportError, ValueError, KeyError, TypeError, RuntimeError) as error:
         log.debug("loading %s failed", name, exc_info=True)
+        reason = " ".join(str(error).split())
         raise ValueError(f"model={name!r}: cannot be loaded ({reason[:300]}); {_EXPECTED}") from None
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random values
+        raise ValueError(f"model={name!r}: {len(missing)} tensors are missing from its files, such as {missing[0]}")
+    if unexpected := sorted(info["unexpected_keys"]):
+        log.warning("%s: %d tensors of its files are not used, such as %s", name, len(unexpected), unexpected[0])
     return model.eval(), tokenizer
 
 

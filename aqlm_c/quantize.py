@@ -48,12 +48,11 @@ def quantize_linear(
     own if not given, and float16 for a float32 layer. Returns the layer, which takes over the bias, and the
     weight with its error. Raises ValueError for a format that does not fit the layer and for NaN or Inf.
     """
-    config.check_layer("linear", linear.out_features, linear.in_features)
     dtype = dtype or disk_dtype(linear.weight.dtype)
     if not isinstance(hessian, Hessian):
-        hessian = Hessian(np.ascontiguousarray(torch.as_tensor(hessian).detach().cpu().numpy(), dtype=np.float32))
-    weight = np.ascontiguousarray(linear.weight.detach().to("cpu", torch.float32).numpy())
-    quantized = quantize_weight(weight, hessian.H, config, dtype=str(dtype).removeprefix("torch."), hessian=hessian)
+        hessian = Hessian(torch.as_tensor(hessian).detach().to("cpu", torch.float32).numpy())
+    dtype_name = str(dtype).removeprefix("torch.")
+    quantized = quantize_weight(linear.weight, hessian.H, config, dtype=dtype_name, hessian=hessian)
     return QuantizedLinear.from_quantized_weight(quantized, linear.bias, dtype), quantized
 
 
@@ -104,7 +103,10 @@ def quantize_model(
             for name, linear in linears.items():
                 with phases("quantize"):
                     started = time.perf_counter()
-                    replacements[name], quantized = quantize_linear(linear, hessians[name], config)
+                    try:
+                        replacements[name], quantized = quantize_linear(linear, hessians[name], config)
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from error
                     seconds = time.perf_counter() - started
                 with phases("reference"):
                     reports.append(_layer_report(name, linear, hessians[name], config, quantized, seconds))

@@ -14,6 +14,12 @@ from .config import AqlmConfig
 
 _GRIDS = ("float16", "bfloat16", "float32")
 
+# Codes hold the codebooks back: given the codes, a codebook is optimal, and given the codebooks, so are the
+# codes, long before the two are. The next search therefore sees codebooks moved beyond the fitted ones by this
+# much of the fit's own change (over-relaxation; measured on SmolLM2's layers, benchmarks/quantize_layer.py).
+_LDL_BEYOND = 3.0
+_SWEEP_BEYOND = 1.0
+
 
 class Hessian:
     """H = X^T X / n_tokens of a layer's inputs, and what is derived from it once for all layers that share it.
@@ -107,25 +113,30 @@ class _Solver:
     def solve(self, dtype: str) -> QuantizedWeight:
         config, W, H = self.config, self.W, self.hessian.H
         beam = config.search_beam_size
-        self._start()
+        factor = self._timed("factor", self.hessian.factor, config.in_group_size, config.relative_damp)
+        self._start(factor)
+        ahead = self.codebooks
         for _ in range(config.ldl_passes):
-            factor = self._timed("factor", self.hessian.factor, config.in_group_size, config.relative_damp)
-            self.codes = self._timed("search", _core.search_ldl, W, *factor, self.codebooks, self.scales, beam)
-            self._update("ldl")
+            self.codes = self._timed("search", _core.search_ldl, W, *factor, ahead, self.scales, beam)
+            ahead = self._update("ldl", ahead, _LDL_BEYOND)
+        ahead = self.codebooks
         for sweep in range(config.max_sweeps):
             before = self.history[-1][1]
-            self.codes = self._timed(
-                "search", _core.search_sweep, self.codes, W, H, self.codebooks, self.scales, beam, config.seed + sweep
-            )
-            self._update("sweep")
+            seed = config.seed + sweep
+            self.codes = self._timed("search", _core.search_sweep, self.codes, W, H, ahead, self.scales, beam, seed)
+            ahead = self._update("sweep", ahead, _SWEEP_BEYOND)
             if before - self.history[-1][1] < config.relative_mse_tolerance * before:
                 break
         return self._rounded(dtype)
 
-    def _start(self) -> None:
+    def _start(self, factor: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
         config, W = self.config, self.W
         norms = np.sqrt(np.square(W, dtype=np.float64).mean(axis=1))
         self.scales = np.where(norms > 0, norms, 1.0).astype(np.float32)
+        # What an error in each input costs once later groups have made up for what they can of it.
+        order, _, metric = factor
+        column_weight = np.empty((len(order), config.in_group_size), np.float32)
+        column_weight[order] = metric.diagonal(axis1=1, axis2=2)
         self.codes, self.codebooks = self._timed(
             "kmeans",
             _core.residual_kmeans,
@@ -137,17 +148,18 @@ class _Solver:
             config.init_max_iter,
             1e-3,
             config.seed,
+            column_weight.ravel(),
         )
         self.best: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         self._record("kmeans")
 
-    def _update(self, step: str) -> None:
+    def _update(self, step: str, codebooks: np.ndarray, beyond: float) -> np.ndarray:
+        """Fit codebooks, from `codebooks`, and scales to the codes; returns the codebooks for the next search."""
         W, H, steps = self.W, self.hessian.H, self.config.cg_steps
-        self.codebooks = self._timed(
-            "codebooks", _core.update_codebooks, self.codebooks, W, H, self.codes, self.scales, steps
-        )
+        self.codebooks = self._timed("codebooks", _core.update_codebooks, codebooks, W, H, self.codes, self.scales, steps)
         self.scales = self._timed("scales", _core.update_scales, self.scales, W, H, self.codes, self.codebooks)
         self._record(step)
+        return (self.codebooks + np.float32(beyond) * (self.codebooks - codebooks)).astype(np.float32)
 
     def _record(self, step: str) -> None:
         error = self._error()

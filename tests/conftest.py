@@ -31,6 +31,27 @@ def isa(request):
         door.set_isa(name)
 
 
+@pytest.fixture
+def each_way():
+    """Calls a function for every instruction set and 1, 2 and 3 threads; True if all results are the same bits."""
+
+    def run(function):
+        isa, threads, results = _core.get_isa(), _core.get_num_threads(), []
+        try:
+            for name in _core.available_isas():
+                _core.set_isa(name)
+                for n in (1, 2, 3):
+                    _core.set_num_threads(n)
+                    result = function()
+                    results.append([x.tobytes() for x in (result if isinstance(result, tuple) else (result,))])
+        finally:
+            _core.set_isa(isa)
+            _core.set_num_threads(threads)
+        return all(result == results[0] for result in results)
+
+    return run
+
+
 @pytest.fixture(params=["float32", "float16", "bfloat16"])
 def dtype(request):
     """Runs the test once per torch dtype that a model may have."""

@@ -302,6 +302,17 @@ def test_no_such_hub_model_without_network():
     assert "\n" not in str(error.value)
 
 
+def test_the_hub_is_left_alone_where_its_name_does_not_resolve(monkeypatch):
+    def unresolved(host, port):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(models.socket, "getaddrinfo", unresolved)
+    monkeypatch.setattr(models.urllib.request, "getproxies", dict)
+    assert not models._hub_reachable()
+    monkeypatch.setattr(models.urllib.request, "getproxies", lambda: {"https": "proxy:1"})
+    assert models._hub_reachable()
+
+
 def test_a_directory_that_is_no_model(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_model(str(tmp_path))
@@ -312,6 +323,19 @@ def test_a_directory_that_is_no_model(tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded") as error:
         load_model(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_dense_model_that_lacks_a_tensor(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    _, tokenizer, source = load_model(str(tmp_path))
+    assert len(tokenizer) == 96 and not source.quantized and source.embedding_bytes == 96 * 32 * 4
+    edit(tmp_path, lambda tensors: tensors.pop(f"{UP}.weight"))
+    with pytest.raises(ValueError, match=rf"1 tensors are missing from its files, such as {UP}.weight"):
+        load_model(str(tmp_path))
+    edit(tmp_path, lambda tensors: tensors.update({f"{UP}.weight": torch.zeros(3, 3)}))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(str(tmp_path))
 
 
 def test_a_file_that_is_not_gguf(tmp_path):

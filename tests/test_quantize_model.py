@@ -308,6 +308,13 @@ def test_wrong_input_leaves_the_model_alone(model, options, message):
     assert all(torch.equal(before[name], after[name]) or not before[name].isfinite().all() for name in before)
 
 
+def test_a_layer_the_solver_refuses_is_named():
+    model = tiny_llama()
+    torch.nn.init.zeros_(model.model.layers[1].mlp.up_proj.weight)
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj: H: "):
+        quantized(model)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_activations_that_are_not_finite_name_the_layer(value):
     with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj: NaN or Inf in the layer's input"):

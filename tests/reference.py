@@ -1,0 +1,260 @@
+"""The C core in NumPy, float64 and plain loops: the readable specification each C step is tested against.
+
+Letters as in csrc/aqlm.h: weight W [out, in], g = in_group_size, J = in / g groups, K codebooks of E entries;
+working codes [out, J, K], codebooks [K, E, g] (out_group_size 1), scales [out].
+"""
+
+import itertools
+import math
+
+import numpy as np
+
+MASK = 2**64 - 1
+
+
+class Rng:
+    """xoshiro256** seeded by splitmix64."""
+
+    def __init__(self, seed):
+        self.s = []
+        for _ in range(4):
+            seed = (seed + 0x9E3779B97F4A7C15) & MASK
+            z = seed
+            z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+            z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+            self.s.append(z ^ (z >> 31))
+
+    def next(self):
+        def rotate(x, k):
+            return ((x << k) | (x >> (64 - k))) & MASK
+
+        s = self.s
+        result, t = (rotate((s[1] * 5) & MASK, 7) * 9) & MASK, (s[1] << 17) & MASK
+        s[2] ^= s[0]
+        s[3] ^= s[1]
+        s[1] ^= s[2]
+        s[0] ^= s[3]
+        s[2] ^= t
+        s[3] = rotate(s[3], 45)
+        return result
+
+    def below(self, n):
+        while True:
+            x = self.next()
+            if x >= 2**64 % n:
+                return x % n
+
+
+# ---- the stored weight
+
+
+def unpack_codes(stored, nbits):
+    return stored.astype(np.int64) & (2**nbits - 1)
+
+
+def decode_stored(codes, codebooks, scales):
+    """W [out, in] of codes [O, J, K] as on disk, codebooks [K, E, og, g], scales [O]."""
+    K, E, og, g = codebooks.shape
+    codes = unpack_codes(codes, int(math.log2(E)))
+    groups = sum(codebooks[k].astype(np.float64)[codes[:, :, k]] for k in range(K))  # [O, J, og, g]
+    groups = groups * scales.reshape(-1, 1, 1, 1).astype(np.float64)
+    return groups.transpose(0, 2, 1, 3).reshape(codes.shape[0] * og, codes.shape[1] * g)
+
+
+def decode(codes, codebooks, scales):
+    return decode_stored(codes, codebooks[:, :, None, :], scales)
+
+
+# ---- H
+
+
+def error(W, H, Wq=0.0):
+    D = np.asarray(W, np.float64) - Wq
+    return float(np.einsum("oi,ij,oj->", D, H.astype(np.float64), D))
+
+
+def factor_hessian(H, g, relative_damp):
+    """Order of the groups, R (upper, in that order) with P H P^T + damp = R R^T, metric_j = R_jj R_jj^T."""
+    J = len(H) // g
+    traces = [np.trace(H[j * g : (j + 1) * g, j * g : (j + 1) * g], dtype=np.float64) for j in range(J)]
+    order = sorted(range(J), key=lambda j: (-traces[j], j))
+    index = np.concatenate([np.arange(j * g, (j + 1) * g) for j in order])
+    A = H.astype(np.float64)[np.ix_(index, index)] + relative_damp * sum(traces) / len(H) * np.eye(len(H))
+    R = np.linalg.cholesky(A[::-1, ::-1])[::-1, ::-1]
+    blocks = [R[j * g : (j + 1) * g, j * g : (j + 1) * g] for j in range(J)]
+    feedback = np.concatenate(
+        [R[:, j * g : (j + 1) * g] @ np.linalg.inv(block) for j, block in enumerate(blocks)], axis=1
+    )
+    for j in range(J):
+        feedback[j * g :, j * g : (j + 1) * g] = 0.0
+    return np.array(order), feedback, np.array([block @ block.T for block in blocks])
+
+
+def gaussian_reference(eigenvalues, rate):
+    low, high = 0.0, float(eigenvalues.max())
+    for _ in range(200):
+        theta = (low + high) / 2
+        bits = 0.5 * np.log2(np.maximum(eigenvalues / theta, 1.0)).mean()
+        low, high = (theta, high) if bits > rate else (low, theta)
+    return float(np.minimum(theta, eigenvalues).sum() / eigenvalues.sum())
+
+
+# ---- k-means
+
+
+def residual_kmeans(W, scales, K, B, g, init_max_iter, tolerance, seed, column_weight=None):
+    out, J, E = len(W), W.shape[1] // g, 2**B
+    weight = np.ones(W.shape[1]) if column_weight is None else column_weight.astype(np.float64)
+    weight = weight.reshape(1, J, g) * (scales.astype(np.float64) ** 2).reshape(-1, 1, 1)
+    residual = (W / scales[:, None]).astype(np.float64).reshape(out, J, g)
+    codes, codebooks, rng = np.zeros((out, J, K), np.int64), np.zeros((K, E, g)), Rng(seed)
+    for k in range(K):
+        points = residual.reshape(-1, g)
+        order = list(range(len(points)))
+        for e in range(min(E, len(points))):
+            pick = e + rng.below(len(points) - e)
+            order[e], order[pick] = order[pick], order[e]
+        entries = points[[order[e % len(points)] for e in range(E)]].copy()
+
+        def assign(entries, residual=residual):
+            distance = (weight[:, :, None] * (residual[:, :, None] - entries) ** 2).sum(-1)
+            return distance.argmin(-1), distance.min(-1)
+
+        nearest, distance = assign(entries)
+        for _ in range(init_max_iter):
+            before, worst = distance.sum(), iter(np.argsort(-distance.T.ravel(), kind="stable"))
+            for e in range(E):
+                members = nearest == e
+                if members.any():
+                    mass = weight[members].sum(0)
+                    mean = (weight[members] * residual[members]).sum(0) / np.where(mass > 0, mass, 1)
+                    entries[e] = np.where(mass > 0, mean, entries[e])
+                else:
+                    point = next(worst)  # counted group by group: j * out + o
+                    entries[e] = residual[point % out, point // out]
+            nearest, distance = assign(entries)
+            if not before - distance.sum() > tolerance * before:
+                break
+        codes[:, :, k], codebooks[k] = nearest, entries
+        residual = residual - entries[nearest]
+    return codes, codebooks
+
+
+# ---- code search: the best codes of one group, cost q S q - 2 target q
+
+
+def pairs_of(K):
+    return [(0, 1)] if K == 2 else [(k, (k + 1) % K) for k in range(K)]
+
+
+def best_pair(codes, i, j, codebooks, S, target):
+    """The exact minimum over codebooks i and j with the others held."""
+    rest = sum((codebooks[k, codes[k]] for k in range(len(codes)) if k not in (i, j)), np.zeros(len(target)))
+    q = rest + codebooks[i][:, None] + codebooks[j][None]  # [E, E, g]
+    cost = np.einsum("abd,de,abe->ab", q, S, q) - 2 * q @ target
+    a, b = np.unravel_index(cost.argmin(), cost.shape)
+    codes[i], codes[j] = a, b
+
+
+def search_pairs(codes, codebooks, S, target, from_scratch):
+    K = len(codebooks)
+    if from_scratch:
+        known = np.zeros_like(codebooks[:, :1])  # codebooks not reached yet count as zero
+        for k in range(0, K, 2):
+            seen = np.concatenate([codebooks[: k + 2], np.repeat(known, codebooks.shape[1], 1)[k + 2 :]])
+            if k + 1 < K:
+                best_pair(codes, k, k + 1, seen, S, target)
+            else:
+                rest = sum(codebooks[c, codes[c]] for c in range(k)) + codebooks[k]
+                codes[k] = (np.einsum("ad,de,ae->a", rest, S, rest) - 2 * rest @ target).argmin()
+        if K == 2:
+            return
+    for i, j in pairs_of(K):
+        best_pair(codes, i, j, codebooks, S, target)
+
+
+def search_beam(codes, codebooks, S, target, from_scratch, beam_size):
+    K, E, _ = codebooks.shape
+
+    def cost(chosen):
+        q = sum((codebooks[k, c] for k, c in enumerate(chosen) if c is not None), np.zeros(len(target)))
+        return q @ S @ q - 2 * target @ q
+
+    def expand(beam, k):
+        beam = list(dict.fromkeys((*b[:k], None, *b[k + 1 :]) for b in beam))
+        options = ((*b[:k], e, *b[k + 1 :]) for b in beam for e in range(E))
+        return sorted(options, key=cost)[:beam_size]
+
+    beam = [(None,) * K if from_scratch else tuple(codes)]
+    for k in range(K if from_scratch else 0):
+        beam = expand(beam, k)
+    if not from_scratch or K > 1:
+        for k in range(K):
+            beam = expand(beam, k)
+    if from_scratch or cost(beam[0]) < cost(tuple(codes)):
+        codes[:] = beam[0]
+
+
+def _search(codes, codebooks, S, target, from_scratch, beam_size):
+    if beam_size:
+        search_beam(codes, codebooks, S, target, from_scratch, beam_size)
+    else:
+        search_pairs(codes, codebooks, S, target, from_scratch)
+
+
+def search_sweep(codes, W, H, codebooks, scales, beam_size, seed):
+    """Each group in a random order, at its best given all others."""
+    g, J, codes, H = codebooks.shape[2], codes.shape[1], codes.astype(np.int64), H.astype(np.float64)
+    order, rng = list(range(J)), Rng(seed)
+    for i in range(J - 1, 0, -1):
+        pick = rng.below(i + 1)
+        order[i], order[pick] = order[pick], order[i]
+    for o, j in itertools.product(range(len(W)), order):
+        here = slice(j * g, (j + 1) * g)
+        D = W[o] - decode(codes[o : o + 1], codebooks, scales[o : o + 1])[0]
+        D[here] = W[o, here]  # this group taken out
+        _search(codes[o, j], codebooks, H[here, here], D @ H[:, here] / scales[o], False, beam_size)
+    return codes
+
+
+def search_ldl(W, order, feedback, metric, codebooks, scales, beam_size):
+    """Groups in order; each aims at its weights plus what the errors already made ask of it."""
+    K, _, g = codebooks.shape
+    codes = np.zeros((len(W), len(order), K), np.int64)
+    for o in range(len(W)):
+        D = np.zeros(W.shape[1])  # in order
+        for i, j in enumerate(order):
+            here = slice(i * g, (i + 1) * g)
+            w = W[o, j * g : (j + 1) * g].astype(np.float64)
+            target = (w + D @ feedback[:, here]) @ metric[i] / scales[o]
+            _search(codes[o, j], codebooks, metric[i], target, True, beam_size)
+            D[here] = w - scales[o] * sum(codebooks[k, codes[o, j, k]] for k in range(K))
+    return codes
+
+
+# ---- updates
+
+
+def design(codes, E):
+    """The 0/1 matrix [J, K * E] of each output: its unscaled row is design @ entries, group by group."""
+    out, J, K = codes.shape
+    X = np.zeros((out, J, K * E))
+    for k in range(K):
+        np.put_along_axis(X, (codes[:, :, k] + k * E)[:, :, None], 1.0, 2)
+    return X
+
+
+def update_codebooks(W, H, codes, scales, K, E, g):
+    """The least-squares codebooks and the error they reach, by the dense normal equations."""
+    X, J = design(codes, E) * scales[:, None, None], codes.shape[1]
+    blocks = H.astype(np.float64).reshape(J, g, J, g)
+    A = np.einsum("ojp,jcid,oiq->pcqd", X, blocks, X, optimize=True).reshape(K * E * g, K * E * g)
+    b = np.einsum("ojp,ojd->pd", X, (W.astype(np.float64) @ H).reshape(len(W), J, g)).ravel()
+    entries = np.linalg.lstsq(A, b, rcond=1e-12)[0]
+    return entries.reshape(K, E, g), error(W, H) - float(b @ entries)
+
+
+def update_scales(W, H, codes, codebooks, scales):
+    Q = decode(codes, codebooks, np.ones(len(W)))
+    top, bottom = (np.einsum("oi,ij,oj->o", A, H.astype(np.float64), Q) for A in (W.astype(np.float64), Q))
+    return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1), scales)

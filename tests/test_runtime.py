@@ -1,0 +1,75 @@
+"""Threads, instruction sets and Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import layers
+import numpy as np
+import pytest
+
+from aqlm_c import _core
+
+
+def test_isas():
+    names = _core.available_isas()
+    assert names[0] == "scalar" and len(set(names)) == len(names)
+    with pytest.raises(ValueError, match="name: got 'sse9', expected one of"):
+        _core.set_isa("sse9")
+
+
+def test_the_environment_variable_picks_the_isa():
+    def run(isa):
+        code = "from aqlm_c import _core; print(_core.get_isa())"
+        return subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "AQLM_C_ISA": isa}, capture_output=True, text=True
+        )
+
+    for isa in _core.available_isas():
+        assert run(isa).stdout.strip() == isa
+    assert "AQLM_C_ISA: got 'mmx', expected one of" in run("mmx").stderr
+
+
+def test_the_number_of_threads():
+    before = _core.get_num_threads()
+    _core.set_num_threads(3)
+    assert _core.get_num_threads() == 3
+    _core.set_num_threads(before)
+    for bad in (0, -1, 5000):
+        with pytest.raises(ValueError, match=f"n: got {bad} threads, expected 1..1024"):
+            _core.set_num_threads(bad)
+
+
+def test_ctrl_c_stops_long_work_within_two_seconds():
+    W, H = layers.random_layer(512, 512)
+    scales = np.ones(512, np.float32)
+    started = time.monotonic()
+    threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
+    with pytest.raises(KeyboardInterrupt):
+        _core.residual_kmeans(W, scales, 8, 12, 8, 10_000, 0.0)
+    assert time.monotonic() - started < 2.3
+    codes, codebooks = _core.residual_kmeans(W, scales, 1, 4, 8)  # and the next call is not disturbed
+    assert _core.quantization_error(W, H, codes, codebooks, scales) > 0
+
+
+def test_other_python_threads_run_meanwhile():
+    W, _ = layers.random_layer(256, 256)
+    ticks, done = [], threading.Event()
+
+    def tick():
+        while not done.is_set():
+            ticks.append(time.monotonic())
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    started = time.monotonic()
+    _core.residual_kmeans(W, np.ones(256, np.float32), 4, 10, 8, 60, 0.0)
+    ended = time.monotonic()
+    done.set()
+    thread.join()
+    inside = [t for t in ticks if started < t < ended]
+    assert ended - started > 0.1 and len(inside) > 5
