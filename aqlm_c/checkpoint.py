@@ -169,6 +169,8 @@ def save_quantized(
             tokenizer.save_pretrained(new)
         for name, text in (extra_files or {}).items():
             (new / name).write_text(text, encoding="utf-8")
+        for file in new.iterdir():  # safetensors makes its files private
+            file.chmod((new / "config.json").stat().st_mode)
         if out.exists():
             os.rename(out, old)
         os.rename(new, out)

@@ -16,6 +16,8 @@ from typing import Annotated, Any
 from . import __version__
 from .report import LayerReport, QuantizationReport, db_text, write_json
 
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when torch imports tqdm: progress is shown by `Display` alone
+
 try:
     import typer
     from rich.console import Console
@@ -341,10 +343,9 @@ def save_and_measure(
 
 
 def prepare(threads: int | None) -> None:
-    """Set the threads of torch and of the C core, and leave showing progress to `Display` alone."""
+    """Set the threads of torch and of the C core, and keep transformers to errors."""
     if threads is not None:
         _at_least("--threads", threads, 1)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers imports tqdm
 
     import torch
     from transformers.utils import logging

@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .cli import Display, prepare, save_and_measure, show
 from .config import AqlmConfig
 from .data import BUNDLED, load_sequences, provenance, token_stream
@@ -29,8 +27,7 @@ LIMIT = 6.0  # times the original's perplexity
 def sentence(model: Any, tokenizer: Any) -> str:
     """The greedy continuation of PROMPT by 24 tokens, on one line."""
     inputs = tokenizer(PROMPT, return_tensors="pt")
-    with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    output = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return " ".join(tokenizer.decode(output[0], skip_special_tokens=True).split())
 
 
@@ -45,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=16, help="test windows, from the end of the bundled text")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args(argv)
+
+    import torch  # after .cli, which silences the bars of others
 
     prepare(options.threads)
     started = time.perf_counter()

@@ -86,42 +86,27 @@ def quantize_model(
     targets = [_select(f"{prefix}.{index}", block, layers) for index, block in enumerate(blocks)]
     _check_targets(targets, config, layers)
 
+    n_blocks = 1 + max(index for index, linears in enumerate(targets) if linears)  # nothing to do in later ones
+
     reports: list[LayerReport] = []
     model.eval()
-    progress.on_start(len(blocks), sum(map(len, targets)))
+    progress.on_start(n_blocks, sum(map(len, targets)))
     with phases("calibrate"):
         stream = calibration.start_stream(model, blocks, sequences, batch_size)
-    for index, (block, linears) in enumerate(zip(blocks, targets, strict=True)):
+    for index, block in enumerate(blocks[:n_blocks]):
         progress.on_block(index, f"{prefix}.{index}")
-        replacements: dict[str, QuantizedLinear] = {}
-        if linears:
-            with phases("calibrate"):
-                sums = calibration.HessianSums(linears)
-                sums.gather(stream, index, block)
-                hessians = sums.hessians()
-            phases.move("calibrate", "hessian", sums.seconds)
-            for name, linear in linears.items():
-                with phases("quantize"):
-                    started = time.perf_counter()
-                    try:
-                        replacements[name], quantized = quantize_linear(linear, hessians[name], config)
-                    except ValueError as error:
-                        raise ValueError(f"{name}: {error}") from error
-                    seconds = time.perf_counter() - started
-                with phases("reference"):
-                    reports.append(_layer_report(name, linear, hessians[name], config, quantized, seconds))
-                progress.on_layer(reports[-1])
-            del sums, hessians
-        last = index == len(blocks) - 1
+        linears, targets[index] = targets[index], {}  # so that the dense weights go with the block
+        quantized = _quantize_block(index, block, linears, stream, config, phases, reports)
         with phases("propagate"):
-            if calibration.PROPAGATE_DENSE and not last:
-                _decode_into(linears, replacements)
+            dense = calibration.PROPAGATE_DENSE
+            if dense:
+                _decode_into(linears, quantized)
+            else:
+                _replace(model, quantized)
+            if index + 1 < n_blocks:
                 stream.advance(index, block)
-            for name, quantized_linear in replacements.items():
-                model.set_submodule(name, quantized_linear)
-            if not calibration.PROPAGATE_DENSE and not last:
-                stream.advance(index, block)
-        targets[index] = {}  # lets go of the dense weights
+            if dense:
+                _replace(model, quantized)
 
     from .hf.quantizer import attach
 
@@ -141,6 +126,38 @@ def quantize_model(
     return report
 
 
+def _quantize_block(
+    index: int,
+    block: torch.nn.Module,
+    linears: dict[str, torch.nn.Linear],
+    stream: calibration.Stream,
+    config: AqlmConfig,
+    phases: _Phases,
+    reports: list[LayerReport],
+) -> dict[str, QuantizedLinear]:
+    """Quantize `linears` of `block` for the inputs that `stream` gives them; adds to `reports`."""
+    if not linears:
+        return {}
+    with phases("calibrate"):
+        sums = calibration.HessianSums(linears)
+        sums.gather(stream, index, block)
+        hessians = sums.hessians()
+    phases.move("calibrate", "hessian", sums.seconds)
+    layers = {}
+    for name, linear in linears.items():
+        with phases("quantize"):
+            started = time.perf_counter()
+            try:
+                layers[name], solved = quantize_linear(linear, hessians[name], config)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            seconds = time.perf_counter() - started
+        with phases("reference"):
+            reports.append(_layer_report(name, linear, hessians[name], config, solved, seconds))
+        phases.progress.on_layer(reports[-1])
+    return layers
+
+
 def disk_dtype(dtype: torch.dtype) -> torch.dtype:
     """The 16-bit float in which codebooks and scales of a layer of `dtype` are stored."""
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
@@ -153,14 +170,14 @@ class _Phases:
         self.seconds: dict[str, float] = dict.fromkeys(
             ("calibrate", "hessian", "quantize", "reference", "propagate"), 0.0
         )
-        self._progress = progress
+        self.progress = progress
         self._shown = ""
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         if name not in (self._shown, "reference"):
             self._shown = name
-            self._progress.on_phase(name)
+            self.progress.on_phase(name)
         started = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - started
@@ -234,6 +251,11 @@ def _layer_report(
         bits_per_weight=bits,
         seconds=seconds,
     )
+
+
+def _replace(model: torch.nn.Module, layers: dict[str, QuantizedLinear]) -> None:
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
 
 
 @torch.no_grad()

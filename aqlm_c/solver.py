@@ -108,7 +108,9 @@ class _Solver:
         self.history: list[tuple[str, float]] = []
         self.signal = self._timed("error", _core.quantization_error, W, hessian.H)
         if not self.signal > 0:
-            raise ValueError("H: under it this weight has no output (tr(W H W^T) is 0); expected some calibration signal")
+            raise ValueError(
+                "H: under it this weight has no output (tr(W H W^T) is 0); expected some calibration signal"
+            )
 
     def solve(self, dtype: str) -> QuantizedWeight:
         config, W, H = self.config, self.W, self.hessian.H
@@ -156,7 +158,9 @@ class _Solver:
     def _update(self, step: str, codebooks: np.ndarray, beyond: float) -> np.ndarray:
         """Fit codebooks, from `codebooks`, and scales to the codes; returns the codebooks for the next search."""
         W, H, steps = self.W, self.hessian.H, self.config.cg_steps
-        self.codebooks = self._timed("codebooks", _core.update_codebooks, codebooks, W, H, self.codes, self.scales, steps)
+        self.codebooks = self._timed(
+            "codebooks", _core.update_codebooks, codebooks, W, H, self.codes, self.scales, steps
+        )
         self.scales = self._timed("scales", _core.update_scales, self.scales, W, H, self.codes, self.codebooks)
         self._record(step)
         return (self.codebooks + np.float32(beyond) * (self.codebooks - codebooks)).astype(np.float32)

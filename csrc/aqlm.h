@@ -34,10 +34,10 @@ typedef enum aqlm_dtype { AQLM_F32 = 0, AQLM_F16 = 1, AQLM_BF16 = 2 } aqlm_dtype
 
 typedef struct aqlm_shape {
     int64_t out_features, in_features;
-    int64_t num_codebooks;        /* K, 1..8 */
-    int64_t nbits_per_codebook;   /* B, 1..16 */
-    int64_t in_group_size;        /* g, 4, 8, 16 or 32; divides in_features */
-    int64_t out_group_size;       /* og, >= 1; divides out_features */
+    int64_t num_codebooks;      /* K, 1..8 */
+    int64_t nbits_per_codebook; /* B, 1..16 */
+    int64_t in_group_size;      /* g, 4, 8, 16 or 32; divides in_features */
+    int64_t out_group_size;     /* og, >= 1; divides out_features */
 } aqlm_shape;
 
 /* NULL if the shape is valid, else one line that names the field and what was expected. */
@@ -97,33 +97,33 @@ aqlm_status aqlm_accumulate_hessian(double *sum, const float *x, int64_t n, int6
 /* Block factor of H for sequential error feedback (method.md; GPTQ and LDLQ with g x g blocks).
  * Groups are ordered by falling trace of their g x g block of H; with P H P^T + damp I = R R^T, R upper
  * triangular: metric_j = R_jj R_jj^T and feedback_ij = R_ij R_jj^-1 for i < j (in `order`). */
-aqlm_status aqlm_factor_hessian(int32_t *order /* [J] */, float *feedback /* [in, in] */,
-                                float *metric /* [J, g, g] */, const float *H /* [in, in] */,
-                                int64_t in_features, int64_t in_group_size, double relative_damp);
+aqlm_status aqlm_factor_hessian(int32_t *order /* [J] */, float *feedback /* [in, in] */, float *metric /* [J, g, g] */,
+                                const float *H /* [in, in] */, int64_t in_features, int64_t in_group_size,
+                                double relative_damp);
 
 /* Residual k-means of the scaled groups, K times (AQLM section 3.1). column_weight [in] weighs each
  * input's squared distance, or NULL. Empty clusters are re-seeded at the worst-served points.
  * Stops after init_max_iter rounds or when the error falls by less than `tolerance` of itself. */
 aqlm_status aqlm_residual_kmeans(uint16_t *codes /* [out, J, K] */, float *codebooks /* [K, E, g] */,
                                  const float *weight /* [out, in] */, const float *scales /* [out] */,
-                                 const float *column_weight, const aqlm_shape *shape,
-                                 int64_t init_max_iter, double tolerance, uint64_t seed);
+                                 const float *column_weight, const aqlm_shape *shape, int64_t init_max_iter,
+                                 double tolerance, uint64_t seed);
 
 typedef struct aqlm_search {
     const float *weight;    /* [out, in] */
     const float *codebooks; /* [K, E, g] */
     const float *scales;    /* [out] */
     aqlm_shape shape;
-    int64_t beam_size;      /* 0: exact joint search of pairs of codebooks (K >= 2, B <= 8); else the beam */
-    uint64_t seed;          /* of the order of the groups in a sweep */
+    int64_t beam_size; /* 0: exact joint search of pairs of codebooks (K >= 2, B <= 8); else the beam */
+    uint64_t seed;     /* of the order of the groups in a sweep */
 } aqlm_search;
 
 /* One coordinate sweep over all groups, each at its best given the others; codes in and out. */
 aqlm_status aqlm_search_sweep(uint16_t *codes, const aqlm_search *s, const float *H /* [in, in] */);
 
 /* One pass of sequential error feedback; codes out (in: ignored). */
-aqlm_status aqlm_search_ldl(uint16_t *codes, const aqlm_search *s, const int32_t *order,
-                            const float *feedback, const float *metric);
+aqlm_status aqlm_search_ldl(uint16_t *codes, const aqlm_search *s, const int32_t *order, const float *feedback,
+                            const float *metric);
 
 /* Codebooks by preconditioned conjugate gradients on the normal equations, codes and scales fixed.
  * The error never rises. */

@@ -84,6 +84,7 @@ def test_everything_around_the_weights_is_saved(tmp_path, shared):
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"} <= set(names)
     assert not any("proj" in name for name in names)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~current_umask()
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o666 & ~current_umask()}
 
 
 def current_umask():

@@ -5,7 +5,12 @@ from conftest import error_budget, max_error
 
 from aqlm_c import _core
 
-FORMATS = [(K, B, g, og) for K, B in [(1, 1), (1, 16), (2, 8), (3, 7), (8, 8), (2, 9), (1, 12), (5, 4)] for g in (4, 8, 16, 32) for og in (1, 2)]
+FORMATS = [
+    (K, B, g, og)
+    for K, B in [(1, 1), (1, 16), (2, 8), (3, 7), (8, 8), (2, 9), (1, 12), (5, 4)]
+    for g in (4, 8, 16, 32)
+    for og in (1, 2)
+]
 
 
 def stored(out, inp, K, B, g, og, seed=0):
@@ -63,9 +68,9 @@ def test_pack_and_unpack(nbits):
 
 
 def test_codes_out_of_range_are_named():
-    with pytest.raises(ValueError, match="codes: got 4 at flat index 2, expected 0..3 for nbits_per_codebook=2"):
+    with pytest.raises(ValueError, match=r"codes: got 4 at flat index 2, expected 0..3 for nbits_per_codebook=2"):
         _core.pack_codes(np.array([[[0, 1], [4, 3]]], np.uint16), 2)
-    with pytest.raises(ValueError, match="codes: got -3 at flat index 1, expected -2..1"):
+    with pytest.raises(ValueError, match=r"codes: got -3 at flat index 1, expected -2..1"):
         _core.unpack_codes(np.array([[[0, -3]]], np.int8), 2)
 
 

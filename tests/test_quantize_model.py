@@ -269,6 +269,13 @@ def test_layers_regex():
     assert "model.layers.1.mlp.gate_proj.weight" in model.config.quantization_config.linear_weights_not_to_quantize
 
 
+def test_blocks_after_the_last_target_are_not_run():
+    progress = Recorder()
+    quantized(layers=r"layers\.0\.mlp", progress=progress)
+    assert progress.calls[0] == ("on_start", 1, 3)
+    assert [call[1:] for call in progress.calls if call[0] == "on_block"] == [(0, "model.layers.0")]
+
+
 def poison(name, value):
     model = tiny_llama()
     model.get_parameter(name).data.view(-1)[5] = value

@@ -1,3 +1,5 @@
+import itertools
+
 import layers
 import numpy as np
 import pytest
@@ -5,7 +7,16 @@ import reference
 
 from aqlm_c import _core
 
-SCHEMES = [(2, 3, 4, 0), (2, 4, 8, 0), (3, 3, 8, 0), (4, 2, 16, 0), (1, 5, 8, 1), (2, 4, 8, 1), (2, 4, 8, 3), (3, 2, 8, 4)]
+SCHEMES = [
+    (2, 3, 4, 0),
+    (2, 4, 8, 0),
+    (3, 3, 8, 0),
+    (4, 2, 16, 0),
+    (1, 5, 8, 1),
+    (2, 4, 8, 1),
+    (2, 4, 8, 3),
+    (3, 2, 8, 4),
+]
 
 
 def layer_and_state(out, inp, K, B, g):
@@ -76,7 +87,7 @@ def test_a_larger_beam_is_never_worse_and_pairs_are_best():
         error_of(W, H, _core.search_sweep(codes, W, H, codebooks, scales, beam, 0), codebooks, scales)
         for beam in (1, 2, 4, 8, 16, 64, 0)
     ]
-    assert all(b <= a * (1 + 1e-6) for a, b in zip(errors, errors[1:], strict=False))
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(errors))
     assert errors[-1] < 0.9 * errors[0]
 
 
@@ -122,7 +133,7 @@ def test_wrong_arguments(change, error, message):
 
 def test_pairs_need_two_codebooks_of_at_most_8_bits():
     W, H, codes, codebooks, scales = layer_and_state(4, 32, 1, 4, 8)
-    with pytest.raises(ValueError, match="beam_size: got 0 .exact pairs. with 1x4"):
+    with pytest.raises(ValueError, match=r"beam_size: got 0 .exact pairs. with 1x4"):
         _core.search_sweep(codes, W, H, codebooks, scales, 0)
 
 

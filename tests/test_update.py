@@ -1,3 +1,5 @@
+import itertools
+
 import layers
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ def test_every_step_lowers_the_error():
         _core.quantization_error(W, H, codes, _core.update_codebooks(codebooks, W, H, codes, scales, n), scales)
         for n in (0, 1, 2, 4, 8, 16)
     ]
-    assert all(b < a for a, b in zip(errors, errors[1:], strict=False))
+    assert all(b < a for a, b in itertools.pairwise(errors))
     assert errors[0] == _core.quantization_error(W, H, codes, codebooks, scales)
 
 
@@ -77,5 +79,5 @@ def test_wrong_arguments():
         _core.update_codebooks(codebooks, W, H, codes, scales, -1)
     with pytest.raises(ValueError, match="codebooks: got None, expected an array beside codes"):
         _core.quantization_error(W, H, codes)
-    with pytest.raises(ValueError, match="update_scales: .*outside"):
+    with pytest.raises(ValueError, match=r"update_scales: .*outside"):
         _core.update_scales(scales, W, H, codes + 16, codebooks)

@@ -22,7 +22,9 @@ bool aqlm_cancelled(void); /* polls on the calling thread; true from then on unt
 int64_t aqlm_even_grain(int64_t n, int64_t least); /* n cut into one piece a thread, none below `least` */
 
 /* A status that many threads may set; the first error stays. */
-typedef struct aqlm_shared_status { _Atomic int value; } aqlm_shared_status;
+typedef struct aqlm_shared_status {
+    _Atomic int value;
+} aqlm_shared_status;
 void aqlm_set_status(aqlm_shared_status *s, aqlm_status status);
 aqlm_status aqlm_get_status(aqlm_shared_status *s); /* AQLM_CANCELLED included; clears the cancel flag */
 
@@ -31,9 +33,12 @@ void *aqlm_alloc(int64_t count, size_t size);
 
 /* gemm.c: c[m, n] (+)= a b, every sum over k in order. a(i, p) = a[i * row_step + p * col_step]. One thread. */
 int64_t aqlm_gemm_workspace(void); /* in floats */
-typedef struct aqlm_operand { const float *at; int64_t row_step, col_step; } aqlm_operand;
-void aqlm_gemm(float *c, int64_t ldc, aqlm_operand a, aqlm_operand b, int64_t m, int64_t n, int64_t k,
-               bool accumulate, float *workspace);
+typedef struct aqlm_operand {
+    const float *at;
+    int64_t row_step, col_step;
+} aqlm_operand;
+void aqlm_gemm(float *c, int64_t ldc, aqlm_operand a, aqlm_operand b, int64_t m, int64_t n, int64_t k, bool accumulate,
+               float *workspace);
 
 /* convert.c */
 void aqlm_to_f32(float *to, const void *from, aqlm_dtype dtype, int64_t n);
@@ -50,7 +55,9 @@ void aqlm_decode_row_f32(float *row, const void *codes, const float *codebooks, 
                          const aqlm_shape *shape, int64_t row_index);
 
 /* rng.c: splitmix64 seeded, xoshiro256** */
-typedef struct aqlm_rng { uint64_t s[4]; } aqlm_rng;
+typedef struct aqlm_rng {
+    uint64_t s[4];
+} aqlm_rng;
 aqlm_rng aqlm_rng_seed(uint64_t seed);
 uint64_t aqlm_rng_next(aqlm_rng *rng);
 int64_t aqlm_rng_below(aqlm_rng *rng, int64_t n); /* uniform in 0..n-1, no modulo bias */

@@ -10,8 +10,8 @@ void aqlm_sum_entries(float *q, const uint16_t *codes, const float *codebooks, c
     }
 }
 
-void aqlm_decode_working(float *q, const uint16_t *codes, const float *codebooks, const aqlm_shape *s,
-                         int64_t begin, int64_t end) {
+void aqlm_decode_working(float *q, const uint16_t *codes, const float *codebooks, const aqlm_shape *s, int64_t begin,
+                         int64_t end) {
     const int64_t groups = s->in_features / s->in_group_size;
     for (int64_t i = begin * groups; i < end * groups; i++)
         aqlm_sum_entries(q + (i - begin * groups) * s->in_group_size, codes + i * s->num_codebooks, codebooks, s);
@@ -41,10 +41,10 @@ void aqlm_decode_row_f32(float *row, const void *codes, const float *codebooks, 
                          const aqlm_shape *s, int64_t r) {
     const float scale = scales[r / s->out_group_size];
     const bool wide = s->nbits_per_codebook > 8;
-#define CASE(G)                                                                                                     \
-    case G:                                                                                                         \
-        if (wide) decode_row(row, codes, codebooks, scale, s, r, true, G);                                          \
-        else decode_row(row, codes, codebooks, scale, s, r, false, G);                                              \
+#define CASE(G)                                                                                                        \
+    case G:                                                                                                            \
+        if (wide) decode_row(row, codes, codebooks, scale, s, r, true, G);                                             \
+        else decode_row(row, codes, codebooks, scale, s, r, false, G);                                                 \
         break
     switch (s->in_group_size) {
         CASE(4);

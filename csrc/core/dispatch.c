@@ -17,9 +17,8 @@ __attribute__((constructor)) static void find_isas(void) {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add(&aqlm_kernels_avx2);
 #endif
 #ifdef AQLM_HAVE_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512vbmi"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi"))
         add(&aqlm_kernels_avx512);
 #endif
 #ifdef AQLM_HAVE_NEON

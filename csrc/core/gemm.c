@@ -24,8 +24,8 @@ static void pack(float *to, const float *x, int64_t k_step, int64_t n_step, int6
     }
 }
 
-void aqlm_gemm(float *c, int64_t ldc, aqlm_operand a, aqlm_operand b, int64_t m, int64_t n, int64_t k,
-               bool accumulate, float *workspace) {
+void aqlm_gemm(float *c, int64_t ldc, aqlm_operand a, aqlm_operand b, int64_t m, int64_t n, int64_t k, bool accumulate,
+               float *workspace) {
     const aqlm_kernels *isa = aqlm_isa();
     const int64_t rows = isa->tile_rows, cols = isa->tile_cols;
     float *packed_b = workspace, *packed_a = packed_b + DEPTH * (WIDTH + MOST_TILE);

@@ -147,8 +147,8 @@ static void feedback_columns(int64_t begin, int64_t end, void *ctx) {
     }
 }
 
-aqlm_status aqlm_factor_hessian(int32_t *order, float *feedback, float *metric, const float *H, int64_t in,
-                                int64_t g, double relative_damp) {
+aqlm_status aqlm_factor_hessian(int32_t *order, float *feedback, float *metric, const float *H, int64_t in, int64_t g,
+                                double relative_damp) {
     const aqlm_shape shape = {1, in, 1, 1, g, 1};
     if (aqlm_check_shape(&shape) || !(relative_damp >= 0.0)) return AQLM_BAD_ARGUMENT;
     const int64_t groups = in / g;

@@ -5,7 +5,10 @@
 
 enum { ROWS = 256 }; /* rows assigned at once */
 
-typedef struct error_rank { float error; int32_t point; } error_rank;
+typedef struct error_rank {
+    float error;
+    int32_t point;
+} error_rank;
 
 typedef struct kmeans {
     float *residual;         /* [out, J, g], what the codebooks so far leave of w / scale */
@@ -16,7 +19,7 @@ typedef struct kmeans {
     float *error;            /* [J, out], weighted squared distance of each group to its entry */
     error_rank *rank;        /* [J * out], scratch */
     int64_t out, J, g, E, padded;
-    bool uniform;            /* weight_of is 1 everywhere: one weighted copy of the codebook serves all groups */
+    bool uniform; /* weight_of is 1 everywhere: one weighted copy of the codebook serves all groups */
     aqlm_shared_status status;
 } kmeans;
 
@@ -66,9 +69,7 @@ static void assign(int64_t begin, int64_t end, void *ctx) {
     free(scratch);
 }
 
-static void run_assign(kmeans *km) {
-    aqlm_parallel(0, km->J * ((km->out + ROWS - 1) / ROWS), 1, assign, km);
-}
+static void run_assign(kmeans *km) { aqlm_parallel(0, km->J * ((km->out + ROWS - 1) / ROWS), 1, assign, km); }
 
 /* Largest error first, then lowest index. */
 static int by_error(const void *a, const void *b) {
@@ -150,9 +151,19 @@ aqlm_status aqlm_residual_kmeans(uint16_t *codes, float *codebooks, const float 
     if (!f || !sum || !n || !rank) status = AQLM_NO_MEMORY;
     if (!status) {
         float *weight_of = f + out * in, *row_weight = weight_of + in;
-        kmeans km = {.residual = f, .weight_of = weight_of, .row_weight = row_weight, .assigned = n,
-                     .error = row_weight + out, .rank = rank, .out = out, .J = J, .g = g, .E = E, .padded = padded,
-                     .uniform = column_weight == NULL, .status = {AQLM_OK}};
+        kmeans km = {.residual = f,
+                     .weight_of = weight_of,
+                     .row_weight = row_weight,
+                     .assigned = n,
+                     .error = row_weight + out,
+                     .rank = rank,
+                     .out = out,
+                     .J = J,
+                     .g = g,
+                     .E = E,
+                     .padded = padded,
+                     .uniform = column_weight == NULL,
+                     .status = {AQLM_OK}};
         for (int64_t i = 0; i < in; i++) weight_of[i] = column_weight ? column_weight[i] : 1.0f;
         for (int64_t o = 0; o < out; o++) {
             const float inverse = scales[o] != 0.0f ? 1.0f / scales[o] : 0.0f;

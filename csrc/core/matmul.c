@@ -28,7 +28,9 @@ static int64_t slot_count(const aqlm_shape *s) {
     return aqlm_min(aqlm_min(aqlm_get_num_threads(), MOST_SLOTS), (s->out_features + TILE - 1) / TILE);
 }
 
-typedef struct layout { int64_t codebooks, scales, bias, x, slots, total, n_slots; } layout;
+typedef struct layout {
+    int64_t codebooks, scales, bias, x, slots, total, n_slots;
+} layout;
 
 static layout plan(const aqlm_weight *w, int64_t n_rows) {
     const aqlm_shape *s = &w->shape;
@@ -112,8 +114,10 @@ aqlm_status aqlm_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_wei
     aqlm_to_f32(f + l.scales, w->scales, w->dtype, s->out_features / s->out_group_size);
     if (bias) aqlm_to_f32(f + l.bias, bias, dtype, s->out_features);
     if (dtype != AQLM_F32) aqlm_to_f32(f + l.x, x, dtype, n_rows * s->in_features);
-    matmul_job job = {w, f + l.codebooks, f + l.scales, bias ? f + l.bias : NULL, dtype == AQLM_F32 ? x : f + l.x,
-                      y, dtype, n_rows, slot_floats(s, n_rows), l.n_slots, f + l.slots};
+    matmul_job job = {
+        w,          f + l.codebooks, f + l.scales, bias ? f + l.bias : NULL, dtype == AQLM_F32 ? x : f + l.x,
+        y,          dtype,           n_rows,       slot_floats(s, n_rows),   l.n_slots,
+        f + l.slots};
     aqlm_parallel(0, l.n_slots, 1, matmul_slots, &job);
     aqlm_shared_status status = {AQLM_OK};
     return aqlm_get_status(&status);

@@ -26,7 +26,8 @@ aqlm_status aqlm_unpack_codes(uint16_t *codes, const void *stored, const aqlm_sh
     const int32_t entries = 1 << shape->nbits_per_codebook;
     const int64_t n = code_count(shape);
     for (int64_t i = 0; i < n; i++) {
-        const int32_t code = shape->nbits_per_codebook <= 8 ? ((const int8_t *)stored)[i] : ((const int16_t *)stored)[i];
+        const int32_t code =
+            shape->nbits_per_codebook <= 8 ? ((const int8_t *)stored)[i] : ((const int16_t *)stored)[i];
         if (code < -entries / 2 || code >= entries / 2) {
             *where = i;
             return AQLM_BAD_ARGUMENT;

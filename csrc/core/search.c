@@ -40,7 +40,7 @@ typedef struct view {
     float *ct, *norm;       /* [K, g, padded] twice the entries, [K, padded] their squares in S (Inf beyond E) */
     float *cs;              /* [K, E, g] entries times S */
     float radius[MOST_K];
-    pair_table table;       /* one pair at a time; m is [padded, padded] */
+    pair_table table; /* one pair at a time; m is [padded, padded] */
 } view;
 
 static int64_t view_floats(const aqlm_search *s, int64_t padded, bool pairs) {
@@ -172,8 +172,8 @@ static void sum_without(const view *v, float *q, const uint16_t *codes, uint32_t
 }
 
 /* All rows of one group. targets [rows, g]; codes of row r at codes + r * stride. */
-static void search_pairs(view *v, uint16_t *codes, int64_t stride, const float *targets, int64_t rows, bool from_scratch,
-                         float *scratch) {
+static void search_pairs(view *v, uint16_t *codes, int64_t stride, const float *targets, int64_t rows,
+                         bool from_scratch, float *scratch) {
     const int64_t K = v->K, g = v->g;
     float q[32];
     if (from_scratch) {
@@ -191,7 +191,8 @@ static void search_pairs(view *v, uint16_t *codes, int64_t stride, const float *
                 float left[32], low;
                 int32_t best;
                 remaining(v, left, targets + r * g, q);
-                aqlm_isa()->nearest(&best, &low, v->norm + k * v->padded, v->ct + k * g * v->padded, left, 1, g, v->padded);
+                aqlm_isa()->nearest(&best, &low, v->norm + k * v->padded, v->ct + k * g * v->padded, left, 1, g,
+                                    v->padded);
                 codes[r * stride + k] = (uint16_t)best;
             }
             open &= ~(3u << k);
@@ -331,8 +332,8 @@ static void walk_chunk(search *x, view *v, beam *b, walk *k, int64_t r0, int64_t
     for (int64_t b0 = 0; b0 < J; b0 += per_block) {
         const int64_t b1 = aqlm_min(b0 + per_block, J), cols = (b1 - b0) * g;
         const int64_t depth = x->ldl ? b0 * g : in;
-        aqlm_gemm(k->T, k->ldt, (aqlm_operand){k->D, in, 1}, (aqlm_operand){x->couple + b0 * g, in, 1}, rows, cols, depth,
-                  false, k->gemm);
+        aqlm_gemm(k->T, k->ldt, (aqlm_operand){k->D, in, 1}, (aqlm_operand){x->couple + b0 * g, in, 1}, rows, cols,
+                  depth, false, k->gemm);
         for (int64_t i = b0; i < b1; i++) {
             if (aqlm_cancelled()) return;
             const int64_t j = x->order[i];
@@ -380,11 +381,17 @@ static void walk_rows(int64_t begin, int64_t end, void *ctx) {
     search *x = ctx;
     const aqlm_shape *shape = &x->s->shape;
     const int64_t in = shape->in_features, g = shape->in_group_size, most = x->s->beam_size;
-    const int64_t chunk = aqlm_min(CHUNK_ROWS, end - begin), padded = aqlm_round_up(INT64_C(1) << shape->nbits_per_codebook, AQLM_LANES);
+    const int64_t chunk = aqlm_min(CHUNK_ROWS, end - begin),
+                  padded = aqlm_round_up(INT64_C(1) << shape->nbits_per_codebook, AQLM_LANES);
     view v;
     walk k = {.ldt = BLOCK_COLS + AQLM_LANES};
-    const int64_t sizes[] = {view_floats(x->s, padded, most == 0), chunk * in, chunk * k.ldt + AQLM_LANES, chunk * g,
-                             chunk * g, aqlm_gemm_workspace(), 2 * padded};
+    const int64_t sizes[] = {view_floats(x->s, padded, most == 0),
+                             chunk * in,
+                             chunk * k.ldt + AQLM_LANES,
+                             chunk * g,
+                             chunk * g,
+                             aqlm_gemm_workspace(),
+                             2 * padded};
     int64_t total = 0;
     for (int i = 0; i < 7; i++) total += aqlm_round_up(sizes[i], AQLM_LANES);
     float *memory = aqlm_alloc(total, sizeof *memory), *at[7];

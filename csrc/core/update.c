@@ -36,7 +36,8 @@ static void product_range(int64_t begin, int64_t end, void *ctx) {
             const float scale = l->scales ? l->scales[r0 + r] : 0.0f, *w = l->weight ? l->weight + (r0 + r) * in : NULL;
             for (int64_t i = 0; i < in; i++) q[r * in + i] = w ? w[i] - scale * q[r * in + i] : scale * q[r * in + i];
         }
-        aqlm_gemm(p, in, (aqlm_operand){q, in, 1}, (aqlm_operand){l->H, in, 1}, n, in, in, false, memory + 2 * ROWS * in);
+        aqlm_gemm(p, in, (aqlm_operand){q, in, 1}, (aqlm_operand){l->H, in, 1}, n, in, in, false,
+                  memory + 2 * ROWS * in);
         for (int64_t r = 0; r < n && l->row_sums; r++) {
             double own = 0.0, cross = 0.0;
             const float *w = l->weight ? l->weight + (r0 + r) * in : NULL;
@@ -152,7 +153,8 @@ static void precondition(double *z, const double *r, const normal *n, int64_t en
     }
 }
 
-static void index_members(uint32_t *start, uint32_t *member, const uint16_t *codes, int64_t points, int64_t K, int64_t E) {
+static void index_members(uint32_t *start, uint32_t *member, const uint16_t *codes, int64_t points, int64_t K,
+                          int64_t E) {
     memset(start, 0, (size_t)(K * E + 1) * sizeof *start);
     for (int64_t i = 0; i < points; i++)
         for (int64_t k = 0; k < K; k++) start[k * E + codes[i * K + k] + 1]++;

@@ -30,12 +30,12 @@ static int poll_signals(void) {
     return stop;
 }
 
-#define UNLOCKED(call)                                                                                              \
-    do {                                                                                                            \
-        released = PyEval_SaveThread();                                                                             \
-        status = (call);                                                                                            \
-        PyEval_RestoreThread(released);                                                                             \
-        released = NULL;                                                                                            \
+#define UNLOCKED(call)                                                                                                 \
+    do {                                                                                                               \
+        released = PyEval_SaveThread();                                                                                \
+        status = (call);                                                                                               \
+        PyEval_RestoreThread(released);                                                                                \
+        released = NULL;                                                                                               \
     } while (0)
 
 static PyObject *raise_status(aqlm_status status, const char *function) {
@@ -72,12 +72,14 @@ static void shape_text(char *text, size_t size, int ndim, const npy_intp *dims) 
 /* A C-contiguous array of exactly this dtype and shape (dims < 0: any, and filled in). New reference or NULL. */
 static PyArrayObject *array_of(PyObject *object, const char *name, int type, int ndim, npy_intp *dims) {
     if (!PyArray_Check(object)) {
-        PyErr_Format(PyExc_TypeError, "%s: got %R, expected a NumPy array of %s", name, (PyObject *)Py_TYPE(object), type_name(type));
+        PyErr_Format(PyExc_TypeError, "%s: got %R, expected a NumPy array of %s", name, (PyObject *)Py_TYPE(object),
+                     type_name(type));
         return NULL;
     }
     PyArrayObject *array = (PyArrayObject *)object;
     if (PyArray_TYPE(array) != type || PyArray_ISBYTESWAPPED(array)) {
-        PyErr_Format(PyExc_TypeError, "%s: got dtype %S, expected %s", name, (PyObject *)PyArray_DESCR(array), type_name(type));
+        PyErr_Format(PyExc_TypeError, "%s: got dtype %S, expected %s", name, (PyObject *)PyArray_DESCR(array),
+                     type_name(type));
         return NULL;
     }
     bool fits = PyArray_NDIM(array) == ndim;
@@ -120,9 +122,11 @@ static bool check_shape(const aqlm_shape *shape) {
     const char *problem = aqlm_check_shape(shape);
     if (!problem && shape->out_group_size != 1) problem = "out_group_size must be 1 in the quantizer";
     if (problem)
-        PyErr_Format(PyExc_ValueError, "%s; got out_features=%lld, in_features=%lld, num_codebooks=%lld, nbits_per_codebook=%lld, "
-                     "in_group_size=%lld, out_group_size=%lld", problem, (long long)shape->out_features,
-                     (long long)shape->in_features, (long long)shape->num_codebooks, (long long)shape->nbits_per_codebook,
+        PyErr_Format(PyExc_ValueError,
+                     "%s; got out_features=%lld, in_features=%lld, num_codebooks=%lld, nbits_per_codebook=%lld, "
+                     "in_group_size=%lld, out_group_size=%lld",
+                     problem, (long long)shape->out_features, (long long)shape->in_features,
+                     (long long)shape->num_codebooks, (long long)shape->nbits_per_codebook,
                      (long long)shape->in_group_size, (long long)shape->out_group_size);
     return !problem;
 }
@@ -138,7 +142,8 @@ static bool fill(layer *l, PyObject *weight, PyObject *H, PyObject *codes, PyObj
         if (!(l->codebooks = array_of(codebooks, "codebooks", NPY_FLOAT, 3, c))) goto fail;
         const int bits = bits_of(c[1]);
         if (bits < 1) {
-            PyErr_Format(PyExc_ValueError, "codebooks: got %zd entries, expected a power of two in 2..65536", (Py_ssize_t)c[1]);
+            PyErr_Format(PyExc_ValueError, "codebooks: got %zd entries, expected a power of two in 2..65536",
+                         (Py_ssize_t)c[1]);
             goto fail;
         }
         l->shape = (aqlm_shape){w[0], w[1], c[0], bits, c[2], 1};
@@ -170,7 +175,8 @@ static PyObject *finish(layer *l, PyArrayObject *result, aqlm_status status, con
 
 static PyObject *residual_kmeans(PyObject *self, PyObject *args, PyObject *kwargs) {
     (void)self;
-    KEYWORDS("weight", "scales", "num_codebooks", "nbits_per_codebook", "in_group_size", "init_max_iter", "tolerance", "seed", "column_weight");
+    KEYWORDS("weight", "scales", "num_codebooks", "nbits_per_codebook", "in_group_size", "init_max_iter", "tolerance",
+             "seed", "column_weight");
     PyObject *weight, *scales, *column = Py_None;
     long long K, B, g, iterations = 100;
     unsigned long long seed = 0;
@@ -181,7 +187,8 @@ static PyObject *residual_kmeans(PyObject *self, PyObject *args, PyObject *kwarg
     l.shape = (aqlm_shape){PyArray_DIM(l.weight, 0), PyArray_DIM(l.weight, 1), K, B, g, 1};
     npy_intp in[1] = {l.shape.in_features};
     PyArrayObject *columns = NULL;
-    if (!check_shape(&l.shape) || (column != Py_None && !(columns = array_of(column, "column_weight", NPY_FLOAT, 1, in)))) {
+    if (!check_shape(&l.shape) ||
+        (column != Py_None && !(columns = array_of(column, "column_weight", NPY_FLOAT, 1, in)))) {
         release(&l);
         return NULL;
     }
@@ -190,12 +197,13 @@ static PyObject *residual_kmeans(PyObject *self, PyObject *args, PyObject *kwarg
         release(&l);
         return PyErr_Format(PyExc_ValueError, "init_max_iter: got %lld, expected at least 1", iterations);
     }
-    npy_intp codes_dims[3] = {l.shape.out_features, l.shape.in_features / g, K}, codebook_dims[3] = {K, (npy_intp)1 << B, g};
+    npy_intp codes_dims[3] = {l.shape.out_features, l.shape.in_features / g, K},
+             codebook_dims[3] = {K, (npy_intp)1 << B, g};
     PyArrayObject *codes = new_array(NPY_UINT16, 3, codes_dims), *codebooks = new_array(NPY_FLOAT, 3, codebook_dims);
     aqlm_status status = AQLM_NO_MEMORY;
     if (codes && codebooks)
-        UNLOCKED(aqlm_residual_kmeans(data(codes), data(codebooks), data(l.weight), data(l.scales), data(columns), &l.shape,
-                                      iterations, tolerance, seed));
+        UNLOCKED(aqlm_residual_kmeans(data(codes), data(codebooks), data(l.weight), data(l.scales), data(columns),
+                                      &l.shape, iterations, tolerance, seed));
     Py_XDECREF((PyObject *)columns);
     release(&l);
     if (!status) return Py_BuildValue("NN", codes, codebooks);
@@ -242,7 +250,9 @@ static PyObject *factor_hessian(PyObject *self, PyObject *args, PyObject *kwargs
     PyArrayObject *order = NULL, *feedback = NULL, *metric = NULL;
     aqlm_status status = AQLM_NO_MEMORY;
     bool valid = dims[0] == dims[1];
-    if (!valid) PyErr_Format(PyExc_ValueError, "H: got shape (%zd, %zd), expected a square matrix", (Py_ssize_t)dims[0], (Py_ssize_t)dims[1]);
+    if (!valid)
+        PyErr_Format(PyExc_ValueError, "H: got shape (%zd, %zd), expected a square matrix", (Py_ssize_t)dims[0],
+                     (Py_ssize_t)dims[1]);
     if (valid && (valid = check_shape(&shape))) {
         npy_intp groups[3] = {dims[1] / g, g, g};
         order = new_array(NPY_INT32, 1, groups);
@@ -263,7 +273,8 @@ static bool search_of(aqlm_search *s, const layer *l, long long beam_size, unsig
     if (beam_size < 0 || beam_size > 64)
         PyErr_Format(PyExc_ValueError, "beam_size: got %lld, expected 0 (exact pairs) or 1..64", beam_size);
     else if (beam_size == 0 && (l->shape.num_codebooks < 2 || l->shape.nbits_per_codebook > 8))
-        PyErr_Format(PyExc_ValueError, "beam_size: got 0 (exact pairs) with %lldx%lld, expected at least 2 codebooks of at most 8 bits",
+        PyErr_Format(PyExc_ValueError,
+                     "beam_size: got 0 (exact pairs) with %lldx%lld, expected at least 2 codebooks of at most 8 bits",
                      (long long)l->shape.num_codebooks, (long long)l->shape.nbits_per_codebook);
     *s = (aqlm_search){data(l->weight), data(l->codebooks), data(l->scales), l->shape, beam_size, seed};
     return !PyErr_Occurred();
@@ -295,8 +306,10 @@ static PyObject *search_ldl(PyObject *self, PyObject *args, PyObject *kwargs) {
     aqlm_search s;
     if (!fill(&l, weight, NULL, NULL, codebooks, scales)) return NULL;
     const npy_intp g = l.shape.in_group_size, in = l.shape.in_features;
-    npy_intp groups[3] = {in / g, g, g}, square[2] = {in, in}, codes_dims[3] = {l.shape.out_features, in / g, l.shape.num_codebooks};
-    PyArrayObject *o = array_of(order, "order", NPY_INT32, 1, groups), *f = o ? array_of(feedback, "feedback", NPY_FLOAT, 2, square) : NULL;
+    npy_intp groups[3] = {in / g, g, g}, square[2] = {in, in},
+             codes_dims[3] = {l.shape.out_features, in / g, l.shape.num_codebooks};
+    PyArrayObject *o = array_of(order, "order", NPY_INT32, 1, groups),
+                  *f = o ? array_of(feedback, "feedback", NPY_FLOAT, 2, square) : NULL;
     PyArrayObject *m = f ? array_of(metric, "metric", NPY_FLOAT, 3, groups) : NULL, *result = NULL;
     if (m) {
         char *seen = calloc((size_t)groups[0], 1);
@@ -305,7 +318,8 @@ static PyObject *search_ldl(PyObject *self, PyObject *args, PyObject *kwargs) {
         for (npy_intp i = 0; i < groups[0] && permutation; i++)
             permutation = at[i] >= 0 && at[i] < groups[0] && !seen[at[i]]++;
         free(seen);
-        if (!permutation) PyErr_Format(PyExc_ValueError, "order: expected a permutation of 0..%zd", (Py_ssize_t)groups[0] - 1);
+        if (!permutation)
+            PyErr_Format(PyExc_ValueError, "order: expected a permutation of 0..%zd", (Py_ssize_t)groups[0] - 1);
         else if (search_of(&s, &l, beam_size, 0)) result = new_array(NPY_UINT16, 3, codes_dims);
     }
     aqlm_status status = AQLM_NO_MEMORY;
@@ -327,7 +341,8 @@ static PyObject *update_codebooks(PyObject *self, PyObject *args, PyObject *kwar
     PyArrayObject *result = copy_of(l.codebooks);
     aqlm_status status = AQLM_NO_MEMORY;
     if (result)
-        UNLOCKED(aqlm_update_codebooks(data(result), data(l.weight), data(l.H), data(l.codes), data(l.scales), &l.shape, cg_steps));
+        UNLOCKED(aqlm_update_codebooks(data(result), data(l.weight), data(l.H), data(l.codes), data(l.scales), &l.shape,
+                                       cg_steps));
     return finish(&l, result, status, "update_codebooks");
 }
 
@@ -340,7 +355,9 @@ static PyObject *update_scales(PyObject *self, PyObject *args, PyObject *kwargs)
     if (!fill(&l, weight, H, codes, codebooks, scales)) return NULL;
     PyArrayObject *result = copy_of(l.scales);
     aqlm_status status = AQLM_NO_MEMORY;
-    if (result) UNLOCKED(aqlm_update_scales(data(result), data(l.weight), data(l.H), data(l.codes), data(l.codebooks), &l.shape));
+    if (result)
+        UNLOCKED(
+            aqlm_update_scales(data(result), data(l.weight), data(l.H), data(l.codes), data(l.codebooks), &l.shape));
     return finish(&l, result, status, "update_scales");
 }
 
@@ -352,13 +369,15 @@ static PyObject *quantization_error(PyObject *self, PyObject *args, PyObject *kw
     layer l;
     const bool none = codes == Py_None;
     if (!none && (codebooks == Py_None || scales == Py_None))
-        return PyErr_Format(PyExc_ValueError, "%s: got None, expected an array beside codes", codebooks == Py_None ? "codebooks" : "scales");
+        return PyErr_Format(PyExc_ValueError, "%s: got None, expected an array beside codes",
+                            codebooks == Py_None ? "codebooks" : "scales");
     if (!fill(&l, weight, H, none ? NULL : codes, none ? NULL : codebooks, none ? NULL : scales)) return NULL;
     if (none) l.shape = (aqlm_shape){PyArray_DIM(l.weight, 0), PyArray_DIM(l.weight, 1), 1, 1, 4, 1};
     double error = 0.0;
     aqlm_status status = AQLM_OK;
     if (!none || check_shape(&l.shape))
-        UNLOCKED(aqlm_quantization_error(&error, data(l.weight), data(l.H), data(l.codes), data(l.codebooks), data(l.scales), &l.shape));
+        UNLOCKED(aqlm_quantization_error(&error, data(l.weight), data(l.H), data(l.codes), data(l.codebooks),
+                                         data(l.scales), &l.shape));
     release(&l);
     if (PyErr_Occurred()) return NULL;
     return status ? raise_status(status, "quantization_error") : PyFloat_FromDouble(error);
@@ -399,12 +418,17 @@ static bool fill_stored(stored *s, PyObject *codes, PyObject *codebooks, PyObjec
     const int bits = bits_of(c[1]);
     npy_intp n[3] = {-1, -1, c[0]};
     if (bits < 1 || bits > 16)
-        PyErr_Format(PyExc_ValueError, "codebooks: got %zd entries, expected a power of two in 2..65536", (Py_ssize_t)c[1]);
+        PyErr_Format(PyExc_ValueError, "codebooks: got %zd entries, expected a power of two in 2..65536",
+                     (Py_ssize_t)c[1]);
     else if ((s->codes = array_of(codes, "codes", bits <= 8 ? NPY_INT8 : NPY_INT16, 3, n))) {
         npy_intp flat[1] = {n[0]}, full[4] = {n[0], 1, 1, 1};
         const bool is_flat = PyArray_Check(scales) && PyArray_NDIM((PyArrayObject *)scales) == 1;
         if ((s->scales = array_of(scales, "scales", NPY_FLOAT, is_flat ? 1 : 4, is_flat ? flat : full))) {
-            s->w = (aqlm_weight){{n[0] * c[2], n[1] * c[3], c[0], bits, c[3], c[2]}, data(s->codes), data(s->codebooks), data(s->scales), AQLM_F32};
+            s->w = (aqlm_weight){{n[0] * c[2], n[1] * c[3], c[0], bits, c[3], c[2]},
+                                 data(s->codes),
+                                 data(s->codebooks),
+                                 data(s->scales),
+                                 AQLM_F32};
             const char *problem = aqlm_check_shape(&s->w.shape);
             if (!problem) return true;
             PyErr_SetString(PyExc_ValueError, problem);
@@ -446,7 +470,8 @@ static PyObject *matmul(PyObject *self, PyObject *args, PyObject *kwargs) {
         const size_t size = aqlm_matmul_workspace(&s.w, in[0] ? in[0] : 1);
         void *workspace = aligned_alloc(64, (size + 63) / 64 * 64);
         y = new_array(NPY_FLOAT, 2, dims);
-        if (workspace && y) UNLOCKED(aqlm_matmul(data(y), data(rows), AQLM_F32, &s.w, data(bias), in[0], workspace, size));
+        if (workspace && y)
+            UNLOCKED(aqlm_matmul(data(y), data(rows), AQLM_F32, &s.w, data(bias), in[0], workspace, size));
         free(workspace);
     }
     Py_XDECREF((PyObject *)rows);
@@ -462,7 +487,8 @@ static PyObject *convert_codes(PyObject *args, PyObject *kwargs, bool pack) {
     PyObject *object;
     long long bits;
     if (!PARSE("OL", &object, &bits)) return NULL;
-    if (bits < 1 || bits > 16) return PyErr_Format(PyExc_ValueError, "nbits_per_codebook: got %lld, expected 1..16", bits);
+    if (bits < 1 || bits > 16)
+        return PyErr_Format(PyExc_ValueError, "nbits_per_codebook: got %lld, expected 1..16", bits);
     const int stored_type = bits <= 8 ? NPY_INT8 : NPY_INT16;
     npy_intp dims[3] = {-1, -1, -1};
     PyArrayObject *codes = array_of(object, "codes", pack ? NPY_UINT16 : stored_type, 3, dims);
@@ -476,9 +502,12 @@ static PyObject *convert_codes(PyObject *args, PyObject *kwargs, bool pack) {
         else UNLOCKED(aqlm_unpack_codes(data(result), data(codes), &shape, &where));
     }
     if (where >= 0) {
-        const long long value = pack ? ((uint16_t *)data(codes))[where] : bits <= 8 ? ((int8_t *)data(codes))[where] : ((int16_t *)data(codes))[where];
+        const long long value = pack        ? ((uint16_t *)data(codes))[where]
+                                : bits <= 8 ? ((int8_t *)data(codes))[where]
+                                            : ((int16_t *)data(codes))[where];
         const long long half = 1ll << (bits - 1);
-        PyErr_Format(PyExc_ValueError, "codes: got %lld at flat index %lld, expected %lld..%lld for nbits_per_codebook=%lld", value,
+        PyErr_Format(PyExc_ValueError,
+                     "codes: got %lld at flat index %lld, expected %lld..%lld for nbits_per_codebook=%lld", value,
                      (long long)where, pack ? 0 : -half, pack ? 2 * half - 1 : half - 1, bits);
     }
     Py_DECREF((PyObject *)codes);
@@ -550,7 +579,8 @@ static PyObject *set_isa(PyObject *self, PyObject *name) {
 
 #define VERB(name, text) {#name, (PyCFunction)(void (*)(void))name, METH_VARARGS | METH_KEYWORDS, text}
 static PyMethodDef methods[] = {
-    VERB(residual_kmeans, "residual_kmeans(weight, scales, num_codebooks, nbits_per_codebook, in_group_size, init_max_iter=100, tolerance=1e-3, seed=0, column_weight=None) -> (codes, codebooks)"),
+    VERB(residual_kmeans, "residual_kmeans(weight, scales, num_codebooks, nbits_per_codebook, in_group_size, "
+                          "init_max_iter=100, tolerance=1e-3, seed=0, column_weight=None) -> (codes, codebooks)"),
     VERB(accumulate_hessian, "accumulate_hessian(sum, x): sum += x.T @ x, in place"),
     VERB(factor_hessian, "factor_hessian(H, in_group_size, relative_damp) -> (order, feedback, metric)"),
     VERB(search_sweep, "search_sweep(codes, weight, H, codebooks, scales, beam_size=0, seed=0) -> codes"),
@@ -584,6 +614,7 @@ static int module_exec(PyObject *module) {
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_core", "The AQLM quantizer in C, on NumPy arrays.", 0, methods, slots, NULL, NULL, NULL};
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_core", "The AQLM quantizer in C, on NumPy arrays.", 0, methods, slots, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&definition); }

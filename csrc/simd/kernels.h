@@ -23,8 +23,8 @@ static void gemm_tile(float *c, int64_t ldc, const float *a, const float *b, int
         for (int v = 0; v < TILE_VECS; v++) vf_store(c + i * ldc + v * VF_LANES, acc[i][v]);
 }
 
-static void rank_update(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb,
-                        int64_t rows, int64_t k, int64_t cols) {
+static void rank_update(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t rows,
+                        int64_t k, int64_t cols) {
     for (int64_t r = 0; r < rows; r++)
         for (int64_t j = 0; j < cols; j += VF_LANES) {
             vf acc = vf_load(c + r * ldc + j);
@@ -42,8 +42,8 @@ static void scores(float *score, const float *norm, const float *ct, const float
 }
 
 /* `rows` is a constant at both call sites, so the loops over it unroll. */
-static inline void nearest_rows(int32_t *index, float *best, const float *norm, const float *ct,
-                                const float *targets, int64_t g, int64_t n, const int rows) {
+static inline void nearest_rows(int32_t *index, float *best, const float *norm, const float *ct, const float *targets,
+                                int64_t g, int64_t n, const int rows) {
     float first[VF_LANES], low[VF_LANES], where[VF_LANES];
     for (int l = 0; l < VF_LANES; l++) first[l] = (float)l;
     vf least[NEAREST_ROWS], at[NEAREST_ROWS];
@@ -78,8 +78,8 @@ static inline void nearest_rows(int32_t *index, float *best, const float *norm, 
     }
 }
 
-static void nearest(int32_t *index, float *best, const float *norm, const float *ct, const float *targets,
-                    int64_t rows, int64_t g, int64_t n) {
+static void nearest(int32_t *index, float *best, const float *norm, const float *ct, const float *targets, int64_t rows,
+                    int64_t g, int64_t n) {
     int64_t r = 0;
     for (; r + NEAREST_ROWS <= rows; r += NEAREST_ROWS)
         nearest_rows(index + r, best + r, norm, ct, targets + r * g, g, n, NEAREST_ROWS);

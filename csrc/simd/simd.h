@@ -12,10 +12,10 @@
 
 /* One group's joint search over a pair of codebooks, see aqlm_kernels.pair_min. */
 typedef struct aqlm_pair {
-    const float *m;       /* [n, n]  2 c1_a S c2_b */
-    int64_t n;            /* entries, padded to a multiple of AQLM_LANES */
-    float inner_radius;   /* max_b |c2_b| in the metric S */
-    float slack;          /* added to the bound so that rounding never prunes the best pair */
+    const float *m;     /* [n, n]  2 c1_a S c2_b */
+    int64_t n;          /* entries, padded to a multiple of AQLM_LANES */
+    float inner_radius; /* max_b |c2_b| in the metric S */
+    float slack;        /* added to the bound so that rounding never prunes the best pair */
 } aqlm_pair;
 
 typedef struct aqlm_kernels {
@@ -26,16 +26,16 @@ typedef struct aqlm_kernels {
     void (*gemm_tile)(float *c, int64_t ldc, const float *a, const float *b, int64_t k);
 
     /* c[rows, cols] += a[rows, k] b[k, cols]; cols is rounded up to AQLM_LANES: c and b must have the room. */
-    void (*rank_update)(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb,
-                        int64_t rows, int64_t k, int64_t cols);
+    void (*rank_update)(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t rows,
+                        int64_t k, int64_t cols);
 
     /* score[i] = norm[i] - sum_d target[d] ct[d, i], i < n (a multiple of AQLM_LANES). */
     void (*scores)(float *score, const float *norm, const float *ct, const float *target, int64_t g, int64_t n);
 
     /* For each row the index of its smallest score (lowest index among equals) and that score.
      * targets [rows, g]. */
-    void (*nearest)(int32_t *index, float *best, const float *norm, const float *ct, const float *targets,
-                    int64_t rows, int64_t g, int64_t n);
+    void (*nearest)(int32_t *index, float *best, const float *norm, const float *ct, const float *targets, int64_t rows,
+                    int64_t g, int64_t n);
 
     /* The pair (a, b) with the smallest u[a] + (m[a, b] + v[b]); *a and *b hold a first guess on entry.
      * square is |t|^2 in the metric, so that u[a] + square = |t - c1_a|^2: entries a with
