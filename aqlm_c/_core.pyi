@@ -1,0 +1,91 @@
+"""Door 1: the C core on NumPy arrays (csrc/python/module.c). No torch.
+
+Letters: out, in = out_features, in_features; g, og = in_group_size, out_group_size; J = in / g; K codebooks of
+E = 2^B entries. Arrays are C-contiguous float32 unless said otherwise (strided ones are copied). Every function
+raises TypeError for a wrong dtype and ValueError for a wrong shape or value, naming the argument; long ones
+release the GIL and answer Ctrl-C with KeyboardInterrupt. No result depends on threads or instruction set.
+The quantizer's functions know out_group_size 1 alone.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+Codes = NDArray[np.uint16]  # working codes [out, J, K], 0..E-1
+
+def residual_kmeans(
+    weight: F32,
+    scales: F32,
+    num_codebooks: int,
+    nbits_per_codebook: int,
+    in_group_size: int,
+    init_max_iter: int = 100,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    column_weight: F32 | None = None,
+) -> tuple[Codes, F32]:
+    """Residual k-means of the groups of weight [out, in] / scales [out] (AQLM, arXiv 2401.06118, section 3.1).
+
+    column_weight [in] weighs each input's squared distance. Empty clusters move to the worst-served groups;
+    each codebook stops after init_max_iter rounds or when one gains less than `tolerance` of the error.
+    Returns codes [out, J, K] and codebooks [K, E, g].
+    """
+
+def accumulate_hessian(sum: F64, x: F32) -> None:
+    """sum [in, in] += x^T x for x [n, in], in place."""
+
+def factor_hessian(H: F32, in_group_size: int, relative_damp: float) -> tuple[NDArray[np.int32], F32, F32]:
+    """Block factor of H [in, in] for sequential error feedback (GPTQ and LDLQ with g x g blocks).
+
+    relative_damp * mean(diag H) is added to the diagonal. Returns the order of the groups [J] (largest trace
+    first), feedback [in, in] and metric [J, g, g], both in that order. ValueError if H is not positive definite.
+    """
+
+def search_sweep(
+    codes: Codes, weight: F32, H: F32, codebooks: F32, scales: F32, beam_size: int = 0, seed: int = 0
+) -> Codes:
+    """One coordinate sweep over the groups in a random order (AQLM, section 3.2); returns new codes.
+
+    beam_size 0: exact joint search over pairs of codebooks (K >= 2, B <= 8); else a beam of 1..64.
+    """
+
+def search_ldl(
+    weight: F32, order: NDArray[np.int32], feedback: F32, metric: F32, codebooks: F32, scales: F32, beam_size: int = 0
+) -> Codes:
+    """Codes [out, J, K] by one pass of sequential error feedback; order, feedback, metric of factor_hessian."""
+
+def update_codebooks(codebooks: F32, weight: F32, H: F32, codes: Codes, scales: F32, cg_steps: int) -> F32:
+    """cg_steps conjugate-gradient steps towards the least-squares codebooks [K, E, g]; the error never rises."""
+
+def update_scales(scales: F32, weight: F32, H: F32, codes: Codes, codebooks: F32) -> F32:
+    """The scales [out] that minimise the error, in closed form; rows that decode to zero keep theirs."""
+
+def quantization_error(
+    weight: F32, H: F32, codes: Codes | None = None, codebooks: F32 | None = None, scales: F32 | None = None
+) -> float:
+    """tr(D H D^T), D = W - Wq; without codes Wq is 0, which gives the signal tr(W H W^T)."""
+
+def gaussian_reference(eigenvalues: F64, rate: float) -> float:
+    """Relative error of ideal coding of Gaussian weights at `rate` bits per weight, under an H of these eigenvalues."""
+
+def decode_rows(codes: NDArray[np.int8 | np.int16], codebooks: F32, scales: F32) -> F32:
+    """W [out, in] of a stored weight: codes [out/og, J, K] (int8 for B <= 8, else int16), codebooks [K, E, og, g]."""
+
+def matmul(x: F32, codes: NDArray[np.int8 | np.int16], codebooks: F32, scales: F32, bias: F32 | None = None) -> F32:
+    """x [n, in] W^T + bias -> [n, out]; W is decoded tile by tile, never whole."""
+
+def pack_codes(codes: NDArray[np.uint16], nbits_per_codebook: int) -> NDArray[np.int8 | np.int16]:
+    """Working codes to the disk layout: code - 2^B where it is at least 2^(B-1). ValueError out of range."""
+
+def unpack_codes(codes: NDArray[np.int8 | np.int16], nbits_per_codebook: int) -> NDArray[np.uint16]:
+    """The inverse of pack_codes."""
+
+def set_num_threads(n: int) -> None: ...
+def get_num_threads() -> int: ...
+def set_isa(name: str) -> None:
+    """Use this instruction set's kernels; ValueError if this CPU cannot. AQLM_C_ISA does the same at import."""
+
+def get_isa() -> str: ...
+def available_isas() -> list[str]:
+    """Instruction sets this CPU can run, slowest first."""

@@ -1,0 +1,97 @@
+"""Error and time of one layer: start (k-means, error feedback) x search (exact pairs, beams), on a real model.
+
+    python benchmarks/quantize_layer.py --data wikipedia.txt --data c4.txt
+
+H is gathered from the first `--samples` windows of each text in the unquantized model; the error under H of the
+next as many windows is reported beside it. Gathering H is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+
+import _bench
+import numpy as np
+import torch
+
+from aqlm_c import AqlmConfig, calibration
+from aqlm_c.data import token_stream
+from aqlm_c.models import load_model
+from aqlm_c.solver import Hessian, quantize_weight
+
+STARTS = {"LDL": {}, "k-means": {"ldl_passes": 0}}
+SEARCHES = {"exact pairs": 0, "beam 1": 1, "beam 4": 4, "beam 8": 8}
+
+
+def hessians(model, sequences, block, names) -> tuple[dict[str, np.ndarray], dict[str, Hessian]]:
+    """Weights and Hessians of the named linears of one block of the unquantized model."""
+    prefix, blocks = calibration.find_blocks(model)
+    linears = {name: model.get_submodule(f"{prefix}.{block}.{name}") for name in names}
+    stream = calibration.start_stream(model, blocks, sequences)
+    for index in range(block):
+        stream.advance(index, blocks[index])
+    sums = calibration.HessianSums(linears)
+    sums.gather(stream, block, blocks[block])
+    return {name: linear.weight.detach().float().numpy() for name, linear in linears.items()}, sums.hessians()
+
+
+def relative_error(weight, decoded, H) -> float:
+    D, W, H = (weight - decoded).astype(np.float64), weight.astype(np.float64), H.astype(np.float64)
+    return float(np.sum((D @ H) * D) / np.sum((W @ H) * W))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--data", action="append", required=True)
+    parser.add_argument("--samples", type=int, default=16, help="windows of each text (default 16)")
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--block", type=int, default=10)
+    parser.add_argument("--layers", nargs="+", default=["mlp.gate_proj", "self_attn.q_proj", "mlp.down_proj"])
+    parser.add_argument("--scheme", default="2x8g8")
+    parser.add_argument("--default-only", action="store_true", help="no table of starts and searches")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="an AqlmConfig field")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+
+    model, tokenizer, _ = load_model(args.model)
+    n, length = args.samples, args.sequence_length
+    streams = [token_stream(text, tokenizer) for text in args.data]
+    windows = [[s[i * length : (i + 1) * length] for i in range(2 * n)] for s in streams]
+    seen, held_out = (torch.stack([w for text in windows for w in text[part]]) for part in (slice(n), slice(n, None)))
+    weights, shown = hessians(model, seen, args.block, args.layers)
+    _, hidden = hessians(model, held_out, args.block, args.layers)
+    options = {name: type(getattr(AqlmConfig(), name))(value) for name, value in (s.split("=") for s in args.set)}
+
+    rows = []
+    for layer in args.layers:
+        for start, start_options in STARTS.items():
+            for search, beam_size in SEARCHES.items():
+                if args.default_only and rows and rows[-1]["layer"] == layer:
+                    continue
+                config = AqlmConfig.from_scheme(args.scheme, beam_size=beam_size, **{**start_options, **options})
+                if start == "k-means":  # as many rounds in all
+                    config = dataclasses.replace(config, max_sweeps=config.max_sweeps + AqlmConfig().ldl_passes)
+                fresh = Hessian(shown[layer].H)  # so that its factor is timed too
+                started = time.perf_counter()
+                found = quantize_weight(weights[layer], fresh.H, config, dtype="bfloat16", hessian=fresh)
+                seconds = time.perf_counter() - started
+                rows.append(
+                    {
+                        "layer": layer,
+                        "start": start,
+                        "search": search,
+                        "error": found.relative_error,
+                        "held-out error": relative_error(weights[layer], found.decode(), hidden[layer].H),
+                        "seconds": seconds,
+                        "rounds": len(found.history) - 2,
+                    }
+                )
+    _bench.show(f"{args.model} block {args.block}, {args.scheme}", rows)
+    print(_bench.save("quantize_layer", rows, args.json, arguments=vars(args)))
+
+
+if __name__ == "__main__":
+    main()
