@@ -52,7 +52,7 @@ def quantize_linear(
     if not isinstance(hessian, Hessian):
         hessian = Hessian(torch.as_tensor(hessian).detach().to("cpu", torch.float32).numpy())
     dtype_name = str(dtype).removeprefix("torch.")
-    quantized = quantize_weight(linear.weight, hessian.H, config, dtype=dtype_name, hessian=hessian)
+    quantized = quantize_weight(linear.weight, hessian, config, dtype=dtype_name)
     return QuantizedLinear.from_quantized_weight(quantized, linear.bias, dtype), quantized
 
 

@@ -71,14 +71,12 @@ class QuantizedWeight:
         return _core.decode_rows(self.codes, self.codebooks, self.scales)
 
 
-def quantize_weight(
-    weight: Any, H: Any, config: AqlmConfig, *, dtype: str = "float16", hessian: Hessian | None = None
-) -> QuantizedWeight:
+def quantize_weight(weight: Any, H: Any, config: AqlmConfig, *, dtype: str = "float16") -> QuantizedWeight:
     """Find codes, codebooks and scales that minimise tr((W - Wq) H (W - Wq)^T).
 
     weight: [out, in], anything NumPy reads as float32. H: [in, in] = X^T X / n_tokens over the layer's
-    inputs; `hessian` is the same with its derived quantities kept, for layers that share an input. dtype:
-    the 16-bit float (or "float32") whose values codebooks and scales are restricted to.
+    inputs, or a `Hessian`, which keeps what is derived from it for layers that share an input. dtype: the
+    16-bit float (or "float32") whose values codebooks and scales are restricted to.
 
     Residual k-means (AQLM, section 3.1), then `ldl_passes` passes of sequential error feedback over groups
     and up to `max_sweeps` coordinate sweeps (section 3.2), each with the exact search over pairs of
@@ -90,7 +88,7 @@ def quantize_weight(
     which the weight has no output, for out_group_size other than 1.
     """
     W = _as_matrix("weight", weight)
-    hessian = hessian or Hessian(_as_matrix("H", H))
+    hessian = H if isinstance(H, Hessian) else Hessian(_as_matrix("H", H))
     if dtype not in _GRIDS:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {_GRIDS}")
     if hessian.H.shape[0] != W.shape[1]:

@@ -76,7 +76,7 @@ def main() -> None:
                     config = dataclasses.replace(config, max_sweeps=config.max_sweeps + AqlmConfig().ldl_passes)
                 fresh = Hessian(shown[layer].H)  # so that its factor is timed too
                 started = time.perf_counter()
-                found = quantize_weight(weights[layer], fresh.H, config, dtype="bfloat16", hessian=fresh)
+                found = quantize_weight(weights[layer], fresh, config, dtype="bfloat16")
                 seconds = time.perf_counter() - started
                 rows.append(
                     {
