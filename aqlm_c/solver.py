@@ -16,7 +16,8 @@ _GRIDS = ("float16", "bfloat16", "float32")
 
 # Codes hold the codebooks back: given the codes, a codebook is optimal, and given the codebooks, so are the
 # codes, long before the two are. The next search therefore sees codebooks moved beyond the fitted ones by this
-# much of the fit's own change (over-relaxation; measured on SmolLM2's layers, benchmarks/quantize_layer.py).
+# much of the fit's own change (over-relaxation; measured on SmolLM2's layers, benchmarks/quantize_layer.py). Where
+# that raises the error, as on layers with few groups for each entry, the solver goes back and on without.
 _LDL_BEYOND = 3.0
 _SWEEP_BEYOND = 1.0
 
@@ -100,33 +101,42 @@ def quantize_weight(weight: Any, H: Any, config: AqlmConfig, *, dtype: str = "fl
 
 
 class _Solver:
+    """codes, codebooks and scales are always the best state yet, and error is its relative error."""
+
     def __init__(self, W: np.ndarray, hessian: Hessian, config: AqlmConfig) -> None:
         self.W, self.hessian, self.config = W, hessian, config
         self.seconds: dict[str, float] = {}
         self.history: list[tuple[str, float]] = []
         self.signal = self._timed("error", _core.quantization_error, W, hessian.H)
         if not self.signal > 0:
-            raise ValueError(
-                "H: under it this weight has no output (tr(W H W^T) is 0); expected some calibration signal"
-            )
+            raise ValueError("H: under it this weight has no output (tr(W H W^T) is 0), expected some signal")
 
     def solve(self, dtype: str) -> QuantizedWeight:
         config, W, H = self.config, self.W, self.hessian.H
         beam = config.search_beam_size
         factor = self._timed("factor", self.hessian.factor, config.in_group_size, config.relative_damp)
         self._start(factor)
-        ahead = self.codebooks
+
+        ahead, beyond = self.codebooks, _LDL_BEYOND
         for _ in range(config.ldl_passes):
-            self.codes = self._timed("search", _core.search_ldl, W, *factor, ahead, self.scales, beam)
-            ahead = self._update("ldl", ahead, _LDL_BEYOND)
-        ahead = self.codebooks
-        for sweep in range(config.max_sweeps):
-            before = self.history[-1][1]
-            seed = config.seed + sweep
-            self.codes = self._timed("search", _core.search_sweep, self.codes, W, H, ahead, self.scales, beam, seed)
-            ahead = self._update("sweep", ahead, _SWEEP_BEYOND)
-            if before - self.history[-1][1] < config.relative_mse_tolerance * before:
+            codes = self._timed("search", _core.search_ldl, W, *factor, ahead, self.scales, beam)
+            if self._fit("ldl", codes, ahead):
+                ahead = self._move_beyond(ahead, beyond)
+            elif ahead is self.codebooks:
                 break
+            else:
+                ahead, beyond = self.codebooks, beyond / 2
+
+        ahead, beyond = self.codebooks, _SWEEP_BEYOND
+        for sweep in range(config.max_sweeps):
+            before, seed = self.error, config.seed + sweep
+            codes = self._timed("search", _core.search_sweep, self.codes, W, H, ahead, self.scales, beam, seed)
+            if not self._fit("sweep", codes, ahead) and ahead is not self.codebooks:
+                ahead, beyond = self.codebooks, 0.0
+            elif before - self.error < config.relative_mse_tolerance * before:
+                break
+            else:
+                ahead = self._move_beyond(ahead, beyond)
         return self._rounded(dtype)
 
     def _start(self, factor: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
@@ -150,46 +160,43 @@ class _Solver:
             config.seed,
             column_weight.ravel(),
         )
-        self.best: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-        self._record("kmeans")
+        self.error = self._error(self.codes, self.codebooks, self.scales)
+        self.history.append(("kmeans", self.error))
 
-    def _update(self, step: str, codebooks: np.ndarray, beyond: float) -> np.ndarray:
-        """Fit codebooks, from `codebooks`, and scales to the codes; returns the codebooks for the next search."""
+    def _fit(self, step: str, codes: np.ndarray, start: np.ndarray) -> bool:
+        """Fit codebooks, from `start`, and scales to `codes`; keep the three if that is the best state yet."""
         W, H, steps = self.W, self.hessian.H, self.config.cg_steps
-        self.codebooks = self._timed(
-            "codebooks", _core.update_codebooks, codebooks, W, H, self.codes, self.scales, steps
-        )
-        self.scales = self._timed("scales", _core.update_scales, self.scales, W, H, self.codes, self.codebooks)
-        self._record(step)
-        return (self.codebooks + np.float32(beyond) * (self.codebooks - codebooks)).astype(np.float32)
-
-    def _record(self, step: str) -> None:
-        error = self._error()
-        if self.best is None or error < min(e for _, e in self.history):
-            self.best = (self.codes, self.codebooks, self.scales)
+        codebooks = self._timed("codebooks", _core.update_codebooks, start, W, H, codes, self.scales, steps)
+        scales = self._timed("scales", _core.update_scales, self.scales, W, H, codes, codebooks)
+        error = self._error(codes, codebooks, scales)
         self.history.append((step, error))
+        if not error < self.error:
+            return False
+        self.codes, self.codebooks, self.scales, self.error = codes, codebooks, scales, error
+        return True
 
-    def _error(self) -> float:
-        state = (self.codes, self.codebooks, self.scales)
+    def _move_beyond(self, start: np.ndarray, beyond: float) -> np.ndarray:
+        if not beyond:
+            return self.codebooks
+        return (self.codebooks + np.float32(beyond) * (self.codebooks - start)).astype(np.float32)
+
+    def _error(self, *state: np.ndarray) -> float:
         return self._timed("error", _core.quantization_error, self.W, self.hessian.H, *state) / self.signal
 
     def _rounded(self, dtype: str) -> QuantizedWeight:
         """The best state on the grid of `dtype`; the codebooks are fitted again under the rounded scales."""
-        self.codes, self.codebooks, self.scales = self.best
         if dtype != "float32":
-            self.scales = round_to(self.scales, dtype)
-            self.codebooks = self._timed(
-                "codebooks", _core.update_codebooks, self.codebooks, self.W, self.hessian.H, self.codes, self.scales, 2
-            )
-            self.codebooks = round_to(self.codebooks, dtype)
-        error = self._error()
-        self.history.append(("rounded", error))
+            scales, H = round_to(self.scales, dtype), self.hessian.H
+            books = self._timed("codebooks", _core.update_codebooks, self.codebooks, self.W, H, self.codes, scales, 2)
+            self.codebooks, self.scales = round_to(books, dtype), scales
+            self.error = self._error(self.codes, self.codebooks, self.scales)
+        self.history.append(("rounded", self.error))
         return QuantizedWeight(
             codes=_core.pack_codes(self.codes, self.config.nbits_per_codebook),
             codebooks=self.codebooks[:, :, None, :],
             scales=self.scales[:, None, None, None],
             dtype=dtype,
-            relative_error=error,
+            relative_error=self.error,
             seconds=self.seconds,
             history=self.history,
         )

@@ -8,7 +8,7 @@
  *
  * Matrices are dense and row-major. Every function checks its sizes and returns a status; none of
  * them prints, exits, or keeps state. The process holds two pieces of state: the ISA table
- * (dispatch.c) and the loop runner (parallel.c). No result depends on either.
+ * (dispatch.c) and the loop runner with its threads and poll function (parallel.c). No result depends on either.
  */
 #ifndef AQLM_H
 #define AQLM_H
@@ -55,7 +55,8 @@ void aqlm_set_parallel(aqlm_parallel_fn runner);
 void aqlm_set_num_threads(int n); /* n < 1: as many as the process may use */
 int aqlm_get_num_threads(void);
 
-/* poll() is called now and then from the thread that called into the core; non-zero means stop. */
+/* poll() is called now and then from the thread that called into the core, while the built-in runner runs its
+ * loops; non-zero means stop, and the call returns AQLM_CANCELLED. */
 void aqlm_set_poll(int (*poll)(void));
 
 /* Names of ISAs: "scalar", "avx2", "avx512", "neon". NULL ends the list of those this CPU runs. */

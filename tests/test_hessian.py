@@ -70,6 +70,12 @@ def test_factor_rejects_what_is_not_positive(bad):
         _core.factor_hessian(H, 8, 1e-3)
 
 
+def test_damping_must_not_be_negative():
+    for damp in (-1e-3, float("nan")):
+        with pytest.raises(ValueError, match=f"relative_damp: got {damp}, expected a number >= 0"):
+            _core.factor_hessian(np.eye(8, dtype=np.float32), 8, damp)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0, 2.0, 2.1, 4.0])
 def test_gaussian_reference_agrees_with_numpy(rate):
     eigenvalues = 1.0 / (1.0 + np.arange(200.0)) ** 2
@@ -81,5 +87,10 @@ def test_gaussian_reference_agrees_with_numpy(rate):
 def test_gaussian_reference_of_white_inputs_is_the_rate_distortion_function():
     for rate in (1.0, 2.0, 3.0):
         assert _core.gaussian_reference(np.ones(64), rate) == pytest.approx(4.0**-rate)
-    with pytest.raises(ValueError):
-        _core.gaussian_reference(np.zeros(4), 2.0)
+    for values, rate, message in [
+        (np.zeros(4), 2.0, "gaussian_reference: "),
+        (np.ones(4), -1.0, "rate: got -1.0, expected a number >= 0"),
+        (np.zeros(0), 2.0, "eigenvalues: got none"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            _core.gaussian_reference(values, rate)

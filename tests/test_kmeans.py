@@ -62,6 +62,7 @@ def test_more_entries_than_groups_is_exact():
         ({"in_group_size": 5}, ValueError, "in_group_size must be 4, 8, 16 or 32.*in_group_size=5"),
         ({"in_group_size": 32}, ValueError, "multiple of in_group_size.*in_features=48"),
         ({"init_max_iter": 0}, ValueError, "init_max_iter: got 0, expected at least 1"),
+        ({"tolerance": -0.5}, ValueError, "tolerance: got -0.5, expected a number >= 0"),
         ({"scales": np.ones(3, np.float32)}, ValueError, r"scales: got shape \(3,\), expected \(4,\)"),
         ({"weight": np.ones((4, 48))}, TypeError, "weight: got dtype float64, expected float32"),
         ({"weight": [[1.0]]}, TypeError, "weight: .*list.*expected a NumPy array of float32"),

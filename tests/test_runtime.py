@@ -55,6 +55,35 @@ def test_ctrl_c_stops_long_work_within_two_seconds():
     assert _core.quantization_error(W, H, codes, codebooks, scales) > 0
 
 
+def test_ctrl_c_in_the_very_first_pass():
+    W, _ = layers.random_layer(1024, 512)
+    threading.Timer(0.02, signal.raise_signal, (signal.SIGINT,)).start()
+    with pytest.raises(KeyboardInterrupt):
+        while True:  # one assignment to 65,536 entries takes longer than the timer
+            _core.residual_kmeans(W, np.ones(1024, np.float32), 1, 16, 8, 1, 0.0)
+
+
+def test_ctrl_c_stops_the_main_thread_alone():
+    W, _ = layers.random_layer(256, 256)
+    scales, results = np.ones(256, np.float32), []
+
+    def work():
+        return _core.residual_kmeans(W, scales, 2, 9, 8, 40, 0.0)
+
+    truth = work()
+    thread = threading.Thread(target=lambda: results.extend(work() for _ in range(4)))
+    thread.start()
+    threading.Timer(0.1, signal.raise_signal, (signal.SIGINT,)).start()
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            work()
+    thread.join()
+    assert len(results) == 4
+    for result in results:
+        np.testing.assert_array_equal(result[0], truth[0])
+        np.testing.assert_array_equal(result[1], truth[1])
+
+
 def test_other_python_threads_run_meanwhile():
     W, _ = layers.random_layer(256, 256)
     ticks, done = [], threading.Event()

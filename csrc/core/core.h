@@ -18,7 +18,7 @@ const aqlm_kernels *aqlm_isa(void);
 
 /* parallel.c */
 void aqlm_parallel(int64_t begin, int64_t end, int64_t grain, aqlm_range_fn fn, void *ctx);
-bool aqlm_cancelled(void); /* polls on the calling thread; true from then on until the outermost call returns */
+bool aqlm_cancelled(void); /* polls on the calling thread; once true, true until aqlm_get_status */
 int64_t aqlm_even_grain(int64_t n, int64_t least); /* n cut into one piece a thread, none below `least` */
 
 /* A status that many threads may set; the first error stays. */
@@ -26,18 +26,18 @@ typedef struct aqlm_shared_status {
     _Atomic int value;
 } aqlm_shared_status;
 void aqlm_set_status(aqlm_shared_status *s, aqlm_status status);
-aqlm_status aqlm_get_status(aqlm_shared_status *s); /* AQLM_CANCELLED included; clears the cancel flag */
+aqlm_status aqlm_get_status(aqlm_shared_status *s); /* AQLM_CANCELLED included; clears the caller's flag */
 
 /* 64-byte aligned; NULL if the size overflows or memory is out. Free with free(). */
 void *aqlm_alloc(int64_t count, size_t size);
 
-/* gemm.c: c[m, n] (+)= a b, every sum over k in order. a(i, p) = a[i * row_step + p * col_step]. One thread. */
+/* gemm.c: c[m, n] = a b, every sum over k in order. a(i, p) = a[i * row_step + p * col_step]. One thread. */
 int64_t aqlm_gemm_workspace(void); /* in floats */
 typedef struct aqlm_operand {
     const float *at;
     int64_t row_step, col_step;
 } aqlm_operand;
-void aqlm_gemm(float *c, int64_t ldc, aqlm_operand a, aqlm_operand b, int64_t m, int64_t n, int64_t k, bool accumulate,
+void aqlm_gemm(float *c, int64_t ldc, aqlm_operand a, aqlm_operand b, int64_t m, int64_t n, int64_t k,
                float *workspace);
 
 /* convert.c */
@@ -45,9 +45,7 @@ void aqlm_to_f32(float *to, const void *from, aqlm_dtype dtype, int64_t n);
 void aqlm_from_f32(void *to, aqlm_dtype dtype, const float *from, int64_t n);
 size_t aqlm_dtype_size(aqlm_dtype dtype);
 
-/* decode.c: q[g] = sum_k codebooks[k, codes[k]], the working-code decode of one group with og = 1 */
-void aqlm_sum_entries(float *q, const uint16_t *codes, const float *codebooks, const aqlm_shape *shape);
-/* q[rows, in] of the rows begin..end, without scales */
+/* decode.c: q[rows, in] of working codes, rows begin..end, without scales; og = 1 */
 void aqlm_decode_working(float *q, const uint16_t *codes, const float *codebooks, const aqlm_shape *shape,
                          int64_t begin, int64_t end);
 /* One row of a stored weight, codebooks and scales already in f32. */

@@ -1,7 +1,7 @@
 /* decode.c: codes -> rows of W. This file defines the format. */
 #include "core.h"
 
-void aqlm_sum_entries(float *q, const uint16_t *codes, const float *codebooks, const aqlm_shape *s) {
+static void sum_entries(float *q, const uint16_t *codes, const float *codebooks, const aqlm_shape *s) {
     const int64_t g = s->in_group_size, stride = g << s->nbits_per_codebook;
     memcpy(q, codebooks + codes[0] * g, (size_t)g * sizeof *q);
     for (int64_t k = 1; k < s->num_codebooks; k++) {
@@ -14,7 +14,7 @@ void aqlm_decode_working(float *q, const uint16_t *codes, const float *codebooks
                          int64_t end) {
     const int64_t groups = s->in_features / s->in_group_size;
     for (int64_t i = begin * groups; i < end * groups; i++)
-        aqlm_sum_entries(q + (i - begin * groups) * s->in_group_size, codes + i * s->num_codebooks, codebooks, s);
+        sum_entries(q + (i - begin * groups) * s->in_group_size, codes + i * s->num_codebooks, codebooks, s);
 }
 
 /* One body for every (code width, g): the switch below makes both constants. */

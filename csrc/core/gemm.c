@@ -24,14 +24,13 @@ static void pack(float *to, const float *x, int64_t k_step, int64_t n_step, int6
     }
 }
 
-void aqlm_gemm(float *c, int64_t ldc, aqlm_operand a, aqlm_operand b, int64_t m, int64_t n, int64_t k, bool accumulate,
+void aqlm_gemm(float *c, int64_t ldc, aqlm_operand a, aqlm_operand b, int64_t m, int64_t n, int64_t k,
                float *workspace) {
     const aqlm_kernels *isa = aqlm_isa();
     const int64_t rows = isa->tile_rows, cols = isa->tile_cols;
     float *packed_b = workspace, *packed_a = packed_b + DEPTH * (WIDTH + MOST_TILE);
     float *edge = packed_a + DEPTH * MOST_TILE;
-    if (!accumulate)
-        for (int64_t i = 0; i < m; i++) memset(c + i * ldc, 0, (size_t)n * sizeof *c);
+    for (int64_t i = 0; i < m; i++) memset(c + i * ldc, 0, (size_t)n * sizeof *c);
     for (int64_t j0 = 0; j0 < n; j0 += WIDTH) {
         const int64_t width = aqlm_min(WIDTH, n - j0);
         for (int64_t p0 = 0; p0 < k; p0 += DEPTH) {

@@ -24,7 +24,7 @@ static void sum_panels(int64_t begin, int64_t end, void *ctx) {
     for (int64_t panel = begin; panel < end && !aqlm_cancelled(); panel++) {
         const int64_t i0 = panel * PANEL, rows = aqlm_min(PANEL, in - i0), cols = in - i0;
         aqlm_gemm(tile, cols, (aqlm_operand){job->x + i0, 1, in}, (aqlm_operand){job->x + i0, in, 1}, rows, cols,
-                  job->n, false, tile + PANEL * in);
+                  job->n, tile + PANEL * in);
         for (int64_t i = 0; i < rows; i++)
             for (int64_t j = i; j < cols; j++) {
                 double *at = job->sum + (i0 + i) * in + i0 + j;

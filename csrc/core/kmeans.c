@@ -69,7 +69,10 @@ static void assign(int64_t begin, int64_t end, void *ctx) {
     free(scratch);
 }
 
-static void run_assign(kmeans *km) { aqlm_parallel(0, km->J * ((km->out + ROWS - 1) / ROWS), 1, assign, km); }
+static aqlm_status run_assign(kmeans *km) {
+    aqlm_parallel(0, km->J * ((km->out + ROWS - 1) / ROWS), 1, assign, km);
+    return aqlm_get_status(&km->status);
+}
 
 /* Largest error first, then lowest index. */
 static int by_error(const void *a, const void *b) {
@@ -106,7 +109,7 @@ static void update_entries(kmeans *km, double *sum, double *mass) {
             qsort(km->rank, (size_t)points, sizeof *km->rank, by_error);
             next = 0;
         }
-        if (next == points || !(km->rank[next].error > 0.0f)) return; /* every group is met exactly */
+        if (next == points || !(km->rank[next].error > 0.0f)) continue; /* every group is met exactly */
         const int64_t point = km->rank[next++].point;
         memcpy(km->entries + e * g, km->residual + (point % km->out * km->J + point / km->out) * g,
                (size_t)g * sizeof *km->entries);
@@ -174,17 +177,16 @@ aqlm_status aqlm_residual_kmeans(uint16_t *codes, float *codebooks, const float 
         for (int64_t k = 0; k < K && !status; k++) {
             km.entries = codebooks + k * E * g;
             seed_entries(&km, n + points, &rng);
-            run_assign(&km);
+            if ((status = run_assign(&km))) break;
             double before = total_error(&km);
             for (int64_t round = 0; round < init_max_iter; round++) {
                 update_entries(&km, sum, sum + E * g);
-                run_assign(&km);
-                if ((status = aqlm_get_status(&km.status))) break;
+                if ((status = run_assign(&km))) break;
                 const double after = total_error(&km);
                 if (!(before - after > tolerance * before)) break;
                 before = after;
             }
-            for (int64_t o = 0; o < out; o++)
+            for (int64_t o = 0; o < out && !status; o++)
                 for (int64_t j = 0; j < J; j++) {
                     const int32_t e = km.assigned[j * out + o];
                     codes[(o * J + j) * K + k] = (uint16_t)e;

@@ -78,7 +78,7 @@ static void many_rows(const matmul_job *job, int64_t begin, int64_t end, float *
         for (int64_t r = 0; r < job->n_rows; r += BLOCK) {
             const int64_t rows = aqlm_min(BLOCK, job->n_rows - r);
             aqlm_gemm(y, TILE, (aqlm_operand){job->x + r * in, in, 1}, (aqlm_operand){tile, 1, in}, rows, width, in,
-                      false, workspace);
+                      workspace);
             for (int64_t i = 0; i < rows; i++) {
                 if (job->bias)
                     for (int64_t j = 0; j < width; j++) y[i * TILE + j] += job->bias[o + j];

@@ -10,9 +10,13 @@
 
 static aqlm_parallel_fn runner; /* NULL: run_threads */
 static int (*poll_fn)(void);
-static int thread_count; /* 0: not set */
-static _Atomic bool cancel;
-static _Thread_local bool is_worker;
+static _Atomic int thread_count; /* 0: not set */
+
+/* Each thread that calls into the core has a flag of its own; its workers share it. */
+static _Thread_local _Atomic bool own_flag;
+static _Thread_local _Atomic bool *flag_of_caller; /* NULL on a calling thread */
+
+static _Atomic bool *cancel_flag(void) { return flag_of_caller ? flag_of_caller : &own_flag; }
 
 static int usable_cpus(void) {
 #ifdef __linux__
@@ -25,13 +29,16 @@ static int usable_cpus(void) {
 
 void aqlm_set_parallel(aqlm_parallel_fn fn) { runner = fn; }
 void aqlm_set_num_threads(int n) { thread_count = n < 1 ? 0 : n; }
-int aqlm_get_num_threads(void) { return thread_count ? thread_count : usable_cpus(); }
+int aqlm_get_num_threads(void) {
+    const int n = thread_count;
+    return n ? n : usable_cpus();
+}
 void aqlm_set_poll(int (*poll)(void)) { poll_fn = poll; }
 
 bool aqlm_cancelled(void) {
-    if (atomic_load_explicit(&cancel, memory_order_relaxed)) return true;
-    if (is_worker || !poll_fn || !poll_fn()) return false;
-    atomic_store(&cancel, true);
+    if (atomic_load_explicit(cancel_flag(), memory_order_relaxed)) return true;
+    if (flag_of_caller || !poll_fn || !poll_fn()) return false;
+    atomic_store(&own_flag, true);
     return true;
 }
 
@@ -41,7 +48,7 @@ void aqlm_set_status(aqlm_shared_status *s, aqlm_status status) {
 }
 
 aqlm_status aqlm_get_status(aqlm_shared_status *s) {
-    if (atomic_exchange(&cancel, false)) return AQLM_CANCELLED;
+    if (atomic_exchange(cancel_flag(), false)) return AQLM_CANCELLED;
     return (aqlm_status)atomic_load(&s->value);
 }
 
@@ -55,6 +62,7 @@ typedef struct job {
     int64_t end, piece;
     aqlm_range_fn fn;
     void *ctx;
+    _Atomic bool *cancel;
 } job;
 
 static void work(job *j) {
@@ -66,7 +74,7 @@ static void work(job *j) {
 }
 
 static void *worker(void *arg) {
-    is_worker = true;
+    flag_of_caller = ((job *)arg)->cancel;
     work(arg);
     return NULL;
 }
@@ -76,12 +84,12 @@ static void run_threads(int64_t begin, int64_t end, int64_t grain, aqlm_range_fn
     const int64_t n = end - begin, threads = aqlm_get_num_threads();
     const int64_t piece = aqlm_max(grain, (n + 4 * threads - 1) / (4 * threads)); /* 4 pieces a thread even out */
     const int64_t pieces = (n + piece - 1) / piece;
-    job j = {.end = end, .piece = piece, .fn = fn, .ctx = ctx};
+    job j = {.end = end, .piece = piece, .fn = fn, .ctx = ctx, .cancel = cancel_flag()};
     atomic_init(&j.next, begin);
     pthread_t thread[MOST];
     int started = 0;
     const int64_t wanted = aqlm_min(aqlm_min(threads, pieces) - 1, MOST);
-    while (!is_worker && started < wanted && pthread_create(&thread[started], NULL, worker, &j) == 0) started++;
+    while (!flag_of_caller && started < wanted && pthread_create(&thread[started], NULL, worker, &j) == 0) started++;
     work(&j); /* a thread that could not be had only costs time */
     for (int i = 0; i < started; i++) pthread_join(thread[i], NULL);
 }

@@ -37,6 +37,7 @@ typedef struct view {
     int64_t g, K, E, padded;
     const float *metric;
     double factor[32 * 32]; /* Cholesky factor of the metric, for |t|^2 */
+    bool bounded;           /* there is one; else no pair is pruned */
     float *ct, *norm;       /* [K, g, padded] twice the entries, [K, padded] their squares in S (Inf beyond E) */
     float *cs;              /* [K, E, g] entries times S */
     float radius[MOST_K];
@@ -63,13 +64,13 @@ static void view_place(view *v, const aqlm_search *s, float *memory) {
 static aqlm_status view_metric(view *v, const float *metric) {
     const int64_t g = v->g, n = v->padded;
     v->metric = metric;
-    double s[32 * 32];
-    double trace = 0.0;
-    for (int64_t i = 0; i < g * g; i++) s[i] = metric[i];
+    double s[32 * 32], trace = 0.0, sum = 0.0;
+    for (int64_t i = 0; i < g * g; i++) sum += s[i] = metric[i];
+    if (!isfinite(sum)) return AQLM_NOT_POSITIVE;
     for (int64_t d = 0; d < g; d++) trace += s[d * g + d];
-    if (!isfinite(trace)) return AQLM_NOT_POSITIVE;
-    for (int64_t d = 0; d < g; d++) s[d * g + d] += 1e-6 * trace / (double)g + 1e-30; /* dead inputs: only a bound */
-    if (!aqlm_cholesky_small(v->factor, s, g)) return AQLM_NOT_POSITIVE;
+    /* Only a bound hangs on this factor, so a metric that rounding left indefinite just goes without. */
+    for (int64_t d = 0; d < g; d++) s[d * g + d] += 1e-6 * trace / (double)g + 1e-30;
+    v->bounded = aqlm_cholesky_small(v->factor, s, g);
     for (int64_t k = 0; k < v->K; k++) {
         float most = 0.0f;
         for (int64_t e = 0; e < n; e++) {
@@ -144,7 +145,7 @@ static void search_pair(const view *v, uint16_t *codes, const float *target, con
     isa->scores(u, v->norm + t->first * n, v->ct + t->first * g * n, left, g, n);
     isa->scores(w, v->norm + t->second * n, v->ct + t->second * g * n, left, g, n);
     for (int64_t d = 0; d < g; d++) wide[d] = left[d];
-    const float square = (float)aqlm_forward_square(v->factor, wide, g);
+    const float square = v->bounded ? (float)aqlm_forward_square(v->factor, wide, g) : 0.0f;
     int32_t a = codes[t->first], b = codes[t->second];
     if (!have_guess) {
         float low;
@@ -153,7 +154,7 @@ static void search_pair(const view *v, uint16_t *codes, const float *target, con
     }
     aqlm_pair pair = t->pair;
     const float reach = v->radius[t->first] + v->radius[t->second];
-    pair.slack = 1e-4f * (square + reach * reach);
+    pair.slack = v->bounded ? 1e-4f * (square + reach * reach) : INFINITY;
     isa->pair_min(&a, &b, u, w, square, &pair);
     codes[t->first] = (uint16_t)a;
     codes[t->second] = (uint16_t)b;
@@ -333,7 +334,7 @@ static void walk_chunk(search *x, view *v, beam *b, walk *k, int64_t r0, int64_t
         const int64_t b1 = aqlm_min(b0 + per_block, J), cols = (b1 - b0) * g;
         const int64_t depth = x->ldl ? b0 * g : in;
         aqlm_gemm(k->T, k->ldt, (aqlm_operand){k->D, in, 1}, (aqlm_operand){x->couple + b0 * g, in, 1}, rows, cols,
-                  depth, false, k->gemm);
+                  depth, k->gemm);
         for (int64_t i = b0; i < b1; i++) {
             if (aqlm_cancelled()) return;
             const int64_t j = x->order[i];

@@ -12,7 +12,6 @@ typedef struct layer {
     const uint16_t *codes;
     const aqlm_shape *shape;
     bool residual;    /* rows are W - s q (s q if weight is NULL), else q itself */
-    float *rows;      /* [out, in] or NULL: not kept */
     float *product;   /* [out, in] rows times H, or NULL: not kept */
     double *row_sums; /* [out, 2]: <rows, rows H> and <W, rows H>, or NULL */
     aqlm_shared_status status;
@@ -28,7 +27,7 @@ static void product_range(int64_t begin, int64_t end, void *ctx) {
     }
     for (int64_t r0 = begin; r0 < end && !aqlm_cancelled(); r0 += ROWS) {
         const int64_t n = aqlm_min(ROWS, end - r0);
-        float *q = l->rows ? l->rows + r0 * in : memory;
+        float *q = memory;
         float *p = l->product ? l->product + r0 * in : memory + ROWS * in;
         if (l->codes) aqlm_decode_working(q, l->codes, l->codebooks, l->shape, r0, r0 + n);
         else memset(q, 0, (size_t)(n * in) * sizeof *q);
@@ -36,8 +35,7 @@ static void product_range(int64_t begin, int64_t end, void *ctx) {
             const float scale = l->scales ? l->scales[r0 + r] : 0.0f, *w = l->weight ? l->weight + (r0 + r) * in : NULL;
             for (int64_t i = 0; i < in; i++) q[r * in + i] = w ? w[i] - scale * q[r * in + i] : scale * q[r * in + i];
         }
-        aqlm_gemm(p, in, (aqlm_operand){q, in, 1}, (aqlm_operand){l->H, in, 1}, n, in, in, false,
-                  memory + 2 * ROWS * in);
+        aqlm_gemm(p, in, (aqlm_operand){q, in, 1}, (aqlm_operand){l->H, in, 1}, n, in, in, memory + 2 * ROWS * in);
         for (int64_t r = 0; r < n && l->row_sums; r++) {
             double own = 0.0, cross = 0.0;
             const float *w = l->weight ? l->weight + (r0 + r) * in : NULL;
@@ -69,7 +67,7 @@ aqlm_status aqlm_quantization_error(double *error, const float *weight, const fl
     if (status) return status;
     double *sums = aqlm_alloc(2 * shape->out_features, sizeof *sums);
     if (!sums) return AQLM_NO_MEMORY;
-    layer l = {weight, H, codes ? scales : NULL, codebooks, codes, shape, true, NULL, NULL, sums, {AQLM_OK}};
+    layer l = {weight, H, codes ? scales : NULL, codebooks, codes, shape, true, NULL, sums, {AQLM_OK}};
     status = product(&l);
     *error = 0.0;
     for (int64_t o = 0; o < shape->out_features && !status; o++) *error += sums[2 * o];
@@ -83,7 +81,7 @@ aqlm_status aqlm_update_scales(float *scales, const float *weight, const float *
     if (status) return status;
     double *sums = aqlm_alloc(2 * shape->out_features, sizeof *sums);
     if (!sums) return AQLM_NO_MEMORY;
-    layer l = {weight, H, NULL, codebooks, codes, shape, false, NULL, NULL, sums, {AQLM_OK}};
+    layer l = {weight, H, NULL, codebooks, codes, shape, false, NULL, sums, {AQLM_OK}};
     status = product(&l);
     for (int64_t o = 0; o < shape->out_features && !status; o++)
         if (sums[2 * o] > 0.0) scales[o] = (float)(sums[2 * o + 1] / sums[2 * o]);
@@ -101,7 +99,6 @@ typedef struct normal {
     const uint32_t *member; /* positions o * J + j of each entry's members, ascending */
     double *gathered;       /* [K * E, g]: sum over members of s_o (rows H)_oj */
     double *factor;         /* [K * E, g, g]: Cholesky factors of sum over members of s_o^2 H_jj */
-    aqlm_shared_status status;
 } normal;
 
 /* Every entry sums its own members in order, so no result depends on the threads. */
@@ -179,13 +176,13 @@ aqlm_status aqlm_update_codebooks(float *codebooks, const float *weight, const f
         double *x = d, *r = x + n, *z = r + n, *p = z + n, *Ap = p + n;
         float *product_rows = f, *direction = f + out * in;
         index_members(index, index + K * E + 1, codes, points, K, E);
-        normal eq = {shape, scales, H, product_rows, codes, index, index + K * E + 1, r, Ap + n, {AQLM_OK}};
-        layer l = {weight, H, scales, codebooks, codes, shape, true, NULL, product_rows, NULL, {AQLM_OK}};
+        normal eq = {shape, scales, H, product_rows, codes, index, index + K * E + 1, r, Ap + n};
+        layer l = {weight, H, scales, codebooks, codes, shape, true, product_rows, NULL, {AQLM_OK}};
         status = product(&l);
         if (!status) {
             aqlm_parallel(0, K * E, 8, gather_entries, &eq);
             aqlm_parallel(0, K * E, 8, factor_entries, &eq);
-            status = aqlm_get_status(&eq.status);
+            status = aqlm_get_status(&l.status);
         }
         for (int64_t i = 0; i < n; i++) x[i] = codebooks[i];
         l.weight = NULL; /* from here on: products with the normal matrix */
@@ -205,7 +202,7 @@ aqlm_status aqlm_update_codebooks(float *codebooks, const float *weight, const f
             }
             if ((status = product(&l))) break;
             aqlm_parallel(0, K * E, 8, gather_entries, &eq);
-            if ((status = aqlm_get_status(&eq.status))) break;
+            if ((status = aqlm_get_status(&l.status))) break;
             const double curve = inner(p, Ap, n);
             if (!(curve > 0.0)) break;
             const double alpha = rz / curve;

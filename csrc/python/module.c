@@ -131,6 +131,27 @@ static bool check_shape(const aqlm_shape *shape) {
     return !problem;
 }
 
+static bool check_codes(PyArrayObject *codes, int64_t bits) {
+    const uint16_t *code = data(codes);
+    const npy_intp n = PyArray_SIZE(codes);
+    for (npy_intp i = 0; i < n; i++)
+        if (code[i] >> bits) {
+            PyErr_Format(PyExc_ValueError, "codes: got %d at flat index %zd, expected 0..%d", (int)code[i],
+                         (Py_ssize_t)i, (1 << bits) - 1);
+            return false;
+        }
+    return true;
+}
+
+/* "name: got x, expected ..." unless x is a number >= 0 (NaN is not). */
+static bool check_not_negative(double x, const char *name) {
+    if (x >= 0.0) return true;
+    PyObject *value = PyFloat_FromDouble(x);
+    if (value) PyErr_Format(PyExc_ValueError, "%s: got %R, expected a number >= 0", name, value);
+    Py_XDECREF(value);
+    return false;
+}
+
 /* Any argument may be NULL where the verb does not take it. */
 static bool fill(layer *l, PyObject *weight, PyObject *H, PyObject *codes, PyObject *codebooks, PyObject *scales) {
     memset(l, 0, sizeof *l);
@@ -151,6 +172,7 @@ static bool fill(layer *l, PyObject *weight, PyObject *H, PyObject *codes, PyObj
     }
     npy_intp n[3] = {w[0], c[2] > 0 ? w[1] / c[2] : -1, c[0]};
     if (codes && !(l->codes = array_of(codes, "codes", NPY_UINT16, 3, n))) goto fail;
+    if (codes && !check_codes(l->codes, l->shape.nbits_per_codebook)) goto fail;
     if (scales && !(l->scales = array_of(scales, "scales", NPY_FLOAT, 1, s))) goto fail;
     return true;
 fail:
@@ -181,7 +203,9 @@ static PyObject *residual_kmeans(PyObject *self, PyObject *args, PyObject *kwarg
     long long K, B, g, iterations = 100;
     unsigned long long seed = 0;
     double tolerance = 1e-3;
-    if (!PARSE("OOLLL|LdKO", &weight, &scales, &K, &B, &g, &iterations, &tolerance, &seed, &column)) return NULL;
+    if (!PARSE("OOLLL|LdKO", &weight, &scales, &K, &B, &g, &iterations, &tolerance, &seed, &column) ||
+        !check_not_negative(tolerance, "tolerance"))
+        return NULL;
     layer l;
     if (!fill(&l, weight, NULL, NULL, NULL, scales)) return NULL;
     l.shape = (aqlm_shape){PyArray_DIM(l.weight, 0), PyArray_DIM(l.weight, 1), K, B, g, 1};
@@ -242,7 +266,7 @@ static PyObject *factor_hessian(PyObject *self, PyObject *args, PyObject *kwargs
     PyObject *matrix;
     long long g;
     double damp;
-    if (!PARSE("OLd", &matrix, &g, &damp)) return NULL;
+    if (!PARSE("OLd", &matrix, &g, &damp) || !check_not_negative(damp, "relative_damp")) return NULL;
     npy_intp dims[2] = {-1, -1};
     PyArrayObject *H = array_of(matrix, "H", NPY_FLOAT, 2, dims);
     if (!H) return NULL;
@@ -388,10 +412,14 @@ static PyObject *gaussian_reference(PyObject *self, PyObject *args, PyObject *kw
     KEYWORDS("eigenvalues", "rate");
     PyObject *values;
     double rate, error = 0.0;
-    if (!PARSE("Od", &values, &rate)) return NULL;
+    if (!PARSE("Od", &values, &rate) || !check_not_negative(rate, "rate")) return NULL;
     npy_intp n[1] = {-1};
     PyArrayObject *eigenvalues = array_of(values, "eigenvalues", NPY_DOUBLE, 1, n);
     if (!eigenvalues) return NULL;
+    if (n[0] == 0) {
+        Py_DECREF((PyObject *)eigenvalues);
+        return PyErr_Format(PyExc_ValueError, "eigenvalues: got none, expected at least one");
+    }
     aqlm_status status;
     UNLOCKED(aqlm_gaussian_reference(&error, data(eigenvalues), n[0], rate));
     Py_DECREF((PyObject *)eigenvalues);
