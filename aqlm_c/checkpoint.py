@@ -128,17 +128,25 @@ def check_values(name: str, linear: QuantizedLinear) -> None:
 
 
 def check_output(out_dir: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Raise FileExistsError unless `save_quantized` may write `out_dir`: call it before the work starts.
+    """Raise unless `save_quantized` may write `out_dir`: call it before the work starts.
 
-    Even with `overwrite` only an empty directory or one with a config.json is replaced.
+    FileExistsError if it exists; even with `overwrite` only an empty directory or one with a config.json is
+    replaced. PermissionError if the directory it would be made in is not one, or may not be written.
     """
     out = Path(out_dir)
-    if not os.path.lexists(out):
-        return
-    if not overwrite:
-        raise FileExistsError(f"OUT={str(out)!r}: exists; expected a new path, or overwrite")
-    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-        raise FileExistsError(f"OUT={str(out)!r}: expected a model directory (with config.json) to overwrite")
+    if os.path.lexists(out):
+        if not overwrite:
+            raise FileExistsError(f"OUT={str(out)!r}: exists; expected a new path, or overwrite")
+        if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+            raise FileExistsError(f"OUT={str(out)!r}: expected a model directory (with config.json) to overwrite")
+    parent = _existing_parent(out)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"OUT={str(out)!r}: expected {str(parent)!r} to be a directory that can be written")
+
+
+def _existing_parent(out: Path) -> Path:
+    """The nearest directory above `out` that exists (or a file that is in the way)."""
+    return next(path for path in out.absolute().parents if os.path.lexists(path))
 
 
 def save_quantized(
@@ -147,30 +155,28 @@ def save_quantized(
     out_dir: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    extra_files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a quantized transformers model, its tokenizer and `extra_files` (name -> text) as one directory.
+    """Write a quantized transformers model and its tokenizer as one directory.
 
-    Everything is written to a temporary directory beside `out_dir` that takes its name at the end, so
-    `out_dir` is either absent, the old one, or complete. `tokenizer` may be None. Raises FileExistsError
-    (`check_output`); ValueError if the model has no quantized linear.
+    Everything is written to a temporary directory beside `out_dir` (or beside the first of its parents that
+    is missing) that takes its name at the end, so `out_dir` is either absent, the old one, or complete.
+    `tokenizer` may be None. Raises what `check_output` does; ValueError if the model has no quantized linear.
     """
     out = Path(out_dir)
     check_output(out, overwrite)
     if next(quantized_linears(model), None) is None:
         raise ValueError("model: no QuantizedLinear found, expected a model of quantize_model")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (out.parent / f".{out.name}.{which}-{os.getpid()}" for which in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)  # left by a killed process that had our id
+    new, old = (_existing_parent(out) / f".{out.name}.{which}-{os.getpid()}" for which in ("new", "old"))
+    for left in (new, old):  # by a killed process that had our id
+        shutil.rmtree(left, ignore_errors=True)
     try:
         new.mkdir()
         model.save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-        for name, text in (extra_files or {}).items():
-            (new / name).write_text(text, encoding="utf-8")
-        for file in new.iterdir():  # safetensors makes its files private
+        for file in filter(Path.is_file, new.rglob("*")):  # safetensors makes its files private
             file.chmod((new / "config.json").stat().st_mode)
+        out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists():
             os.rename(out, old)
         os.rename(new, out)

@@ -6,6 +6,7 @@ is written. torch and transformers are imported by the command that needs them.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from . import __version__
-from .report import LayerReport, QuantizationReport, db_text, write_json
+from .config import AqlmConfig, int_between
+from .report import LayerReport, QuantizationReport, db_text, peak_memory, write_json
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when torch imports tqdm: progress is shown by `Display` alone
 
@@ -94,10 +96,10 @@ def quantize(
 ) -> None:
     """Quantize MODEL to the directory OUT in the published AQLM layout."""
     from .checkpoint import check_output
-    from .config import AqlmConfig
 
     options = {"seed": seed, "beam_size": beam_size, "relative_mse_tolerance": tolerance}
     config = AqlmConfig.from_scheme(scheme, **{name: value for name, value in options.items() if value is not None})
+    config.check_searchable()
     check_output(out, overwrite)
     _check_json(json)
     sources = _check_data(data)
@@ -137,9 +139,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Perplexity of MODEL per token, by the GPTQ protocol: non-overlapping windows of one stream."""
-    _at_least("--sequence-length", sequence_length, 2)
+    int_between("--sequence-length", sequence_length, 2)
     if windows is not None:
-        _at_least("--windows", windows, 1)
+        int_between("--windows", windows, 1)
     _check_json(json)
     sources = _check_data(data)
     prepare(threads)
@@ -155,10 +157,10 @@ def evaluate(
         for source in sources or [BUNDLED]:
             display.on_phase(f"evaluate {source}")
             input_ids = token_stream(source, tokenizer, windows and windows * sequence_length)
-            needed = (windows or 1) * sequence_length
-            if len(input_ids) < needed:
-                raise ValueError(f"data={source!r}: {len(input_ids)} tokens, expected at least {needed}")
-            result = perplexity(network, input_ids, sequence_length, windows, display.on_window)
+            try:
+                result = perplexity(network, input_ids, sequence_length, windows, display.on_window)
+            except ValueError as error:
+                raise ValueError(f"data={source!r}: {error}") from error
             results.append({"data": source, "sha256": sha256(source), **result})
     if json:
         write_json(json, {"model": model, "results": results})
@@ -193,8 +195,10 @@ def generate(
     threads: Threads = None,
 ) -> None:
     """Generate text with MODEL, streamed to stdout."""
-    _at_least("--max-new-tokens", max_new_tokens, 1)
-    _at_least("--temperature", temperature, 0)
+    int_between("--max-new-tokens", max_new_tokens, 1)
+    int_between("--seed", seed, 0, 2**63 - 1)
+    if temperature != 0 and not 1e-4 <= temperature < math.inf:  # logits are divided by it
+        raise ValueError(f"--temperature={temperature}: expected 0 or a finite number of at least 0.0001")
     if not 0 < top_p <= 1:
         raise ValueError(f"--top-p={top_p}: expected a number in (0, 1]")
     prepare(threads)
@@ -335,6 +339,7 @@ def save_and_measure(
     started = time.perf_counter()
     save_quantized(network, tokenizer, out, overwrite=overwrite)
     report.phases["save"] = time.perf_counter() - started
+    report.peak_memory_bytes = peak_memory()
     report.model, report.note = source.name, source.note
     report.sizes = saved_sizes(network, out)
     if source.total_bytes:
@@ -345,7 +350,7 @@ def save_and_measure(
 def prepare(threads: int | None) -> None:
     """Set the threads of torch and of the C core, and keep transformers to errors."""
     if threads is not None:
-        _at_least("--threads", threads, 1)
+        int_between("--threads", threads, 1, 1024)
 
     import torch
     from transformers.utils import logging
@@ -363,11 +368,6 @@ def show(result: Any) -> None:
     """Print something rich to stdout, which need not be a terminal."""
     width = None if sys.stdout.isatty() else 120  # a file has no width of its own
     Console(highlight=False, width=width).print(result)
-
-
-def _at_least(option: str, value: float, low: float) -> None:
-    if not value >= low:
-        raise ValueError(f"{option}={value}: expected at least {low}")
 
 
 def _check_json(path: Path | None) -> None:

@@ -11,7 +11,7 @@ _SCHEME = re.compile(r"(\d+)x(\d+)(?:g(\d+))?(?:o(\d+))?")
 _GROUP_SIZES = (4, 8, 16, 32)
 
 
-def _int_between(name: str, value: Any, low: int, high: int | None = None) -> None:
+def int_between(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Raise ValueError unless `value` is an int (not a bool) in [low, high]."""
     if type(value) is int and low <= value and (high is None or value <= high):
         return
@@ -63,17 +63,17 @@ class AqlmConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _int_between("num_codebooks", self.num_codebooks, 1, 8)
-        _int_between("nbits_per_codebook", self.nbits_per_codebook, 1, 16)
+        int_between("num_codebooks", self.num_codebooks, 1, 8)
+        int_between("nbits_per_codebook", self.nbits_per_codebook, 1, 16)
         if self.in_group_size not in _GROUP_SIZES:
             raise ValueError(f"in_group_size={self.in_group_size!r}: expected one of {_GROUP_SIZES}")
-        _int_between("out_group_size", self.out_group_size, 1)
-        _int_between("beam_size", self.beam_size, 0, 64)
-        _int_between("init_max_iter", self.init_max_iter, 1)
-        _int_between("ldl_passes", self.ldl_passes, 0)
-        _int_between("max_sweeps", self.max_sweeps, 0)
-        _int_between("cg_steps", self.cg_steps, 0)
-        _int_between("seed", self.seed, 0, 2**63 - 1)
+        int_between("out_group_size", self.out_group_size, 1)
+        int_between("beam_size", self.beam_size, 0, 64)
+        int_between("init_max_iter", self.init_max_iter, 1)
+        int_between("ldl_passes", self.ldl_passes, 0)
+        int_between("max_sweeps", self.max_sweeps, 0)
+        int_between("cg_steps", self.cg_steps, 0)
+        int_between("seed", self.seed, 0, 2**63 - 1)
         for name, low_allowed in (("relative_mse_tolerance", True), ("relative_damp", False)):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not (0 <= value < 1) or (value == 0 and not low_allowed):
@@ -108,14 +108,21 @@ class AqlmConfig:
 
     def check_layer(self, name: str, out_features: int, in_features: int) -> None:
         """Raise ValueError unless groups tile a [out_features, in_features] weight."""
-        if in_features % self.in_group_size:
+        for side, features, group in (
+            ("in", in_features, self.in_group_size),
+            ("out", out_features, self.out_group_size),
+        ):
+            if features < 1 or features % group:
+                raise ValueError(
+                    f"{side}_group_size={group}: expected a divisor of {side}_features={features} of layer {name}"
+                )
+
+    def check_searchable(self) -> None:
+        """Raise ValueError for a format that loads and runs but that `quantize_weight` cannot search yet."""
+        if self.out_group_size != 1:
             raise ValueError(
-                f"in_group_size={self.in_group_size}: expected a divisor of in_features={in_features} of layer {name}"
-            )
-        if out_features % self.out_group_size:
-            raise ValueError(
-                f"out_group_size={self.out_group_size}: expected a divisor of out_features={out_features} "
-                f"of layer {name}"
+                f"out_group_size={self.out_group_size} (scheme {self.scheme!r}): expected 1, "
+                "codes are not searched for larger ones yet"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def token_stream(source: str, tokenizer: Any, limit: int | None = None) -> torch
 def check_source(source: str) -> None:
     """Raise ValueError if `source` is a file that is missing or of an unknown type; reads nothing."""
     path = Path(source)
+    if path.is_dir() and path.suffix in FILE_TYPES:
+        raise ValueError(f"data={source!r}: is a directory, expected a {path.suffix} file")
     if path.is_file() and path.suffix not in FILE_TYPES:
         raise ValueError(f"data={source!r}: expected a file of type {' '.join(FILE_TYPES)}")
     if _is_dataset(source):  # whose name may be that of a local directory
@@ -81,6 +83,17 @@ def check_source(source: str) -> None:
     is_path = path.suffix in FILE_TYPES or source.startswith((".", "/", "~")) or source.count("/") > 1
     if is_path and not path.exists():
         raise ValueError(f"data={source!r}: no such file")
+
+
+def check_token_ids(name: str, input_ids: torch.Tensor, model: Any) -> None:
+    """Raise ValueError, naming the argument `name`, unless `model` has an embedding for every id of a tensor."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    low, high = (int(token) for token in input_ids.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"{name}: token id {low if low < 0 else high}, expected 0..{vocabulary - 1}: "
+            "were they tokenised for another model?"
+        )
 
 
 def sha256(source: str) -> str | None:

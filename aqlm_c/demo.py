@@ -45,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch  # after .cli, which silences the bars of others
 
+    from .checkpoint import check_output
+
+    check_output(options.out, overwrite=True)
     prepare(options.threads)
     started = time.perf_counter()
     length = options.sequence_length

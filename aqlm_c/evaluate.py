@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from .data import check_token_ids
+
 _SLICE = 256  # positions whose logits are held in float32 at a time
+_MAX_LOSS = 700.0  # exp of a little more overflows
 
 
 @torch.no_grad()
@@ -28,7 +31,7 @@ def perplexity(
 
     `progress(done, total, perplexity_so_far)` is called after each window. Returns `perplexity`, `windows`,
     `sequence_length`, `tokens` (read) and `seconds`. Raises ValueError for a text shorter than what was
-    asked for and for a loss that is not finite.
+    asked for, for a token id that the model does not know and for a loss that is not finite or beyond 700.
     """
     stream = torch.as_tensor(input_ids).reshape(-1)
     available = stream.numel() // sequence_length if sequence_length > 1 else 0
@@ -43,6 +46,7 @@ def perplexity(
             f"for windows={windows or 1} of sequence_length={sequence_length}"
         )
     count = windows or available
+    check_token_ids("input_ids", stream[: count * sequence_length], model)
     started = time.perf_counter()
     model.eval()
     device = next(model.parameters()).device
@@ -50,9 +54,10 @@ def perplexity(
     for index in range(count):
         ids = stream[index * sequence_length : (index + 1) * sequence_length].to(device)
         logits = model(ids[None], use_cache=False).logits[0]
-        total += _mean_loss(logits, ids)
-        if not math.isfinite(total):
-            raise ValueError(f"model: the loss of window {index} is {total}, expected a finite number")
+        loss = _mean_loss(logits, ids)
+        if not loss < _MAX_LOSS:
+            raise ValueError(f"model: the loss of window {index} is {loss}, expected a number below {_MAX_LOSS:g}")
+        total += loss
         if progress is not None:
             progress(index + 1, count, math.exp(total / (index + 1)))
     return {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .config import AqlmConfig
 
 if TYPE_CHECKING:
     from .solver import QuantizedWeight
@@ -15,18 +16,15 @@ if TYPE_CHECKING:
 __all__ = ["QuantizedLinear"]
 
 
-def _expect(ok: bool, name: str, value, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}: got {value}, expected {expected}")
-
-
 def _check_codes(codes: Tensor, nbits: int, name: str) -> None:
     if nbits in (8, 16) or codes.is_meta or codes.numel() == 0:
         return
     half = 2 ** (nbits - 1)
     low, high = (int(code) for code in codes.aminmax())
-    expected = f"{-half} to {half - 1} for {nbits} bits per codebook"
-    _expect(-half <= low and high < half, name, f"codes from {low} to {high}", expected)
+    if low < -half or high >= half:
+        raise ValueError(
+            f"{name}: got codes from {low} to {high}, expected {-half} to {half - 1} for {nbits} bits per codebook"
+        )
 
 
 class QuantizedLinear(nn.Module):
@@ -39,6 +37,7 @@ class QuantizedLinear(nn.Module):
         codebooks: dtype [num_codebooks, 2 ** nbits_per_codebook, og, g].
         scales: dtype [out / og, 1, 1, 1].
         bias: dtype [out], or None.
+        scheme: the format as `AqlmConfig.scheme` writes it, such as "2x8g8".
 
     Raises:
         ValueError: a size is out of range or a group size does not divide its side.
@@ -57,16 +56,9 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _expect(in_group_size in (4, 8, 16, 32), "in_group_size", in_group_size, "4, 8, 16 or 32")
-        _expect(out_group_size >= 1, "out_group_size", out_group_size, "at least 1")
-        _expect(1 <= num_codebooks <= 8, "num_codebooks", num_codebooks, "1 to 8")
-        _expect(1 <= nbits_per_codebook <= 16, "nbits_per_codebook", nbits_per_codebook, "1 to 16")
-        for name, features, group in (
-            ("in_features", in_features, in_group_size),
-            ("out_features", out_features, out_group_size),
-        ):
-            _expect(features > 0 and features % group == 0, name, features, f"a multiple of {group}")
-
+        config = AqlmConfig(num_codebooks, nbits_per_codebook, in_group_size, out_group_size)
+        config.check_layer(type(self).__name__, out_features, in_features)
+        self.scheme = config.scheme
         self.in_features, self.out_features = in_features, out_features
         self.in_group_size, self.out_group_size = in_group_size, out_group_size
         self.num_codebooks, self.nbits_per_codebook = num_codebooks, nbits_per_codebook
@@ -117,11 +109,6 @@ class QuantizedLinear(nn.Module):
         layer.check_codes()
         return layer
 
-    @property
-    def scheme(self) -> str:
-        """As `AqlmConfig.scheme`: "2x8g8" is 2 codebooks of 8 bits over groups of 8 inputs."""
-        return f"{self.num_codebooks}x{self.nbits_per_codebook}g{self.in_group_size}"
-
     def check_codes(self, name: str = "codes") -> None:
         """ValueError, naming the tensor `name`, if a code lies outside its codebook.
 
@@ -153,5 +140,4 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        og = f", out_group_size={self.out_group_size}" if self.out_group_size != 1 else ""
-        return f"{text}, scheme={self.scheme}{og}"
+        return f"{text}, scheme={self.scheme}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
@@ -9,12 +10,12 @@ import os
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import checkpoint
@@ -98,7 +99,8 @@ def _load_gguf(name: str, path: Path, dtype: str | torch.dtype) -> tuple[Any, An
         if hasattr(holder, attribute):  # else save_pretrained refuses: "gguf is not serializable"
             delattr(holder, attribute)
     model.is_quantized = False
-    total, embeddings, types = _gguf_sizes(path)
+    with _damage_named(name):
+        total, embeddings, types = _gguf_sizes(path)
     note = f"The original is a GGUF export whose weights are {types}: its size is not that of 16-bit weights."
     return model, tokenizer, ModelSource(name, "gguf", str(path), total, embeddings, note=note)
 
@@ -136,21 +138,35 @@ def _hub_reachable() -> bool:
         return False
 
 
+@contextlib.contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    """Turn any exception into a ValueError that names the model: damaged files make loaders raise all kinds."""
+    try:
+        yield
+    except Exception as error:
+        log.debug("loading %s failed", name, exc_info=True)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"model={name!r}: cannot be loaded ({reason[:300]}); {_EXPECTED}") from None
+
+
 def _from_pretrained(
     name: str, where: str | Path, dtype: str | torch.dtype, local_files_only: bool = True, **options: Any
 ) -> tuple[Any, Any]:
     options["local_files_only"] = local_files_only
     for_both = {key: value for key, value in options.items() if key in ("local_files_only", "gguf_file")}
-    try:
+    if "gguf_file" not in options:
+        options["use_safetensors"] = True  # else pickled weights would be taken where there are no others
+    with _damage_named(name):
         tokenizer = AutoTokenizer.from_pretrained(where, **for_both)
         model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
-    except (OSError, SafetensorError, ImportError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        log.debug("loading %s failed", name, exc_info=True)
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model={name!r}: cannot be loaded ({reason[:300]}); {_EXPECTED}") from None
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random values
         raise ValueError(f"model={name!r}: {len(missing)} tensors are missing from its files, such as {missing[0]}")
     if unexpected := sorted(info["unexpected_keys"]):
+        if weights := [key for key in unexpected if key.endswith((".weight", ".codes"))]:
+            raise ValueError(
+                f"model={name!r}: {len(weights)} weights in its files have no place in the model that its config "
+                f"describes, such as {weights[0]}"
+            )
         log.warning("%s: %d tensors of its files are not used, such as %s", name, len(unexpected), unexpected[0])
     return model.eval(), tokenizer
 

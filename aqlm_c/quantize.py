@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,8 +14,9 @@ import torch
 
 from . import _core, calibration
 from .config import AqlmConfig
+from .data import check_token_ids
 from .linear import QuantizedLinear
-from .report import LayerReport, QuantizationReport
+from .report import LayerReport, QuantizationReport, peak_memory
 from .solver import Hessian, QuantizedWeight, quantize_weight
 
 __all__ = ["Hessian", "Progress", "QuantizedWeight", "quantize_linear", "quantize_model", "quantize_weight"]
@@ -49,10 +48,7 @@ def quantize_linear(
     weight with its error. Raises ValueError for a format that does not fit the layer and for NaN or Inf.
     """
     dtype = dtype or disk_dtype(linear.weight.dtype)
-    if not isinstance(hessian, Hessian):
-        hessian = Hessian(torch.as_tensor(hessian).detach().to("cpu", torch.float32).numpy())
-    dtype_name = str(dtype).removeprefix("torch.")
-    quantized = quantize_weight(linear.weight, hessian, config, dtype=dtype_name)
+    quantized = quantize_weight(linear.weight, hessian, config, dtype=str(dtype).removeprefix("torch."))
     return QuantizedLinear.from_quantized_weight(quantized, linear.bias, dtype), quantized
 
 
@@ -74,8 +70,8 @@ def quantize_model(
     `save_quantized`.
 
     Raises ValueError, before any work, for token ids that are too few or outside the vocabulary, for a
-    format that does not fit a layer and for NaN or Inf in a weight; and later, naming the layer, for NaN or
-    Inf in activations.
+    format that does not fit a layer or cannot be searched yet and for NaN or Inf in any parameter; and
+    later, naming the layer, for NaN or Inf in activations.
     """
     progress = progress or Progress()
     phases = _Phases(progress)
@@ -84,7 +80,7 @@ def quantize_model(
     sequences = _check_sequences(model, sequences)
     prefix, blocks = calibration.find_blocks(model)
     targets = [_select(f"{prefix}.{index}", block, layers) for index, block in enumerate(blocks)]
-    _check_targets(targets, config, layers)
+    _check_targets(model, targets, config, layers)
 
     n_blocks = 1 + max(index for index, linears in enumerate(targets) if linears)  # nothing to do in later ones
 
@@ -98,15 +94,11 @@ def quantize_model(
         linears, targets[index] = targets[index], {}  # so that the dense weights go with the block
         quantized = _quantize_block(index, block, linears, stream, config, phases, reports)
         with phases("propagate"):
-            dense = calibration.PROPAGATE_DENSE
-            if dense:
-                _decode_into(linears, quantized)
-            else:
-                _replace(model, quantized)
             if index + 1 < n_blocks:
+                _decode_into(linears, quantized)  # a dense product in the model's dtype is the fastest here
                 stream.advance(index, block)
-            if dense:
-                _replace(model, quantized)
+            for name, layer in quantized.items():
+                model.set_submodule(name, layer)
 
     from .hf.quantizer import attach
 
@@ -116,7 +108,7 @@ def quantize_model(
         phases=phases.seconds,
         tokens=sequences.numel(),
         sequences=len(sequences),
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak_memory(),
         config=config.to_dict(),
         model=getattr(model.config, "_name_or_path", ""),
         threads=_core.get_num_threads(),
@@ -193,13 +185,7 @@ def _check_sequences(model: Any, sequences: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"sequences: {sequences.dtype} {list(sequences.shape)}, expected token ids [n, length], at least one"
         )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    low, high = sequences.aminmax()
-    if low < 0 or high >= vocabulary:
-        raise ValueError(
-            f"sequences: token id {int(low if low < 0 else high)}, expected 0..{vocabulary - 1}: "
-            "were they tokenised for another model?"
-        )
+    check_token_ids("sequences", sequences, model)
     return sequences.long()
 
 
@@ -213,13 +199,17 @@ def _select(prefix: str, block: torch.nn.Module, layers: str | None) -> dict[str
     return {name: module for name, module in named if isinstance(module, torch.nn.Linear) and pattern.search(name)}
 
 
-def _check_targets(targets: list[dict[str, torch.nn.Linear]], config: AqlmConfig, layers: str | None) -> None:
+def _check_targets(
+    model: torch.nn.Module, targets: list[dict[str, torch.nn.Linear]], config: AqlmConfig, layers: str | None
+) -> None:
+    config.check_searchable()
     if not any(targets):
         raise ValueError(f"layers={layers!r}: matches no linear layer, expected names such as 'mlp.up_proj'")
     for name, linear in (item for block in targets for item in block.items()):
         config.check_layer(name, linear.out_features, linear.in_features)
-        if not torch.isfinite(linear.weight).all():
-            raise ValueError(f"{name}.weight: NaN or Inf, expected finite values")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name}: NaN or Inf, expected finite values")
 
 
 def _layer_report(
@@ -253,17 +243,7 @@ def _layer_report(
     )
 
 
-def _replace(model: torch.nn.Module, layers: dict[str, QuantizedLinear]) -> None:
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-
-
 @torch.no_grad()
 def _decode_into(linears: dict[str, torch.nn.Linear], quantized: dict[str, QuantizedLinear]) -> None:
     for name, linear in linears.items():
         linear.weight.copy_(quantized[name].dequantize(linear.weight.dtype).weight)
-
-
-def _peak_memory() -> int:
-    """Most bytes this process has held in memory so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -8,6 +8,8 @@ import math
 import os
 import platform
 import re
+import resource
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +27,11 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held in memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def decibels(error: float, reference: float | None) -> float | None:

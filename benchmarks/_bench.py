@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 def machine() -> dict[str, Any]:
     """CPU, cores, instruction set, versions and commit, for the JSON."""
     from aqlm_c import _core
+    from aqlm_c.report import versions
 
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -31,8 +31,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": _core.get_num_threads(),
         "isa": _core.get_isa(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in ("aqlm-c", "numpy", "torch", "transformers")},
+        "versions": versions(),
         "commit": commit.stdout.strip() or None,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -40,17 +39,18 @@ def machine() -> dict[str, Any]:
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows as a table; all have the same keys."""
-    table = Table(title=title)
+    table = Table(title=title, title_justify="left")
     for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    Console(width=max(Console().width, 120)).print(table)  # wide enough for every name, in a pipe too
 
 
 def save(name: str, rows: list[dict[str, Any]], path: str | None = None, **more: Any) -> Path:
     """Write rows and the machine to results/<name>.json, or to `path`."""
     target = Path(path) if path else RESULTS / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")
     temporary.write_text(json.dumps({"benchmark": name, "machine": machine(), **more, "rows": rows}, indent=1) + "\n")
     os.replace(temporary, target)

@@ -2,6 +2,8 @@
 
     python benchmarks/quantize_layer.py --data wikipedia.txt --data c4.txt
 
+Without --data the text is Python's bundled documentation. A `--set` of ldl_passes or beam_size takes the place of the
+table's starts or searches.
 H is gathered from the first `--samples` windows of each text in the unquantized model; the error under H of the
 next as many windows is reported beside it. Gathering H is not timed.
 """
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 
 from aqlm_c import AqlmConfig, calibration
-from aqlm_c.data import token_stream
+from aqlm_c.data import BUNDLED, token_stream
 from aqlm_c.models import load_model
 from aqlm_c.solver import Hessian, quantize_weight
 
@@ -45,7 +47,7 @@ def relative_error(weight, decoded, H) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--data", action="append", required=True)
+    parser.add_argument("--data", action="append", help="text; repeatable (default: Python's documentation)")
     parser.add_argument("--samples", type=int, default=16, help="windows of each text (default 16)")
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--block", type=int, default=10)
@@ -58,20 +60,28 @@ def main() -> None:
 
     model, tokenizer, _ = load_model(args.model)
     n, length = args.samples, args.sequence_length
-    streams = [token_stream(text, tokenizer) for text in args.data]
-    windows = [[s[i * length : (i + 1) * length] for i in range(2 * n)] for s in streams]
-    seen, held_out = (torch.stack([w for text in windows for w in text[part]]) for part in (slice(n), slice(n, None)))
+    windows = []
+    for text in args.data or [BUNDLED]:
+        stream = token_stream(text, tokenizer, 2 * n * length)
+        if len(stream) < 2 * n * length:
+            parser.error(
+                f"--data={text}: {len(stream)} tokens, expected {2 * n * length} (2 x {n} windows of {length})"
+            )
+        windows.append(stream.view(2 * n, length))
+    seen, held_out = (torch.cat([text[part] for text in windows]) for part in (slice(n), slice(n, None)))
     weights, shown = hessians(model, seen, args.block, args.layers)
     _, hidden = hessians(model, held_out, args.block, args.layers)
     options = {name: type(getattr(AqlmConfig(), name))(value) for name, value in (s.split("=") for s in args.set)}
+    starts = {"as set": {}} if "ldl_passes" in options else STARTS
+    searches = {"as set": options["beam_size"]} if "beam_size" in options else SEARCHES
 
     rows = []
     for layer in args.layers:
-        for start, start_options in STARTS.items():
-            for search, beam_size in SEARCHES.items():
+        for start, start_options in starts.items():
+            for search, beam_size in searches.items():
                 if args.default_only and rows and rows[-1]["layer"] == layer:
                     continue
-                config = AqlmConfig.from_scheme(args.scheme, beam_size=beam_size, **{**start_options, **options})
+                config = AqlmConfig.from_scheme(args.scheme, **{"beam_size": beam_size, **start_options, **options})
                 if start == "k-means":  # as many rounds in all
                     config = dataclasses.replace(config, max_sweeps=config.max_sweeps + AqlmConfig().ldl_passes)
                 fresh = Hessian(shown[layer].H)  # so that its factor is timed too

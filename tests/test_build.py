@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -137,6 +138,32 @@ def test_missing_torch_is_printed_or_an_error():
 
     run = python(hide.format(["tpu"]))
     assert run.returncode == 1 and "AQLM_C_REQUIRE: got tpu, expected" in run.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("CC", "C compiler /nowhere/cc: not found, .*gcc"),
+        ("CXX", r"C\+\+ compiler /nowhere/cc: not found, .*g\+\+"),
+        ("Python.h", "Python headers .*: not found, .*python3-dev"),
+        ("venv", "Python module venv: not found, .*python3-venv"),
+    ],
+)
+def test_make_names_what_this_machine_lacks(tmp_path, missing, message):
+    stub = tmp_path / "python"  # lacks `missing`, has all else, and would make the environment in vain
+    stub.write_text(f'#!/bin/sh\ncase "$*" in *{missing}*) exit 1; esac\n')
+    stub.chmod(0o755)
+    tools = {"CC": "true", "CXX": "true"} | ({missing: "/nowhere/cc"} if missing.startswith("C") else {})
+    run = subprocess.run(
+        ["make", f"PYTHON={stub}", f"VENV={tmp_path / 'venv'}", str(tmp_path / "venv" / ".tools")],
+        cwd=ROOT,
+        env={**os.environ, **tools},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert re.match(rf"{message}.*\nmake: \*\*\*", run.stderr), run.stderr
 
 
 def test_versions_agree():

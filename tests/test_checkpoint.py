@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import stat
+import struct
 
 import numpy as np
 import pytest
@@ -65,12 +66,11 @@ def test_round_trip(tmp_path, dtype, tied):
 
 def test_everything_around_the_weights_is_saved(tmp_path, shared):
     shared.generation_config.max_new_tokens = 7
-    save_quantized(shared, tiny_tokenizer(), tmp_path / "out", extra_files={"report.json": "{}\n"})
+    save_quantized(shared, tiny_tokenizer(), tmp_path / "out")
     model, tokenizer, _ = load_model(str(tmp_path / "out"))
     assert model.generation_config.max_new_tokens == 7
     assert tokenizer("w1 w2")["input_ids"] == tiny_tokenizer()("w1 w2")["input_ids"]
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
-    assert (tmp_path / "out" / "report.json").read_text() == "{}\n"
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config == {
         "quant_method": "aqlm",
@@ -85,6 +85,15 @@ def test_everything_around_the_weights_is_saved(tmp_path, shared):
     assert not any("proj" in name for name in names)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~current_umask()
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o666 & ~current_umask()}
+
+
+def test_several_chat_templates(tmp_path, shared):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages[0]['content'] }}", "tool_use": "{{ tools }}"}
+    save_quantized(shared, tokenizer, tmp_path / "out")
+    assert load_model(str(tmp_path / "out"))[1].chat_template == tokenizer.chat_template
+    modes = {path.is_dir(): stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").rglob("*")}
+    assert modes == {True: 0o777 & ~current_umask(), False: 0o666 & ~current_umask()}
 
 
 def current_umask():
@@ -126,7 +135,31 @@ def test_overwrite_replaces_a_model_and_nothing_else(tmp_path, shared):
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="expected a model directory"):
         check_output(tmp_path / "file", overwrite=True)
-    check_output(tmp_path / "new")
+    check_output(tmp_path / "new" / "deep")
+
+
+def test_an_output_that_cannot_be_made_is_named_early(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(PermissionError, match=f"OUT='{out}': expected '{tmp_path / 'file'}' to be a directory"):
+            check_output(out)
+    access = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    for out in (tmp_path / "out", tmp_path / "deep" / "out"):
+        with pytest.raises(PermissionError, match=f"OUT='{out}': expected '{tmp_path}' to be a directory that can be"):
+            check_output(out)
+
+
+def test_missing_parents_are_made_and_leftovers_of_a_killed_process_removed(tmp_path, shared):
+    out = tmp_path / "a" / "b" / "out"
+    save_quantized(shared, None, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (out / "config.json").is_file()
+    for which in ("new", "old"):
+        left = out.parent / f".out.{which}-{os.getpid()}"
+        left.mkdir()
+        (left / "left").touch()
+    save_quantized(shared, None, out, overwrite=True)
+    assert list(out.parent.iterdir()) == [out]
 
 
 class FullDisk:
@@ -135,9 +168,9 @@ class FullDisk:
         raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("existed", [True, False])
-def test_a_failed_save_leaves_what_was_there(tmp_path, shared, existed):
-    out = tmp_path / "out"
+@pytest.mark.parametrize(("where", "existed"), [("out", True), ("out", False), ("a/b/out", False)])
+def test_a_failed_save_leaves_what_was_there(tmp_path, shared, where, existed):
+    out = tmp_path / where
     if existed:
         save_quantized(shared, None, out)
         before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -272,6 +305,23 @@ def test_pickled_weights_are_refused(tmp_path):
         load_model(str(tmp_path))
 
 
+def test_pickled_weights_beside_other_tensors_are_not_read(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path / "sprung").touch, ()
+
+    tiny_llama().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    os.rename(tmp_path / "model.safetensors", tmp_path / "adapter.safetensors")
+    torch.save(load_file(tmp_path / "adapter.safetensors") | {"trap": Trap()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"cannot be loaded \(.*model\.safetensors"):
+        load_model(str(tmp_path))
+    assert not (tmp_path / "sprung").exists()
+    torch.save(load_file(tmp_path / "adapter.safetensors"), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"cannot be loaded \(.*model\.safetensors"):
+        load_model(str(tmp_path))
+
+
 def test_shards(tmp_path, shared):
     save_quantized(shared, tiny_tokenizer(), tmp_path / "whole")
     shared.save_pretrained(tmp_path / "parts", max_shard_size="8KB")
@@ -339,10 +389,48 @@ def test_a_dense_model_that_lacks_a_tensor(tmp_path):
         load_model(str(tmp_path))
 
 
-def test_a_file_that_is_not_gguf(tmp_path):
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(20))
-    with pytest.raises(ValueError, match=r"broken.gguf': cannot be loaded"):
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"GGUF" + bytes(20),
+        b"GGUF" + struct.pack("<IQQ", 3, 1, 1),
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 0),
+        b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, 2**60),
+    ],
+    ids=["empty", "version 0", "cut", "nothing in it", "huge length"],
+)
+def test_a_damaged_gguf_file_is_named(tmp_path, content):
+    (tmp_path / "broken.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken.gguf': cannot be loaded \(.+\)") as error:
         load_model(str(tmp_path / "broken.gguf"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("config.json", {"num_hidden_layers": -1}, "18 weights in its files have no place .*layers.0.input_layernorm"),
+        ("config.json", {"num_hidden_layers": 1}, "9 weights in its files have no place .*layers.1.input_layernorm"),
+        ("config.json", {"num_hidden_layers": 3}, "9 tensors are missing from its files, such as model.layers.2"),
+        ("config.json", {"num_hidden_layers": "x"}, r"cannot be loaded \(.*num_hidden_layers"),
+        ("config.json", {"num_key_value_heads": 0}, r"cannot be loaded \(.*by zero"),
+        ("config.json", {"quantization_config": []}, "cannot be loaded"),
+        ("config.json", None, "cannot be loaded"),
+        ("tokenizer.json", {"model": {"type": "BPE"}}, "cannot be loaded"),
+        ("tokenizer.json", {"version": "99"}, "cannot be loaded"),
+        ("tokenizer_config.json", None, "cannot be loaded"),
+    ],
+    ids=str,
+)
+def test_damaged_json_is_one_line(tmp_path, file, fields, message):
+    tiny_llama().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps([] if fields is None else content | fields))
+    with pytest.raises(ValueError, match=f"model='{tmp_path}': {message}") as error:
+        load_model(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 def test_smollm2_missing_says_how_to_get_it(monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 import subprocess
 import sys
 
@@ -9,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llama
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny import BYTES, byte_tokenizer, tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from aqlm_c import __version__, cli, demo
@@ -21,18 +21,13 @@ SMALL = ["--scheme", "2x4g8", "--samples", "4", "--sequence-length", "32"]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token per byte, so that any text has many tokens."""
-    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    inner = Tokenizer(models.BPE(vocab={**vocabulary, "<eos>": 256}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", chat_template=CHAT)
+    return byte_tokenizer(chat_template=CHAT)
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_llama(torch.bfloat16, hidden_size=40, vocab_size=257).save_pretrained(path)
+    tiny_llama(torch.bfloat16, hidden_size=40, vocab_size=BYTES).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -67,9 +62,10 @@ def edited(source, target, edit):
     return target
 
 
-def test_quantize_reports_layers_sizes_and_json(run, model_dir, tmp_path):
+def test_quantize_reports_layers_sizes_and_json(run, model_dir, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("All happy families are alike. " * 50)
+    monkeypatch.setattr(cli, "peak_memory", lambda: 123)
     out, report = tmp_path / "deep" / "out", tmp_path / "report.json"
     code, stdout, stderr = run(
         "quantize", model_dir, out, *SMALL, "--data", text, "--data", "pydoc_data.topics", "--threads", 1,
@@ -90,10 +86,11 @@ def test_quantize_reports_layers_sizes_and_json(run, model_dir, tmp_path):
     assert written["config"] | {"seed": 7, "beam_size": 2, "relative_mse_tolerance": 0.05} == written["config"]
     assert written["tokens"] == 128
     assert written["threads"] == 1
+    assert written["peak_memory_bytes"] == 123  # taken again after saving
     assert written["data"]["sources"][str(text)] == hashlib.sha256(text.read_bytes()).hexdigest()
     assert written["sizes"]["quantized_bytes"] == (out / "model.safetensors").stat().st_size
     assert written["sizes"]["original_bytes"] == (model_dir / "model.safetensors").stat().st_size
-    assert written["sizes"]["original_embedding_bytes"] == 257 * 40 * 2
+    assert written["sizes"]["original_embedding_bytes"] == BYTES * 40 * 2
 
 
 def test_same_command_same_bytes(run, model_dir, quantized_dir, tmp_path):
@@ -168,6 +165,8 @@ WRONG_OPTIONS = {
     "sequence length": (["--sequence-length", "1"], ["sequence_length=1", "expected"]),
     "seed": (["--seed", "-1"], ["seed=-1", "expected"]),
     "threads": (["--threads", "0"], ["--threads=0", "expected"]),
+    "too many threads": (["--threads", "5000"], ["--threads=5000", "1..1024"]),
+    "groups of outputs": (["--scheme", "2x4g8o2"], ["out_group_size=2", "'2x4g8o2'", "expected 1"]),
     "tolerance": (["--tolerance", "2"], ["relative_mse_tolerance=2", "expected"]),
     "beam size": (["--beam-size", "-3"], ["beam_size=-3", "expected"]),
     "no such data": (["--data", "nosuch.txt"], ["data='nosuch.txt'", "no such file"]),
@@ -179,19 +178,31 @@ WRONG_OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("quiet", [True, False], ids=["quiet", "loud"])
 @pytest.mark.parametrize(("options", "words"), WRONG_OPTIONS.values(), ids=WRONG_OPTIONS)
-def test_wrong_option_is_one_line(run, model_dir, tmp_path, options, words):
-    assert_refused(run("quantize", model_dir, tmp_path / "out", *SMALL, "--quiet", *options), words)
+def test_wrong_option_is_one_line(run, model_dir, tmp_path, options, words, quiet):
+    result = run("quantize", model_dir, tmp_path / "out", *SMALL, *["--quiet"] * quiet, *options)
+    assert_refused(result, words, progress=not quiet)
     assert list(tmp_path.iterdir()) == []
 
 
-def assert_refused(result, words):
+def assert_refused(result, words, progress=False):
+    """One line that says what is wrong, the last one if lines of progress may come before it."""
     code, stdout, stderr = result
     assert (code, stdout) == (2, "")
-    assert stderr.count("\n") == 1, stderr
-    assert stderr.startswith("aqlm-c: ")
+    *before, line = stderr.splitlines()
+    assert stderr.endswith("\n") and (progress or not before), stderr
+    assert line.startswith("aqlm-c: ") and "aqlm-c: " not in "".join(before)
     for word in words:
-        assert word in stderr
+        assert word in line
+
+
+@pytest.mark.parametrize("option", [("--scheme", "2x4g8o2"), ("--threads", "5000"), ("--data", "a.txt")], ids=" ".join)
+def test_what_needs_no_model_is_checked_before_it_is_loaded(run, tmp_path, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").mkdir()
+    monkeypatch.setattr("aqlm_c.models.load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert_refused(run("quantize", "smollm2", "out", *option), [option[1]], progress=True)
 
 
 def set_value(name, value):
@@ -201,14 +212,17 @@ def set_value(name, value):
     return edit
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+NORM = "model.layers.0.input_layernorm.weight"
+
+
 @pytest.mark.parametrize(
-    ("tensor", "words"),
+    ("tensor", "value", "words"),
     [
-        ("model.layers.1.mlp.up_proj.weight", ["model.layers.1.mlp.up_proj", "weight", "NaN or Inf"]),
-        ("model.layers.0.input_layernorm.weight", ["model.layers.0.self_attn.", "NaN or Inf"]),
+        ("model.layers.1.mlp.up_proj.weight", float("nan"), ["model.layers.1.mlp.up_proj.weight: NaN or Inf"]),
+        (NORM, float("inf"), [f"{NORM}: NaN or Inf"]),
+        (NORM, 1e38, ["model.layers.0.self_attn.q_proj: NaN or Inf", "activations"]),
     ],
-    ids=["weight", "activation"],
+    ids=["weight", "norm", "activation"],
 )
 def test_nan_and_inf_are_refused(run, model_dir, tmp_path, tensor, value, words):
     model = edited(model_dir, tmp_path / "model", set_value(tensor, value))
@@ -223,6 +237,8 @@ def test_existing_out_is_refused(run, model_dir, tmp_path):
         result = run("quantize", model_dir, tmp_path / "out", *SMALL, "--quiet", *options)
         assert_refused(result, ["OUT=", str(tmp_path / "out"), "expected"])
     assert (tmp_path / "out" / "precious").read_text() == "keep me"
+    result = run("quantize", model_dir, tmp_path / "out" / "precious" / "out", *SMALL, "--quiet")
+    assert_refused(result, ["OUT=", str(tmp_path / "out" / "precious"), "directory"])
 
 
 @pytest.mark.parametrize("name", ["nosuch", "./nosuch", "no/such.gguf", "owner/nosuch"])
@@ -254,11 +270,14 @@ def test_evaluate_and_generate_refuse(run, quantized_dir, model_dir, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("short")
     evaluate, generate = ("evaluate", quantized_dir, "--quiet"), ("generate", quantized_dir, "hello")
-    assert_refused(run(*evaluate, "--data", text), [str(text), "5 tokens", "2048"])
+    assert_refused(run(*evaluate, "--data", text), [f"data='{text}'", "5 tokens", "2048"])
     assert_refused(run(*evaluate, "--windows", 0), ["--windows=0", "expected"])
     assert_refused(run(*evaluate, "--sequence-length", 1), ["--sequence-length=1", "expected"])
     assert_refused(run(*generate, "--top-p", 0), ["--top-p=0", "expected"])
-    assert_refused(run(*generate, "--temperature", -1), ["--temperature=-1", "expected"])
+    for temperature in ("-1", "nan", "inf", "1e-06"):
+        assert_refused(run(*generate, "--temperature", temperature), [f"--temperature={temperature}", "expected"])
+    for seed in (-1, 2**63):
+        assert_refused(run(*generate, "--seed", seed), [f"--seed={seed}", "expected"])
     assert_refused(run(*generate, "--max-new-tokens", 0), ["--max-new-tokens=0", "expected"])
 
     plain = edited(model_dir, tmp_path / "plain", lambda tensors: None)
@@ -314,10 +333,19 @@ def test_missing_package_names_the_cure():
 def test_demo_compares_and_can_fail(model_dir, tmp_path, capsys, monkeypatch):
     arguments = ["--model", str(model_dir), "--out", str(tmp_path / "out"), "--scheme", "2x4g8"]
     arguments += ["--samples", "2", "--sequence-length", "32", "--windows", "2"]
+    calls = []
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: calls.append(address) or 1 / 0)
     assert demo.main(arguments) == 0
+    assert not calls  # it needs no network
     stdout = capsys.readouterr().out
     assert "✓ the loaded model's logits equal those in memory" in stdout
     assert "The capital of France is" in stdout
     monkeypatch.setattr(demo, "LIMIT", 0.1)
     assert demo.main(arguments) == 1  # and OUT of the first run is replaced
     assert "✗ the quantized perplexity" in capsys.readouterr().out
+
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").touch()
+    monkeypatch.setattr(demo, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(FileExistsError, match="OUT="):
+        demo.main([*arguments, "--out", str(tmp_path / "precious")])

@@ -174,6 +174,15 @@ def test_missing_file(tokenizer, source):
         data.load_sequences([source], tokenizer, 4, 8)
 
 
+@pytest.mark.parametrize("suffix", data.FILE_TYPES)
+def test_a_directory_is_no_file(tmp_path, tokenizer, suffix):
+    path = tmp_path / f"text{suffix}"
+    path.mkdir()
+    for read in (data.check_source, lambda source: data.token_stream(source, tokenizer)):
+        with pytest.raises(ValueError, match=f"data='{path}': is a directory, expected a {suffix} file"):
+            read(str(path))
+
+
 def test_unknown_dataset(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"data='nosuch-\w+': no such file, and no data set could be read: ."):
         data.token_stream("nosuch-dataset", tokenizer)

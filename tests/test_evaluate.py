@@ -61,3 +61,19 @@ def test_a_loss_that_is_not_finite_is_an_error():
     model.model.norm.weight.data[0] = torch.nan
     with pytest.raises(ValueError, match="window 0 is nan"):
         perplexity(model, random_tokens(1, 64), 32)
+
+
+def test_a_loss_whose_exponential_overflows_is_an_error():
+    model = tiny_llama()
+    model.model.norm.weight.data *= 1e4
+    with pytest.raises(ValueError, match=r"window 0 is \d+\.\d+, expected a number below 700"):
+        perplexity(model, random_tokens(1, 64), 32)
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_token_ids_of_another_model_are_an_error(token):
+    ids = random_tokens(1, 64)
+    ids[0, 40] = token
+    with pytest.raises(ValueError, match=rf"input_ids: token id {token}, expected 0\.\.{VOCABULARY - 1}"):
+        perplexity(tiny_llama(), ids, 32)
+    perplexity(tiny_llama(), ids, 32, windows=1)  # it is not reached

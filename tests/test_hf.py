@@ -88,6 +88,15 @@ def test_an_empty_skip_list_keeps_the_output_embedding(tmp_path, tied):
     assert len(quantized_names(load(tmp_path))) == LINEARS
 
 
+def test_codes_that_no_linear_takes_are_named(tmp_path):
+    """transformers would only warn, and go on with a model that lacks them."""
+    write_published(tmp_path, (2, 8, 8, 1))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.down_proj.codes in .*model.safetensors: unexpected"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_loaded_model_holds_the_disk_layout_and_one_copy_of_it(tmp_path):
     write_published(tmp_path / "a", (2, 8, 8, 1))
     model = load(tmp_path / "a")

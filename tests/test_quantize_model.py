@@ -67,6 +67,25 @@ def test_config_refuses(field, value):
         AqlmConfig(**{field: value})
 
 
+def test_formats_that_cannot_be_searched_are_named():
+    AqlmConfig.from_scheme("2x8g8").check_searchable()
+    with pytest.raises(ValueError, match=r"out_group_size=2 \(scheme '2x8g8o2'\): expected 1"):
+        AqlmConfig.from_scheme("2x8g8o2").check_searchable()
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "message"),
+    [
+        (64, 20, "in_group_size=8: expected a divisor of in_features=20 of layer up"),
+        (64, 0, "in_group_size=8: expected a divisor of in_features=0 of layer up"),
+        (63, 64, "out_group_size=2: expected a divisor of out_features=63 of layer up"),
+    ],
+)
+def test_groups_tile_the_layer(out_features, in_features, message):
+    with pytest.raises(ValueError, match=message):
+        AqlmConfig.from_scheme("2x8g8o2").check_layer("up", out_features, in_features)
+
+
 def test_config_refuses_unknown_options():
     with pytest.raises(ValueError, match="unknown option 'beam'"):
         AqlmConfig.from_scheme("2x8g8", beam=3)
@@ -193,9 +212,9 @@ class Recorder(quantize.Progress):
         return lambda *args: self.calls.append((name, *args))
 
 
-def quantized(model=None, tokens=None, **options):
+def quantized(model=None, tokens=None, config=CONFIG, **options):
     model = model or tiny_llama()
-    return model, quantize_model(model, random_tokens(6, 16) if tokens is None else tokens, CONFIG, **options)
+    return model, quantize_model(model, random_tokens(6, 16) if tokens is None else tokens, config, **options)
 
 
 def test_quantize_model_replaces_the_linears_of_every_block():
@@ -228,13 +247,11 @@ def parts():
     return attention + [f"mlp.{kind}" for kind in KINDS[4:]]
 
 
-@pytest.mark.parametrize("dense", [True, False])
-def test_each_block_sees_the_quantized_blocks_before_it(monkeypatch, dense):
-    monkeypatch.setattr(calibration, "PROPAGATE_DENSE", dense)
+def test_each_block_sees_the_quantized_blocks_before_it(monkeypatch):
     used, solve = [], quantize.quantize_weight
     monkeypatch.setattr(quantize, "quantize_weight", lambda *args, **kw: used.append(args[1]) or solve(*args, **kw))
     model, report = quantized()
-    H = dict(zip([layer.name for layer in report.layers], used, strict=True))["model.layers.1.self_attn.q_proj"]
+    H = dict(zip([layer.name for layer in report.layers], used, strict=True))["model.layers.1.self_attn.q_proj"].H
 
     def own_hessian(net):
         inputs = []
@@ -276,8 +293,8 @@ def test_blocks_after_the_last_target_are_not_run():
     assert [call[1:] for call in progress.calls if call[0] == "on_block"] == [(0, "model.layers.0")]
 
 
-def poison(name, value):
-    model = tiny_llama()
+def poison(name, value, model=None):
+    model = model or tiny_llama()
     model.get_parameter(name).data.view(-1)[5] = value
     return model
 
@@ -291,6 +308,18 @@ def poison(name, value):
             r"layers.1.mlp.up_proj.weight: NaN or Inf",
         ),
         (lambda: poison("model.layers.0.self_attn.q_proj.weight", torch.inf), {}, r"q_proj.weight: NaN or Inf"),
+        (
+            lambda: poison("model.layers.1.input_layernorm.weight", torch.nan),
+            {},
+            r"1.input_layernorm.weight: NaN or Inf",
+        ),
+        (lambda: poison("model.embed_tokens.weight", torch.inf), {}, r"model.embed_tokens.weight: NaN or Inf"),
+        (
+            lambda: poison("lm_head.weight", torch.nan, tiny_llama(tie_word_embeddings=False)),
+            {"layers": r"\.0\."},
+            r"lm_head.weight: NaN or Inf",
+        ),
+        (tiny_llama, {"config": AqlmConfig.from_scheme("2x4g8o2")}, r"out_group_size=2 .*expected 1"),
         (tiny_llama, {"layers": "w1"}, r"layers='w1': matches no linear"),
         (tiny_llama, {"layers": "("}, r"layers='\(': expected a regular expression"),
         (tiny_llama, {"tokens": torch.zeros(0, 16, dtype=torch.long)}, r"sequences: .*at least one"),
@@ -305,8 +334,9 @@ def poison(name, value):
         ),
     ],
 )
-def test_wrong_input_leaves_the_model_alone(model, options, message):
+def test_wrong_input_is_named_before_any_work(monkeypatch, model, options, message):
     model = model()
+    monkeypatch.setattr(calibration, "start_stream", lambda *_: pytest.fail("calibration started"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         quantized(model, **options)
@@ -322,10 +352,12 @@ def test_a_layer_the_solver_refuses_is_named():
         quantized(model)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [3e38, 1e25], ids=["overflow", "overflow of the square"])
 def test_activations_that_are_not_finite_name_the_layer(value):
-    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj: NaN or Inf in the layer's input"):
-        quantized(poison("model.embed_tokens.weight", value), tokens=torch.zeros(2, 16, dtype=torch.long))
+    model = tiny_llama()
+    model.model.layers[1].input_layernorm.weight.data.fill_(value)  # finite, unlike what it leads to
+    with pytest.raises(ValueError, match=r"model.layers.1.self_attn.q_proj: NaN or Inf in H of the layer's input"):
+        quantized(model)
 
 
 def test_a_quantized_model_is_refused():

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 VOCABULARY = 96
+BYTES = 257
 
 
 def tiny_llama(dtype=torch.float32, seed=0, **options):
@@ -48,6 +49,15 @@ def tiny_tokenizer():
     )
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     return tokenizer
+
+
+def byte_tokenizer(**options):
+    """A tokenizer of BYTES words, one for each byte, so that any text has many tokens."""
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab={**vocabulary, "<eos>": 256}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", **options)
 
 
 def random_tokens(n, length, seed=0):

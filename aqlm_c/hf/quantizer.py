@@ -81,9 +81,10 @@ def swap_linears(
 
     `tensors`, the headers of the checkpoint to be loaded, are checked against the model first, and each
     layer's codebooks keep the dtype they are stored in; None leaves both out. Raises ValueError naming the
-    tensor.
+    tensor that does not fit or that no linear takes.
     """
     kept = kept_linears(model, not_quantized)
+    unclaimed = {name for name in tensors or () if name.endswith(".codes")}
     for name, linear in list(model.named_modules()):
         if not isinstance(linear, torch.nn.Linear):
             continue
@@ -92,6 +93,7 @@ def swap_linears(
             stored = _stored_name(name, tensors, model.base_model_prefix)
             if name not in kept:
                 dtype = checkpoint.check_stored_linear(stored, tensors, config, linear)
+                unclaimed.discard(f"{stored}.codes")
             elif f"{stored}.codes" in tensors:
                 raise ValueError(
                     f"{stored}.codes in {tensors[f'{stored}.codes'].file}: unexpected, "
@@ -99,6 +101,9 @@ def swap_linears(
                 )
         if name not in kept:
             model.set_submodule(name, _empty(linear, config, dtype))
+    if unclaimed:
+        first = min(unclaimed)
+        raise ValueError(f"{first} in {tensors[first].file}: unexpected, the model has no such linear layer")
 
 
 def attach(model: Any, config: LayerConfig) -> None:

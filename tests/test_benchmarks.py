@@ -1,0 +1,54 @@
+"""The benchmarks run on a tiny model, and write what they show."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import BYTES, byte_tokenizer, tiny_llama
+
+import aqlm_c
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs benchmarks/quantize_layer.py on a tiny model; gives the JSON it writes."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import _bench
+    import quantize_layer
+
+    monkeypatch.setattr(_bench, "RESULTS", tmp_path / "deep" / "results")
+    tiny_llama(vocab_size=BYTES).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+
+    def run(*options):
+        arguments = ["--model", tmp_path / "model", "--scheme", "2x4g8", "--samples", 4, "--sequence-length", 32]
+        arguments += ["--block", 1, "--layers", "mlp.gate_proj", "self_attn.q_proj"]
+        monkeypatch.setattr(sys, "argv", ["quantize_layer", *map(str, arguments), *options])
+        quantize_layer.main()
+        return json.loads((tmp_path / "deep" / "results" / "quantize_layer.json").read_text())
+
+    return run
+
+
+def test_quantize_layer(bench, capsys):
+    written = bench()
+    assert len(written["rows"]) == 2 * 2 * 4
+    assert {(row["start"], row["search"]) for row in written["rows"]} >= {("LDL", "exact pairs"), ("k-means", "beam 8")}
+    assert all(0 < row["error"] < row["held-out error"] < 1 for row in written["rows"])
+    assert written["machine"]["versions"]["aqlm_c"] == aqlm_c.__version__
+    stdout = capsys.readouterr().out
+    assert "self_attn.q_proj" in stdout and "…" not in stdout
+
+
+def test_set_replaces_the_searches(bench):
+    rows = bench("--set", "beam_size=2", "--set", "ldl_passes=1", "--set", "max_sweeps=1")["rows"]
+    assert [(row["start"], row["search"]) for row in rows] == [("as set", "as set")] * 2
+    assert all(row["rounds"] == 2 for row in rows)
+
+
+def test_too_little_text_is_named(bench, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("abc")
+    with pytest.raises(SystemExit):
+        bench("--data", str(tmp_path / "short.txt"))
+    assert f"--data={tmp_path / 'short.txt'}: 3 tokens, expected 256" in capsys.readouterr().err
