@@ -59,7 +59,7 @@ class AqlmConfig:
     ldl_passes: int = 6  # passes of sequential error feedback, each followed by an update of the codebooks
     max_sweeps: int = 8  # at most this many coordinate sweeps after them
     cg_steps: int = 3  # conjugate-gradient steps per update of the codebooks
-    relative_damp: float = 1e-3  # added to H's diagonal before it is factored, in units of its mean
+    relative_damp: float = 3e-3  # added to H's diagonal, in units of its mean
     seed: int = 0
 
     def __post_init__(self) -> None:

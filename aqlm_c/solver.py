@@ -34,10 +34,20 @@ class Hessian:
             raise ValueError(f"H: got shape {self.H.shape}, expected a square matrix [in_features, in_features]")
         if not np.isfinite(self.H).all():
             raise ValueError("H: got NaN or Inf, expected finite values")
+        self._damped: dict[float, np.ndarray] = {}
         self._factors: dict[tuple[int, float], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
+    def damped(self, relative_damp: float) -> np.ndarray:
+        """H + relative_damp * mean(diag H) * I, float32 [in, in]."""
+        if relative_damp not in self._damped:
+            mean = self.H.diagonal().mean(dtype=np.float64)
+            self._damped[relative_damp] = self.H + np.float32(relative_damp * mean) * np.eye(
+                len(self.H), dtype=np.float32
+            )
+        return self._damped[relative_damp]
+
     def factor(self, in_group_size: int, relative_damp: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(order int32 [J], feedback float32 [in, in], metric float32 [J, g, g]) of the block LDL of H."""
+        """(order int32 [J], feedback float32 [in, in], metric float32 [J, g, g]) of the block LDL of `damped`."""
         key = (in_group_size, relative_damp)
         if key not in self._factors:
             self._factors[key] = _core.factor_hessian(self.H, in_group_size, relative_damp)
@@ -56,7 +66,7 @@ class QuantizedWeight:
     codes: int8 (nbits_per_codebook <= 8) or int16 [out, in / g, num_codebooks], as on disk. codebooks:
     float32 [num_codebooks, 2^nbits, 1, g]; scales: float32 [out, 1, 1, 1]; both hold only values of `dtype`.
     relative_error: tr(D H D^T) / tr(W H W^T) of these very values, D = W - Wq. seconds: by step. history:
-    (step, relative error after it), from the start to the end.
+    (step, relative error after it under the damped H), from the start to the end.
     """
 
     codes: np.ndarray
@@ -83,7 +93,9 @@ def quantize_weight(weight: Any, H: Any, config: AqlmConfig, *, dtype: str = "fl
     and up to `max_sweeps` coordinate sweeps (section 3.2), each with the exact search over pairs of
     codebooks or a beam, and each followed by conjugate gradients for the codebooks and closed-form scales.
     Sweeps end when one lowers the error by less than `relative_mse_tolerance` of itself. The best state is
-    kept. The result depends on the seed and not on the number of threads or the instruction set.
+    kept. All of it works under H + relative_damp * mean(diag H) * I, which keeps directions that the calibration
+    hardly saw from being bent; measured, that lowers the error under other text and often under H itself. The
+    result depends on the seed and not on the number of threads or the instruction set.
 
     Raises ValueError naming the argument: for a shape that does not fit, for NaN or Inf, for an H under
     which the weight has no output, for out_group_size other than 1.
@@ -101,18 +113,20 @@ def quantize_weight(weight: Any, H: Any, config: AqlmConfig, *, dtype: str = "fl
 
 
 class _Solver:
-    """codes, codebooks and scales are always the best state yet, and error is its relative error."""
+    """codes, codebooks and scales are always the best state yet, and error is its relative error under the damped H."""
 
     def __init__(self, W: np.ndarray, hessian: Hessian, config: AqlmConfig) -> None:
         self.W, self.hessian, self.config = W, hessian, config
+        self.H = hessian.damped(config.relative_damp)
         self.seconds: dict[str, float] = {}
         self.history: list[tuple[str, float]] = []
-        self.signal = self._timed("error", _core.quantization_error, W, hessian.H)
-        if not self.signal > 0:
+        self.signal = self._timed("error", _core.quantization_error, W, self.H)
+        self.true_signal = self._timed("error", _core.quantization_error, W, hessian.H)
+        if not self.true_signal > 0:
             raise ValueError("H: under it this weight has no output (tr(W H W^T) is 0), expected some signal")
 
     def solve(self, dtype: str) -> QuantizedWeight:
-        config, W, H = self.config, self.W, self.hessian.H
+        config, W, H = self.config, self.W, self.H
         beam = config.search_beam_size
         factor = self._timed("factor", self.hessian.factor, config.in_group_size, config.relative_damp)
         self._start(factor)
@@ -165,7 +179,7 @@ class _Solver:
 
     def _fit(self, step: str, codes: np.ndarray, start: np.ndarray) -> bool:
         """Fit codebooks, from `start`, and scales to `codes`; keep the three if that is the best state yet."""
-        W, H, steps = self.W, self.hessian.H, self.config.cg_steps
+        W, H, steps = self.W, self.H, self.config.cg_steps
         codebooks = self._timed("codebooks", _core.update_codebooks, start, W, H, codes, self.scales, steps)
         scales = self._timed("scales", _core.update_scales, self.scales, W, H, codes, codebooks)
         error = self._error(codes, codebooks, scales)
@@ -181,22 +195,26 @@ class _Solver:
         return (self.codebooks + np.float32(beyond) * (self.codebooks - start)).astype(np.float32)
 
     def _error(self, *state: np.ndarray) -> float:
-        return self._timed("error", _core.quantization_error, self.W, self.hessian.H, *state) / self.signal
+        return self._timed("error", _core.quantization_error, self.W, self.H, *state) / self.signal
 
     def _rounded(self, dtype: str) -> QuantizedWeight:
         """The best state on the grid of `dtype`; the codebooks are fitted again under the rounded scales."""
         if dtype != "float32":
-            scales, H = round_to(self.scales, dtype), self.hessian.H
-            books = self._timed("codebooks", _core.update_codebooks, self.codebooks, self.W, H, self.codes, scales, 2)
+            scales = round_to(self.scales, dtype)
+            books = self._timed(
+                "codebooks", _core.update_codebooks, self.codebooks, self.W, self.H, self.codes, scales, 2
+            )
             self.codebooks, self.scales = round_to(books, dtype), scales
             self.error = self._error(self.codes, self.codebooks, self.scales)
         self.history.append(("rounded", self.error))
+        state = (self.codes, self.codebooks, self.scales)
+        error = self._timed("error", _core.quantization_error, self.W, self.hessian.H, *state) / self.true_signal
         return QuantizedWeight(
             codes=_core.pack_codes(self.codes, self.config.nbits_per_codebook),
             codebooks=self.codebooks[:, :, None, :],
             scales=self.scales[:, None, None, None],
             dtype=dtype,
-            relative_error=self.error,
+            relative_error=max(error, 0.0),  # a sum over a rounded H may fall a little below
             seconds=self.seconds,
             history=self.history,
         )

@@ -167,8 +167,7 @@ def search_pairs(codes, codebooks, S, target, from_scratch):
             else:
                 rest = sum(codebooks[c, codes[c]] for c in range(k)) + codebooks[k]
                 codes[k] = (np.einsum("ad,de,ae->a", rest, S, rest) - 2 * rest @ target).argmin()
-        if K == 2:
-            return
+        return
     for i, j in pairs_of(K):
         best_pair(codes, i, j, codebooks, S, target)
 

@@ -198,7 +198,7 @@ static void search_pairs(view *v, uint16_t *codes, int64_t stride, const float *
             }
             open &= ~(3u << k);
         }
-        if (K == 2) return;
+        return;
     }
     for (int64_t p = 0; p < ring_pairs(K); p++) {
         const int64_t i = p, j = (p + 1) % K;
