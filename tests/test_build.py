@@ -155,10 +155,11 @@ def test_make_names_what_this_machine_lacks(tmp_path, missing, message):
     stub.write_text(f'#!/bin/sh\ncase "$*" in *{missing}*) exit 1; esac\n')
     stub.chmod(0o755)
     tools = {"CC": "true", "CXX": "true"} | ({missing: "/nowhere/cc"} if missing.startswith("C") else {})
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
     run = subprocess.run(
         ["make", f"PYTHON={stub}", f"VENV={tmp_path / 'venv'}", str(tmp_path / "venv" / ".tools")],
         cwd=ROOT,
-        env={**os.environ, **tools},
+        env={**outer, **tools},
         capture_output=True,
         text=True,
     )
