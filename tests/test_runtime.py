@@ -43,11 +43,26 @@ def test_the_number_of_threads():
             _core.set_num_threads(bad)
 
 
-def test_ctrl_c_stops_long_work_within_two_seconds():
+@pytest.fixture
+def ctrl_c():
+    """ctrl_c(seconds) interrupts the process then, whatever handler an earlier test left behind."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda seconds: threading.Timer(seconds, signal.raise_signal, (signal.SIGINT,)).start()
+    signal.signal(signal.SIGINT, before)
+
+
+def repeat(function):
+    """Calls it again and again, but not for ever."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        function()
+
+
+def test_ctrl_c_stops_long_work_within_two_seconds(ctrl_c):
     W, H = layers.random_layer(512, 512)
     scales = np.ones(512, np.float32)
     started = time.monotonic()
-    threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
+    ctrl_c(0.3)
     with pytest.raises(KeyboardInterrupt):
         _core.residual_kmeans(W, scales, 8, 12, 8, 10_000, 0.0)
     assert time.monotonic() - started < 2.3
@@ -55,15 +70,15 @@ def test_ctrl_c_stops_long_work_within_two_seconds():
     assert _core.quantization_error(W, H, codes, codebooks, scales) > 0
 
 
-def test_ctrl_c_in_the_very_first_pass():
+def test_ctrl_c_in_the_very_first_pass(ctrl_c):
     W, _ = layers.random_layer(1024, 512)
-    threading.Timer(0.02, signal.raise_signal, (signal.SIGINT,)).start()
+    ctrl_c(0.02)
     with pytest.raises(KeyboardInterrupt):
-        while True:  # one assignment to 65,536 entries takes longer than the timer
-            _core.residual_kmeans(W, np.ones(1024, np.float32), 1, 16, 8, 1, 0.0)
+        # one assignment to 65,536 entries takes longer than the timer
+        repeat(lambda: _core.residual_kmeans(W, np.ones(1024, np.float32), 1, 16, 8, 1, 0.0))
 
 
-def test_ctrl_c_stops_the_main_thread_alone():
+def test_ctrl_c_stops_the_main_thread_alone(ctrl_c):
     W, _ = layers.random_layer(256, 256)
     scales, results = np.ones(256, np.float32), []
 
@@ -73,10 +88,9 @@ def test_ctrl_c_stops_the_main_thread_alone():
     truth = work()
     thread = threading.Thread(target=lambda: results.extend(work() for _ in range(4)))
     thread.start()
-    threading.Timer(0.1, signal.raise_signal, (signal.SIGINT,)).start()
+    ctrl_c(0.1)
     with pytest.raises(KeyboardInterrupt):
-        while True:
-            work()
+        repeat(work)
     thread.join()
     assert len(results) == 4
     for result in results:
