@@ -160,7 +160,7 @@ static void search_pair(const view *v, uint16_t *codes, const float *target, con
     codes[t->second] = (uint16_t)b;
 }
 
-/* The pairs visited: (0, 1) for two codebooks, the ring (0, 1), (1, 2) ... (K - 1, 0) for more. */
+/* The pairs a sweep visits: (0, 1) for two codebooks, the ring (0, 1), (1, 2) ... (K - 1, 0) for more. */
 static int64_t ring_pairs(int64_t K) { return K == 2 ? 1 : K; }
 
 static void sum_without(const view *v, float *q, const uint16_t *codes, uint32_t left_out) {
