@@ -3,6 +3,7 @@
 The names below are loaded on first use, so that importing the package costs neither torch nor transformers.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ _HOMES = {
     "perplexity": "evaluate",
     "LayerReport": "report",
     "QuantizationReport": "report",
+    "PRESETS": "run",
+    "RunConfig": "run",
 }
 
 __all__ = [*_HOMES, "__version__"]
@@ -39,9 +42,13 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from .quantize import quantize_model as quantize_model
     from .report import LayerReport as LayerReport
     from .report import QuantizationReport as QuantizationReport
+    from .run import PRESETS as PRESETS
+    from .run import RunConfig as RunConfig
     from .solver import Hessian as Hessian
     from .solver import QuantizedWeight as QuantizedWeight
     from .solver import quantize_weight as quantize_weight
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # the program decides what is shown
 
 
 def __getattr__(name: str) -> Any:

@@ -47,7 +47,8 @@ def search_sweep(
 ) -> Codes:
     """One coordinate sweep over the groups in a random order (AQLM, section 3.2); returns new codes.
 
-    beam_size 0: exact joint search over pairs of codebooks (K >= 2, B <= 8); else a beam of 1..64.
+    beam_size 0: exact joint search over pairs of codebooks (K >= 2, B <= 8); else a beam of 1..64 that replaces
+    one codebook's code after another, in a random order for each group.
     """
 
 def search_ldl(
@@ -60,6 +61,24 @@ def update_codebooks(codebooks: F32, weight: F32, H: F32, codes: Codes, scales: 
 
 def update_scales(scales: F32, weight: F32, H: F32, codes: Codes, codebooks: F32) -> F32:
     """The scales [out] that minimise the error, in closed form; rows that decode to zero keep theirs."""
+
+def update_adam(
+    codebooks: F32,
+    scales: F32,
+    moments: F64,
+    weight: F32,
+    H: F32,
+    codes: Codes,
+    steps: int,
+    learning_rate: float,
+    steps_before: int = 0,
+) -> tuple[F32, F32, F64]:
+    """`steps` steps of Adam on codebooks [K, E, g] and scales [out] for tr(D H D^T) / out (AQLM, section 3.3).
+
+    Betas (0, 0.95), AMSGrad, eps 1e-8. moments [2, K * E * g + out]: second moments, then their largest, of codebooks
+    and then scales; zeros at first, later what the last call returned, with the number of steps made so far as
+    steps_before. Returns new codebooks, scales and moments.
+    """
 
 def quantization_error(
     weight: F32, H: F32, codes: Codes | None = None, codebooks: F32 | None = None, scales: F32 | None = None

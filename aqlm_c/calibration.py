@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,11 +14,21 @@ import numpy as np
 import torch
 
 from . import _core
+from .config import AqlmConfig
 from .solver import Hessian
 
 _TOKENS_PER_BATCH = 8192
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, after its hidden states
+
+
+def batch_size(sequences: torch.Tensor, config: AqlmConfig, asked: int | None = None) -> int:
+    """Sequences in one forward pass: as many as asked for or as memory likes, of a step of fine-tuning at most."""
+    n, length = sequences.shape
+    size = asked or max(1, _TOKENS_PER_BATCH // length)
+    if config.finetune_epochs:
+        size = min(size, config.finetune_batch_size, max(1, n // 2))  # some must be left to validate
+    return min(size, n)
 
 
 class _Stop(Exception):
@@ -39,27 +52,111 @@ def find_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     return best
 
 
+class DiskTensors:
+    """A list of tensors kept in a file of `directory`: reading one gives a new tensor with the bits that were written.
+
+    The file has no name (it is removed as soon as it is open), so that its space is free again however the
+    process ends. Raises OSError naming the directory if it cannot be written or is full.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = directory
+        self._slots: list[tuple[int, torch.Size, torch.dtype, torch.device]] = []  # where in the file, what
+        self._end = 0
+        try:
+            self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        offset, shape, dtype, device = self._slots[index]
+        tensor = torch.empty(shape, dtype=dtype)  # aligned as every tensor, so that products give the same bits
+        self._transfer(self._file.readinto, offset, tensor)
+        return tensor.to(device)
+
+    def __setitem__(self, index: int, tensor: torch.Tensor) -> None:
+        offset, shape, dtype, _ = self._slots[index]
+        if tensor.nbytes > math.prod(shape) * dtype.itemsize:
+            offset = self._end
+        self._slots[index] = self._write(offset, tensor)
+
+    def append(self, tensor: torch.Tensor) -> None:
+        self._slots.append(self._write(self._end, tensor))
+
+    def copy(self) -> DiskTensors:
+        """The same tensors in a file of their own."""
+        other = DiskTensors(self.directory)
+        for tensor in self:
+            other.append(tensor)
+        return other
+
+    def clear(self) -> None:
+        """Give the space back; nothing can be stored any more."""
+        self._slots.clear()
+        self._file.close()
+
+    def _write(self, offset: int, tensor: torch.Tensor) -> tuple[int, torch.Size, torch.dtype, torch.device]:
+        try:
+            self._transfer(self._file.write, offset, tensor.detach().to("cpu").contiguous())
+        except OSError as error:
+            raise self._failed(error) from None
+        self._end = max(self._end, offset + tensor.nbytes)
+        return offset, tensor.shape, tensor.dtype, tensor.device
+
+    def _transfer(self, call: Callable[[memoryview], int], offset: int, tensor: torch.Tensor) -> None:
+        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        self._file.seek(offset)
+        while view:  # one call moves 2 GiB at most
+            moved = call(view)
+            if not moved:
+                raise OSError(f"{self.directory}: the activations ended early")
+            view = view[moved:]
+
+    def _failed(self, error: OSError) -> OSError:
+        return OSError(error.errno, f"{self.directory}: cannot keep activations here: {error.strerror}")
+
+
 @dataclasses.dataclass
 class Stream:
     """The activations on their way through the model: what goes into the next block, batch by batch.
 
-    hidden: one tensor [batch, length, hidden_size] in the model's dtype a batch. arguments: what the model
-    passes to each block beside it (positions, masks), by batch and block.
+    hidden: one tensor [batch, length, hidden_size] in the model's dtype a batch, in memory (a list) or on disk.
+    arguments: what the model passes to each block beside it (positions, masks), by batch and block.
     """
 
-    hidden: list[torch.Tensor]
+    hidden: list[torch.Tensor] | DiskTensors
     arguments: list[list[_Arguments]]
+
+    def forward(
+        self, index: int, block: Callable[..., Any], batch: int, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The output of `block`, the model's number `index`, for one batch; gradients flow.
+
+        hidden: what goes in, if not the stream's own.
+        """
+        args, kwargs = self.arguments[batch][index]
+        return _hidden_states(block(self.hidden[batch] if hidden is None else hidden, *args, **kwargs))
 
     @torch.no_grad()
     def run(self, index: int, block: torch.nn.Module, batch: int) -> torch.Tensor:
-        """The output of `block`, the model's number `index`, for one batch."""
-        args, kwargs = self.arguments[batch][index]
-        return _hidden_states(block(self.hidden[batch], *args, **kwargs))
+        """`forward` without gradients."""
+        return self.forward(index, block, batch)
 
     def advance(self, index: int, block: torch.nn.Module) -> None:
         """Replace the stream by the outputs of `block`."""
         for batch in range(len(self.hidden)):
             self.hidden[batch] = self.run(index, block, batch)
+
+    def copy(self) -> Stream:
+        """A stream of the same activations that advances by itself; the arguments are shared."""
+        return Stream(self.hidden.copy(), self.arguments)
+
+    def close(self) -> None:
+        """Free the activations."""
+        self.hidden.clear()
 
 
 @torch.no_grad()
@@ -68,14 +165,16 @@ def start_stream(
     blocks: Sequence[torch.nn.Module],
     sequences: torch.Tensor,
     batch_size: int | None = None,
+    directory: str | os.PathLike[str] | None = None,
 ) -> Stream:
     """What goes into the first block for token ids [n, length], and every block's other arguments.
 
     The model itself prepares them: its forward pass runs with the blocks replaced by recorders that hand
-    their input on, so that per-block masks and positions are right for any architecture.
+    their input on, so that per-block masks and positions are right for any architecture. The activations stay
+    in memory or, if `directory` is given, on disk there (`DiskTensors`).
     """
     batch_size = batch_size or max(1, _TOKENS_PER_BATCH // sequences.shape[1])
-    stream = Stream([], [])
+    stream = Stream([] if directory is None else DiskTensors(directory), [])
     returns_tuple: bool | None = None
 
     def recorder(block: torch.nn.Module) -> Callable[..., Any]:
@@ -123,18 +222,23 @@ class HessianSums:
         self._seen: dict[str, torch.Tensor] = {}  # leader -> its input in this batch
         self._last: str | None = None
 
-    def gather(self, stream: Stream, index: int, block: torch.nn.Module) -> None:
-        """Run `block`, the model's number `index`, on all of `stream` and add up its linears' inputs."""
+    def gather(self, stream: Stream, index: int, block: torch.nn.Module, outputs: Stream | None = None) -> None:
+        """Run `block`, the model's number `index`, on all of `stream` and add up its linears' inputs.
+
+        outputs: takes the block's outputs, if wanted.
+        """
         hooks = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.linears.items()]
         try:
             for batch in range(len(stream.hidden)):
                 try:
-                    stream.run(index, block, batch)
+                    output = stream.run(index, block, batch)
+                    if outputs is not None:
+                        outputs.hidden[batch] = output
                 except _Stop:
                     continue
                 finally:
                     self._seen.clear()
-                if len(self.leader) == len(self.linears):
+                if outputs is None and len(self.leader) == len(self.linears):
                     self._last = next(reversed(self.leader))
         finally:
             for hook in hooks:

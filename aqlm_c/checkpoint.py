@@ -8,9 +8,11 @@ float; `P.bias` [out] if any. K, B, g and og stand in config.json under `quantiz
 from __future__ import annotations
 
 import json
+import math
 import os
+import platform
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -127,6 +129,38 @@ def check_values(name: str, linear: QuantizedLinear) -> None:
             raise ValueError(f"{name}.{part}: NaN or Inf, expected finite values")
 
 
+def stored_linears(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """The quantized linears among stored tensors: for each name its tensors by part ("codes", "scales", ...)."""
+    linears = {name.removesuffix(".codes"): {} for name in tensors if name.endswith(".codes")}
+    for name, tensor in tensors.items():
+        linear, _, part = name.rpartition(".")
+        if linear in linears:
+            linears[linear][part] = tensor
+    return linears
+
+
+def check_stored_values(tensors: Mapping[str, StoredTensor], config: AqlmConfig | None) -> None:
+    """Read every tensor, one at a time, and raise as `check_values` does; dense ones must be finite too.
+
+    `config` is the format of the quantized linears, None where there are none.
+    """
+    from .linear import check_code_range
+
+    for name, tensor in tensors.items():
+        with safe_open(tensor.file, framework="pt") as stored:
+            value = stored.get_tensor(name)
+        if config and name.endswith(".codes"):
+            check_code_range(value, config.nbits_per_codebook, f"{name} in {tensor.file}")
+        elif tensor.dtype in _FLOATS and not torch.isfinite(value).all():
+            raise ValueError(f"{name} in {tensor.file}: NaN or Inf, expected finite values")
+
+
+def check_dense_dtype(name: str, tensor: StoredTensor) -> None:
+    """Raise ValueError unless a dense parameter is stored as a float that models load."""
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(f"{name} in {tensor.file}: {tensor.dtype}, expected {' or '.join(_FLOATS)}")
+
+
 def check_output(out_dir: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Raise unless `save_quantized` may write `out_dir`: call it before the work starts.
 
@@ -134,6 +168,7 @@ def check_output(out_dir: str | os.PathLike[str], overwrite: bool = False) -> No
     replaced. PermissionError if the directory it would be made in is not one, or may not be written.
     """
     out = Path(out_dir)
+    _clear_up(out)
     if os.path.lexists(out):
         if not overwrite:
             raise FileExistsError(f"OUT={str(out)!r}: exists; expected a new path, or overwrite")
@@ -155,50 +190,82 @@ def save_quantized(
     out_dir: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    extra_files: Callable[[Path], Mapping[str, str]] | None = None,
 ) -> None:
     """Write a quantized transformers model and its tokenizer as one directory.
 
     Everything is written to a temporary directory beside `out_dir` (or beside the first of its parents that
     is missing) that takes its name at the end, so `out_dir` is either absent, the old one, or complete.
-    `tokenizer` may be None. Raises what `check_output` does; ValueError if the model has no quantized linear.
+    `tokenizer` may be None. `extra_files` is called with that directory when the model lies in it and gives
+    names and texts of files to add. Raises what `check_output` does; ValueError if the model has no quantized
+    linear; OSError if a file cannot be written.
     """
     out = Path(out_dir)
     check_output(out, overwrite)
     if next(quantized_linears(model), None) is None:
         raise ValueError("model: no QuantizedLinear found, expected a model of quantize_model")
-    new, old = (_existing_parent(out) / f".{out.name}.{which}-{os.getpid()}" for which in ("new", "old"))
-    for left in (new, old):  # by a killed process that had our id
-        shutil.rmtree(left, ignore_errors=True)
+    new, old = (_temporary(out, which, os.getpid()) for which in ("new", "old"))
     try:
         new.mkdir()
         model.save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+        for name, text in (extra_files(new) if extra_files else {}).items():
+            (new / name).write_text(text, encoding="utf-8")
         for file in filter(Path.is_file, new.rglob("*")):  # safetensors makes its files private
             file.chmod((new / "config.json").stat().st_mode)
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists():
             os.rename(out, old)
         os.rename(new, out)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not out.exists():
             os.rename(old, out)
+        if isinstance(error, SafetensorError):  # a full disk, for one
+            raise OSError(f"OUT={str(out)!r}: cannot be written: {error}") from None
         raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _temporary(out: Path, which: str, pid: int | str) -> Path:
+    return _existing_parent(out) / f".{out.name}.{which}-{platform.node()}-{pid}"
+
+
+def _clear_up(out: Path) -> None:
+    """Remove what killed processes of this machine left beside `out`; an `out` that was set aside comes back."""
+    parent = _existing_parent(out)
+    beside = [] if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir() else list(parent.iterdir())
+    for which in ("old", "new"):
+        start = _temporary(out, which, "").name
+        for left in beside:
+            pid = left.name.removeprefix(start)
+            if left.name.startswith(start) and pid.isdigit() and (int(pid) == os.getpid() or not _runs(int(pid))):
+                if which == "old" and not out.exists():
+                    os.rename(left, out)
+                else:
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # there, but not ours
+        return True
+    return True
+
+
 def disk_sizes(directory: str | os.PathLike[str], embeddings: Iterable[str]) -> tuple[int, int]:
     """(bytes of all safetensors files in `directory`, bytes of the tensors named in `embeddings`)."""
     tensors = read_directory(directory)
     total = sum(file.stat().st_size for file in {tensor.file for tensor in tensors.values()})
-    return total, sum(_n_bytes(tensors[name]) for name in set(embeddings) & set(tensors))
+    return total, sum(n_bytes(tensors[name]) for name in set(embeddings) & set(tensors))
 
 
-def _n_bytes(tensor: StoredTensor) -> int:
+def n_bytes(tensor: StoredTensor) -> int:
+    """Bytes of a tensor's values."""
     bits = int("".join(filter(str.isdigit, tensor.dtype.split("_")[0])) or 8)  # F16 -> 16, F8_E4M3 -> 8, BOOL -> 8
-    n_bytes = bits // 8
-    for size in tensor.shape:
-        n_bytes *= size
-    return n_bytes
+    return bits // 8 * math.prod(tensor.shape)

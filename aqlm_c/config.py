@@ -9,6 +9,16 @@ from typing import Any
 
 _SCHEME = re.compile(r"(\d+)x(\d+)(?:g(\d+))?(?:o(\d+))?")
 _GROUP_SIZES = (4, 8, 16, 32)
+FORMAT = ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size")  # what a scheme says
+SOLVERS = ("ldl", "paper")
+_BY_SOLVER = {"init_max_iter": (20, 100), "relative_mse_tolerance": (0.005, 0.01)}  # defaults of each
+_SHARES = (
+    "relative_mse_tolerance",
+    "relative_damp",
+    "adam_learning_rate",
+    "finetune_learning_rate",
+    "finetune_held_out",
+)
 
 
 def int_between(name: str, value: Any, low: int, high: int | None = None) -> None:
@@ -52,14 +62,27 @@ class AqlmConfig:
     in_group_size: int = 8
     out_group_size: int = 1
 
-    # The solver.
+    # The solver of one layer.
+    solver: str = "ldl"  # or "paper": exactly the reference recipe, for comparison
     beam_size: int = 0  # 0: the exact search over pairs where K >= 2 and B <= 8, else a beam of 1
-    relative_mse_tolerance: float = 0.005  # stop when a sweep lowers the error by less than this share of it
-    init_max_iter: int = 20  # at most this many k-means rounds per codebook
+    relative_mse_tolerance: float | None = None  # stop when a sweep gains less of the error; None: 0.005, "paper": 0.01
+    init_max_iter: int | None = None  # at most this many k-means rounds per codebook; None: 20, "paper": 100
     ldl_passes: int = 6  # passes of sequential error feedback, each followed by an update of the codebooks
     max_sweeps: int = 8  # at most this many coordinate sweeps after them
     cg_steps: int = 3  # conjugate-gradient steps per update of the codebooks
+    adam_steps: int = 100  # of solver="paper", per update of codebooks and scales
+    adam_learning_rate: float = 1e-4
     relative_damp: float = 3e-3  # added to H's diagonal, in units of its mean
+
+    # Block fine-tuning (section 3.4): the quantized block's output is drawn to the original's.
+    finetune_epochs: int = 4  # 0: none
+    finetune_batch_size: int = 4  # sequences for each step of Adam
+    finetune_learning_rate: float = 7e-3  # of codebooks, relative to their size; a seventh of it for all else
+    finetune_lookahead: int = 1  # outputs are compared after so many of the following blocks
+    finetune_patience: int = 2  # stop after so many epochs without a lower held-out error
+    finetune_held_out: float = 0.125  # share of the sequences that validate and are not trained on
+    finetune_search: int = 0  # times the codes are searched again after tuning, kept where the held-out error falls
+
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,14 +92,26 @@ class AqlmConfig:
             raise ValueError(f"in_group_size={self.in_group_size!r}: expected one of {_GROUP_SIZES}")
         int_between("out_group_size", self.out_group_size, 1)
         int_between("beam_size", self.beam_size, 0, 64)
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver={self.solver!r}: expected one of {SOLVERS}")
+        for name, (ldl, paper) in _BY_SOLVER.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, paper if self.solver == "paper" else ldl)
         int_between("init_max_iter", self.init_max_iter, 1)
         int_between("ldl_passes", self.ldl_passes, 0)
         int_between("max_sweeps", self.max_sweeps, 0)
         int_between("cg_steps", self.cg_steps, 0)
+        int_between("adam_steps", self.adam_steps, 1)
+        int_between("finetune_epochs", self.finetune_epochs, 0)
+        int_between("finetune_batch_size", self.finetune_batch_size, 1)
+        int_between("finetune_lookahead", self.finetune_lookahead, 0)
+        int_between("finetune_patience", self.finetune_patience, 1)
+        int_between("finetune_search", self.finetune_search, 0)
         int_between("seed", self.seed, 0, 2**63 - 1)
-        for name, low_allowed in (("relative_mse_tolerance", True), ("relative_damp", False)):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not (0 <= value < 1) or (value == 0 and not low_allowed):
+        for name in _SHARES:
+            value, low_allowed = getattr(self, name), name == "relative_mse_tolerance"
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not (0 <= value < 1) or (value == 0 and not low_allowed):
                 raise ValueError(f"{name}={value!r}: expected a number in {'[' if low_allowed else '('}0, 1)")
 
     @classmethod
@@ -93,7 +128,7 @@ class AqlmConfig:
     @property
     def search_beam_size(self) -> int:
         """What the code search is told: 0 for the exact search over pairs, else the width of the beam."""
-        pairs = self.num_codebooks >= 2 and self.nbits_per_codebook <= 8
+        pairs = self.num_codebooks >= 2 and self.nbits_per_codebook <= 8 and self.solver != "paper"
         return self.beam_size or (0 if pairs else 1)
 
     def code_bits_per_weight(self) -> float:

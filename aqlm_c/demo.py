@@ -13,12 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .cli import Display, prepare, save_and_measure, show
-from .config import AqlmConfig
-from .data import BUNDLED, load_sequences, provenance, token_stream
+from .cli import Display, prepare, show
+from .data import BUNDLED, token_stream
 from .evaluate import perplexity
 from .models import load_model
-from .quantize import quantize_model
+from .run import PRESETS, RunConfig, run
 
 PROMPT = "The capital of France is"
 LIMIT = 6.0  # times the original's perplexity
@@ -37,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="directory to write, replaced if it exists")
     parser.add_argument("--model", default="smollm2", help="as in aqlm-c quantize")
     parser.add_argument("--scheme", default="2x8g8")
+    parser.add_argument("--preset", default="fast", choices=PRESETS)
     parser.add_argument("--samples", type=int, default=16, help="calibration sequences of bundled text")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens in each, and in a test window")
     parser.add_argument("--windows", type=int, default=16, help="test windows, from the end of the bundled text")
@@ -47,14 +47,16 @@ def main(argv: list[str] | None = None) -> int:
 
     from .checkpoint import check_output
 
+    length = options.sequence_length
+    wanted = ("model", "out", "scheme", "preset", "samples", "sequence_length", "threads")
+    config = RunConfig(overwrite=True, **{name: getattr(options, name) for name in wanted})
     check_output(options.out, overwrite=True)
     prepare(options.threads)
     started = time.perf_counter()
-    length = options.sequence_length
-    config = AqlmConfig.from_scheme(options.scheme)
     with Display() as display:
         display.on_phase("load")
-        model, tokenizer, source = load_model(options.model)
+        loaded = load_model(options.model)
+        model, tokenizer, _ = loaded
         text = token_stream(BUNDLED, tokenizer)
         if len(text) < (options.samples + options.windows) * length:
             raise ValueError(f"samples and windows: {len(text)} tokens of bundled text are not enough for both")
@@ -62,19 +64,15 @@ def main(argv: list[str] | None = None) -> int:
         display.on_phase("evaluate the original")
         before = perplexity(model, held_out, length, progress=display.on_window)["perplexity"]
         sentence_before = sentence(model, tokenizer)
-        display.on_phase("quantize")
-        sequences = load_sequences([], tokenizer, options.samples, length)
-        report = quantize_model(model, sequences, config, progress=display)
-        report.data = provenance([], sequences)
-        display.on_phase("save and load")
-        save_and_measure(model, tokenizer, source, options.out, report, overwrite=True)
-        loaded, tokenizer, _ = load_model(str(options.out))
+        report = run(config, display, loaded)
+        display.on_phase("load the quantized model")
+        saved, tokenizer, _ = load_model(str(options.out))
         with torch.inference_mode():
-            equal = torch.equal(model(held_out[None, :length]).logits, loaded(held_out[None, :length]).logits)
-        del model
+            equal = torch.equal(model(held_out[None, :length]).logits, saved(held_out[None, :length]).logits)
+        del model, loaded
         display.on_phase("evaluate the quantized model")
-        after = perplexity(loaded, held_out, length, progress=display.on_window)["perplexity"]
-        sentence_after = sentence(loaded, tokenizer)
+        after = perplexity(saved, held_out, length, progress=display.on_window)["perplexity"]
+        sentence_after = sentence(saved, tokenizer)
 
     show(report)
     print(f"\noriginal:  perplexity {before:8.2f}   {sentence_before}")

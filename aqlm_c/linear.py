@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["QuantizedLinear"]
 
 
-def _check_codes(codes: Tensor, nbits: int, name: str) -> None:
+def check_code_range(codes: Tensor, nbits: int, name: str) -> None:
+    """Raise ValueError naming the tensor `name` if stored codes do not fit `nbits` bits."""
     if nbits in (8, 16) or codes.is_meta or codes.numel() == 0:
         return
     half = 2 ** (nbits - 1)
@@ -76,6 +77,27 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(empty(out_features)) if bias else None)
 
     @classmethod
+    def empty(cls, linear: nn.Linear, config: AqlmConfig, dtype: torch.dtype) -> QuantizedLinear:
+        """A layer for the place of `linear`: codes, codebooks and scales (of `dtype`) on the meta device, frozen.
+
+        It takes over the bias, in the dtype of the model, which need not be that of the codebooks.
+        """
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            config.in_group_size,
+            config.out_group_size,
+            config.num_codebooks,
+            config.nbits_per_codebook,
+            device="meta",
+            dtype=dtype,
+        )
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        return layer.requires_grad_(False)
+
+    @classmethod
     def from_quantized_weight(cls, qw: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> QuantizedLinear:
         """The layer of a solved weight.
 
@@ -115,12 +137,12 @@ class QuantizedLinear(nn.Module):
         Asked once wherever codes come from outside (load_state_dict asks by itself); 8 and 16 bits fill their
         dtype and cannot be wrong.
         """
-        _check_codes(self.codes, self.nbits_per_codebook, name)
+        check_code_range(self.codes, self.nbits_per_codebook, name)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         name = prefix + "codes"
         if name in state_dict:
-            _check_codes(state_dict[name], self.nbits_per_codebook, name)
+            check_code_range(state_dict[name], self.nbits_per_codebook, name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:

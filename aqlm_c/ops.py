@@ -1,4 +1,4 @@
-"""The torch operators of aqlm_c (`aqlm_c::matmul`, `aqlm_c::decode_rows`) and their gradients.
+"""The torch operators of aqlm_c: `aqlm_c::matmul`, `aqlm_c::decode_rows` and the gradients of both (`*_backward`).
 
 The only module that touches ``torch.ops``. The kernels are C (csrc/core, made ops by csrc/torch); this file adds
 what the stable ABI cannot: fake kernels, for ``torch.compile``, and autograd.
@@ -37,7 +37,8 @@ def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
         bias: [out], dtype of x.
 
     Returns:
-        [..., out], dtype of x; a new tensor, free to be modified in place.
+        [..., out], dtype of x; a new tensor, free to be modified in place. Differentiable, any number of times, in
+        x, codebooks, scales and bias; gradients are summed in float32 and have the dtype of their argument.
 
     Raises:
         RuntimeError: a shape or dtype is not as above; the message names the argument.
@@ -46,7 +47,7 @@ def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
 
 
 def decode_rows(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    """The weight itself: W [out, in] in the dtype of codebooks. Arguments and errors as in `matmul`."""
+    """The weight itself: W [out, in] in the dtype of codebooks. Arguments, gradients and errors as in `matmul`."""
     return torch.ops.aqlm_c.decode_rows(codes, codebooks, scales)
 
 
@@ -60,56 +61,84 @@ def _(codes, codebooks, scales):
     return codebooks.new_empty((codes.shape[0] * codebooks.shape[2], codes.shape[1] * codebooks.shape[3]))
 
 
+@torch.library.register_fake("aqlm_c::matmul_backward")
+def _(grad_y, codes, codebooks, scales):
+    return grad_y.new_empty((*grad_y.shape[:-1], codes.shape[1] * codebooks.shape[3]))
+
+
+@torch.library.register_fake("aqlm_c::decode_rows_backward")
+def _(grad_rows, codes, codebooks, scales, need_codebooks, need_scales):
+    return tuple(
+        t.new_empty(t.shape if needed else (0,)) for t, needed in ((codebooks, need_codebooks), (scales, need_scales))
+    )
+
+
 def _weight_gradients(grad_rows, codes, codebooks, scales, need_codebooks, need_scales):
-    """Gradients to codebooks and scales (None if not needed) from that to W, grad_rows [out, in]."""
-    K, E, og, g = codebooks.shape
-    O, J, _ = codes.shape
+    """Gradients to codebooks and scales (None where not needed) from that to W, grad_rows [out, in]."""
+    grad_codebooks, grad_scales = torch.ops.aqlm_c.decode_rows_backward(
+        grad_rows, codes, codebooks, scales, need_codebooks, need_scales
+    )
+    return grad_codebooks if need_codebooks else None, grad_scales if need_scales else None
 
-    def groups(rows):  # [out, in] -> [O, J, og, g]
-        return rows.float().view(O, og, J, g).transpose(1, 2)
 
-    grad_codebooks = grad_scales = None
-    if need_codebooks:
-        entries = (groups(grad_rows) * scales.float().view(O, 1, 1, 1)).reshape(O * J, og * g)
-        index = (codes.long() & (E - 1)).view(O * J, K)
-        sums = [entries.new_zeros(E, og * g).index_add(0, index[:, k], entries) for k in range(K)]
-        grad_codebooks = torch.stack(sums).view_as(codebooks).to(codebooks.dtype)
-    if need_scales:
-        unscaled = decode_rows(codes, codebooks, torch.ones_like(scales))
-        grad_scales = (groups(grad_rows) * groups(unscaled)).sum((1, 2, 3)).view_as(scales).to(scales.dtype)
-    return grad_codebooks, grad_scales
+def _product_gradients(grad_y, x, *weight_and_needs):
+    """The same where y = x W^T: grad_rows = grad_y^T x, summed in float32."""
+    if not any(weight_and_needs[3:]):
+        return None, None
+    grad_rows = grad_y.reshape(-1, grad_y.shape[-1]).float().T @ x.reshape(-1, x.shape[-1]).float()
+    return _weight_gradients(grad_rows, *weight_and_needs)
 
 
 def _save_matmul(ctx, inputs, output):
-    x, codes, codebooks, scales, _ = inputs
+    x, codes, codebooks, scales = inputs[:4]  # of matmul and of matmul_backward, whose x is grad_y
     trains_weight = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
     ctx.save_for_backward(x if trains_weight else None, codes, codebooks, scales)
 
 
 def _matmul_backward(ctx, grad_y):
-    x, codes, codebooks, scales = ctx.saved_tensors
-    need_x, _, need_codebooks, need_scales, need_bias = ctx.needs_input_grad
-    grad_x = grad_codebooks = grad_scales = grad_bias = None
-    flat = grad_y.reshape(-1, grad_y.shape[-1])
-    if need_x:
-        grad_x = grad_y @ decode_rows(codes, codebooks, scales).to(grad_y.dtype)
-    if need_codebooks or need_scales:
-        grad_rows = flat.T @ x.reshape(-1, x.shape[-1])
-        grad_codebooks, grad_scales = _weight_gradients(
-            grad_rows, codes, codebooks, scales, need_codebooks, need_scales
-        )
-    if need_bias:
-        grad_bias = flat.sum(0)
-    return grad_x, None, grad_codebooks, grad_scales, grad_bias
+    x, *weight = ctx.saved_tensors
+    need_x, _, *need_weight, need_bias = ctx.needs_input_grad
+    grad_x = torch.ops.aqlm_c.matmul_backward(grad_y, *weight) if need_x else None
+    grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if need_bias else None
+    return grad_x, None, *_product_gradients(grad_y, x, *weight, *need_weight), grad_bias
 
 
-def _save_decode_rows(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+def _matmul_double_backward(ctx, grad):  # grad [..., in], to grad_x = grad_y W
+    grad_y, *weight = ctx.saved_tensors
+    need_y, _, *need_weight = ctx.needs_input_grad
+    return matmul(grad, *weight) if need_y else None, None, *_product_gradients(grad_y, grad, *weight, *need_weight)
+
+
+def _save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.flags = inputs[4:]
 
 
 def _decode_rows_backward(ctx, grad_rows):
     return None, *_weight_gradients(grad_rows, *ctx.saved_tensors, *ctx.needs_input_grad[1:])
 
 
-torch.library.register_autograd("aqlm_c::matmul", _matmul_backward, setup_context=_save_matmul)
-torch.library.register_autograd("aqlm_c::decode_rows", _decode_rows_backward, setup_context=_save_decode_rows)
+def _decode_rows_double_backward(ctx, of_codebooks, of_scales):
+    """W is linear in codebooks and in scales, so each gradient depends on grad_rows and on the other one."""
+    grad_rows, codes, codebooks, scales = ctx.saved_tensors
+    with_codebooks, with_scales = ctx.flags
+    need_rows, _, need_codebooks, need_scales = ctx.needs_input_grad[:4]
+    to_rows = to_codebooks = to_scales = None
+    if need_rows:
+        parts = [decode_rows(codes, of_codebooks, scales)] if with_codebooks else []
+        parts += [decode_rows(codes, codebooks, of_scales)] if with_scales else []
+        to_rows = sum(parts).to(grad_rows.dtype)
+    if need_codebooks and with_scales:
+        to_codebooks, _ = _weight_gradients(grad_rows, codes, codebooks, of_scales, True, False)
+    if need_scales and with_codebooks:
+        _, to_scales = _weight_gradients(grad_rows, codes, of_codebooks, scales, False, True)
+    return to_rows, None, to_codebooks, to_scales, None, None
+
+
+for _name, _backward, _save in (
+    ("matmul", _matmul_backward, _save_matmul),
+    ("matmul_backward", _matmul_double_backward, _save_matmul),
+    ("decode_rows", _decode_rows_backward, _save_inputs),
+    ("decode_rows_backward", _decode_rows_double_backward, _save_inputs),
+):
+    torch.library.register_autograd(f"aqlm_c::{_name}", _backward, setup_context=_save)

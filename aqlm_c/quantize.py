@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from . import _core, calibration
+from .checkpoint import quantized_linears
 from .config import AqlmConfig
 from .data import check_token_ids
+from .diagnose import diagnose
+from .estimate import Estimate, Estimator, Rates, Work, plan_memory
+from .finetune.block import finetune_block
 from .linear import QuantizedLinear
-from .report import LayerReport, QuantizationReport, peak_memory
+from .report import BlockReport, LayerReport, QuantizationReport, peak_memory
+from .resume import WorkDir, block_state, fingerprint, restore_block
 from .solver import Hessian, QuantizedWeight, quantize_weight
 
 __all__ = ["Hessian", "Progress", "QuantizedWeight", "quantize_linear", "quantize_model", "quantize_weight"]
@@ -28,9 +34,12 @@ class Progress:
     """What `quantize_model` tells while it works; this one says nothing."""
 
     def on_start(self, n_blocks: int, n_layers: int) -> None: ...
+    def on_resume(self, n_finished_blocks: int) -> None: ...
+    def on_estimate(self, estimate: Estimate) -> None: ...
     def on_block(self, index: int, name: str) -> None: ...
     def on_phase(self, name: str) -> None: ...
     def on_layer(self, report: LayerReport) -> None: ...
+    def on_block_report(self, report: BlockReport) -> None: ...
     def on_finish(self, report: QuantizationReport) -> None: ...
 
 
@@ -60,94 +69,199 @@ def quantize_model(
     layers: str | None = None,
     progress: Any = None,
     batch_size: int | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
+    memory_limit: int | None = None,
 ) -> QuantizationReport:
     """Quantize the linears in the decoder blocks of a transformers model, in place, block by block.
 
     Each block's linears are quantized under H of their inputs in the model as it is by then, quantized up
-    to that block; the embeddings and the output layer stay. `sequences` holds token ids [n, length], int64.
-    `layers` is a regular expression: only linears whose name it finds. `progress`: see `Progress`.
-    `batch_size`: sequences in one forward pass. The model is left in evaluation mode and can be saved with
-    `save_quantized`.
+    to that block; then the block is fine-tuned (`finetune.block`), unless `finetune_epochs` is 0. The embeddings
+    and the output layer stay. `sequences` holds token ids [n, length], int64. `layers` is a regular expression:
+    only linears whose name it finds. `progress`: see `Progress`. `batch_size`: sequences in one forward pass.
+    `work_dir`: a directory that keeps each finished block; the same call with the same directory goes on after
+    the last of them (`resume`). `memory_limit`: bytes; where the activations would not fit too, they are kept on
+    disk. The model is left in evaluation mode and can be saved with `save_quantized`.
 
     Raises ValueError, before any work, for token ids that are too few or outside the vocabulary, for a
-    format that does not fit a layer or cannot be searched yet and for NaN or Inf in any parameter; and
-    later, naming the layer, for NaN or Inf in activations.
+    format that does not fit a layer or cannot be searched yet, for NaN or Inf in any parameter, for a `work_dir`
+    of another run and a `memory_limit` that is too small; and later, naming the layer, for NaN or Inf in
+    activations. Raises OSError if `work_dir` cannot be written; what is finished in it stays usable.
     """
     progress = progress or Progress()
     phases = _Phases(progress)
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("model: is quantized already, expected an unquantized model")
-    sequences = _check_sequences(model, sequences)
+    sequences = _check_sequences(model, sequences, config)
     prefix, blocks = calibration.find_blocks(model)
     targets = [_select(f"{prefix}.{index}", block, layers) for index, block in enumerate(blocks)]
     _check_targets(model, targets, config, layers)
-
     n_blocks = 1 + max(index for index, linears in enumerate(targets) if linears)  # nothing to do in later ones
+    batch_size = calibration.batch_size(sequences, config, batch_size)
 
-    reports: list[LayerReport] = []
-    model.eval()
-    progress.on_start(n_blocks, sum(map(len, targets)))
-    with phases("calibrate"):
-        stream = calibration.start_stream(model, blocks, sequences, batch_size)
-    for index, block in enumerate(blocks[:n_blocks]):
-        progress.on_block(index, f"{prefix}.{index}")
-        linears, targets[index] = targets[index], {}  # so that the dense weights go with the block
-        quantized = _quantize_block(index, block, linears, stream, config, phases, reports)
-        with phases("propagate"):
-            if index + 1 < n_blocks:
-                _decode_into(linears, quantized)  # a dense product in the model's dtype is the fastest here
-                stream.advance(index, block)
-            for name, layer in quantized.items():
-                model.set_submodule(name, layer)
-
-    from .hf.quantizer import attach
-
-    attach(model, config)
     report = QuantizationReport(
-        layers=reports,
-        phases=phases.seconds,
         tokens=sequences.numel(),
         sequences=len(sequences),
-        peak_memory_bytes=peak_memory(),
         config=config.to_dict(),
         model=getattr(model.config, "_name_or_path", ""),
         threads=_core.get_num_threads(),
         isa=_core.get_isa(),
+        phases=phases.seconds,
     )
+    model.eval()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_gradients(model))
+        saved = None
+        if work_dir is not None:
+            run = fingerprint(model, sequences, config, layers, batch_size=batch_size)
+            saved = stack.enter_context(WorkDir.open(work_dir, run))
+        finished = saved.finished if saved else 0
+        works = [
+            _work(model, block, linears, sequences, config) for block, linears in zip(blocks, targets, strict=True)
+        ]
+        works = works[:n_blocks]
+        plan = plan_memory(memory_limit, works, work_dir=work_dir, resumed=finished)
+        rates = Rates.measure(config, str(model.dtype).removeprefix("torch."))
+        estimator = Estimator(works, plan, rates, resumed=finished)
+        progress.on_start(n_blocks, sum(map(len, targets)))
+        if finished:
+            progress.on_resume(finished)
+        progress.on_estimate(estimator.estimate())
+        with phases("calibrate"):
+            stream = calibration.start_stream(model, blocks, _mixed(sequences, config), batch_size, plan.directory)
+        stack.callback(stream.close)
+        estimator.start(phases.seconds)
+        for index, block in enumerate(blocks[:n_blocks]):
+            name = f"{prefix}.{index}"
+            progress.on_block(index, name)
+            linears, targets[index] = targets[index], {}  # so that the dense weights go with the block
+            if index < finished:
+                tensors, reports = saved.load_block(index)
+                restore_block(block, tensors, config)
+            else:
+                reports = _quantize_block(name, index, blocks, linears, stream, config, phases)
+                if saved:
+                    saved.save_block(index, block_state(block), reports)
+            report.layers += map(LayerReport.from_dict, reports["layers"])
+            report.blocks += map(BlockReport.from_dict, reports["blocks"])
+            del linears
+            if index + 1 < n_blocks:
+                with phases("propagate"), _dense(block):
+                    stream.advance(index, block)
+            estimator.finish_block(index, phases.seconds)
+            progress.on_estimate(estimator.estimate())
+
+    from .hf.quantizer import attach
+
+    attach(model, config)
+    report.peak_memory_bytes = peak_memory()
+    report.diagnoses = diagnose(report)
     progress.on_finish(report)
     return report
 
 
 def _quantize_block(
+    block_name: str,
     index: int,
-    block: torch.nn.Module,
+    blocks: Sequence[torch.nn.Module],
     linears: dict[str, torch.nn.Linear],
     stream: calibration.Stream,
     config: AqlmConfig,
     phases: _Phases,
-    reports: list[LayerReport],
-) -> dict[str, QuantizedLinear]:
-    """Quantize `linears` of `block` for the inputs that `stream` gives them; adds to `reports`."""
+) -> dict[str, list[dict[str, Any]]]:
+    """Quantize `linears`, by their names in the model, of `blocks[index]` for the inputs that `stream` gives them.
+
+    Returns the reports of its layers and, after fine-tuning, of the block, as JSON can hold them.
+    """
+    reports: dict[str, list[dict[str, Any]]] = {"layers": [], "blocks": []}
     if not linears:
-        return {}
+        return reports
+    block, progress = blocks[index], phases.progress
+    targets = stream.copy() if config.finetune_epochs else None
     with phases("calibrate"):
         sums = calibration.HessianSums(linears)
-        sums.gather(stream, index, block)
+        sums.gather(stream, index, block, targets)
         hessians = sums.hessians()
     phases.move("calibrate", "hessian", sums.seconds)
-    layers = {}
     for name, linear in linears.items():
         with phases("quantize"):
             started = time.perf_counter()
             try:
-                layers[name], solved = quantize_linear(linear, hessians[name], config)
+                layer, solved = quantize_linear(linear, hessians[name], config)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+            block.set_submodule(name.removeprefix(f"{block_name}."), layer)
             seconds = time.perf_counter() - started
         with phases("reference"):
-            reports.append(_layer_report(name, linear, hessians[name], config, solved, seconds))
-        phases.progress.on_layer(reports[-1])
-    return layers
+            report = _layer_report(name, linear, hessians[name], config, solved, seconds)
+            report.tokens = sums.tokens[sums.leader[name]]
+        reports["layers"].append(report.to_dict())
+        progress.on_layer(report)
+    if targets is not None:
+
+        def search(name: str, *state: torch.Tensor) -> torch.Tensor:
+            name = f"{block_name}.{name}"
+            return _search_codes(linears[name], hessians[name], config, *state)
+
+        with phases("finetune"), _dense(block) as quantized:
+            tuned = finetune_block(index, blocks, quantized, stream, targets, config, search)
+        targets.close()
+        tuned.name = block_name
+        reports["blocks"].append(tuned.to_dict())
+        progress.on_block_report(tuned)
+    return reports
+
+
+def _search_codes(
+    linear: torch.nn.Linear,
+    hessian: Hessian,
+    config: AqlmConfig,
+    codes: torch.Tensor,
+    codebooks: torch.Tensor,
+    scales: torch.Tensor,
+) -> torch.Tensor:
+    """Codes of `linear` after one more sweep under other codebooks and scales, all as in QuantizedLinear."""
+    weight = np.ascontiguousarray(linear.weight.detach().to("cpu", torch.float32).numpy())
+    nbits = config.nbits_per_codebook
+    found = _core.search_sweep(
+        _core.unpack_codes(codes.cpu().numpy(), nbits),
+        weight,
+        hessian.damped(config.relative_damp),
+        codebooks.squeeze(2).cpu().numpy(),
+        scales.flatten().cpu().numpy(),
+        config.search_beam_size,
+        config.seed,
+    )
+    return torch.from_numpy(_core.pack_codes(found, nbits)).to(codes.device)
+
+
+@contextlib.contextmanager
+def _dense(block: torch.nn.Module) -> Iterator[dict[str, QuantizedLinear]]:
+    """The block with dense linears in its dtype in place of the quantized, which are given by their names in it.
+
+    For runs over the calibration sequences: a dense product is the fastest there.
+    """
+    quantized = dict(quantized_linears(block))
+    dtype = next((p.dtype for p in block.parameters() if p.ndim == 1 and p.is_floating_point()), None)
+    for name, layer in quantized.items():
+        block.set_submodule(name, layer.dequantize(dtype))
+    block.requires_grad_(False)
+    try:
+        yield quantized
+    finally:
+        for name, layer in quantized.items():
+            block.set_submodule(name, layer)
+
+
+@contextlib.contextmanager
+def _without_gradients(model: torch.nn.Module) -> Iterator[None]:
+    """No parameter of `model` asks for a gradient."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_()
 
 
 def disk_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -160,7 +274,7 @@ class _Phases:
 
     def __init__(self, progress: Any) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(
-            ("calibrate", "hessian", "quantize", "reference", "propagate"), 0.0
+            ("calibrate", "hessian", "quantize", "reference", "finetune", "propagate"), 0.0
         )
         self.progress = progress
         self._shown = ""
@@ -179,14 +293,23 @@ class _Phases:
         self.seconds[target] += seconds
 
 
-def _check_sequences(model: Any, sequences: torch.Tensor) -> torch.Tensor:
+def _check_sequences(model: Any, sequences: torch.Tensor, config: AqlmConfig) -> torch.Tensor:
     sequences = torch.as_tensor(sequences)
     if sequences.ndim != 2 or sequences.is_floating_point() or not sequences.numel():
         raise ValueError(
             f"sequences: {sequences.dtype} {list(sequences.shape)}, expected token ids [n, length], at least one"
         )
+    if config.finetune_epochs and len(sequences) < 2:
+        raise ValueError("sequences: 1, expected at least 2: fine-tuning trains on some and validates on others")
     check_token_ids("sequences", sequences, model)
     return sequences.long()
+
+
+def _mixed(sequences: torch.Tensor, config: AqlmConfig) -> torch.Tensor:
+    """The sequences in an order that puts every source into every batch, for fine-tuning."""
+    if not config.finetune_epochs:
+        return sequences
+    return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.seed))]
 
 
 def _select(prefix: str, block: torch.nn.Module, layers: str | None) -> dict[str, torch.nn.Linear]:
@@ -210,6 +333,27 @@ def _check_targets(
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name}: NaN or Inf, expected finite values")
+
+
+def _work(
+    model: Any,
+    block: torch.nn.Module,
+    linears: dict[str, torch.nn.Linear],
+    sequences: torch.Tensor,
+    config: AqlmConfig,
+) -> Work:
+    text = model.config.get_text_config()
+    fused = getattr(model.config, "_attn_implementation", None) != "eager"
+    return Work.from_shapes(
+        {name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
+        sum(module.weight.numel() for module in block.modules() if isinstance(module, torch.nn.Linear)),
+        tokens=sequences.numel(),
+        sequence_length=sequences.shape[1],
+        hidden_size=text.hidden_size,
+        config=config,
+        itemsize=model.dtype.itemsize,
+        heads=0 if fused else getattr(text, "num_attention_heads", 0),
+    )
 
 
 def _layer_report(
@@ -241,9 +385,3 @@ def _layer_report(
         bits_per_weight=bits,
         seconds=seconds,
     )
-
-
-@torch.no_grad()
-def _decode_into(linears: dict[str, torch.nn.Linear], quantized: dict[str, QuantizedLinear]) -> None:
-    for name, linear in linears.items():
-        linear.weight.copy_(quantized[name].dequantize(linear.weight.dtype).weight)

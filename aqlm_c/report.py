@@ -57,6 +57,7 @@ class LayerReport:
     gaussian_code_rate: float | None = None
     gaussian_true_rate: float | None = None
     seconds: float = 0.0
+    tokens: int | None = None  # that this layer's H was summed over, if not the whole run's: an expert sees a part
 
     @property
     def db_above_code_rate(self) -> float | None:
@@ -73,6 +74,45 @@ class LayerReport:
         distances = {name: getattr(self, name) for name in ("db_above_code_rate", "db_above_true_rate")}
         return {**dataclasses.asdict(self), **distances}
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> LayerReport:
+        """The report that `to_dict` wrote, also after a way through JSON."""
+        return cls(**_known_fields(cls, fields))
+
+
+@dataclasses.dataclass
+class BlockReport:
+    """Fine-tuning of one block (arXiv 2401.06118, section 3.4).
+
+    Errors are ||Y - Yq||^2 / ||Y||^2 of the block's output over tokens, Y the original model's: before and after,
+    on the sequences trained on and on those held out, None where there are none. history: (training, held-out)
+    error after each epoch. searched: layers whose codes were searched again and kept.
+    """
+
+    name: str
+    training_before: float | None = None
+    training_after: float | None = None
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+    epochs: int = 0
+    history: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    searched: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> BlockReport:
+        """The report that `to_dict` wrote, also after a way through JSON."""
+        known = _known_fields(cls, fields)
+        return cls(**{**known, "history": [tuple(errors) for errors in known.get("history", [])]})
+
+
+def _known_fields(cls: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields}
+
 
 @dataclasses.dataclass
 class QuantizationReport:
@@ -81,9 +121,12 @@ class QuantizationReport:
     phases: seconds by name, in order. sizes: bytes on disk as `original_bytes`, `quantized_bytes` and, of
     those, `original_embedding_bytes`, `quantized_embedding_bytes`; the original's may be unknown. data:
     SHA-256 of the sources and of the token ids. note: what a reader of the sizes should know of the original.
+    diagnoses: sentences of what may be wrong and what to do (`diagnose`).
     """
 
     layers: list[LayerReport] = dataclasses.field(default_factory=list)
+    blocks: list[BlockReport] = dataclasses.field(default_factory=list)
+    diagnoses: list[str] = dataclasses.field(default_factory=list)
     phases: dict[str, float] = dataclasses.field(default_factory=dict)
     tokens: int = 0
     sequences: int = 0
@@ -111,18 +154,21 @@ class QuantizationReport:
             **fields,
             "bits_per_weight": self.bits_per_weight,
             "layers": [layer.to_dict() for layer in self.layers],
+            "blocks": [block.to_dict() for block in self.blocks],
         }
 
     def __rich__(self) -> Any:
-        """Tables for a rich console: layers by kind, sizes on disk, seconds by phase."""
+        """Tables for a rich console: layers by kind, blocks, sizes on disk, seconds by phase, diagnoses."""
         from rich.console import Group
 
         parts = [
             _layer_table(self),
             "dB: above the Gaussian reference, at the rate of the codes and at the true rate\n",
+            *([_block_table(self.blocks)] if self.blocks else []),
             _size_table(self),
             *([self.note] if self.note else []),
             _summary(self),
+            *([_diagnosis_list(self.diagnoses)] if self.diagnoses else []),
         ]
         return Group(*parts)
 
@@ -148,7 +194,7 @@ def db_text(distance: float | None) -> str:
     return "-" if distance is None else f"{distance:+.2f}"
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """The layer's name inside its block: "model.layers.3.mlp.experts.7.w1" -> "mlp.experts.*.w1"."""
     inside = re.sub(r"^.*?\.\d+\.", "", name)
     return re.sub(r"\.\d+(?=\.)", ".*", inside)
@@ -159,7 +205,7 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _table(title: str, headers: tuple[str, ...]) -> Any:
+def make_table(title: str, headers: tuple[str, ...]) -> Any:
     from rich import box
     from rich.table import Table
 
@@ -170,13 +216,13 @@ def _table(title: str, headers: tuple[str, ...]) -> Any:
 
 
 def _layer_table(report: QuantizationReport) -> Any:
-    table = _table(
+    table = make_table(
         f"{len(report.layers)} layers at {report.bits_per_weight:.3f} bits per weight, means over blocks",
         ("layer", "n", "out x in", "error", "worst", "dB code", "dB true", "bits"),
     )
     groups: dict[tuple[str, str], list[LayerReport]] = {}
     for layer in report.layers:
-        groups.setdefault((_kind(layer.name), f"{layer.out_features}x{layer.in_features}"), []).append(layer)
+        groups.setdefault((kind_of(layer.name), f"{layer.out_features}x{layer.in_features}"), []).append(layer)
     for (kind, shape), layers in groups.items():
         errors = [layer.relative_error for layer in layers]
         table.add_row(
@@ -192,8 +238,41 @@ def _layer_table(report: QuantizationReport) -> Any:
     return table
 
 
+def _block_table(blocks: list[BlockReport]) -> Any:
+    table = make_table(
+        "Relative error of each block's output, before and after fine-tuning",
+        ("block", "held out", "after", "change", "training", "after", "epochs"),
+    )
+    for block in blocks:
+        before, after = block.held_out_before, block.held_out_after
+        table.add_row(
+            block.name,
+            _error_text(before),
+            _error_text(after),
+            f"{after / before - 1:+.0%}" if before and after is not None else "-",
+            _error_text(block.training_before),
+            _error_text(block.training_after),
+            str(block.epochs),
+        )
+    return table
+
+
+def _error_text(error: float | None) -> str:
+    return "-" if error is None else f"{error:.5f}"
+
+
+def _diagnosis_list(sentences: list[str]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 1))
+    for sentence in sentences:
+        table.add_row("!", Text(sentence))
+    return table
+
+
 def _size_table(report: QuantizationReport) -> Any:
-    table = _table("Size on disk", ("", "all", "embeddings", "without embeddings"))
+    table = make_table("Size on disk", ("", "all", "embeddings", "without embeddings"))
     for which in ("original", "quantized"):
         total = report.sizes.get(f"{which}_bytes")
         embedding = report.sizes.get(f"{which}_embedding_bytes", 0)

@@ -50,7 +50,7 @@ class Hessian:
         """(order int32 [J], feedback float32 [in, in], metric float32 [J, g, g]) of the block LDL of `damped`."""
         key = (in_group_size, relative_damp)
         if key not in self._factors:
-            self._factors[key] = _core.factor_hessian(self.H, in_group_size, relative_damp)
+            self._factors[key] = _core.factor_hessian(self.damped(relative_damp), in_group_size, 0.0)
         return self._factors[key]
 
     @cached_property
@@ -93,9 +93,16 @@ def quantize_weight(weight: Any, H: Any, config: AqlmConfig, *, dtype: str = "fl
     and up to `max_sweeps` coordinate sweeps (section 3.2), each with the exact search over pairs of
     codebooks or a beam, and each followed by conjugate gradients for the codebooks and closed-form scales.
     Sweeps end when one lowers the error by less than `relative_mse_tolerance` of itself. The best state is
-    kept. All of it works under H + relative_damp * mean(diag H) * I, which keeps directions that the calibration
-    hardly saw from being bent; measured, that lowers the error under other text and often under H itself. The
-    result depends on the seed and not on the number of threads or the instruction set.
+    kept. This solver works under H + relative_damp * mean(diag H) * I, which keeps directions that the calibration
+    hardly saw from being bent; measured, that lowers the error under other text and often under H itself.
+
+    With solver="paper" it is the reference's recipe under H itself: scales are the rows' norms, k-means is plain;
+    then `adam_steps` of Adam on codebooks and scales and one sweep of beam search take turns, at most ldl_passes +
+    max_sweeps times, until a turn lowers the error by less than `relative_mse_tolerance` of itself. The best state
+    is kept. (One thing differs for beams wider than 1: each group's search ends with its best code, where the
+    reference carries its beam along the row.)
+
+    The result depends on the seed and not on the number of threads or the instruction set.
 
     Raises ValueError naming the argument: for a shape that does not fit, for NaN or Inf, for an H under
     which the weight has no output, for out_group_size other than 1.
@@ -117,7 +124,7 @@ class _Solver:
 
     def __init__(self, W: np.ndarray, hessian: Hessian, config: AqlmConfig) -> None:
         self.W, self.hessian, self.config = W, hessian, config
-        self.H = hessian.damped(config.relative_damp)
+        self.H = hessian.H if config.solver == "paper" else hessian.damped(config.relative_damp)
         self.seconds: dict[str, float] = {}
         self.history: list[tuple[str, float]] = []
         self.signal = self._timed("error", _core.quantization_error, W, self.H)
@@ -126,10 +133,23 @@ class _Solver:
             raise ValueError("H: under it this weight has no output (tr(W H W^T) is 0), expected some signal")
 
     def solve(self, dtype: str) -> QuantizedWeight:
+        if self.config.solver == "paper":
+            self._alternate_as_the_paper()
+        else:
+            self._alternate()
+        return self._rounded(dtype)
+
+    def _alternate(self) -> None:
         config, W, H = self.config, self.W, self.H
         beam = config.search_beam_size
         factor = self._timed("factor", self.hessian.factor, config.in_group_size, config.relative_damp)
-        self._start(factor)
+        # What an error in each input costs once later groups have made up for what they can of it.
+        order, _, metric = factor
+        column_weight = np.empty((len(order), config.in_group_size), np.float32)
+        column_weight[order] = metric.diagonal(axis1=1, axis2=2)
+        norms = np.sqrt(np.square(W, dtype=np.float64).mean(axis=1))
+        scales = np.where(norms > 0, norms, 1.0).astype(np.float32)
+        self._start(scales, W, scales, 1e-3, column_weight.ravel())
 
         ahead, beyond = self.codebooks, _LDL_BEYOND
         for _ in range(config.ldl_passes):
@@ -151,28 +171,40 @@ class _Solver:
                 break
             else:
                 ahead = self._move_beyond(ahead, beyond)
-        return self._rounded(dtype)
 
-    def _start(self, factor: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        config, W = self.config, self.W
-        norms = np.sqrt(np.square(W, dtype=np.float64).mean(axis=1))
-        self.scales = np.where(norms > 0, norms, 1.0).astype(np.float32)
-        # What an error in each input costs once later groups have made up for what they can of it.
-        order, _, metric = factor
-        column_weight = np.empty((len(order), config.in_group_size), np.float32)
-        column_weight[order] = metric.diagonal(axis1=1, axis2=2)
+    def _alternate_as_the_paper(self) -> None:
+        config, W, H = self.config, self.W, self.H
+        norms = np.sqrt(np.square(W, dtype=np.float64).sum(axis=1))
+        scales = np.where(norms > 0, norms, 1.0).astype(np.float32)
+        self._start(scales, W / scales[:, None], np.ones_like(scales), 0.0, None)
+
+        beam, steps, rate = config.search_beam_size, config.adam_steps, config.adam_learning_rate
+        moments = np.zeros((2, self.codebooks.size + scales.size))
+        for turn in range(config.ldl_passes + config.max_sweeps):
+            before, codes = self.error, self.codes
+            codebooks, scales, moments = self._timed(
+                *("codebooks", _core.update_adam, self.codebooks, self.scales, moments, W, H, codes),
+                *(steps, rate, turn * steps),
+            )
+            codes = self._timed("search", _core.search_sweep, codes, W, H, codebooks, scales, beam, config.seed + turn)
+            self._keep("sweep", codes, codebooks, scales)
+            if before - self.error < config.relative_mse_tolerance * before:
+                break
+
+    def _start(
+        self,
+        scales: np.ndarray,
+        points: np.ndarray,
+        sizes: np.ndarray,
+        tolerance: float,
+        column_weight: Any,
+    ) -> None:
+        """Residual k-means of `points` [out, in] / `sizes` [out], whose codes stand for the weight under `scales`."""
+        config, self.scales = self.config, scales
         self.codes, self.codebooks = self._timed(
-            "kmeans",
-            _core.residual_kmeans,
-            W,
-            self.scales,
-            config.num_codebooks,
-            config.nbits_per_codebook,
-            config.in_group_size,
-            config.init_max_iter,
-            1e-3,
-            config.seed,
-            column_weight.ravel(),
+            *("kmeans", _core.residual_kmeans, points, sizes),
+            *(config.num_codebooks, config.nbits_per_codebook, config.in_group_size),
+            *(config.init_max_iter, tolerance, config.seed, column_weight),
         )
         self.error = self._error(self.codes, self.codebooks, self.scales)
         self.history.append(("kmeans", self.error))
@@ -182,6 +214,10 @@ class _Solver:
         W, H, steps = self.W, self.H, self.config.cg_steps
         codebooks = self._timed("codebooks", _core.update_codebooks, start, W, H, codes, self.scales, steps)
         scales = self._timed("scales", _core.update_scales, self.scales, W, H, codes, codebooks)
+        return self._keep(step, codes, codebooks, scales)
+
+    def _keep(self, step: str, codes: np.ndarray, codebooks: np.ndarray, scales: np.ndarray) -> bool:
+        """Take these three if they are the best state yet."""
         error = self._error(codes, codebooks, scales)
         self.history.append((step, error))
         if not error < self.error:
@@ -198,11 +234,14 @@ class _Solver:
         return self._timed("error", _core.quantization_error, self.W, self.H, *state) / self.signal
 
     def _rounded(self, dtype: str) -> QuantizedWeight:
-        """The best state on the grid of `dtype`; the codebooks are fitted again under the rounded scales."""
+        """The best state on the grid of `dtype`; the codebooks are fitted again under the rounded scales.
+
+        (The paper's are not.)
+        """
         if dtype != "float32":
-            scales = round_to(self.scales, dtype)
+            scales, steps = round_to(self.scales, dtype), 0 if self.config.solver == "paper" else 2
             books = self._timed(
-                "codebooks", _core.update_codebooks, self.codebooks, self.W, self.H, self.codes, scales, 2
+                "codebooks", _core.update_codebooks, self.codebooks, self.W, self.H, self.codes, scales, steps
             )
             self.codebooks, self.scales = round_to(books, dtype), scales
             self.error = self._error(self.codes, self.codebooks, self.scales)

@@ -1,9 +1,9 @@
-"""Error and time of one layer: start (k-means, error feedback) x search (exact pairs, beams), on a real model.
+"""Error and time of one layer, solver by solver (start x search x update), on a real model.
 
     python benchmarks/quantize_layer.py --data wikipedia.txt --data c4.txt
 
-Without --data the text is Python's bundled documentation. A `--set` of ldl_passes or beam_size takes the place of the
-table's starts or searches.
+Without --data the text is Python's bundled documentation. With `--set` the default solver with these options takes
+the place of the table.
 H is gathered from the first `--samples` windows of each text in the unquantized model; the error under H of the
 next as many windows is reported beside it. Gathering H is not timed.
 """
@@ -11,7 +11,7 @@ next as many windows is reported beside it. Gathering H is not timed.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import itertools
 import time
 
 import _bench
@@ -23,8 +23,16 @@ from aqlm_c.data import BUNDLED, token_stream
 from aqlm_c.models import load_model
 from aqlm_c.solver import Hessian, quantize_weight
 
-STARTS = {"LDL": {}, "k-means": {"ldl_passes": 0}}
-SEARCHES = {"exact pairs": 0, "beam 1": 1, "beam 4": 4, "beam 8": 8}
+DEFAULT = AqlmConfig()
+SOLVERS = {  # by start
+    "LDL": [{}, {"beam_size": 8}],
+    "LDL, more rounds": [{"ldl_passes": 14, "max_sweeps": 12, "relative_mse_tolerance": 0.002}],
+    "k-means": [
+        {"ldl_passes": 0, "max_sweeps": DEFAULT.ldl_passes + DEFAULT.max_sweeps},  # as many rounds in all
+        {"solver": "paper", "beam_size": 1},
+        {"solver": "paper", "beam_size": 8},
+    ],
+}
 
 
 def hessians(model, sequences, block, names) -> tuple[dict[str, np.ndarray], dict[str, Hessian]]:
@@ -53,7 +61,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=10)
     parser.add_argument("--layers", nargs="+", default=["mlp.gate_proj", "self_attn.q_proj", "mlp.down_proj"])
     parser.add_argument("--scheme", default="2x8g8")
-    parser.add_argument("--default-only", action="store_true", help="no table of starts and searches")
+    parser.add_argument("--default-only", action="store_true", help="no table of solvers")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="an AqlmConfig field")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -71,34 +79,30 @@ def main() -> None:
     seen, held_out = (torch.cat([text[part] for text in windows]) for part in (slice(n), slice(n, None)))
     weights, shown = hessians(model, seen, args.block, args.layers)
     _, hidden = hessians(model, held_out, args.block, args.layers)
-    options = {name: type(getattr(AqlmConfig(), name))(value) for name, value in (s.split("=") for s in args.set)}
-    starts = {"as set": {}} if "ldl_passes" in options else STARTS
-    searches = {"as set": options["beam_size"]} if "beam_size" in options else SEARCHES
+    options = {name: type(getattr(DEFAULT, name))(value) for name, value in (s.split("=") for s in args.set)}
+    solvers = {"as set": [options]} if options else {"LDL": [{}]} if args.default_only else SOLVERS
 
     rows = []
-    for layer in args.layers:
-        for start, start_options in starts.items():
-            for search, beam_size in searches.items():
-                if args.default_only and rows and rows[-1]["layer"] == layer:
-                    continue
-                config = AqlmConfig.from_scheme(args.scheme, **{"beam_size": beam_size, **start_options, **options})
-                if start == "k-means":  # as many rounds in all
-                    config = dataclasses.replace(config, max_sweeps=config.max_sweeps + AqlmConfig().ldl_passes)
-                fresh = Hessian(shown[layer].H)  # so that its factor is timed too
-                started = time.perf_counter()
-                found = quantize_weight(weights[layer], fresh, config, dtype="bfloat16")
-                seconds = time.perf_counter() - started
-                rows.append(
-                    {
-                        "layer": layer,
-                        "start": start,
-                        "search": search,
-                        "error": found.relative_error,
-                        "held-out error": relative_error(weights[layer], found.decode(), hidden[layer].H),
-                        "seconds": seconds,
-                        "rounds": len(found.history) - 2,
-                    }
-                )
+    for layer, (start, solver) in itertools.product(args.layers, ((s, o) for s in solvers for o in solvers[s])):
+        config = AqlmConfig.from_scheme(args.scheme, **solver)
+        paper = config.solver == "paper"
+        beam_size = config.beam_size or int(paper) or config.search_beam_size
+        fresh = Hessian(shown[layer].H)  # so that its factor is timed too
+        started = time.perf_counter()
+        found = quantize_weight(weights[layer], fresh, config, dtype="bfloat16")
+        seconds = time.perf_counter() - started
+        rows.append(
+            {
+                "layer": layer,
+                "start": start,
+                "search": f"beam {beam_size}" if beam_size else "exact pairs",
+                "update": "Adam (paper)" if paper else "CG",
+                "error": found.relative_error,
+                "held-out error": relative_error(weights[layer], found.decode(), hidden[layer].H),
+                "seconds": seconds,
+                "rounds": len(found.history) - 2,
+            }
+        )
     _bench.show(f"{args.model} block {args.block}, {args.scheme}", rows)
     print(_bench.save("quantize_layer", rows, args.json, arguments=vars(args)))
 

@@ -64,7 +64,7 @@ const char *aqlm_get_isa(void);
 const char *const *aqlm_available_isas(void);
 aqlm_status aqlm_set_isa(const char *name); /* AQLM_BAD_ARGUMENT if this CPU cannot run it */
 
-/* ---- the stored weight: decode and matmul (decode.c, matmul.c, pack.c) ------------------- */
+/* ---- the stored weight: decode, matmul and gradients (decode.c, matmul.c, gradient.c, pack.c) */
 
 /* A quantized weight in the published AQLM layout, as it lies on disk and in a loaded model. */
 typedef struct aqlm_weight {
@@ -84,6 +84,18 @@ aqlm_status aqlm_decode_rows(void *rows, aqlm_dtype row_dtype, const aqlm_weight
 size_t aqlm_matmul_workspace(const aqlm_weight *w, int64_t n_rows);
 aqlm_status aqlm_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w,
                         const void *bias /* [out] or NULL */, int64_t n_rows, void *workspace, size_t workspace_size);
+
+/* The gradient of aqlm_matmul to x: grad_x[n_rows, in] = grad_y[n_rows, out] W, both of dtype; all else as there. */
+size_t aqlm_matmul_backward_workspace(const aqlm_weight *w, int64_t n_rows);
+aqlm_status aqlm_matmul_backward(void *grad_x, const void *grad_y, aqlm_dtype dtype, const aqlm_weight *w,
+                                 int64_t n_rows, void *workspace, size_t workspace_size);
+
+/* The gradients of aqlm_decode_rows from that to W, grad_rows[out, in] of row_dtype, codes held:
+ * grad_codebooks[k, e] = sum of scales[o] * grad_rows(o, j) over the groups with codes[o, j, k] = e, and
+ * grad_scales[o] = sum_j <grad_rows(o, j), sum_k codebooks[k, codes[o, j, k]]>. */
+aqlm_status aqlm_decode_rows_backward(void *grad_codebooks /* [K, E, og, g] of w->dtype, or NULL */,
+                                      void *grad_scales /* [O] of w->dtype, or NULL */, const void *grad_rows,
+                                      aqlm_dtype row_dtype, const aqlm_weight *w);
 
 /* Working codes are uint16_t [O, J, K] in 0..E-1; stored codes are the disk layout above.
  * Both return AQLM_BAD_ARGUMENT on the first code outside 0..E-1 (its flat index in *where). */
@@ -135,6 +147,15 @@ aqlm_status aqlm_update_codebooks(float *codebooks /* in and out */, const float
 /* scale_o = (w_o H q_o) / (q_o H q_o), q_o decoded without its scale; kept where q_o is zero. */
 aqlm_status aqlm_update_scales(float *scales /* in and out */, const float *weight, const float *H,
                                const uint16_t *codes, const float *codebooks, const aqlm_shape *shape);
+
+/* The paper's update (AQLM section 3.3): `steps` steps of Adam on codebooks and scales for the loss tr(D H D^T) / out,
+ * betas (0, AQLM_ADAM_BETA2), AMSGrad. moments: second moments, then their largest, of codebooks and then scales;
+ * zero before the first of steps_before + steps. In and out: codebooks, scales, moments. */
+#define AQLM_ADAM_BETA2 0.95
+#define AQLM_ADAM_EPS 1e-8
+aqlm_status aqlm_update_adam(float *codebooks, float *scales, double *moments /* [2, K * E * g + out] */,
+                             const float *weight, const float *H, const uint16_t *codes, const aqlm_shape *shape,
+                             int64_t steps, double learning_rate, int64_t steps_before);
 
 /* *error = tr(D H D^T), D = W - Wq; codes NULL means Wq = 0. */
 aqlm_status aqlm_quantization_error(double *error, const float *weight, const float *H, const uint16_t *codes,

@@ -167,12 +167,14 @@ def search_pairs(codes, codebooks, S, target, from_scratch):
             else:
                 rest = sum(codebooks[c, codes[c]] for c in range(k)) + codebooks[k]
                 codes[k] = (np.einsum("ad,de,ae->a", rest, S, rest) - 2 * rest @ target).argmin()
-        return
+        if K == 2:
+            return
     for i, j in pairs_of(K):
         best_pair(codes, i, j, codebooks, S, target)
 
 
-def search_beam(codes, codebooks, S, target, from_scratch, beam_size):
+def search_beam(codes, codebooks, S, target, books, beam_size):
+    """books: the order in which codebooks are searched again; None: from scratch, then in order."""
     K, E, _ = codebooks.shape
 
     def cost(chosen):
@@ -184,35 +186,42 @@ def search_beam(codes, codebooks, S, target, from_scratch, beam_size):
         options = ((*b[:k], e, *b[k + 1 :]) for b in beam for e in range(E))
         return sorted(options, key=cost)[:beam_size]
 
-    beam = [(None,) * K if from_scratch else tuple(codes)]
-    for k in range(K if from_scratch else 0):
+    beam = [(None,) * K if books is None else tuple(codes)]
+    for k in range(K if books is None else 0):
         beam = expand(beam, k)
-    if not from_scratch or K > 1:
-        for k in range(K):
+    if books is not None or K > 1:
+        for k in range(K) if books is None else books:
             beam = expand(beam, k)
-    if from_scratch or cost(beam[0]) < cost(tuple(codes)):
+    if books is None or cost(beam[0]) < cost(tuple(codes)):
         codes[:] = beam[0]
 
 
-def _search(codes, codebooks, S, target, from_scratch, beam_size):
+def _search(codes, codebooks, S, target, books, beam_size):
     if beam_size:
-        search_beam(codes, codebooks, S, target, from_scratch, beam_size)
+        search_beam(codes, codebooks, S, target, books, beam_size)
     else:
-        search_pairs(codes, codebooks, S, target, from_scratch)
+        search_pairs(codes, codebooks, S, target, books is None)
+
+
+def shuffled(n, rng):
+    order = list(range(n))
+    for i in range(n - 1, 0, -1):
+        pick = rng.below(i + 1)
+        order[i], order[pick] = order[pick], order[i]
+    return order
 
 
 def search_sweep(codes, W, H, codebooks, scales, beam_size, seed):
     """Each group in a random order, at its best given all others."""
-    g, J, codes, H = codebooks.shape[2], codes.shape[1], codes.astype(np.int64), H.astype(np.float64)
-    order, rng = list(range(J)), Rng(seed)
-    for i in range(J - 1, 0, -1):
-        pick = rng.below(i + 1)
-        order[i], order[pick] = order[pick], order[i]
-    for o, j in itertools.product(range(len(W)), order):
+    K, _, g = codebooks.shape
+    rng, codes, H = Rng(seed), codes.astype(np.int64), H.astype(np.float64)
+    order = shuffled(codes.shape[1], rng)
+    books = [shuffled(K, rng) for _ in order]
+    for o, (j, its_books) in itertools.product(range(len(W)), zip(order, books, strict=True)):
         here = slice(j * g, (j + 1) * g)
         D = W[o] - decode(codes[o : o + 1], codebooks, scales[o : o + 1])[0]
         D[here] = W[o, here]  # this group taken out
-        _search(codes[o, j], codebooks, H[here, here], D @ H[:, here] / scales[o], False, beam_size)
+        _search(codes[o, j], codebooks, H[here, here], D @ H[:, here] / scales[o], its_books, beam_size)
     return codes
 
 
@@ -226,7 +235,7 @@ def search_ldl(W, order, feedback, metric, codebooks, scales, beam_size):
             here = slice(i * g, (i + 1) * g)
             w = W[o, j * g : (j + 1) * g].astype(np.float64)
             target = (w + D @ feedback[:, here]) @ metric[i] / scales[o]
-            _search(codes[o, j], codebooks, metric[i], target, True, beam_size)
+            _search(codes[o, j], codebooks, metric[i], target, None, beam_size)
             D[here] = w - scales[o] * sum(codebooks[k, codes[o, j, k]] for k in range(K))
     return codes
 
@@ -257,3 +266,19 @@ def update_scales(W, H, codes, codebooks, scales):
     Q = decode(codes, codebooks, np.ones(len(W)))
     top, bottom = (np.einsum("oi,ij,oj->o", A, H.astype(np.float64), Q) for A in (W.astype(np.float64), Q))
     return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1), scales)
+
+
+def update_adam(codebooks, scales, moments, W, H, codes, steps, learning_rate, steps_before=0):
+    """Adam with betas (0, 0.95), AMSGrad and eps 1e-8 on tr(D H D^T) / out."""
+    (K, E, g), (out, J, _) = codebooks.shape, codes.shape
+    codebooks, scales, (moment, most) = codebooks.astype(np.float64), scales.astype(np.float64), moments.copy()
+    for step in range(steps_before + 1, steps_before + steps + 1):
+        slope = 2 * (decode(codes, codebooks, scales) - W) @ H.astype(np.float64) / out
+        along_entries = np.einsum("ojp,ojd->pd", design(codes, E) * scales[:, None, None], slope.reshape(out, J, g))
+        along_scales = (slope * decode(codes, codebooks, np.ones(out))).sum(1)
+        gradient = np.concatenate([along_entries.ravel(), along_scales])
+        moment = 0.95 * moment + 0.05 * gradient**2
+        most = np.maximum(most, moment)
+        move = learning_rate * gradient / (np.sqrt(most / (1 - 0.95**step)) + 1e-8)
+        codebooks, scales = codebooks - move[:-out].reshape(K, E, g), scales - move[-out:]
+    return codebooks, scales, np.array([moment, most])

@@ -33,17 +33,19 @@ def bench(monkeypatch, tmp_path):
 
 def test_quantize_layer(bench, capsys):
     written = bench()
-    assert len(written["rows"]) == 2 * 2 * 4
-    assert {(row["start"], row["search"]) for row in written["rows"]} >= {("LDL", "exact pairs"), ("k-means", "beam 8")}
+    solvers = [(row["start"], row["search"], row["update"]) for row in written["rows"]]
+    assert len(solvers) == 2 * 6 == 2 * len(set(solvers))
+    assert {("LDL", "exact pairs", "CG"), ("k-means", "exact pairs", "CG")} < set(solvers)
+    assert {("k-means", f"beam {b}", "Adam (paper)") for b in (1, 8)} < set(solvers)
     assert all(0 < row["error"] < row["held-out error"] < 1 for row in written["rows"])
     assert written["machine"]["versions"]["aqlm_c"] == aqlm_c.__version__
     stdout = capsys.readouterr().out
     assert "self_attn.q_proj" in stdout and "…" not in stdout
 
 
-def test_set_replaces_the_searches(bench):
+def test_set_replaces_the_table(bench):
     rows = bench("--set", "beam_size=2", "--set", "ldl_passes=1", "--set", "max_sweeps=1")["rows"]
-    assert [(row["start"], row["search"]) for row in rows] == [("as set", "as set")] * 2
+    assert [(row["start"], row["search"]) for row in rows] == [("as set", "beam 2")] * 2
     assert all(row["rounds"] == 2 for row in rows)
 
 

@@ -3,8 +3,11 @@
 import json
 import os
 import pickle
+import platform
 import stat
 import struct
+import subprocess
+from itertools import product
 
 import numpy as np
 import pytest
@@ -154,12 +157,27 @@ def test_missing_parents_are_made_and_leftovers_of_a_killed_process_removed(tmp_
     out = tmp_path / "a" / "b" / "out"
     save_quantized(shared, None, out)
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (out / "config.json").is_file()
-    for which in ("new", "old"):
-        left = out.parent / f".out.{which}-{os.getpid()}"
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    for which, pid in product(("new", "old"), (os.getpid(), dead.pid)):
+        left = out.parent / f".out.{which}-{platform.node()}-{pid}"
         left.mkdir()
         (left / "left").touch()
+    others = out.parent / f".out.new-{platform.node()}-{os.getppid()}"  # of a process that runs
+    others.mkdir()
     save_quantized(shared, None, out, overwrite=True)
-    assert list(out.parent.iterdir()) == [out]
+    assert sorted(out.parent.iterdir()) == sorted([out, others])
+
+
+def test_a_model_set_aside_by_a_killed_process_comes_back(tmp_path, shared):
+    out = tmp_path / "out"
+    save_quantized(shared, None, out)
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    out.rename(tmp_path / f".out.old-{platform.node()}-{dead.pid}")  # it was killed between two renames
+    with pytest.raises(FileExistsError, match=r"OUT=.*exists"):
+        save_quantized(shared, None, out)
+    assert list(tmp_path.iterdir()) == [out] and (out / "config.json").is_file()
 
 
 class FullDisk:

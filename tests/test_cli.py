@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import logging
+import resource
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny import BYTES, byte_tokenizer, tiny_llama
 from transformers import PreTrainedTokenizerFast
 
-from aqlm_c import __version__, cli, demo
+from aqlm_c import PRESETS, LayerReport, __version__, cli, demo
+from aqlm_c import evaluate as evaluation
+from aqlm_c.report import BlockReport
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
 SMALL = ["--scheme", "2x4g8", "--samples", "4", "--sequence-length", "32"]
@@ -65,7 +71,7 @@ def edited(source, target, edit):
 def test_quantize_reports_layers_sizes_and_json(run, model_dir, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("All happy families are alike. " * 50)
-    monkeypatch.setattr(cli, "peak_memory", lambda: 123)
+    monkeypatch.setattr("aqlm_c.run.peak_memory", lambda: 123)
     out, report = tmp_path / "deep" / "out", tmp_path / "report.json"
     code, stdout, stderr = run(
         "quantize", model_dir, out, *SMALL, "--data", text, "--data", "pydoc_data.topics", "--threads", 1,
@@ -175,6 +181,15 @@ WRONG_OPTIONS = {
     "layers not a regex": (["--layers", "("], ["layers='('", "regular expression"]),
     "json folder": (["--json", "no/such/folder.json"], ["--json='no/such/folder.json'", "expected"]),
     "unknown option": (["--nosuch"], ["--nosuch"]),
+    "preset": (["--preset", "slow"], ["preset='slow'", "expected one of fast, balanced, best"]),
+    "solver": (["--solver", "magic"], ["solver='magic'", "expected one of"]),
+    "memory limit": (["--memory-limit", "8 elephants"], ["memory_limit='8 elephants'", "bytes"]),
+    "epochs": (["--finetune-epochs", "-1"], ["finetune_epochs=-1", "expected"]),
+    "learning rate": (["--finetune-learning-rate", "2"], ["finetune_learning_rate=2", "expected"]),
+    "set what": (["--set", "cg_step=3"], ["unknown option 'cg_step'", "did you mean 'cg_steps'?"]),
+    "set nothing": (["--set", "cg_steps"], ["--set='cg_steps'", "expected name=value"]),
+    "set wrong": (["--set", "cg_steps=x"], ["cg_steps='x'", "expected an integer"]),
+    "config": (["--config", "nosuch.yaml"], ["config='nosuch.yaml'", "no such file"]),
 }
 
 
@@ -299,7 +314,194 @@ def test_interrupt_leaves_nothing(run, model_dir, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.Display, "on_layer", interrupt)
-    assert run("quantize", model_dir, tmp_path / "out", *SMALL)[0] == 130
+    code, stdout, stderr = run("quantize", model_dir, tmp_path / "out", *SMALL)
+    assert (code, stdout) == (130, "") and stderr.endswith(
+        "aqlm-c: stopped: nothing is kept; with --work-dir FOLDER finished blocks would be\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_come_from_command_line_file_preset_and_set(run, model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("All happy families are alike. " * 50)
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {model_dir}\nout: {tmp_path / 'out'}\nscheme: 2x4g8\nsamples: 4\nsequence_length: 16\nseed: 3\n"
+        "data: [text.txt, pydoc_data.topics]\n"
+    )
+    options = ["--preset", "fast", "--seed", 4, "--set", "cg_steps=2", "--set", "relative_damp=1e-2", "--max-sweeps", 1]
+    assert_refused(run("quantize", "--config", file, *options), ["--max-sweeps"])
+    options[-2:] = ["--shuffle", "--solver", "ldl", "--quiet"]
+    assert run("quantize", "--config", file, *options) == (0, "", "")
+    used = json.loads((tmp_path / "out" / "report.json").read_text())["config"]
+    assert used["data"] == ["text.txt", "pydoc_data.topics"]
+    expected = {"preset": "fast", "seed": 4, "cg_steps": 2, "relative_damp": 0.01, "shuffle": True, "samples": 4}
+    assert {**used, **expected, **PRESETS["fast"]} == used
+
+    again = run("quantize", "--config", tmp_path / "out" / "run.yaml", model_dir, tmp_path / "again", "--quiet")
+    assert again == (0, "", "")
+    files = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_help_says_what_presets_set(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    stdout = " ".join(run("quantize", "--help")[1].split())
+    for name, options in PRESETS.items():
+        assert f"{name}: {', '.join(f'{option}={value}' for option, value in options.items())}" in stdout
+
+
+class Estimate:
+    def describe(self):
+        return "about 3 min, 1.5 GiB of memory, 0.1 GiB on disk"
+
+
+def show_all(display):
+    """Everything that a run may tell."""
+    block = BlockReport("model.layers.0", 0.01, 0.004, 0.012, 0.006, epochs=3, seconds=1.5)
+    layer = LayerReport("model.layers.0.mlp.up_proj", 8, 8, "2x8g8", 0.02, 2.1)
+    display.on_estimate(Estimate())
+    display.on_start(2, 1)
+    display.on_resume(1)
+    display.on_block(0, "model.layers.0")
+    display.on_phase("quantize")
+    display.on_layer(layer)
+    display.on_block_report(block)
+    display.on_block_report(BlockReport("model.layers.1", 0.01, 0.004, epochs=2))
+    logging.getLogger("aqlm_c").warning("[mind] this")
+    logging.getLogger("aqlm_c").info("a detail")
+    display.on_finish(None)
+
+
+def test_display_without_a_terminal(capsys):
+    with cli.Display() as display:
+        show_all(display)
+    assert capsys.readouterr() == (
+        "",
+        "estimate: about 3 min, 1.5 GiB of memory, 0.1 GiB on disk\n"
+        "finished blocks found: 1, going on from there\n"
+        "model.layers.0 (1 of 2), 0 s\n"
+        "  model.layers.0.mlp.up_proj: error 0.02000, - dB, 2.100 bits, 0.0 s\n"
+        "  model.layers.0: held-out output error 0.01200 -> 0.00600, 3 epochs, 1.5 s\n"
+        "  model.layers.1: training output error 0.01000 -> 0.00400, 2 epochs, 0.0 s\n"
+        "warning: [mind] this\n",
+    )
+
+
+def test_display_quiet_and_verbose(capsys):
+    level = logging.getLogger("aqlm_c").level
+    with cli.Display(quiet=True, verbose=True) as display:
+        show_all(display)
+    assert capsys.readouterr() == ("", "warning: [mind] this\ninfo: a detail\n")
+    with cli.Display(quiet=True) as display:
+        show_all(display)
+    assert capsys.readouterr().err == "warning: [mind] this\n"
+    logging.getLogger("aqlm_c").warning("closed")
+    assert capsys.readouterr() == ("", "") and logging.getLogger("aqlm_c").level == level
+
+
+def test_display_in_a_notebook(capsys, monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with cli.Display() as display:
+        show_all(display)
+    stdout, stderr = capsys.readouterr()
+    assert stdout == "" and "\x1b" not in stderr
+    assert len(stderr.splitlines()) == 6 and "up_proj" not in stderr  # no line for each layer
+
+
+def test_verbose_shows_the_log(run, quantized_dir, monkeypatch):
+    evaluate = evaluation.perplexity
+    monkeypatch.setattr(evaluation, "perplexity", lambda *a: logging.getLogger("aqlm_c").debug("seen") or evaluate(*a))
+    arguments = ("evaluate", quantized_dir, "--sequence-length", 32, "--windows", 1, "--quiet")
+    assert "debug: seen\n" in run(*arguments, "--verbose")[2]
+    assert run(*arguments)[2] == ""
+
+
+# ---- Ctrl-C and full disks, in a process of its own ------------------------------------------------------------------
+
+CLI = "import sys; from aqlm_c.__main__ import main; sys.exit(main())"
+STUCK = """import hashlib, sys, aqlm_c.models
+def stuck(*_):
+    print("stuck", file=sys.stderr, flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as a long call of LAPACK: no Python runs in the main thread
+aqlm_c.models.load_model = stuck
+"""
+
+
+def interrupted(arguments, sign, code=CLI):
+    """Starts the command line, sends SIGINT once stderr shows `sign`; gives (exit code, seconds, last line, all)."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", code, *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the test may run in the background
+    )
+    seen = ""
+    while sign not in seen and (read := process.stderr.readline()):
+        seen += read
+    assert sign in seen, seen
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=30)[1]
+    return process.returncode, time.monotonic() - started, (seen + rest).splitlines()[-1], seen + rest
+
+
+LONG = ["--scheme", "4x12g8", "--samples", 64, "--sequence-length", 128, "--preset", "best"]
+
+
+@pytest.mark.parametrize("sign", ["load ...", "model.layers.0 (1 of 2)", "q_proj: error"])
+def test_ctrl_c_stops_within_two_seconds(model_dir, tmp_path, sign):
+    code, seconds, last, stderr = interrupted(["quantize", model_dir, tmp_path / "out", *LONG], sign)
+    assert (code, "Traceback" in stderr) == (130, False), stderr
+    assert seconds < 2
+    assert last == "aqlm-c: stopped: nothing is kept; with --work-dir FOLDER finished blocks would be"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_command_goes_on_after_ctrl_c(run, model_dir, tmp_path):
+    command = ["quantize", model_dir, tmp_path / "out", *LONG, "--work-dir", tmp_path / "work"]
+    command += ["--finetune-epochs", 1, "--finetune-search", 0]
+    code, seconds, last, stderr = interrupted(command, "model.layers.1 (2 of 2)")
+    assert (code, "Traceback" in stderr) == (130, False), stderr
+    assert seconds < 2 and last.startswith("aqlm-c: stopped: finished blocks are kept in ")
+    assert not (tmp_path / "out").exists()
+    code, _, stderr = run(*command)
+    assert code == 0 and "finished blocks found: 1, going on from there" in stderr
+    assert (tmp_path / "out" / "run.yaml").is_file()
+
+
+def test_ctrl_c_stops_a_call_that_does_not_answer(model_dir, tmp_path):
+    arguments = ["quantize", model_dir, tmp_path / "out", "--work-dir", tmp_path / "work"]
+    code, seconds, last, stderr = interrupted(arguments, "stuck", STUCK + CLI)
+    assert (code, "Traceback" in stderr) == (130, False), stderr
+    assert seconds < 2
+    kept = f"finished blocks are kept in {tmp_path / 'work'}, the same command goes on from there"
+    assert last == f"aqlm-c: stopped: {kept}"
+
+
+@pytest.mark.parametrize("failing", ["model.safetensors", "report.json"])
+def test_a_full_disk_is_one_line(model_dir, tmp_path, failing):
+    limit = {"model.safetensors": 20_000, "report.json": None}[failing]
+    command = [sys.executable, "-c", CLI, "quantize", model_dir, tmp_path / "out", *SMALL, "--quiet"]
+    if limit is None:
+        command[2] = (
+            "import errno, pathlib; write = pathlib.Path.write_text\n"
+            "def full(self, *a, **k):\n"
+            "    if self.name == 'report.json': raise OSError(errno.ENOSPC, 'No space left on device', str(self))\n"
+            "    return write(self, *a, **k)\n"
+            "pathlib.Path.write_text = full\n" + CLI
+        )
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: limit and resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("aqlm-c: ")
+    assert ("OUT=" in done.stderr and "File too large" in done.stderr) if limit else "No space left" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -316,7 +518,7 @@ def test_bars_in_a_terminal(run, model_dir, tmp_path, monkeypatch):
 def test_help_version_and_module(run, capsys):
     code, stdout, _ = run()
     assert code == 0
-    assert all(command in stdout for command in ("quantize", "evaluate", "generate", "smollm2"))
+    assert all(command in stdout for command in ("quantize", "evaluate", "generate", "inspect", "doctor", "smollm2"))
     assert run("--version") == (0, f"aqlm-c {__version__}\n", "")
     done = subprocess.run([sys.executable, "-m", "aqlm_c", "quantize", "x", "y", "--scheme", "z"], capture_output=True)
     assert (done.returncode, done.stdout) == (2, b"")

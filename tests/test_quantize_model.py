@@ -226,7 +226,7 @@ def test_quantize_model_replaces_the_linears_of_every_block():
     names = [f"model.layers.{block}.{part}" for block in range(2) for part in parts()]
     assert [layer.name for layer in report.layers] == names
     assert (report.tokens, report.sequences) == (96, 6)
-    assert set(report.phases) == {"calibrate", "hessian", "quantize", "reference", "propagate"}
+    assert set(report.phases) == {"calibrate", "hessian", "quantize", "reference", "finetune", "propagate"}
     assert all(seconds > 0 for seconds in report.phases.values())
     assert report.peak_memory_bytes > 2**20 and report.config == CONFIG.to_dict() and report.isa and report.threads
     for layer in report.layers:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from aqlm_c.report import LayerReport, QuantizationReport, decibels, write_json
+from aqlm_c.report import BlockReport, LayerReport, QuantizationReport, decibels, write_json
 
 
 def layer(name, error=0.02, out=64, bits=2.5):
@@ -69,6 +69,38 @@ def test_tables_fit_80_columns_and_group_layers_by_kind(report):
     assert "1.50 GiB" in text
     assert "total 3.5" in text
     assert "…" not in text
+
+
+@pytest.fixture
+def tuned(report):
+    history = [(0.03, 0.05), (0.025, 0.04)]
+    report.blocks = [
+        BlockReport(f"model.layers.{i}", 0.05, 0.025, 0.08, 0.04, 2, history, searched=3) for i in (0, 129)
+    ]
+    report.blocks.append(BlockReport("model.layers.130", held_out_before=0.1))
+    report.diagnoses = ["Fewer calibration tokens than [needed] " + "in many words " * 8 + "at the end."]
+    return report
+
+
+def test_blocks_show_the_output_error_before_and_after_fine_tuning(tuned):
+    text = render(tuned)
+    rows = {words[0]: words[1:] for line in text.splitlines() if (words := line.split())}
+    assert rows["model.layers.129"] == ["0.08000", "0.04000", "-50%", "0.05000", "0.02500", "2"]
+    assert rows["model.layers.130"] == ["0.10000", "-", "-", "-", "-", "0"]
+    assert "…" not in text
+
+
+def test_diagnoses_come_last_word_for_word(tuned):
+    text = render(tuned)
+    assert " ".join(text.split()).endswith("! " + tuned.diagnoses[0])
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_layer_and_block_reports_survive_json(tuned):
+    read = json.loads(json.dumps(tuned.to_dict(), allow_nan=False))
+    assert [LayerReport.from_dict(fields) for fields in read["layers"]] == tuned.layers
+    assert [BlockReport.from_dict(fields) for fields in read["blocks"]] == tuned.blocks
+    assert read["diagnoses"] == tuned.diagnoses
 
 
 def test_tables_without_references_or_original(report):

@@ -42,6 +42,34 @@ def test_same_bits_on_every_isa_and_thread_count(each_way, scheme, beam_size):
     assert each_way(run)
 
 
+@pytest.mark.parametrize("scheme", ["2x5g8", "3x3g8", "1x6g8"])
+def test_the_paper_s_solver(each_way, scheme):
+    W, H = layers.random_layer(48, 64)
+    config = AqlmConfig.from_scheme(scheme, solver="paper", adam_steps=20)
+    found = quantize_weight(W, H, config, dtype="float32")
+    assert found.relative_error == pytest.approx(relative_error(W, H, found), rel=1e-4)
+    errors = [error for _, error in found.history]
+    assert errors[-1] == min(errors) < 0.8 * errors[0] and found.seconds.keys() >= {"kmeans", "codebooks", "search"}
+    assert "factor" not in found.seconds and config.relative_mse_tolerance == 0.01
+    few = AqlmConfig.from_scheme(scheme, solver="paper", adam_steps=3, ldl_passes=1, max_sweeps=1)
+
+    def run():
+        found = quantize_weight(W, H, few)
+        return found.codes, found.codebooks, found.scales
+
+    assert each_way(run)
+
+
+def test_a_larger_beam_is_never_worse_for_the_paper():
+    W, H = layers.random_layer(128, 96, seed=1)
+    errors = [
+        quantize_weight(W, H, AqlmConfig.from_scheme("2x6g8", solver="paper", beam_size=beam)).relative_error
+        for beam in (1, 2, 4, 8)
+    ]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.95 * errors[0]
+    assert quantize_weight(W, H, AqlmConfig.from_scheme("2x6g8", solver="paper")).relative_error == errors[0]
+
+
 def test_seeds_repeat_and_differ():
     W, H = layers.random_layer(32, 64)
     codes = [quantize_weight(W, H, AqlmConfig.from_scheme("2x4g8", seed=seed)).codes for seed in (1, 1, 2)]
@@ -78,11 +106,11 @@ def test_a_hessian_is_shared_and_gives_the_same():
     np.testing.assert_allclose(shared.eigenvalues, np.linalg.eigvalsh(H.astype(np.float64)), atol=1e-9)
 
 
-def test_error_feedback_and_pairs_beat_the_paper_s_search():
+def test_error_feedback_and_pairs_beat_the_paper():
     W, H = layers.random_layer(128, 128)
     best = quantize_weight(W, H, AqlmConfig.from_scheme("2x6g8")).relative_error
-    paper = quantize_weight(W, H, AqlmConfig.from_scheme("2x6g8", ldl_passes=0, beam_size=1, max_sweeps=14))
-    assert best < 0.9 * paper.relative_error
+    for options in ({"ldl_passes": 0, "beam_size": 1, "max_sweeps": 14}, {"solver": "paper"}):
+        assert best < 0.9 * quantize_weight(W, H, AqlmConfig.from_scheme("2x6g8", **options)).relative_error
 
 
 @pytest.mark.parametrize("scheme", ["2x4g4", "2x8g8", "1x6g8"])

@@ -6,9 +6,9 @@ from typing import Any
 
 import transformers
 
+from ..config import FORMAT
 from ..config import AqlmConfig as _CoreConfig
 
-_FORMAT = ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size")
 _RUN_TIME = ("dequantize",)
 
 
@@ -31,12 +31,12 @@ class AqlmConfig(transformers.AqlmConfig):
     @classmethod
     def from_layer_config(cls, config: _CoreConfig, not_quantized: list[str]) -> AqlmConfig:
         """The config of a model whose parameters except `not_quantized` are quantized by `config`."""
-        fields = {name: getattr(config, name) for name in _FORMAT}
+        fields = {name: getattr(config, name) for name in FORMAT}
         return cls(**fields, linear_weights_not_to_quantize=not_quantized)
 
     def layer_config(self) -> _CoreConfig:
         """The format of every quantized layer."""
-        return _CoreConfig(**{name: getattr(self, name) for name in _FORMAT})
+        return _CoreConfig(**{name: getattr(self, name) for name in FORMAT})
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a config passed to `from_pretrained` may change of the checkpoint's own."""

@@ -100,7 +100,7 @@ def swap_linears(
                     "linear_weights_not_to_quantize in config.json names this layer"
                 )
         if name not in kept:
-            model.set_submodule(name, _empty(linear, config, dtype))
+            model.set_submodule(name, QuantizedLinear.empty(linear, config, dtype))
     if unclaimed:
         first = min(unclaimed)
         raise ValueError(f"{first} in {tensors[first].file}: unexpected, the model has no such linear layer")
@@ -120,20 +120,3 @@ def _stored_name(name: str, tensors: Mapping[str, checkpoint.StoredTensor], pref
     """The layer's name in the checkpoint: a base model's names lack the prefix that a whole model's have."""
     candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
     return next((candidate for candidate in candidates if f"{candidate}.codes" in tensors), name)
-
-
-def _empty(linear: torch.nn.Linear, config: LayerConfig, dtype: torch.dtype) -> QuantizedLinear:
-    quantized = QuantizedLinear(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        in_group_size=config.in_group_size,
-        out_group_size=config.out_group_size,
-        num_codebooks=config.num_codebooks,
-        nbits_per_codebook=config.nbits_per_codebook,
-        device="meta",
-        dtype=dtype,
-    )
-    if linear.bias is not None:
-        quantized.bias = linear.bias  # of the model's dtype, which need not be the codebooks'
-    return quantized.requires_grad_(False)

@@ -48,9 +48,27 @@ size_t aqlm_dtype_size(aqlm_dtype dtype);
 /* decode.c: q[rows, in] of working codes, rows begin..end, without scales; og = 1 */
 void aqlm_decode_working(float *q, const uint16_t *codes, const float *codebooks, const aqlm_shape *shape,
                          int64_t begin, int64_t end);
-/* One row of a stored weight, codebooks and scales already in f32. */
-void aqlm_decode_row_f32(float *row, const void *codes, const float *codebooks, const float *scales,
-                         const aqlm_shape *shape, int64_t row_index);
+/* Groups begin..end of one row of a stored weight, codebooks and scales (NULL: all 1) already in f32. */
+void aqlm_decode_row_f32(float *row /* [(end - begin) g] */, const void *codes, const float *codebooks,
+                         const float *scales, const aqlm_shape *shape, int64_t row_index, int64_t begin, int64_t end);
+
+/* The i-th stored code; `wide`: int16, else int8. */
+static inline uint32_t aqlm_stored_code(const void *codes, int64_t i, const aqlm_shape *s, bool wide) {
+    return (wide ? ((const uint16_t *)codes)[i] : ((const uint8_t *)codes)[i]) & ((1u << s->nbits_per_codebook) - 1);
+}
+
+/* Calls body(..., wide, g) with constants in their place: one inline body for every (code width, g). */
+#define AQLM_WITH_FORMAT(s, body, ...)                                                                                 \
+    switch ((s)->in_group_size * 2 + ((s)->nbits_per_codebook > 8)) {                                                  \
+    case 8: body(__VA_ARGS__, false, 4); break;                                                                        \
+    case 9: body(__VA_ARGS__, true, 4); break;                                                                         \
+    case 16: body(__VA_ARGS__, false, 8); break;                                                                       \
+    case 17: body(__VA_ARGS__, true, 8); break;                                                                        \
+    case 32: body(__VA_ARGS__, false, 16); break;                                                                      \
+    case 33: body(__VA_ARGS__, true, 16); break;                                                                       \
+    case 64: body(__VA_ARGS__, false, 32); break;                                                                      \
+    case 65: body(__VA_ARGS__, true, 32); break;                                                                       \
+    }
 
 /* rng.c: splitmix64 seeded, xoshiro256** */
 typedef struct aqlm_rng {

@@ -17,42 +17,27 @@ void aqlm_decode_working(float *q, const uint16_t *codes, const float *codebooks
         sum_entries(q + (i - begin * groups) * s->in_group_size, codes + i * s->num_codebooks, codebooks, s);
 }
 
-/* One body for every (code width, g): the switch below makes both constants. */
 static inline void decode_row(float *restrict row, const void *codes, const float *restrict codebooks, float scale,
-                              const aqlm_shape *s, int64_t row_index, bool wide, int64_t g) {
-    const int64_t K = s->num_codebooks, og = s->out_group_size, groups = s->in_features / g;
+                              const aqlm_shape *s, int64_t row_index, int64_t begin, int64_t end, bool wide,
+                              int64_t g) {
+    const int64_t K = s->num_codebooks, og = s->out_group_size;
     const int64_t entry_size = og * g, stride = entry_size << s->nbits_per_codebook;
-    const uint32_t mask = (1u << s->nbits_per_codebook) - 1;
-    const int64_t first = row_index / og * groups * K;
+    const int64_t first = row_index / og * (s->in_features / g) * K;
     const float *inner = codebooks + row_index % og * g;
-    for (int64_t j = 0; j < groups; j++) {
+    for (int64_t j = begin; j < end; j++, row += g) {
         float sum[32] = {0};
         for (int64_t k = 0; k < K; k++) {
-            const int64_t i = first + j * K + k;
-            const uint32_t code = (wide ? ((const uint16_t *)codes)[i] : ((const uint8_t *)codes)[i]) & mask;
-            const float *entry = inner + k * stride + code * entry_size;
+            const float *entry = inner + k * stride + aqlm_stored_code(codes, first + j * K + k, s, wide) * entry_size;
             for (int64_t d = 0; d < g; d++) sum[d] += entry[d];
         }
-        for (int64_t d = 0; d < g; d++) row[j * g + d] = scale * sum[d];
+        for (int64_t d = 0; d < g; d++) row[d] = scale * sum[d];
     }
 }
 
 void aqlm_decode_row_f32(float *row, const void *codes, const float *codebooks, const float *scales,
-                         const aqlm_shape *s, int64_t r) {
-    const float scale = scales[r / s->out_group_size];
-    const bool wide = s->nbits_per_codebook > 8;
-#define CASE(G)                                                                                                        \
-    case G:                                                                                                            \
-        if (wide) decode_row(row, codes, codebooks, scale, s, r, true, G);                                             \
-        else decode_row(row, codes, codebooks, scale, s, r, false, G);                                                 \
-        break
-    switch (s->in_group_size) {
-        CASE(4);
-        CASE(8);
-        CASE(16);
-        CASE(32);
-    }
-#undef CASE
+                         const aqlm_shape *s, int64_t r, int64_t begin, int64_t end) {
+    const float scale = scales ? scales[r / s->out_group_size] : 1.0f;
+    AQLM_WITH_FORMAT(s, decode_row, row, codes, codebooks, scale, s, r, begin, end)
 }
 
 typedef struct decode_job {
@@ -66,7 +51,8 @@ typedef struct decode_job {
 
 static void decode_range(int64_t begin, int64_t end, void *ctx) {
     decode_job *job = ctx;
-    const int64_t in = job->w->shape.in_features;
+    const aqlm_shape *s = &job->w->shape;
+    const int64_t in = s->in_features, groups = in / s->in_group_size;
     const size_t row_bytes = (size_t)in * aqlm_dtype_size(job->dtype);
     float *row = aqlm_alloc(in, sizeof *row);
     if (!row) {
@@ -74,7 +60,7 @@ static void decode_range(int64_t begin, int64_t end, void *ctx) {
         return;
     }
     for (int64_t r = begin; r < end && !aqlm_cancelled(); r++) {
-        aqlm_decode_row_f32(row, job->w->codes, job->codebooks, job->scales, &job->w->shape, r);
+        aqlm_decode_row_f32(row, job->w->codes, job->codebooks, job->scales, s, r, 0, groups);
         aqlm_from_f32((char *)job->rows + (size_t)(r - job->begin) * row_bytes, job->dtype, row, in);
     }
     free(row);

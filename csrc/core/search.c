@@ -20,6 +20,7 @@ typedef struct search {
     const int32_t *order; /* [J] */
     const float *couple;  /* [in, in] in order space: H for a sweep, the feedback F for LDL */
     const float *metric;  /* [J, g, g] in order space */
+    const int32_t *books; /* [J, K] order of the codebooks in a group's beam search, in order space; sweeps only */
     bool ldl;
     aqlm_shared_status status;
 } search;
@@ -198,7 +199,7 @@ static void search_pairs(view *v, uint16_t *codes, int64_t stride, const float *
             }
             open &= ~(3u << k);
         }
-        return;
+        if (K == 2) return; /* already the best pair */
     }
     for (int64_t p = 0; p < ring_pairs(K); p++) {
         const int64_t i = p, j = (p + 1) % K;
@@ -283,8 +284,10 @@ static void release(const view *v, beam *b, int64_t k, const float *target) {
     b->size = kept;
 }
 
-static void search_beam(const view *v, beam *b, uint16_t *codes, const float *target, bool from_scratch) {
+/* `books` [K]: the order of the codebooks; NULL, from scratch: 0..K-1, twice. */
+static void search_beam(const view *v, beam *b, uint16_t *codes, const float *target, const int32_t *books) {
     const int64_t K = v->K;
+    const bool from_scratch = !books;
     b->size = 1;
     memset(b->now, 0, sizeof *b->now);
     float before = INFINITY;
@@ -297,8 +300,8 @@ static void search_beam(const view *v, beam *b, uint16_t *codes, const float *ta
     }
     if (!from_scratch || K > 1)
         for (int64_t k = 0; k < K; k++) {
-            release(v, b, k, target);
-            expand(v, b, k, target);
+            release(v, b, books ? books[k] : k, target);
+            expand(v, b, books ? books[k] : k, target);
         }
     float q[32];
     sum_without(v, q, b->now->codes, 0);
@@ -358,7 +361,7 @@ static void walk_chunk(search *x, view *v, beam *b, walk *k, int64_t r0, int64_t
             }
             if (b)
                 for (int64_t r = 0; r < rows; r++)
-                    search_beam(v, b, codes + r * stride + j * K, k->targets + r * g, x->ldl);
+                    search_beam(v, b, codes + r * stride + j * K, k->targets + r * g, x->ldl ? NULL : x->books + i * K);
             else search_pairs(v, codes + j * K, stride, k->targets, rows, x->ldl, k->scores);
             for (int64_t r = 0; r < rows; r++) {
                 const float *w = s->weight + (r0 + r) * in + j * g;
@@ -435,7 +438,7 @@ aqlm_status aqlm_search_ldl(uint16_t *codes, const aqlm_search *s, const int32_t
     if (status) return status;
     const int64_t n = s->shape.out_features * (s->shape.in_features / s->shape.in_group_size) * s->shape.num_codebooks;
     memset(codes, 0, (size_t)n * sizeof *codes);
-    search x = {s, codes, order, feedback, metric, true, {AQLM_OK}};
+    search x = {s, codes, order, feedback, metric, NULL, true, {AQLM_OK}};
     return walk_all(&x);
 }
 
@@ -458,25 +461,31 @@ static void permute_groups(int64_t begin, int64_t end, void *ctx) {
         }
 }
 
+/* 0..n-1 in a random order */
+static void shuffle(int32_t *order, int64_t n, aqlm_rng *rng) {
+    for (int64_t i = 0; i < n; i++) order[i] = (int32_t)i;
+    for (int64_t i = n - 1; i > 0; i--) {
+        const int64_t pick = aqlm_rng_below(rng, i + 1);
+        const int32_t t = order[i];
+        order[i] = order[pick];
+        order[pick] = t;
+    }
+}
+
 aqlm_status aqlm_search_sweep(uint16_t *codes, const aqlm_search *s, const float *H) {
     aqlm_status status = check(s);
     if (!status) status = aqlm_check_working_codes(codes, &s->shape);
     if (status) return status;
-    const int64_t in = s->shape.in_features, g = s->shape.in_group_size, J = in / g;
-    int32_t *order = aqlm_alloc(J, sizeof *order);
+    const int64_t in = s->shape.in_features, g = s->shape.in_group_size, J = in / g, K = s->shape.num_codebooks;
+    int32_t *order = aqlm_alloc(J * (1 + K), sizeof *order), *books = order + J;
     float *memory = aqlm_alloc(in * in + in * g + AQLM_LANES, sizeof *memory);
     if (order && memory) {
         aqlm_rng rng = aqlm_rng_seed(s->seed);
-        for (int64_t i = 0; i < J; i++) order[i] = (int32_t)i;
-        for (int64_t i = J - 1; i > 0; i--) {
-            const int64_t pick = aqlm_rng_below(&rng, i + 1);
-            const int32_t t = order[i];
-            order[i] = order[pick];
-            order[pick] = t;
-        }
+        shuffle(order, J, &rng);
+        for (int64_t i = 0; i < J; i++) shuffle(books + i * K, K, &rng);
         permute_job p = {memory, memory + in * in, H, order, in, g};
         aqlm_parallel(0, J, 8, permute_groups, &p);
-        search x = {s, codes, order, p.to, p.metric, false, {AQLM_OK}};
+        search x = {s, codes, order, p.to, p.metric, books, false, {AQLM_OK}};
         status = walk_all(&x);
     } else status = AQLM_NO_MEMORY;
     free(order);

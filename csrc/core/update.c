@@ -1,6 +1,6 @@
 /* update.c: with the codes fixed, codebooks are linear least squares under H and scales are closed form
- * (method.md). The normal equations are never formed: one product with them is decode, one matrix product
- * with H, and a gather of each entry's members. */
+ * (method.md); the paper takes steps of Adam on both. The normal equations are never formed: one product with
+ * them, and one gradient, is decode, one matrix product with H, and a gather of each entry's members. */
 #include "core.h"
 
 #include <math.h>
@@ -215,6 +215,52 @@ aqlm_status aqlm_update_codebooks(float *codebooks, const float *weight, const f
     } else status = AQLM_NO_MEMORY;
     free(d);
     free(f);
+    free(index);
+    return status;
+}
+
+/* ---- codebooks and scales by Adam ------------------------------------------------------------------ */
+
+/* One step for one number; beta1 is 0, so the gradient is the direction. AMSGrad divides by the largest moment yet. */
+static void adam(float *x, double *moment, double *most, double gradient, double learning_rate, double correction) {
+    *moment = AQLM_ADAM_BETA2 * *moment + (1.0 - AQLM_ADAM_BETA2) * gradient * gradient;
+    if (*moment > *most) *most = *moment;
+    *x = (float)(*x - learning_rate * gradient / (sqrt(*most / correction) + AQLM_ADAM_EPS));
+}
+
+aqlm_status aqlm_update_adam(float *codebooks, float *scales, double *moments, const float *weight, const float *H,
+                             const uint16_t *codes, const aqlm_shape *shape, int64_t steps, double learning_rate,
+                             int64_t steps_before) {
+    aqlm_status status = check(codes, shape);
+    if (status || steps < 0 || steps_before < 0 || !(learning_rate >= 0.0)) return AQLM_BAD_ARGUMENT;
+    const int64_t K = shape->num_codebooks, E = INT64_C(1) << shape->nbits_per_codebook,
+                  n = K * E * shape->in_group_size;
+    const int64_t out = shape->out_features, in = shape->in_features, points = out * (in / shape->in_group_size);
+    if (points * K > UINT32_MAX) return AQLM_BAD_ARGUMENT;
+    double *gathered = aqlm_alloc(n + 2 * out, sizeof *gathered), *row_sums = gathered + n, *most = moments + n + out;
+    float *product_rows = aqlm_alloc(out * in, sizeof *product_rows);
+    uint32_t *index = aqlm_alloc(K * E + 1 + points * K, sizeof *index);
+    if (gathered && product_rows && index) {
+        index_members(index, index + K * E + 1, codes, points, K, E);
+        normal eq = {shape, scales, H, product_rows, codes, index, index + K * E + 1, gathered, NULL};
+        layer l = {weight, H, scales, codebooks, codes, shape, true, product_rows, row_sums, {AQLM_OK}};
+        for (int64_t step = 1; step <= steps; step++) {
+            if ((status = product(&l))) break;
+            aqlm_parallel(0, K * E, 8, gather_entries, &eq);
+            if ((status = aqlm_get_status(&l.status))) break;
+            const double correction = 1.0 - pow(AQLM_ADAM_BETA2, (double)(steps_before + step));
+            const double factor = -2.0 / (double)out; /* of the loss tr(D H D^T) / out */
+            for (int64_t i = 0; i < n; i++)
+                adam(codebooks + i, moments + i, most + i, factor * gathered[i], learning_rate, correction);
+            for (int64_t o = 0; o < out; o++) { /* <q, D H> = (<W, D H> - <D, D H>) / scale */
+                const double cross = row_sums[2 * o + 1] - row_sums[2 * o];
+                const double gradient = scales[o] != 0.0f ? factor * cross / scales[o] : 0.0;
+                adam(scales + o, moments + n + o, most + n + o, gradient, learning_rate, correction);
+            }
+        }
+    } else status = AQLM_NO_MEMORY;
+    free(gathered);
+    free(product_rows);
     free(index);
     return status;
 }

@@ -385,6 +385,33 @@ static PyObject *update_scales(PyObject *self, PyObject *args, PyObject *kwargs)
     return finish(&l, result, status, "update_scales");
 }
 
+static PyObject *update_adam(PyObject *self, PyObject *args, PyObject *kwargs) {
+    (void)self;
+    KEYWORDS("codebooks", "scales", "moments", "weight", "H", "codes", "steps", "learning_rate", "steps_before");
+    PyObject *codes, *weight, *H, *codebooks, *scales, *moments;
+    long long steps, before = 0;
+    double rate;
+    if (!PARSE("OOOOOOLd|L", &codebooks, &scales, &moments, &weight, &H, &codes, &steps, &rate, &before) ||
+        !check_not_negative((double)steps, "steps") || !check_not_negative(rate, "learning_rate") ||
+        !check_not_negative((double)before, "steps_before"))
+        return NULL;
+    layer l;
+    if (!fill(&l, weight, H, codes, codebooks, scales)) return NULL;
+    npy_intp dims[2] = {2, PyArray_SIZE(l.codebooks) + PyArray_SIZE(l.scales)};
+    PyArrayObject *given = array_of(moments, "moments", NPY_DOUBLE, 2, dims);
+    PyArrayObject *c = copy_of(l.codebooks), *s = copy_of(l.scales), *m = given ? copy_of(given) : NULL;
+    aqlm_status status = AQLM_NO_MEMORY;
+    if (c && s && m)
+        UNLOCKED(aqlm_update_adam(data(c), data(s), data(m), data(l.weight), data(l.H), data(l.codes), &l.shape, steps,
+                                  rate, before));
+    Py_XDECREF((PyObject *)given);
+    release(&l);
+    if (!status) return Py_BuildValue("NNN", c, s, m);
+    PyArrayObject *all[] = {c, s, m};
+    for (int i = 0; i < 3; i++) Py_XDECREF((PyObject *)all[i]);
+    return raise_status(status, "update_adam");
+}
+
 static PyObject *quantization_error(PyObject *self, PyObject *args, PyObject *kwargs) {
     (void)self;
     KEYWORDS("weight", "H", "codes", "codebooks", "scales");
@@ -615,6 +642,8 @@ static PyMethodDef methods[] = {
     VERB(search_ldl, "search_ldl(weight, order, feedback, metric, codebooks, scales, beam_size=0) -> codes"),
     VERB(update_codebooks, "update_codebooks(codebooks, weight, H, codes, scales, cg_steps) -> codebooks"),
     VERB(update_scales, "update_scales(scales, weight, H, codes, codebooks) -> scales"),
+    VERB(update_adam, "update_adam(codebooks, scales, moments, weight, H, codes, steps, learning_rate, steps_before=0) "
+                      "-> (codebooks, scales, moments)"),
     VERB(quantization_error, "quantization_error(weight, H, codes=None, codebooks=None, scales=None) -> tr(D H D^T)"),
     VERB(gaussian_reference, "gaussian_reference(eigenvalues, rate) -> relative error"),
     VERB(decode_rows, "decode_rows(codes, codebooks, scales) -> W [out, in]"),

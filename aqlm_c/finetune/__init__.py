@@ -1,0 +1,1 @@
+"""Training of what quantization leaves continuous: codebooks, scales, norms and biases."""

@@ -1,0 +1,230 @@
+"""What lies in a model directory, by the headers of its files; and whether every tensor of it is sound."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .config import FORMAT, AqlmConfig
+from .report import kind_of, make_table, megabytes
+from .run import RunConfig
+
+_METHODS = ("aqlm", "aqlm_c")
+_PROVENANCE = ("model", "config", "data", "sequences", "tokens", "threads", "isa", "versions")
+
+
+@dataclasses.dataclass
+class Matrix:
+    """A linear layer or an embedding. scheme: such as "2x8g8", or the dtype of a dense one. bits_per_weight: all
+    that is stored for it, codes at their own width; bytes: as it lies on disk.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    scheme: str
+    bits_per_weight: float
+    bytes: int
+
+
+@dataclasses.dataclass
+class Inspection:
+    """What `inspect_model` finds. other_bytes: norms, biases and headers of files. provenance: what report.json, or
+    else run.yaml, says of the run that wrote the directory; empty without them. checked: tensors that
+    `check_model` verified.
+    """
+
+    model: str
+    scheme: str | None
+    layers: list[Matrix]
+    embeddings: list[Matrix]
+    total_bytes: int
+    provenance: dict[str, Any]
+    checked: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the quantized layers, or over all layers of a dense model; 0 without any."""
+        layers = [layer for layer in self.layers if layer.scheme == self.scheme] or self.layers
+        weights = sum(layer.out_features * layer.in_features for layer in layers)
+        return sum(layer.bits_per_weight * layer.out_features * layer.in_features for layer in layers) / (weights or 1)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of quantized layers, dense layers, embeddings and the rest; and of all safetensors files."""
+        quantized = sum(layer.bytes for layer in self.layers if layer.scheme == self.scheme)
+        dense = sum(layer.bytes for layer in self.layers) - quantized
+        embeddings = sum(matrix.bytes for matrix in self.embeddings)
+        other = self.total_bytes - quantized - dense - embeddings
+        return {
+            "quantized layers": quantized,
+            "dense layers": dense,
+            "embeddings": embeddings,
+            "other": other,
+            "total": self.total_bytes,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and properties, ready for JSON."""
+        return {**dataclasses.asdict(self), "bits_per_weight": self.bits_per_weight, "sizes": self.sizes}
+
+    def __rich__(self) -> Any:
+        """Tables for a rich console: layers by kind, sizes, provenance."""
+        from rich.console import Group
+        from rich.text import Text
+
+        quantized, n_layers = sum(layer.scheme == self.scheme for layer in self.layers), len(self.layers)
+        count = f"{quantized} of {n_layers}" if 0 < quantized < n_layers else n_layers
+        title = f"{self.scheme or 'dense'}: {count} layers, {self.bits_per_weight:.3f} bits per weight"
+        table = make_table(title, ("layer", "n", "out x in", "scheme", "bits", "on disk"))
+        groups: dict[tuple[Any, ...], list[Matrix]] = {}
+        for layer in [*self.layers, *self.embeddings]:
+            key = (kind_of(layer.name), layer.out_features, layer.in_features, layer.scheme)
+            groups.setdefault(key, []).append(layer)
+        for (kind, out_features, in_features, scheme), layers in groups.items():
+            shape, size = f"{out_features}x{in_features}", megabytes(sum(layer.bytes for layer in layers))
+            table.add_row(kind, str(len(layers)), shape, scheme, f"{layers[0].bits_per_weight:.2f}", size)
+        sizes = " · ".join(f"{name} {megabytes(size)}" for name, size in self.sizes.items())
+        lines = [sizes, *self._origin()]
+        if self.checked:
+            lines.append(f"{self.checked} tensors checked: names, shapes, dtypes, codes and finite values are right")
+        return Group(table, *map(Text, lines))
+
+    def _origin(self) -> list[str]:
+        run = self.provenance.get("config", {})
+        if not run:
+            return ["no report.json: where it comes from is not recorded"]
+        versions = ", ".join(f"{name} {version}" for name, version in self.provenance.get("versions", {}).items())
+        lines = [
+            f"from {run.get('model')}: preset {run.get('preset')}, scheme {run.get('scheme')}, seed {run.get('seed')}",
+            f"calibrated on {run.get('samples')} sequences of {run.get('sequence_length')} tokens from "
+            f"{', '.join(run.get('data') or ['the bundled text'])}",
+        ]
+        if data := self.provenance.get("data"):
+            lines[-1] += f" (SHA-256 of the tokens {str(data.get('input_ids'))[:12]}...)"
+        return [*lines, f"by {versions}"] if versions else lines
+
+
+def inspect_model(directory: str | os.PathLike[str]) -> Inspection:
+    """Read config.json, the headers of the safetensors files, and report.json or run.yaml if there.
+
+    An embedding is what has one row for each word of the vocabulary. Raises ValueError naming the file that is
+    missing or damaged.
+    """
+    directory = Path(directory)
+    fields, config, tensors = _read(directory)
+    linears = checkpoint.stored_linears(tensors) if config else {}
+    vocabulary = _vocabulary(fields)
+    layers, embeddings, seen = [], [], set()
+    for name, tensor in tensors.items():
+        linear = name.rpartition(".")[0]
+        if linear in linears:
+            if linear not in seen:
+                layers.append(_quantized(linear, linears[linear], config))
+            seen.add(linear)
+        elif len(tensor.shape) >= 2:
+            rows, columns, n_bytes = math.prod(tensor.shape[:-1]), tensor.shape[-1], checkpoint.n_bytes(tensor)
+            bits = 8 * n_bytes / max(1, rows * columns)
+            matrix = Matrix(linear, rows, columns, tensor.dtype, bits, n_bytes)
+            (embeddings if rows == vocabulary else layers).append(matrix)
+    total = sum(file.stat().st_size for file in {tensor.file for tensor in tensors.values()})
+    scheme = config.scheme if config else None
+    return Inspection(str(directory), scheme, layers, embeddings, total, _provenance(directory))
+
+
+def check_model(directory: str | os.PathLike[str]) -> int:
+    """Verify every tensor of a model directory; returns how many there are.
+
+    Names, shapes and dtypes are compared with the model that config.json describes, built without memory for its
+    weights; then the values are read: codes inside the codebooks, everything else finite. Raises ValueError
+    naming the tensor.
+    """
+    directory = Path(directory)
+    _, config, tensors = _read(directory)
+    from transformers import AutoModelForCausalLM
+
+    from . import hf as _hf  # noqa: F401  (registers the quantizer, which checks quantized layers)
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            device_map="meta",
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are told in `info`
+            output_loading_info=True,
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # of many types, as the config is
+        raise ValueError(f"{directory / 'config.json'}: describes no model that can be built: {error}") from error
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        file = tensors[name].file if name in tensors else directory
+        raise ValueError(f"{name} in {file}: {list(stored)}, expected {list(expected)}")
+    for name in sorted(info["missing_keys"]):
+        raise ValueError(f"{name}: missing from {directory}, the model of its config.json has it")
+    for name in sorted(info["unexpected_keys"]):
+        raise ValueError(f"{name} in {directory}: unexpected, the model of its config.json has no such tensor")
+    for name in set(checkpoint.unquantized_parameters(model)) & set(tensors):
+        checkpoint.check_dense_dtype(name, tensors[name])
+    checkpoint.check_stored_values(tensors, config)
+    return len(tensors)
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], AqlmConfig | None, dict[str, checkpoint.StoredTensor]]:
+    """config.json, the format of its quantized linears (None: it has none), and the headers of all tensors."""
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"model={str(directory)!r}: expected a directory with config.json and *.safetensors")
+    fields = _read_json(directory / "config.json")
+    tensors = checkpoint.read_directory(directory)
+    if not tensors:
+        raise ValueError(f"model={str(directory)!r}: no tensors in that directory, expected *.safetensors")
+    quantization = fields.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise ValueError(f"{directory / 'config.json'}: quantization_config={quantization!r}: expected an object")
+    if quantization.get("quant_method") not in _METHODS:
+        return fields, None, tensors
+    try:
+        return fields, AqlmConfig(**{name: quantization.get(name) for name in FORMAT}), tensors
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return fields
+
+
+def _vocabulary(fields: dict[str, Any]) -> int | None:
+    text = fields.get("text_config")
+    return (text if isinstance(text, dict) else {}).get("vocab_size", fields.get("vocab_size"))
+
+
+def _quantized(name: str, parts: dict[str, checkpoint.StoredTensor], config: AqlmConfig) -> Matrix:
+    if len(parts["codes"].shape) != 3:
+        raise ValueError(f"{name}.codes: {list(parts['codes'].shape)}, expected [out / og, in / g, num_codebooks]")
+    rows, groups, _ = parts["codes"].shape
+    out_features, in_features = rows * config.out_group_size, groups * config.in_group_size
+    books = sum(checkpoint.n_bytes(parts[part]) for part in ("codebooks", "scales") if part in parts)
+    bits = config.code_bits_per_weight() + 8 * books / max(1, out_features * in_features)
+    n_bytes = sum(map(checkpoint.n_bytes, parts.values()))
+    return Matrix(name, out_features, in_features, config.scheme, bits, n_bytes)
+
+
+def _provenance(directory: Path) -> dict[str, Any]:
+    if (directory / "report.json").is_file():
+        fields = _read_json(directory / "report.json")
+        return {name: fields[name] for name in _PROVENANCE if name in fields}
+    if (directory / "run.yaml").is_file():
+        return {"config": RunConfig.from_file(directory / "run.yaml").resolve()[1]}
+    return {}

@@ -1,0 +1,113 @@
+/* gradient.c: from the gradient to W those to its codebooks and scales, codes held (autograd, block fine-tuning).
+ * Entries are summed in fp32 over fixed chunks of outputs, then over chunks in double: threads change no bit. */
+#include "core.h"
+
+enum { LEAST_CHUNKS = 2, MOST_CHUNKS = 32 };
+
+typedef struct gradient_job {
+    const aqlm_weight *w;
+    const void *grad_rows; /* [out, in] of row_dtype */
+    aqlm_dtype row_dtype;
+    void *grad_codebooks;            /* of w->dtype, or NULL */
+    float *grad_scales;              /* [O], or NULL */
+    const float *codebooks, *scales; /* in f32; for grad_scales, for grad_codebooks */
+    float *rows;                     /* [n_chunks, 2, in] */
+    float *partial;                  /* [n_chunks, K, E, og, g] */
+    int64_t n_chunks, n_entries;     /* n_entries = K * E * og * g floats */
+} gradient_job;
+
+/* Many chunks feed many threads, but each has a table to clear and to add: keep that below half the work. */
+static int64_t count_chunks(const aqlm_shape *s, int64_t n_entries) {
+    const int64_t worth = s->out_features * s->in_features / 2 * s->num_codebooks / n_entries;
+    return aqlm_max(LEAST_CHUNKS, aqlm_min(worth, MOST_CHUNKS));
+}
+
+/* sums[k, code] += scale * grad for every group of one row. */
+static inline void add_row(float *restrict sums /* [K, E, og, g] */, const float *restrict grad /* [in] */,
+                           const void *codes, float scale, const aqlm_shape *s, int64_t row_index, bool wide,
+                           int64_t g) {
+    const int64_t K = s->num_codebooks, og = s->out_group_size, groups = s->in_features / g;
+    const int64_t entry_size = og * g, stride = entry_size << s->nbits_per_codebook;
+    const int64_t first = row_index / og * groups * K;
+    float *inner = sums + row_index % og * g;
+    for (int64_t j = 0; j < groups; j++) {
+        float scaled[32];
+        for (int64_t d = 0; d < g; d++) scaled[d] = scale * grad[j * g + d];
+        for (int64_t k = 0; k < K; k++) {
+            float *entry = inner + k * stride + aqlm_stored_code(codes, first + j * K + k, s, wide) * entry_size;
+            float sum[32];
+            for (int64_t d = 0; d < g; d++) sum[d] = entry[d] + scaled[d];
+            memcpy(entry, sum, (size_t)g * sizeof *sum); /* all loads before all stores: so it vectorises */
+        }
+    }
+}
+
+static void gradient_chunks(int64_t begin, int64_t end, void *ctx) {
+    const gradient_job *job = ctx;
+    const aqlm_weight *w = job->w;
+    const aqlm_shape *s = &w->shape;
+    const int64_t in = s->in_features, og = s->out_group_size, O = s->out_features / og;
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+        float *sums = job->grad_codebooks ? job->partial + chunk * job->n_entries : NULL;
+        float *converted = job->rows + chunk * 2 * in, *decoded = converted + in;
+        if (sums) memset(sums, 0, (size_t)job->n_entries * sizeof *sums);
+        const int64_t last = O * (chunk + 1) / job->n_chunks;
+        for (int64_t o = O * chunk / job->n_chunks; o < last && !aqlm_cancelled(); o++) {
+            float product = 0.0f;
+            for (int64_t r = o * og; r < (o + 1) * og; r++) {
+                const void *from = (const char *)job->grad_rows + (size_t)(r * in) * aqlm_dtype_size(job->row_dtype);
+                const float *grad = job->row_dtype == AQLM_F32 ? from : converted;
+                if (job->row_dtype != AQLM_F32) aqlm_to_f32(converted, from, job->row_dtype, in);
+                if (sums) AQLM_WITH_FORMAT(s, add_row, sums, grad, w->codes, job->scales[o], s, r)
+                if (!job->grad_scales) continue;
+                aqlm_decode_row_f32(decoded, w->codes, job->codebooks, NULL, s, r, 0, in / s->in_group_size);
+                product += aqlm_isa()->dot(grad, decoded, in);
+            }
+            if (job->grad_scales) job->grad_scales[o] = product;
+        }
+    }
+}
+
+/* Floats begin..end of the chunks' tables, summed into the first one and from there to the caller. */
+static void add_chunks(int64_t begin, int64_t end, void *ctx) {
+    const gradient_job *job = ctx;
+    for (int64_t i = begin; i < end; i++) {
+        double sum = 0.0;
+        for (int64_t chunk = 0; chunk < job->n_chunks; chunk++) sum += job->partial[chunk * job->n_entries + i];
+        job->partial[i] = (float)sum;
+    }
+    char *to = (char *)job->grad_codebooks + (size_t)begin * aqlm_dtype_size(job->w->dtype);
+    aqlm_from_f32(to, job->w->dtype, job->partial + begin, end - begin);
+}
+
+aqlm_status aqlm_decode_rows_backward(void *grad_codebooks, void *grad_scales, const void *grad_rows,
+                                      aqlm_dtype row_dtype, const aqlm_weight *w) {
+    const aqlm_shape *s = &w->shape;
+    if (aqlm_check_shape(s)) return AQLM_BAD_ARGUMENT;
+    const int64_t n = (s->num_codebooks << s->nbits_per_codebook) * s->out_group_size * s->in_group_size;
+    const int64_t O = s->out_features / s->out_group_size, n_chunks = count_chunks(s, n);
+    const int64_t n_rows = n_chunks * 2 * s->in_features;
+    float *memory = aqlm_alloc(n + 2 * O + n_rows + (grad_codebooks ? n_chunks * n : 0), sizeof *memory);
+    if (!memory) return AQLM_NO_MEMORY;
+    float *codebooks = memory, *scales = codebooks + n, *scale_sums = scales + O, *rows = scale_sums + O;
+    if (grad_codebooks) aqlm_to_f32(scales, w->scales, w->dtype, O);
+    if (grad_scales) aqlm_to_f32(codebooks, w->codebooks, w->dtype, n);
+    gradient_job job = {.w = w,
+                        .grad_rows = grad_rows,
+                        .row_dtype = row_dtype,
+                        .grad_codebooks = grad_codebooks,
+                        .grad_scales = grad_scales ? scale_sums : NULL,
+                        .codebooks = codebooks,
+                        .scales = scales,
+                        .rows = rows,
+                        .partial = rows + n_rows,
+                        .n_chunks = n_chunks,
+                        .n_entries = n};
+    aqlm_parallel(0, n_chunks, 1, gradient_chunks, &job);
+    if (grad_codebooks) aqlm_parallel(0, n, 1024, add_chunks, &job);
+    aqlm_shared_status shared = {AQLM_OK};
+    const aqlm_status status = aqlm_get_status(&shared);
+    if (grad_scales && status == AQLM_OK) aqlm_from_f32(grad_scales, w->dtype, scale_sums, O);
+    free(memory);
+    return status;
+}
