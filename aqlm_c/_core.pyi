@@ -43,16 +43,31 @@ def factor_hessian(H: F32, in_group_size: int, relative_damp: float) -> tuple[ND
     """
 
 def search_sweep(
-    codes: Codes, weight: F32, H: F32, codebooks: F32, scales: F32, beam_size: int = 0, seed: int = 0
+    codes: Codes,
+    weight: F32,
+    H: F32,
+    codebooks: F32,
+    scales: F32,
+    beam_size: int = 0,
+    seed: int = 0,
+    pairs: bool = False,
 ) -> Codes:
     """One coordinate sweep over the groups in a random order (AQLM, section 3.2); returns new codes.
 
-    beam_size 0: exact joint search over pairs of codebooks (K >= 2, B <= 8); else a beam of 1..64 that replaces
-    one codebook's code after another, in a random order for each group.
+    pairs (K >= 2, B <= 8): a beam of 1..64 over all codebooks but the last two, and after each of its states the
+    exact joint search of those two; K = 2 needs no beam. beam_size 0: that, with a beam of 4. Otherwise a beam of
+    1..64 that replaces one codebook's code after another, in a random order for each group.
     """
 
 def search_ldl(
-    weight: F32, order: NDArray[np.int32], feedback: F32, metric: F32, codebooks: F32, scales: F32, beam_size: int = 0
+    weight: F32,
+    order: NDArray[np.int32],
+    feedback: F32,
+    metric: F32,
+    codebooks: F32,
+    scales: F32,
+    beam_size: int = 0,
+    pairs: bool = False,
 ) -> Codes:
     """Codes [out, J, K] by one pass of sequential error feedback; order, feedback, metric of factor_hessian."""
 

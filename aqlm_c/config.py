@@ -75,7 +75,7 @@ class AqlmConfig:
     relative_damp: float = 3e-3  # added to H's diagonal, in units of its mean
 
     # Block fine-tuning (section 3.4): the quantized block's output is drawn to the original's.
-    finetune_epochs: int = 4  # 0: none
+    finetune_epochs: int = 3  # 0: none
     finetune_batch_size: int = 4  # sequences for each step of Adam
     finetune_learning_rate: float = 7e-3  # of codebooks, relative to their size; a seventh of it for all else
     finetune_lookahead: int = 1  # outputs are compared after so many of the following blocks

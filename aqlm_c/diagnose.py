@@ -84,12 +84,10 @@ def _overfitting(report: QuantizationReport) -> list[str]:
 
 def _rise(block: BlockReport) -> float:
     """The last held-out error above the lowest one, relative to it, if the training error fell meanwhile."""
-    points = [(block.training_before, block.held_out_before), *block.history]
-    known = [(held_out, training) for training, held_out in points if None not in (training, held_out)]
-    if not known:
+    if not block.history:
         return 0.0
-    lowest, training = min(known)
-    last, last_training = known[-1]
+    lowest, training = min((held_out, training) for training, held_out in block.history)
+    last_training, last = block.history[-1]
     return last / lowest - 1 if lowest > 0 and last_training < training else 0.0
 
 

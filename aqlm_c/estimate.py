@@ -21,7 +21,8 @@ from .report import peak_memory
 # How phases relate to the products that `Rates` counts: fitted to a run of SmolLM2 (64 x 1,024 tokens, 2x8g8, two
 # AVX-512 cores), of which they give every phase within a tenth. What they miss elsewhere, `Estimator` learns.
 _FORWARD = 1.65  # time of a forward pass over that of its products alone
-_BACKWARD = 4.0  # forward and backward pass with decoding, in forward passes (not fitted: 3 by count)
+_BACKWARD = 3.5  # forward and backward pass with decoding, in forward passes
+_BACKWARD_AHEAD = 2.2  # of a block of the lookahead, to whose weights no gradient goes
 _SQUARED = 1.4  # flop per token and element of H: half of it is computed
 _CUBED = 10.0  # flop per in^3: the block factor of H; as much again: its eigenvalues
 _KMEANS = 5.0  # flop per distance and dimension
@@ -121,9 +122,8 @@ class Work:
         config = self.config
         flop = 2 * self.tokens * (self.weights + 2 * self.sequence_length * self.hidden_size)
         forward = _FORWARD * flop / rates.product
-        streams = 2 if config.finetune_epochs else 1  # the original's activations and the quantized model's
         if resumed or not self.layers:
-            return {"propagate": streams * forward}
+            return {"propagate": forward}
         # Products with H: of the search and the error, and for each step of the codebooks' update.
         paper = config.solver == "paper"
         rounds = config.ldl_passes + _SWEEPS * config.max_sweeps
@@ -135,15 +135,17 @@ class Work:
         distances = config.init_max_iter * config.num_codebooks * 2**config.nbits_per_codebook * sum(self._sizes())
         cubes = _CUBED * sum(n**3 for n in self.inputs) / rates.gemm
         held_out = config.finetune_held_out
-        epoch = (_BACKWARD * (1 - held_out) + held_out) * forward
+        ahead = config.finetune_lookahead
+        epoch = ((_BACKWARD + _BACKWARD_AHEAD * ahead) * (1 - held_out) + (1 + ahead) * held_out) * forward
         searched = config.finetune_search
+        epochs = (1 + searched) * config.finetune_epochs
         costs = {
             "calibrate": forward,
             "hessian": _SQUARED * self.tokens * sum(n * n for n in self.inputs) / rates.gemm,
             "quantize": _KMEANS * distances / rates.gemm + rounds * round_seconds + cubes,
             "reference": cubes,
-            "finetune": (1 + searched) * config.finetune_epochs * epoch + searched * round_seconds,
-            "propagate": streams * forward,
+            "finetune": ahead * forward + epochs * epoch + searched * round_seconds if epochs else 0.0,
+            "propagate": forward,
         }
         return {name: seconds for name, seconds in costs.items() if seconds}
 
@@ -155,13 +157,17 @@ class Work:
         solver = 8 * 4 * max(self._sizes(), default=0)  # fp32: the weight, its error, targets and gradients
         gather = min(_BATCH_TOKENS, self.tokens) * width * item
         batch = min(config.finetune_batch_size * self.sequence_length, self.tokens)
+        kept = (1 + config.finetune_lookahead) * (3 * width * item + self.heads * self.sequence_length * 6)
         # Decoded weights and their gradients, in fp32 and in the model's dtype; what the backward pass keeps.
-        tuning = self.weights * (8 + 2 * item) + batch * (3 * width * item + self.heads * self.sequence_length * 6)
+        tuning = self.weights * (8 + 2 * item) + batch * kept
         return int(_SLACK * (hessians + max(solver, gather, tuning if config.finetune_epochs else 0)))
 
     def activations(self) -> int:
-        """Bytes of the activations between blocks: one stream, and the original's for fine-tuning."""
-        return (2 if self.config.finetune_epochs else 1) * self.tokens * self.hidden_size * self.itemsize
+        """Bytes of the activations between blocks: one stream, and for fine-tuning what its outputs should be."""
+        streams = 1
+        if self.config.finetune_epochs:
+            streams += 2 if self.config.finetune_lookahead else 1
+        return streams * self.tokens * self.hidden_size * self.itemsize
 
     def stored(self) -> int:
         """Bytes on disk of the quantized layers: codes, codebooks and scales."""

@@ -115,10 +115,7 @@ def quantize_model(
             run = fingerprint(model, sequences, config, layers, batch_size=batch_size)
             saved = stack.enter_context(WorkDir.open(work_dir, run))
         finished = saved.finished if saved else 0
-        works = [
-            _work(model, block, linears, sequences, config) for block, linears in zip(blocks, targets, strict=True)
-        ]
-        works = works[:n_blocks]
+        works = [_work(model, blocks[index], targets[index], sequences, config) for index in range(n_blocks)]
         plan = plan_memory(memory_limit, works, work_dir=work_dir, resumed=finished)
         rates = Rates.measure(config, str(model.dtype).removeprefix("torch."))
         estimator = Estimator(works, plan, rates, resumed=finished)
@@ -138,14 +135,14 @@ def quantize_model(
                 tensors, reports = saved.load_block(index)
                 restore_block(block, tensors, config)
             else:
-                reports = _quantize_block(name, index, blocks, linears, stream, config, phases)
+                reports = _quantize_block(name, index, blocks, linears, stream, config, phases, model.dtype)
                 if saved:
-                    saved.save_block(index, block_state(block), reports)
+                    saved.save_block(index, block_state(block) if linears else {}, reports)
             report.layers += map(LayerReport.from_dict, reports["layers"])
             report.blocks += map(BlockReport.from_dict, reports["blocks"])
             del linears
             if index + 1 < n_blocks:
-                with phases("propagate"), _dense(block):
+                with phases("propagate"), _dense(block, model.dtype):
                     stream.advance(index, block)
             estimator.finish_block(index, phases.seconds)
             progress.on_estimate(estimator.estimate())
@@ -167,10 +164,11 @@ def _quantize_block(
     stream: calibration.Stream,
     config: AqlmConfig,
     phases: _Phases,
+    dtype: torch.dtype,
 ) -> dict[str, list[dict[str, Any]]]:
     """Quantize `linears`, by their names in the model, of `blocks[index]` for the inputs that `stream` gives them.
 
-    Returns the reports of its layers and, after fine-tuning, of the block, as JSON can hold them.
+    dtype: the model's. Returns the reports of its layers and, after fine-tuning, of the block, as JSON can hold them.
     """
     reports: dict[str, list[dict[str, Any]]] = {"layers": [], "blocks": []}
     if not linears:
@@ -202,10 +200,9 @@ def _quantize_block(
             name = f"{block_name}.{name}"
             return _search_codes(linears[name], hessians[name], config, *state)
 
-        with phases("finetune"), _dense(block) as quantized:
-            tuned = finetune_block(index, blocks, quantized, stream, targets, config, search)
+        with phases("finetune"), _dense(block, dtype) as quantized:
+            tuned = finetune_block(block_name, index, blocks, quantized, stream, targets, config, search)
         targets.close()
-        tuned.name = block_name
         reports["blocks"].append(tuned.to_dict())
         progress.on_block_report(tuned)
     return reports
@@ -235,13 +232,12 @@ def _search_codes(
 
 
 @contextlib.contextmanager
-def _dense(block: torch.nn.Module) -> Iterator[dict[str, QuantizedLinear]]:
-    """The block with dense linears in its dtype in place of the quantized, which are given by their names in it.
+def _dense(block: torch.nn.Module, dtype: torch.dtype) -> Iterator[dict[str, QuantizedLinear]]:
+    """The block with dense linears of `dtype` in place of the quantized, which are given by their names in it.
 
     For runs over the calibration sequences: a dense product is the fastest there.
     """
     quantized = dict(quantized_linears(block))
-    dtype = next((p.dtype for p in block.parameters() if p.ndim == 1 and p.is_floating_point()), None)
     for name, layer in quantized.items():
         block.set_submodule(name, layer.dequantize(dtype))
     block.requires_grad_(False)
@@ -255,13 +251,14 @@ def _dense(block: torch.nn.Module) -> Iterator[dict[str, QuantizedLinear]]:
 @contextlib.contextmanager
 def _without_gradients(model: torch.nn.Module) -> Iterator[None]:
     """No parameter of `model` asks for a gradient."""
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    asked = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in asked:
-            parameter.requires_grad_()
+        for name, parameter in model.named_parameters():  # some are others by now
+            if name in asked:
+                parameter.requires_grad_()
 
 
 def disk_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -86,7 +86,8 @@ class BlockReport:
 
     Errors are ||Y - Yq||^2 / ||Y||^2 of the block's output over tokens, Y the original model's: before and after,
     on the sequences trained on and on those held out, None where there are none. history: (training, held-out)
-    error after each epoch. searched: layers whose codes were searched again and kept.
+    error of what is tuned for, the mean of this and of that after `finetune_lookahead` more blocks, at the start
+    and after each epoch. searched: layers whose codes were searched again and kept.
     """
 
     name: str

@@ -26,11 +26,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"finetune_epochs": 0, "ldl_passes": 4, "max_sweeps": 3, "relative_mse_tolerance": 0.02},
     "balanced": {},
     "best": {
-        "ldl_passes": 14,
+        "ldl_passes": 10,
         "max_sweeps": 12,
-        "relative_mse_tolerance": 0.002,
-        "finetune_epochs": 12,
-        "finetune_search": 1,
+        "relative_mse_tolerance": 0.003,
+        "finetune_lookahead": 3,
     },
 }
 

@@ -90,11 +90,13 @@ def quantize_weight(weight: Any, H: Any, config: AqlmConfig, *, dtype: str = "fl
     16-bit float (or "float32") whose values codebooks and scales are restricted to.
 
     Residual k-means (AQLM, section 3.1), then `ldl_passes` passes of sequential error feedback over groups
-    and up to `max_sweeps` coordinate sweeps (section 3.2), each with the exact search over pairs of
-    codebooks or a beam, and each followed by conjugate gradients for the codebooks and closed-form scales.
-    Sweeps end when one lowers the error by less than `relative_mse_tolerance` of itself. The best state is
-    kept. This solver works under H + relative_damp * mean(diag H) * I, which keeps directions that the calibration
-    hardly saw from being bent; measured, that lowers the error under other text and often under H itself.
+    and up to `max_sweeps` coordinate sweeps (section 3.2), each followed by conjugate gradients for the codebooks
+    and closed-form scales. Two codebooks of at most 8 bits are searched jointly and exactly (unless `beam_size` asks
+    for a beam); of more, the last two are, after each state of a beam of `beam_size` (0: 4) over the others. One
+    codebook, and larger ones, are searched by a beam that replaces one code after another. Sweeps end when one lowers
+    the error by less than `relative_mse_tolerance` of itself. The best state is kept. This solver works under
+    H + relative_damp * mean(diag H) * I, which keeps directions that the calibration hardly saw from being bent;
+    measured, that lowers the error under other text and often under H itself.
 
     With solver="paper" it is the reference's recipe under H itself: scales are the rows' norms, k-means is plain;
     then `adam_steps` of Adam on codebooks and scales and one sweep of beam search take turns, at most ldl_passes +
@@ -141,7 +143,7 @@ class _Solver:
 
     def _alternate(self) -> None:
         config, W, H = self.config, self.W, self.H
-        beam = config.search_beam_size
+        beam, pairs = config.search_beam_size, config.num_codebooks > 2 and config.nbits_per_codebook <= 8
         factor = self._timed("factor", self.hessian.factor, config.in_group_size, config.relative_damp)
         # What an error in each input costs once later groups have made up for what they can of it.
         order, _, metric = factor
@@ -153,7 +155,7 @@ class _Solver:
 
         ahead, beyond = self.codebooks, _LDL_BEYOND
         for _ in range(config.ldl_passes):
-            codes = self._timed("search", _core.search_ldl, W, *factor, ahead, self.scales, beam)
+            codes = self._timed("search", _core.search_ldl, W, *factor, ahead, self.scales, beam, pairs)
             if self._fit("ldl", codes, ahead):
                 ahead = self._move_beyond(ahead, beyond)
             elif ahead is self.codebooks:
@@ -164,7 +166,7 @@ class _Solver:
         ahead, beyond = self.codebooks, _SWEEP_BEYOND
         for sweep in range(config.max_sweeps):
             before, seed = self.error, config.seed + sweep
-            codes = self._timed("search", _core.search_sweep, self.codes, W, H, ahead, self.scales, beam, seed)
+            codes = self._timed("search", _core.search_sweep, self.codes, W, H, ahead, self.scales, beam, seed, pairs)
             if not self._fit("sweep", codes, ahead) and ahead is not self.codebooks:
                 ahead, beyond = self.codebooks, 0.0
             elif before - self.error < config.relative_mse_tolerance * before:

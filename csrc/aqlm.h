@@ -13,6 +13,7 @@
 #ifndef AQLM_H
 #define AQLM_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -122,12 +123,14 @@ aqlm_status aqlm_residual_kmeans(uint16_t *codes /* [out, J, K] */, float *codeb
                                  const float *column_weight, const aqlm_shape *shape, int64_t init_max_iter,
                                  double tolerance, uint64_t seed);
 
+#define AQLM_PAIR_BEAM 4
 typedef struct aqlm_search {
     const float *weight;    /* [out, in] */
     const float *codebooks; /* [K, E, g] */
     const float *scales;    /* [out] */
     aqlm_shape shape;
-    int64_t beam_size; /* 0: exact joint search of pairs of codebooks (K >= 2, B <= 8); else the beam */
+    int64_t beam_size; /* 1..64; 0: pairs, with a beam of AQLM_PAIR_BEAM */
+    bool pairs;        /* K >= 2, B <= 8: the last two codebooks by exact joint search after each state of the beam */
     uint64_t seed;     /* of the order of the groups in a sweep */
 } aqlm_search;
 

@@ -143,34 +143,27 @@ def residual_kmeans(W, scales, K, B, g, init_max_iter, tolerance, seed, column_w
 # ---- code search: the best codes of one group, cost q S q - 2 target q
 
 
-def pairs_of(K):
-    return [(0, 1)] if K == 2 else [(k, (k + 1) % K) for k in range(K)]
+def search_pairs(codes, codebooks, S, target, from_scratch, beam_size):
+    """A beam over all codebooks but the last two, each of its ends with its best pair of those; a sweep (K > 2) keeps
+    the codes it came with where nothing better is found."""
+    K, E, _ = codebooks.shape
 
+    def cost(chosen):
+        q = sum((codebooks[k, c] for k, c in enumerate(chosen)), np.zeros(len(target)))
+        return q @ S @ q - 2 * target @ q
 
-def best_pair(codes, i, j, codebooks, S, target):
-    """The exact minimum over codebooks i and j with the others held."""
-    rest = sum((codebooks[k, codes[k]] for k in range(len(codes)) if k not in (i, j)), np.zeros(len(target)))
-    q = rest + codebooks[i][:, None] + codebooks[j][None]  # [E, E, g]
-    cost = np.einsum("abd,de,abe->ab", q, S, q) - 2 * q @ target
-    a, b = np.unravel_index(cost.argmin(), cost.shape)
-    codes[i], codes[j] = a, b
-
-
-def search_pairs(codes, codebooks, S, target, from_scratch):
-    K = len(codebooks)
-    if from_scratch:
-        known = np.zeros_like(codebooks[:, :1])  # codebooks not reached yet count as zero
-        for k in range(0, K, 2):
-            seen = np.concatenate([codebooks[: k + 2], np.repeat(known, codebooks.shape[1], 1)[k + 2 :]])
-            if k + 1 < K:
-                best_pair(codes, k, k + 1, seen, S, target)
-            else:
-                rest = sum(codebooks[c, codes[c]] for c in range(k)) + codebooks[k]
-                codes[k] = (np.einsum("ad,de,ae->a", rest, S, rest) - 2 * rest @ target).argmin()
-        if K == 2:
-            return
-    for i, j in pairs_of(K):
-        best_pair(codes, i, j, codebooks, S, target)
+    beam = [()]
+    for _ in range(K - 2):
+        beam = sorted(((*b, e) for b in beam for e in range(E)), key=cost)[:beam_size]
+    ends = []
+    for b in beam:
+        q = sum((codebooks[k, c] for k, c in enumerate(b)), np.zeros(len(target)))
+        q = q + codebooks[K - 2][:, None] + codebooks[K - 1][None]  # [E, E, g]
+        costs = np.einsum("abd,de,abe->ab", q, S, q) - 2 * q @ target
+        ends.append((*b, *np.unravel_index(costs.argmin(), costs.shape)))
+    best = min(ends, key=cost)
+    if from_scratch or cost(best) < cost(tuple(codes)):
+        codes[:] = best
 
 
 def search_beam(codes, codebooks, S, target, books, beam_size):
@@ -196,11 +189,11 @@ def search_beam(codes, codebooks, S, target, books, beam_size):
         codes[:] = beam[0]
 
 
-def _search(codes, codebooks, S, target, books, beam_size):
-    if beam_size:
-        search_beam(codes, codebooks, S, target, books, beam_size)
+def _search(codes, codebooks, S, target, books, beam_size, pairs):
+    if pairs or not beam_size:
+        search_pairs(codes, codebooks, S, target, books is None, beam_size or 4)
     else:
-        search_pairs(codes, codebooks, S, target, books is None)
+        search_beam(codes, codebooks, S, target, books, beam_size)
 
 
 def shuffled(n, rng):
@@ -211,7 +204,7 @@ def shuffled(n, rng):
     return order
 
 
-def search_sweep(codes, W, H, codebooks, scales, beam_size, seed):
+def search_sweep(codes, W, H, codebooks, scales, beam_size, seed, pairs=False):
     """Each group in a random order, at its best given all others."""
     K, _, g = codebooks.shape
     rng, codes, H = Rng(seed), codes.astype(np.int64), H.astype(np.float64)
@@ -221,11 +214,11 @@ def search_sweep(codes, W, H, codebooks, scales, beam_size, seed):
         here = slice(j * g, (j + 1) * g)
         D = W[o] - decode(codes[o : o + 1], codebooks, scales[o : o + 1])[0]
         D[here] = W[o, here]  # this group taken out
-        _search(codes[o, j], codebooks, H[here, here], D @ H[:, here] / scales[o], its_books, beam_size)
+        _search(codes[o, j], codebooks, H[here, here], D @ H[:, here] / scales[o], its_books, beam_size, pairs)
     return codes
 
 
-def search_ldl(W, order, feedback, metric, codebooks, scales, beam_size):
+def search_ldl(W, order, feedback, metric, codebooks, scales, beam_size, pairs=False):
     """Groups in order; each aims at its weights plus what the errors already made ask of it."""
     K, _, g = codebooks.shape
     codes = np.zeros((len(W), len(order), K), np.int64)
@@ -235,7 +228,7 @@ def search_ldl(W, order, feedback, metric, codebooks, scales, beam_size):
             here = slice(i * g, (i + 1) * g)
             w = W[o, j * g : (j + 1) * g].astype(np.float64)
             target = (w + D @ feedback[:, here]) @ metric[i] / scales[o]
-            _search(codes[o, j], codebooks, metric[i], target, None, beam_size)
+            _search(codes[o, j], codebooks, metric[i], target, None, beam_size, pairs)
             D[here] = w - scales[o] * sum(codebooks[k, codes[o, j, k]] for k in range(K))
     return codes
 

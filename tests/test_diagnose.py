@@ -17,7 +17,9 @@ def layers(scheme="2x8g8", out=1536, in_features=576, n=7, db=2.6, tokens=None):
 
 
 def block(history, name="model.layers.4", before=(0.05, 0.06)):
-    return BlockReport(name, before[0], history[-1][0], before[1], min(h for _, h in history), len(history), history)
+    return BlockReport(
+        name, before[0], history[-1][0], before[1], min(h for _, h in history), len(history) - 1, history
+    )
 
 
 FALLING = [(0.03, 0.04), (0.02, 0.03), (0.018, 0.0301)]
@@ -91,12 +93,12 @@ def test_held_out_error_rising_while_training_falls():
 
 
 def test_held_out_error_that_never_fell_counts_from_before_tuning():
-    only(QuantizationReport(blocks=[block([(0.04, 0.09)])]), "1 block (model.layers.4)", "50%")
+    only(QuantizationReport(blocks=[block([(0.05, 0.06), (0.04, 0.09)])]), "1 block (model.layers.4)", "50%")
 
 
 def test_both_errors_rising_is_no_overfitting():
     assert diagnose(QuantizationReport(blocks=[block([(0.03, 0.04), (0.07, 0.09)])])) == []
-    assert diagnose(QuantizationReport(blocks=[BlockReport("a", history=[(0.03, None)])])) == []
+    assert diagnose(QuantizationReport(blocks=[BlockReport("a")])) == []
 
 
 def test_layers_far_from_the_reference():

@@ -1,5 +1,7 @@
 """Config, calibration and quantize_model on tiny random models."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -354,10 +356,12 @@ def test_a_layer_the_solver_refuses_is_named():
 
 @pytest.mark.parametrize("value", [3e38, 1e25], ids=["overflow", "overflow of the square"])
 def test_activations_that_are_not_finite_name_the_layer(value):
-    model = tiny_llama()
-    model.model.layers[1].input_layernorm.weight.data.fill_(value)  # finite, unlike what it leads to
-    with pytest.raises(ValueError, match=r"model.layers.1.self_attn.q_proj: NaN or Inf in H of the layer's input"):
-        quantized(model)
+    in_h = r"model.layers.1.self_attn.q_proj: NaN or Inf in H of the layer's input"
+    for epochs, message in ((1, r"model.layers.0: NaN or Inf in the output of .* the 1 after it"), (0, in_h)):
+        model = tiny_llama()
+        model.model.layers[1].input_layernorm.weight.data.fill_(value)  # finite, unlike what it leads to
+        with pytest.raises(ValueError, match=message):
+            quantized(model, config=dataclasses.replace(CONFIG, finetune_epochs=epochs))
 
 
 def test_a_quantized_model_is_refused():

@@ -8,14 +8,17 @@ import reference
 from aqlm_c import _core
 
 SCHEMES = [
-    (2, 3, 4, 0),
-    (2, 4, 8, 0),
-    (3, 3, 8, 0),
-    (4, 2, 16, 0),
-    (1, 5, 8, 1),
-    (2, 4, 8, 1),
-    (2, 4, 8, 3),
-    (3, 2, 8, 4),
+    (2, 3, 4, 0, False),
+    (2, 4, 8, 0, False),
+    (3, 3, 8, 0, False),
+    (4, 2, 16, 0, False),
+    (3, 4, 8, 1, True),
+    (3, 3, 8, 3, True),
+    (5, 2, 8, 2, True),
+    (1, 5, 8, 1, False),
+    (2, 4, 8, 1, False),
+    (2, 4, 8, 3, False),
+    (3, 2, 8, 4, False),
 ]
 
 
@@ -23,31 +26,34 @@ def layer_and_state(out, inp, K, B, g):
     return *layers.random_layer(out, inp, seed=K), *layers.random_state(out, inp, K, B, g, seed=B)
 
 
-@pytest.mark.parametrize("K,B,g,beam_size", SCHEMES)
-def test_sweep_agrees_with_numpy(isa, K, B, g, beam_size):
+@pytest.mark.parametrize("K,B,g,beam_size,pairs", SCHEMES)
+def test_sweep_agrees_with_numpy(isa, K, B, g, beam_size, pairs):
     W, H, codes, codebooks, scales = layer_and_state(7, 144, K, B, g)
-    found = _core.search_sweep(codes, W, H, codebooks, scales, beam_size, 5)
-    truth = reference.search_sweep(codes, W, H, codebooks.astype(np.float64), scales, beam_size, 5)
+    found = _core.search_sweep(codes, W, H, codebooks, scales, beam_size, 5, pairs)
+    truth = reference.search_sweep(codes, W, H, codebooks.astype(np.float64), scales, beam_size, 5, pairs)
     np.testing.assert_array_equal(found, truth)
 
 
-@pytest.mark.parametrize("K,B,g,beam_size", SCHEMES)
-def test_ldl_agrees_with_numpy(isa, K, B, g, beam_size):
+@pytest.mark.parametrize("K,B,g,beam_size,pairs", SCHEMES)
+def test_ldl_agrees_with_numpy(isa, K, B, g, beam_size, pairs):
     W, H, _, codebooks, scales = layer_and_state(7, 144, K, B, g)
     factor = _core.factor_hessian(H, g, 1e-3)
-    found = _core.search_ldl(W, *factor, codebooks, scales, beam_size)
-    truth = reference.search_ldl(W, *factor, codebooks.astype(np.float64), scales, beam_size)
+    found = _core.search_ldl(W, *factor, codebooks, scales, beam_size, pairs)
+    truth = reference.search_ldl(W, *factor, codebooks.astype(np.float64), scales, beam_size, pairs)
     np.testing.assert_array_equal(found, truth)
 
 
-@pytest.mark.parametrize("K,B,g,beam_size", [(2, 8, 8, 0), (3, 5, 8, 0), (2, 6, 4, 4), (1, 10, 8, 1)])
-def test_same_bits_on_every_isa_and_thread_count(each_way, K, B, g, beam_size):
+@pytest.mark.parametrize(
+    "K,B,g,beam_size,pairs",
+    [(2, 8, 8, 0, False), (3, 5, 8, 0, False), (4, 6, 8, 7, True), (2, 6, 4, 4, False), (1, 10, 8, 1, False)],
+)
+def test_same_bits_on_every_isa_and_thread_count(each_way, K, B, g, beam_size, pairs):
     W, H, codes, codebooks, scales = layer_and_state(97, 144, K, B, g)
     factor = _core.factor_hessian(H, g, 1e-3)
     assert each_way(
         lambda: (
-            _core.search_sweep(codes, W, H, codebooks, scales, beam_size, 1),
-            _core.search_ldl(W, *factor, codebooks, scales, beam_size),
+            _core.search_sweep(codes, W, H, codebooks, scales, beam_size, 1, pairs),
+            _core.search_ldl(W, *factor, codebooks, scales, beam_size, pairs),
         )
     )
 
@@ -69,12 +75,14 @@ def error_of(W, H, codes, codebooks, scales):
     return _core.quantization_error(W, H, codes, codebooks, scales)
 
 
-@pytest.mark.parametrize("K,B,beam_size", [(2, 8, 0), (4, 4, 0), (1, 8, 1), (2, 6, 2), (3, 5, 8)])
-def test_sweeps_never_raise_the_error(K, B, beam_size):
+@pytest.mark.parametrize(
+    "K,B,beam_size,pairs", [(2, 8, 0, 0), (4, 4, 0, 0), (3, 6, 1, 1), (1, 8, 1, 0), (2, 6, 2, 0), (3, 5, 8, 0)]
+)
+def test_sweeps_never_raise_the_error(K, B, beam_size, pairs):
     W, H, codes, codebooks, scales = layer_and_state(48, 96, K, B, 8)
     before = error_of(W, H, codes, codebooks, scales)
     for seed in range(4):
-        codes = _core.search_sweep(codes, W, H, codebooks, scales, beam_size, seed)
+        codes = _core.search_sweep(codes, W, H, codebooks, scales, beam_size, seed, pairs)
         after = error_of(W, H, codes, codebooks, scales)
         assert after <= before * (1 + 1e-6)
         before = after
@@ -89,6 +97,23 @@ def test_a_larger_beam_is_never_worse_and_pairs_are_best():
     ]
     assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(errors))
     assert errors[-1] < 0.9 * errors[0]
+
+
+def test_a_larger_beam_before_the_pairs_is_never_worse_and_the_largest_is_exact():
+    """On one group: with as many states as entries, no triple of codes is better."""
+    W, H, codes, codebooks, scales = layer_and_state(60, 8, 3, 5, 8)
+    codes[:] = 0
+    errors = [
+        error_of(W, H, _core.search_sweep(codes, W, H, codebooks, scales, beam, 0, pairs=True), codebooks, scales)
+        for beam in (1, 2, 4, 8, 16, 32)
+    ]
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(errors))
+    wide, S = codebooks.astype(np.float64), H.astype(np.float64)
+    q = (wide[0][:, None, None] + wide[1][:, None] + wide[2]).reshape(-1, 8)
+    D = W[:, None] - scales[:, None, None] * q
+    least = np.einsum("oqd,de,oqe->oq", D, S, D).min(1).sum()
+    assert errors[-1] == pytest.approx(least, rel=1e-5)
+    assert errors[-1] < 0.95 * errors[0]
 
 
 def test_error_feedback_beats_coordinate_sweeps_from_kmeans():
@@ -151,6 +176,8 @@ def test_pairs_need_two_codebooks_of_at_most_8_bits():
     W, H, codes, codebooks, scales = layer_and_state(4, 32, 1, 4, 8)
     with pytest.raises(ValueError, match=r"beam_size: got 0 .exact pairs. with 1x4"):
         _core.search_sweep(codes, W, H, codebooks, scales, 0)
+    with pytest.raises(ValueError, match=r"pairs: got True .exact pairs. with 1x4"):
+        _core.search_sweep(codes, W, H, codebooks, scales, 4, pairs=True)
 
 
 def test_order_must_be_a_permutation():

@@ -1,9 +1,8 @@
 """Block fine-tuning (AQLM, arXiv 2401.06118, section 3.4): the quantized block's output is drawn to the original's.
 
 The original block and the quantized one are given the same activations, those of the model quantized so far. The
-outputs are compared after `finetune_lookahead` more blocks, which are still the original's: what these make of an
-error says how much it matters (measured on SmolLM2 with the codes held: perplexity 42.2 without lookahead, 40.0
-with 3 blocks of it).
+outputs are compared as they leave the block and, again, after `finetune_lookahead` more blocks, which are still the
+original's: what these make of an error says how much it matters.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ def held_out_batches(n_batches: int, share: float) -> list[int]:
 
 
 def finetune_block(
+    name: str,
     index: int,
     blocks: Sequence[nn.Module],
     quantized: Mapping[str, QuantizedLinear],
@@ -48,16 +48,18 @@ def finetune_block(
 ) -> BlockReport:
     """Train codebooks, scales, norms and biases of `blocks[index]` with Adam; the best state is kept in place.
 
-    blocks: the model's; in the one that is trained, dense linears stand at the names of `quantized`, its quantized
-    layers by their name in it. stream: the block's inputs. targets: the original block's outputs for these; they
-    are moved on by the lookahead. search: gives new codes for (name, codes, codebooks float32, scales float32) of
-    a layer, all as in `QuantizedLinear`.
+    name: the block's, for the report. blocks: the model's; in the one that is trained, dense linears stand at the
+    names of `quantized`, its quantized layers by their name in it. stream: the block's inputs. targets: the original
+    block's outputs for these. search: gives new codes for (name, codes, codebooks float32, scales float32) of a
+    layer, all as in `QuantizedLinear`.
 
-    Epochs end early after `finetune_patience` of them without a lower held-out error. A state counts as better if
-    the held-out error falls behind the lookahead and is not above the start's at the block's own output. All
-    errors are of values rounded to the layers' dtype: those that are saved.
+    What is tuned for is the mean of the relative errors at both outputs. Epochs end early after `finetune_patience` of
+    them without a better state: one with a lower held-out mean and an error at the block's own output that is not
+    above the start's. All errors are of values rounded to the layers' dtype: those that are saved.
+
+    Raises ValueError for NaN or Inf in the block's outputs.
     """
-    return _Tuner(index, blocks, quantized, stream, targets, config).run(search)
+    return _Tuner(index, blocks, quantized, stream, targets, config).run(name, search)
 
 
 class _Trained:
@@ -95,7 +97,7 @@ class _Tuner:
     ) -> None:
         self.index, self.block, self.quantized = index, blocks[index], quantized
         self.ahead = list(blocks[index + 1 : index + 1 + config.finetune_lookahead])
-        self.stream, self.targets, self.config = stream, targets, config
+        self.stream, self.config = stream, config
         self.codes = {name: layer.codes.detach() for name, layer in quantized.items()}
         rate = config.finetune_learning_rate
         layers = quantized.items()
@@ -112,23 +114,31 @@ class _Tuner:
         self.held_out = held_out_batches(n_batches, config.finetune_held_out)
         self.training = [batch for batch in range(n_batches) if batch not in self.held_out]
         self.probe = self.training[: len(self.held_out)]  # shows the error on what is trained on
-        self.own = {batch: targets.hidden[batch] for batch in (*self.held_out, *self.probe)}
-        for ahead, block in enumerate(self.ahead, index + 1):
-            targets.advance(ahead, block)
+        self.goals = [targets]
+        if self.ahead:
+            self.goals.append(targets.copy())
+            for ahead, block in enumerate(self.ahead, index + 1):
+                self.goals[1].advance(ahead, block)
 
     @property
     def trained(self) -> list[_Trained]:
         return [*self.codebooks.values(), *self.scales.values(), *self.others.values()]
 
-    def run(self, search: Search | None) -> BlockReport:
+    def run(self, name: str, search: Search | None) -> BlockReport:
         started = time.perf_counter()
         config, trained = self.config, self.trained
         groups = [{"params": [tensor.change], "lr": tensor.rate} for tensor in trained]
         optimizer = torch.optim.Adam(groups, betas=_BETAS)
-        held_out_before, self.best = self._error(self.held_out)
-        self.ceiling = held_out_before
+        self.ceiling, self.best = self._error(self.held_out)
+        training_before, training = self._error(self.probe)
+        if not math.isfinite(self.ceiling + self.best + training):
+            after = f" or of the {len(self.ahead)} after it" if self.ahead else ""
+            raise ValueError(f"{name}: NaN or Inf in the output of this block{after}, expected finite values")
         report = BlockReport(
-            name="", training_before=self._error(self.probe)[0], held_out_before=held_out_before, epochs=0, history=[]
+            name,
+            training_before=training_before,
+            held_out_before=self.ceiling,
+            history=[(training, self.best)],
         )
         self._keep()
         for round_ in range(1 + (config.finetune_search if search else 0)):
@@ -138,21 +148,23 @@ class _Tuner:
             for _ in range(config.finetune_epochs):
                 training = self._epoch(optimizer, report.epochs)
                 own, held_out = self._error(self.held_out)
+                if not math.isfinite(training + held_out):
+                    log.warning("%s: NaN or Inf in fine-tuning, which ends here", name)
+                    break
                 report.epochs += 1
                 report.history.append((training, held_out))
-                if not math.isfinite(training):
-                    log.warning("block %d: NaN or Inf in fine-tuning, which ends here", self.index)
-                    break
                 since_best = 0 if self._better(own, held_out) else since_best + 1
                 if since_best >= config.finetune_patience:
                     break
             self._restore()
         for tensor in trained:
             tensor.store()
-        for name, layer in self.quantized.items():
-            layer.codes.data.copy_(self.codes[name])
+        for part, layer in self.quantized.items():
+            layer.codes.data.copy_(self.codes[part])
         report.held_out_after, _ = self._error(self.held_out)
         report.training_after, _ = self._error(self.probe)
+        for goal in self.goals[1:]:
+            goal.close()
         report.seconds = time.perf_counter() - started
         return report
 
@@ -162,21 +174,25 @@ class _Tuner:
         order = [self.training[i] for i in torch.randperm(len(self.training), generator=generator).tolist()]
         sequences = self.stream.hidden[order[0]].shape[0]
         per_step = max(1, round(self.config.finetune_batch_size / sequences))
-        error = signal = 0.0
+        total = 0.0
         for step in range(0, len(order), per_step):
             batches = order[step : step + per_step]
             optimizer.zero_grad()
             for batch in batches:
-                target = self.targets.hidden[batch].float()
-                norm = target.square().sum()
-                loss = (self._outputs(batch)[1].float() - target).square().sum()
-                (loss / (norm * len(batches))).backward()
-                error, signal = error + loss.item(), signal + norm.item()
+                loss = sum(self._errors(batch)) / len(self.goals)
+                (loss / len(batches)).backward()
+                total += loss.item()
             optimizer.step()
-        return error / signal
+        return total / len(order)
 
-    def _outputs(self, batch: int, rounded: bool = False) -> tuple[Tensor, Tensor]:
-        """What the trained block gives for a batch, and what the blocks ahead make of it."""
+    def _errors(self, batch: int) -> list[Tensor]:
+        """The relative errors that are tuned for, of one batch."""
+        targets = (goal.hidden[batch].float() for goal in self.goals)
+        pairs = zip(self._outputs(batch), targets, strict=True)
+        return [(output.float() - target).square().sum() / target.square().sum() for output, target in pairs]
+
+    def _outputs(self, batch: int, rounded: bool = False) -> list[Tensor]:
+        """What the trained block gives for a batch and, with lookahead, what the blocks ahead make of it."""
         tensors = self._tensors(rounded)
 
         def block(*args, **kwargs):
@@ -185,7 +201,7 @@ class _Tuner:
         own = output = self.stream.forward(self.index, block, batch)
         for ahead, original in enumerate(self.ahead, self.index + 1):
             output = self.stream.forward(ahead, original, batch, output)
-        return own, output
+        return [own, output][: len(self.goals)]
 
     def _tensors(self, rounded: bool) -> dict[str, Tensor]:
         """The block's parameters by name: dense weights decoded, norms and biases."""
@@ -198,15 +214,15 @@ class _Tuner:
 
     @torch.no_grad()
     def _error(self, batches: Iterable[int]) -> tuple[float, float]:
-        """Relative errors ||Y - Yq||^2 / ||Y||^2 of rounded values: at the block's output, behind the lookahead."""
-        sums = torch.zeros(2, 2, dtype=torch.float64)
+        """Relative errors ||Y - Yq||^2 / ||Y||^2 of rounded values: of the block's output, and the mean tuned for."""
+        sums = torch.zeros(len(self.goals), 2, dtype=torch.float64)
         for batch in batches:
-            pairs = zip(self._outputs(batch, rounded=True), (self.own[batch], self.targets.hidden[batch]), strict=True)
-            for i, (output, target) in enumerate(pairs):
-                sums[i, 0] += (output.float() - target.float()).square().sum().double().cpu()
-                sums[i, 1] += target.float().square().sum().double().cpu()
-        own, objective = (sums[:, 0] / sums[:, 1]).tolist()
-        return own, objective
+            for i, (output, goal) in enumerate(zip(self._outputs(batch, rounded=True), self.goals, strict=True)):
+                target = goal.hidden[batch].float()
+                sums[i, 0] += (output.float() - target).square().sum().double().cpu()
+                sums[i, 1] += target.square().sum().double().cpu()
+        errors = sums[:, 0] / sums[:, 1]
+        return errors[0].item(), errors.mean().item()
 
     def _better(self, own: float, objective: float) -> bool:
         """Keep the state if it is the best yet."""

@@ -5,7 +5,6 @@
 #include "../aqlm.h"
 #include "../simd/simd.h"
 
-#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 

@@ -107,7 +107,7 @@ static void view_pair(view *v, int64_t i, int64_t j) {
     memset(t->m, 0, (size_t)(n * n) * sizeof *t->m);
     /* m[a, b] = 2 c_a S c_b: rank_update sums over the group in order on every ISA */
     aqlm_isa()->rank_update(t->m, n, v->cs + t->first * v->E * g, g, v->ct + t->second * g * n, n, v->E, g, n);
-    t->pair = (aqlm_pair){t->m, n, v->radius[t->second], 0.0f};
+    t->pair = (aqlm_pair){t->m, n, v->radius[t->second], 0.0f, 0.0f};
 }
 
 static float cost_of(const view *v, const float *q, const float *target) {
@@ -132,38 +132,6 @@ static const float *entry_of(const view *v, int64_t k, int64_t code) {
     return v->s->codebooks + (k * v->E + code) * v->g;
 }
 
-/* ---- exact pairs ---------------------------------------------------------------------------- */
-
-/* The best codes of the two codebooks in v->table with all others (`others`: their sum) held. */
-static void search_pair(const view *v, uint16_t *codes, const float *target, const float *others, bool have_guess,
-                        float *scratch /* [2, padded] */) {
-    const pair_table *t = &v->table;
-    const int64_t g = v->g, n = v->padded;
-    const aqlm_kernels *isa = aqlm_isa();
-    float left[32], *u = scratch, *w = scratch + n;
-    double wide[32];
-    remaining(v, left, target, others);
-    isa->scores(u, v->norm + t->first * n, v->ct + t->first * g * n, left, g, n);
-    isa->scores(w, v->norm + t->second * n, v->ct + t->second * g * n, left, g, n);
-    for (int64_t d = 0; d < g; d++) wide[d] = left[d];
-    const float square = v->bounded ? (float)aqlm_forward_square(v->factor, wide, g) : 0.0f;
-    int32_t a = codes[t->first], b = codes[t->second];
-    if (!have_guess) {
-        float low;
-        isa->nearest(&a, &low, v->norm + t->first * n, v->ct + t->first * g * n, left, 1, g, n);
-        b = 0;
-    }
-    aqlm_pair pair = t->pair;
-    const float reach = v->radius[t->first] + v->radius[t->second];
-    pair.slack = v->bounded ? 1e-4f * (square + reach * reach) : INFINITY;
-    isa->pair_min(&a, &b, u, w, square, &pair);
-    codes[t->first] = (uint16_t)a;
-    codes[t->second] = (uint16_t)b;
-}
-
-/* The pairs a sweep visits: (0, 1) for two codebooks, the ring (0, 1), (1, 2) ... (K - 1, 0) for more. */
-static int64_t ring_pairs(int64_t K) { return K == 2 ? 1 : K; }
-
 static void sum_without(const view *v, float *q, const uint16_t *codes, uint32_t left_out) {
     memset(q, 0, (size_t)v->g * sizeof *q);
     for (int64_t k = 0; k < v->K; k++)
@@ -171,44 +139,6 @@ static void sum_without(const view *v, float *q, const uint16_t *codes, uint32_t
             const float *entry = entry_of(v, k, codes[k]);
             for (int64_t d = 0; d < v->g; d++) q[d] += entry[d];
         }
-}
-
-/* All rows of one group. targets [rows, g]; codes of row r at codes + r * stride. */
-static void search_pairs(view *v, uint16_t *codes, int64_t stride, const float *targets, int64_t rows,
-                         bool from_scratch, float *scratch) {
-    const int64_t K = v->K, g = v->g;
-    float q[32];
-    if (from_scratch) {
-        /* Two codebooks at a time on what the ones before left; an odd last one alone. */
-        uint32_t open = (1u << K) - 1;
-        for (int64_t k = 0; k < K; k += 2) {
-            const bool alone = k + 1 == K;
-            if (!alone) view_pair(v, k, k + 1);
-            for (int64_t r = 0; r < rows; r++) {
-                sum_without(v, q, codes + r * stride, open);
-                if (!alone) {
-                    search_pair(v, codes + r * stride, targets + r * g, q, false, scratch);
-                    continue;
-                }
-                float left[32], low;
-                int32_t best;
-                remaining(v, left, targets + r * g, q);
-                aqlm_isa()->nearest(&best, &low, v->norm + k * v->padded, v->ct + k * g * v->padded, left, 1, g,
-                                    v->padded);
-                codes[r * stride + k] = (uint16_t)best;
-            }
-            open &= ~(3u << k);
-        }
-        if (K == 2) return; /* already the best pair */
-    }
-    for (int64_t p = 0; p < ring_pairs(K); p++) {
-        const int64_t i = p, j = (p + 1) % K;
-        view_pair(v, i, j);
-        for (int64_t r = 0; r < rows; r++) {
-            sum_without(v, q, codes + r * stride, 1u << i | 1u << j);
-            search_pair(v, codes + r * stride, targets + r * g, q, true, scratch);
-        }
-    }
 }
 
 /* ---- beam search ------------------------------------------------------------------------------ */
@@ -222,7 +152,7 @@ typedef struct hypothesis {
 typedef struct beam {
     hypothesis *now, *next; /* [beam_size] each */
     int64_t size, most;
-    float *score; /* [padded] */
+    float *score; /* [2, padded] */
 } beam;
 
 /* Keeps the `most` cheapest of all (hypothesis, entry of codebook k); ties to the earlier hypothesis, then
@@ -308,6 +238,68 @@ static void search_beam(const view *v, beam *b, uint16_t *codes, const float *ta
     if (cost_of(v, q, target) < before) memcpy(codes, b->now->codes, (size_t)K * sizeof *codes);
 }
 
+/* ---- exact pairs, after a beam over the other codebooks --------------------------------------- */
+
+/* The best codes of the two codebooks in v->table after those in `from`, and the cost of all: exactly, if that is below
+ * `least`. have_guess: `codes` holds a first guess of the two. */
+static float end_by_pair(const view *v, uint16_t *codes, const hypothesis *from, const float *target, float least,
+                         bool have_guess, float *scratch /* [2, padded] */) {
+    const pair_table *t = &v->table;
+    const int64_t g = v->g, n = v->padded;
+    const aqlm_kernels *isa = aqlm_isa();
+    float left[32], *u = scratch, *w = scratch + n;
+    double wide[32];
+    remaining(v, left, target, from->sum);
+    isa->scores(u, v->norm + t->first * n, v->ct + t->first * g * n, left, g, n);
+    isa->scores(w, v->norm + t->second * n, v->ct + t->second * g * n, left, g, n);
+    for (int64_t d = 0; d < g; d++) wide[d] = left[d];
+    const float square = v->bounded ? (float)aqlm_forward_square(v->factor, wide, g) : 0.0f;
+    int32_t first = codes[t->first], second = codes[t->second];
+    if (!have_guess) {
+        float low;
+        isa->nearest(&first, &low, v->norm + t->first * n, v->ct + t->first * g * n, left, 1, g, n);
+        second = 0;
+    }
+    aqlm_pair pair = t->pair;
+    const float reach = v->radius[t->first] + v->radius[t->second];
+    pair.slack = v->bounded ? 1e-4f * (square + reach * reach) : INFINITY;
+    pair.worth = least - from->cost;
+    const float cost = from->cost + isa->pair_min(&first, &second, u, w, square, &pair);
+    codes[t->first] = (uint16_t)first;
+    codes[t->second] = (uint16_t)second;
+    return cost;
+}
+
+/* All rows of one group: a beam over all codebooks but the last two, and after each of its states their best pair.
+ * targets [rows, g]; codes of row r at codes + r * stride; a sweep keeps them where nothing better is found. */
+static void search_pairs(view *v, beam *b, uint16_t *codes, int64_t stride, const float *targets, int64_t rows,
+                         bool from_scratch) {
+    const int64_t K = v->K, g = v->g;
+    view_pair(v, K - 2, K - 1);
+    for (int64_t r = 0; r < rows; r++, codes += stride, targets += g) {
+        uint16_t trial[MOST_K], best[MOST_K];
+        float q[32], before = INFINITY;
+        memcpy(trial, codes, (size_t)K * sizeof *codes);
+        if (!from_scratch && K > 2) { /* of two codebooks nothing is better than their best pair */
+            sum_without(v, q, codes, 0);
+            before = cost_of(v, q, targets);
+        }
+        float least = before;
+        b->size = 1;
+        memset(b->now, 0, sizeof *b->now);
+        for (int64_t k = 0; k < K - 2; k++) expand(v, b, k, targets);
+        for (int64_t h = 0; h < b->size; h++) {
+            const float cost = end_by_pair(v, trial, b->now + h, targets, least, !from_scratch || h > 0, b->score);
+            if (h > 0 && !(cost < least)) continue;
+            least = cost < least ? cost : least;
+            memcpy(trial, b->now[h].codes, (size_t)(K - 2) * sizeof *trial);
+            memcpy(best, trial, (size_t)K * sizeof *best);
+        }
+        sum_without(v, q, best, 0);
+        if (K == 2 || cost_of(v, q, targets) < before) memcpy(codes, best, (size_t)K * sizeof *codes);
+    }
+}
+
 /* ---- the walk ------------------------------------------------------------------------------------- */
 
 typedef struct walk {
@@ -359,10 +351,10 @@ static void walk_chunk(search *x, view *v, beam *b, walk *k, int64_t r0, int64_t
                     for (int64_t d = 0; d < g; d++) target[d] += base[p] * metric[p * g + d];
                 for (int64_t d = 0; d < g; d++) target[d] *= inverse;
             }
-            if (b)
+            if (s->pairs) search_pairs(v, b, codes + j * K, stride, k->targets, rows, x->ldl);
+            else
                 for (int64_t r = 0; r < rows; r++)
                     search_beam(v, b, codes + r * stride + j * K, k->targets + r * g, x->ldl ? NULL : x->books + i * K);
-            else search_pairs(v, codes + j * K, stride, k->targets, rows, x->ldl, k->scores);
             for (int64_t r = 0; r < rows; r++) {
                 const float *w = s->weight + (r0 + r) * in + j * g;
                 float *D = k->D + r * in + i * g;
@@ -389,7 +381,7 @@ static void walk_rows(int64_t begin, int64_t end, void *ctx) {
                   padded = aqlm_round_up(INT64_C(1) << shape->nbits_per_codebook, AQLM_LANES);
     view v;
     walk k = {.ldt = BLOCK_COLS + AQLM_LANES};
-    const int64_t sizes[] = {view_floats(x->s, padded, most == 0),
+    const int64_t sizes[] = {view_floats(x->s, padded, x->s->pairs),
                              chunk * in,
                              chunk * k.ldt + AQLM_LANES,
                              chunk * g,
@@ -413,17 +405,21 @@ static void walk_rows(int64_t begin, int64_t end, void *ctx) {
         k.scores = at[6];
         beam b = {hypotheses, hypotheses + most, 0, most, k.scores};
         for (int64_t r = begin; r < end && !aqlm_cancelled(); r += chunk)
-            walk_chunk(x, &v, most ? &b : NULL, &k, r, aqlm_min(chunk, end - r));
+            walk_chunk(x, &v, &b, &k, r, aqlm_min(chunk, end - r));
     } else aqlm_set_status(&x->status, AQLM_NO_MEMORY);
     free(memory);
     free(hypotheses);
 }
 
-static aqlm_status check(const aqlm_search *s) {
-    aqlm_status status = aqlm_check_quantizer_shape(&s->shape);
-    if (status || s->beam_size < 0 || s->beam_size > MOST_BEAM) return AQLM_BAD_ARGUMENT;
-    if (s->beam_size == 0 && (s->shape.num_codebooks < 2 || s->shape.nbits_per_codebook > 8)) return AQLM_BAD_ARGUMENT;
-    return AQLM_OK;
+/* Puts the defaults in and checks. */
+static aqlm_status resolve(aqlm_search *s) {
+    if (s->beam_size == 0) {
+        s->pairs = true;
+        s->beam_size = AQLM_PAIR_BEAM;
+    }
+    if (s->beam_size < 1 || s->beam_size > MOST_BEAM) return AQLM_BAD_ARGUMENT;
+    if (s->pairs && (s->shape.num_codebooks < 2 || s->shape.nbits_per_codebook > 8)) return AQLM_BAD_ARGUMENT;
+    return aqlm_check_quantizer_shape(&s->shape);
 }
 
 static aqlm_status walk_all(search *x) {
@@ -434,8 +430,10 @@ static aqlm_status walk_all(search *x) {
 
 aqlm_status aqlm_search_ldl(uint16_t *codes, const aqlm_search *s, const int32_t *order, const float *feedback,
                             const float *metric) {
-    aqlm_status status = check(s);
+    aqlm_search given = *s;
+    aqlm_status status = resolve(&given);
     if (status) return status;
+    s = &given;
     const int64_t n = s->shape.out_features * (s->shape.in_features / s->shape.in_group_size) * s->shape.num_codebooks;
     memset(codes, 0, (size_t)n * sizeof *codes);
     search x = {s, codes, order, feedback, metric, NULL, true, {AQLM_OK}};
@@ -473,7 +471,9 @@ static void shuffle(int32_t *order, int64_t n, aqlm_rng *rng) {
 }
 
 aqlm_status aqlm_search_sweep(uint16_t *codes, const aqlm_search *s, const float *H) {
-    aqlm_status status = check(s);
+    aqlm_search given = *s;
+    aqlm_status status = resolve(&given);
+    s = &given;
     if (!status) status = aqlm_check_working_codes(codes, &s->shape);
     if (status) return status;
     const int64_t in = s->shape.in_features, g = s->shape.in_group_size, J = in / g, K = s->shape.num_codebooks;

@@ -293,28 +293,30 @@ static PyObject *factor_hessian(PyObject *self, PyObject *args, PyObject *kwargs
     return valid ? raise_status(status, "factor_hessian") : NULL;
 }
 
-static bool search_of(aqlm_search *s, const layer *l, long long beam_size, unsigned long long seed) {
+static bool search_of(aqlm_search *s, const layer *l, long long beam_size, int pairs, unsigned long long seed) {
     if (beam_size < 0 || beam_size > 64)
         PyErr_Format(PyExc_ValueError, "beam_size: got %lld, expected 0 (exact pairs) or 1..64", beam_size);
-    else if (beam_size == 0 && (l->shape.num_codebooks < 2 || l->shape.nbits_per_codebook > 8))
+    else if ((pairs || beam_size == 0) && (l->shape.num_codebooks < 2 || l->shape.nbits_per_codebook > 8))
         PyErr_Format(PyExc_ValueError,
-                     "beam_size: got 0 (exact pairs) with %lldx%lld, expected at least 2 codebooks of at most 8 bits",
-                     (long long)l->shape.num_codebooks, (long long)l->shape.nbits_per_codebook);
-    *s = (aqlm_search){data(l->weight), data(l->codebooks), data(l->scales), l->shape, beam_size, seed};
+                     "%s (exact pairs) with %lldx%lld, expected at least 2 codebooks of at most 8 bits",
+                     pairs ? "pairs: got True" : "beam_size: got 0", (long long)l->shape.num_codebooks,
+                     (long long)l->shape.nbits_per_codebook);
+    *s = (aqlm_search){data(l->weight), data(l->codebooks), data(l->scales), l->shape, beam_size, pairs, seed};
     return !PyErr_Occurred();
 }
 
 static PyObject *search_sweep(PyObject *self, PyObject *args, PyObject *kwargs) {
     (void)self;
-    KEYWORDS("codes", "weight", "H", "codebooks", "scales", "beam_size", "seed");
+    KEYWORDS("codes", "weight", "H", "codebooks", "scales", "beam_size", "seed", "pairs");
     PyObject *codes, *weight, *H, *codebooks, *scales;
     long long beam_size = 0;
     unsigned long long seed = 0;
-    if (!PARSE("OOOOO|LK", &codes, &weight, &H, &codebooks, &scales, &beam_size, &seed)) return NULL;
+    int pairs = 0;
+    if (!PARSE("OOOOO|LKp", &codes, &weight, &H, &codebooks, &scales, &beam_size, &seed, &pairs)) return NULL;
     layer l;
     aqlm_search s;
     if (!fill(&l, weight, H, codes, codebooks, scales)) return NULL;
-    PyArrayObject *result = search_of(&s, &l, beam_size, seed) ? copy_of(l.codes) : NULL;
+    PyArrayObject *result = search_of(&s, &l, beam_size, pairs, seed) ? copy_of(l.codes) : NULL;
     aqlm_status status = AQLM_NO_MEMORY;
     if (result) UNLOCKED(aqlm_search_sweep(data(result), &s, data(l.H)));
     return finish(&l, result, status, "search_sweep");
@@ -322,10 +324,11 @@ static PyObject *search_sweep(PyObject *self, PyObject *args, PyObject *kwargs) 
 
 static PyObject *search_ldl(PyObject *self, PyObject *args, PyObject *kwargs) {
     (void)self;
-    KEYWORDS("weight", "order", "feedback", "metric", "codebooks", "scales", "beam_size");
+    KEYWORDS("weight", "order", "feedback", "metric", "codebooks", "scales", "beam_size", "pairs");
     PyObject *weight, *order, *feedback, *metric, *codebooks, *scales;
     long long beam_size = 0;
-    if (!PARSE("OOOOOO|L", &weight, &order, &feedback, &metric, &codebooks, &scales, &beam_size)) return NULL;
+    int pairs = 0;
+    if (!PARSE("OOOOOO|Lp", &weight, &order, &feedback, &metric, &codebooks, &scales, &beam_size, &pairs)) return NULL;
     layer l;
     aqlm_search s;
     if (!fill(&l, weight, NULL, NULL, codebooks, scales)) return NULL;
@@ -344,7 +347,7 @@ static PyObject *search_ldl(PyObject *self, PyObject *args, PyObject *kwargs) {
         free(seen);
         if (!permutation)
             PyErr_Format(PyExc_ValueError, "order: expected a permutation of 0..%zd", (Py_ssize_t)groups[0] - 1);
-        else if (search_of(&s, &l, beam_size, 0)) result = new_array(NPY_UINT16, 3, codes_dims);
+        else if (search_of(&s, &l, beam_size, pairs, 0)) result = new_array(NPY_UINT16, 3, codes_dims);
     }
     aqlm_status status = AQLM_NO_MEMORY;
     if (result) UNLOCKED(aqlm_search_ldl(data(result), &s, data(o), data(f), data(m)));
@@ -638,8 +641,9 @@ static PyMethodDef methods[] = {
                           "init_max_iter=100, tolerance=1e-3, seed=0, column_weight=None) -> (codes, codebooks)"),
     VERB(accumulate_hessian, "accumulate_hessian(sum, x): sum += x.T @ x, in place"),
     VERB(factor_hessian, "factor_hessian(H, in_group_size, relative_damp) -> (order, feedback, metric)"),
-    VERB(search_sweep, "search_sweep(codes, weight, H, codebooks, scales, beam_size=0, seed=0) -> codes"),
-    VERB(search_ldl, "search_ldl(weight, order, feedback, metric, codebooks, scales, beam_size=0) -> codes"),
+    VERB(search_sweep, "search_sweep(codes, weight, H, codebooks, scales, beam_size=0, seed=0, pairs=False) -> codes"),
+    VERB(search_ldl,
+         "search_ldl(weight, order, feedback, metric, codebooks, scales, beam_size=0, pairs=False) -> codes"),
     VERB(update_codebooks, "update_codebooks(codebooks, weight, H, codes, scales, cg_steps) -> codebooks"),
     VERB(update_scales, "update_scales(scales, weight, H, codes, codebooks) -> scales"),
     VERB(update_adam, "update_adam(codebooks, scales, moments, weight, H, codes, steps, learning_rate, steps_before=0) "

@@ -99,13 +99,13 @@ static inline vf row_min(const float *m, const float *v, int64_t n) {
 }
 
 static inline float prune_above(float best, float square, const aqlm_pair *pair) {
-    float distance = best + square;
+    float distance = (best < pair->worth ? best : pair->worth) + square;
     float reach = pair->inner_radius + sqrtf(distance > 0.0f ? distance : 0.0f);
     return reach * reach - square + pair->slack;
 }
 
-static inline void pair_min_n(int32_t *a_out, int32_t *b_out, const float *u, const float *v, float square,
-                              const aqlm_pair *pair, const int64_t n) {
+static inline float pair_min_n(int32_t *a_out, int32_t *b_out, const float *u, const float *v, float square,
+                               const aqlm_pair *pair, const int64_t n) {
     const float *m = pair->m;
     int32_t best_a = *a_out;
     float best = u[best_a] + (m[best_a * n + *b_out] + v[*b_out]);
@@ -132,13 +132,13 @@ static inline void pair_min_n(int32_t *a_out, int32_t *b_out, const float *u, co
         if (above == VM_ALL) continue;
         *a_out = best_a;
         *b_out = (int32_t)b + __builtin_ctz(~above);
-        return;
+        break;
     }
+    return best;
 }
 
-static void pair_min(int32_t *a, int32_t *b, const float *u, const float *v, float square, const aqlm_pair *pair) {
-    if (pair->n == 256) pair_min_n(a, b, u, v, square, pair, 256);
-    else pair_min_n(a, b, u, v, square, pair, pair->n);
+static float pair_min(int32_t *a, int32_t *b, const float *u, const float *v, float square, const aqlm_pair *pair) {
+    return pair->n == 256 ? pair_min_n(a, b, u, v, square, pair, 256) : pair_min_n(a, b, u, v, square, pair, pair->n);
 }
 
 static float dot(const float *x, const float *y, int64_t n) {

@@ -16,6 +16,7 @@ typedef struct aqlm_pair {
     int64_t n;          /* entries, padded to a multiple of AQLM_LANES */
     float inner_radius; /* max_b |c2_b| in the metric S */
     float slack;        /* added to the bound so that rounding never prunes the best pair */
+    float worth;        /* only a pair cheaper than this need be found */
 } aqlm_pair;
 
 typedef struct aqlm_kernels {
@@ -39,8 +40,8 @@ typedef struct aqlm_kernels {
 
     /* The pair (a, b) with the smallest u[a] + (m[a, b] + v[b]); *a and *b hold a first guess on entry.
      * square is |t|^2 in the metric, so that u[a] + square = |t - c1_a|^2: entries a with
-     * |t - c1_a| > inner_radius + sqrt(best) cannot win (triangle inequality) and are skipped. */
-    void (*pair_min)(int32_t *a, int32_t *b, const float *u, const float *v, float square, const aqlm_pair *pair);
+     * |t - c1_a| > inner_radius + sqrt(best) cannot win (triangle inequality) and are skipped. Returns its cost. */
+    float (*pair_min)(int32_t *a, int32_t *b, const float *u, const float *v, float square, const aqlm_pair *pair);
 
     /* sum of x[i] y[i], in AQLM_LANES partial sums added as a tree. */
     float (*dot)(const float *x, const float *y, int64_t n);
