@@ -83,15 +83,12 @@ class DiskTensors:
             offset = self._end
         self._slots[index] = self._write(offset, tensor)
 
+    def shapes(self) -> list[torch.Size]:
+        """Of the tensors, without reading them."""
+        return [shape for _, shape, _, _ in self._slots]
+
     def append(self, tensor: torch.Tensor) -> None:
         self._slots.append(self._write(self._end, tensor))
-
-    def copy(self) -> DiskTensors:
-        """The same tensors in a file of their own."""
-        other = DiskTensors(self.directory)
-        for tensor in self:
-            other.append(tensor)
-        return other
 
     def clear(self) -> None:
         """Give the space back; nothing can be stored any more."""
@@ -150,9 +147,22 @@ class Stream:
         for batch in range(len(self.hidden)):
             self.hidden[batch] = self.run(index, block, batch)
 
-    def copy(self) -> Stream:
-        """A stream of the same activations that advances by itself; the arguments are shared."""
-        return Stream(self.hidden.copy(), self.arguments)
+    def empty(self) -> Stream:
+        """A stream for other activations of the same sequences, kept where these are; the arguments are shared."""
+        disk = isinstance(self.hidden, DiskTensors)
+        return Stream(DiskTensors(self.hidden.directory) if disk else [], self.arguments)
+
+    def batch_sizes(self) -> list[int]:
+        """Sequences in each batch."""
+        if isinstance(self.hidden, DiskTensors):
+            return [shape[0] for shape in self.hidden.shapes()]
+        return [hidden.shape[0] for hidden in self.hidden]
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Free the activations."""
@@ -225,7 +235,7 @@ class HessianSums:
     def gather(self, stream: Stream, index: int, block: torch.nn.Module, outputs: Stream | None = None) -> None:
         """Run `block`, the model's number `index`, on all of `stream` and add up its linears' inputs.
 
-        outputs: takes the block's outputs, if wanted.
+        outputs: an empty stream that takes the block's outputs, if they are wanted.
         """
         hooks = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.linears.items()]
         try:
@@ -233,7 +243,7 @@ class HessianSums:
                 try:
                     output = stream.run(index, block, batch)
                     if outputs is not None:
-                        outputs.hidden[batch] = output
+                        outputs.hidden.append(output)
                 except _Stop:
                     continue
                 finally:

@@ -41,8 +41,8 @@ except ModuleNotFoundError as error:
     print(f"aqlm-c: the package {error.name} is missing: pip install 'aqlm-c[hf]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-_PRESETS = "; ".join(
-    f"{name}: {', '.join(f'{option}={value}' for option, value in options.items()) or 'the defaults'}"
+_PRESETS = "\n\n".join(
+    f"Preset {name}: {', '.join(f'{option}={value}' for option, value in options.items()) or 'the defaults'}."
     for name, options in PRESETS.items()
 )
 _PATIENCE = 1.5  # seconds between Ctrl-C and the end of a process whose main thread does not answer
@@ -84,7 +84,7 @@ def _optional(help: str, *names: str, **options: Any) -> Any:
     return typer.Option(*names, help=help, show_default=False, **options)
 
 
-@app.command()
+@app.command(epilog=_PRESETS)
 def quantize(
     context: typer.Context,
     model: Annotated[
@@ -94,7 +94,9 @@ def quantize(
     config: Annotated[
         Path | None, _optional("YAML file of all of these options by name; explicit ones win.", metavar="FILE")
     ] = None,
-    preset: Annotated[str | None, _optional(f"{_PRESETS}. \\[default: balanced]", metavar="|".join(PRESETS))] = None,
+    preset: Annotated[
+        str | None, _optional("Set of options, see below. \\[default: balanced]", metavar="|".join(PRESETS))
+    ] = None,
     scheme: Annotated[
         str | None, _optional("Codebooks x bits g group size: 2x8g8, 1x16g8, ... \\[default: 2x8g8]")
     ] = None,
@@ -116,7 +118,7 @@ def quantize(
     ] = None,
     finetune_epochs: Annotated[int | None, _optional("Epochs of block fine-tuning at most; 0: none.")] = None,
     finetune_batch_size: Annotated[int | None, _optional("Sequences for each of its steps.")] = None,
-    finetune_learning_rate: Annotated[float | None, _optional("Relative to the scale of what is trained.")] = None,
+    finetune_learning_rate: Annotated[float | None, _optional("Of codebooks, relative to their size.")] = None,
     finetune_search: Annotated[int | None, _optional("Times the codes are searched again after tuning.")] = None,
     set_: Annotated[
         list[str] | None,

@@ -11,7 +11,7 @@ _SCHEME = re.compile(r"(\d+)x(\d+)(?:g(\d+))?(?:o(\d+))?")
 _GROUP_SIZES = (4, 8, 16, 32)
 FORMAT = ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size")  # what a scheme says
 SOLVERS = ("ldl", "paper")
-_BY_SOLVER = {"init_max_iter": (20, 100), "relative_mse_tolerance": (0.005, 0.01)}  # defaults of each
+DEFAULTS_BY_SOLVER = {"init_max_iter": (20, 100), "relative_mse_tolerance": (0.005, 0.01)}  # ldl, paper
 _SHARES = (
     "relative_mse_tolerance",
     "relative_damp",
@@ -64,7 +64,7 @@ class AqlmConfig:
 
     # The solver of one layer.
     solver: str = "ldl"  # or "paper": exactly the reference recipe, for comparison
-    beam_size: int = 0  # 0: the exact search over pairs where K >= 2 and B <= 8, else a beam of 1
+    beam_size: int = 0  # 0: exact pairs where K >= 2 and B <= 8 (with a beam of 4 where K > 2), else a beam of 1
     relative_mse_tolerance: float | None = None  # stop when a sweep gains less of the error; None: 0.005, "paper": 0.01
     init_max_iter: int | None = None  # at most this many k-means rounds per codebook; None: 20, "paper": 100
     ldl_passes: int = 6  # passes of sequential error feedback, each followed by an update of the codebooks
@@ -94,7 +94,7 @@ class AqlmConfig:
         int_between("beam_size", self.beam_size, 0, 64)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver={self.solver!r}: expected one of {SOLVERS}")
-        for name, (ldl, paper) in _BY_SOLVER.items():
+        for name, (ldl, paper) in DEFAULTS_BY_SOLVER.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, paper if self.solver == "paper" else ldl)
         int_between("init_max_iter", self.init_max_iter, 1)
@@ -128,8 +128,16 @@ class AqlmConfig:
     @property
     def search_beam_size(self) -> int:
         """What the code search is told: 0 for the exact search over pairs, else the width of the beam."""
-        pairs = self.num_codebooks >= 2 and self.nbits_per_codebook <= 8 and self.solver != "paper"
-        return self.beam_size or (0 if pairs else 1)
+        return self.beam_size or (0 if self.num_codebooks >= 2 and self._pairs_fit else 1)
+
+    @property
+    def search_pairs(self) -> bool:
+        """What the code search is told: that `beam_size` is the width of a beam that ends in exact pairs."""
+        return self.num_codebooks > 2 and self._pairs_fit
+
+    @property
+    def _pairs_fit(self) -> bool:
+        return self.nbits_per_codebook <= 8 and self.solver != "paper"
 
     def code_bits_per_weight(self) -> float:
         """Bits per weight of the codes alone."""

@@ -89,6 +89,8 @@ def examine() -> Iterator[Finding]:
 
 def main() -> int:
     """Print the findings; returns 0 if models can be quantized and run on the CPU, else 1."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a locale may lack the marks
     mend = []
     for finding in examine():
         print(finding, flush=True)

@@ -63,6 +63,8 @@ class Rates:
             rng.standard_normal((K, E, g), dtype=np.float32) / np.float32(K**0.5),
             np.ones(out, np.float32),
             config.search_beam_size,
+            0,
+            config.search_pairs,
         )
         start = rng.integers(0, E, (out, groups, K)).astype(np.uint16)
         codes = _core.search_sweep(start, *state)  # from good codes on the search is faster
@@ -223,10 +225,15 @@ def plan_memory(
     stored = sum(work.stored() for work in works)
     unfinished = sum(work.stored() for work in works[resumed:]) if work_dir else 0
     written = unfinished + (activations if on_disk else 0)
-    directory = Path(work_dir or tempfile.gettempdir())
+    directory = Path(work_dir or _temporary())
     if written:
         check_free_space(directory, written, "finished blocks and activations" if work_dir else "activations")
     return MemoryPlan(memory, written + stored + other_bytes, on_disk, directory if on_disk else None)
+
+
+def _temporary() -> str:
+    """Where activations go without a work_dir: /tmp itself is memory on many systems."""
+    return "/var/tmp" if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()
 
 
 def check_free_space(directory: str | os.PathLike[str], n_bytes: int, what: str) -> None:

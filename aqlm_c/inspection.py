@@ -15,6 +15,7 @@ from .report import kind_of, make_table, megabytes
 from .run import RunConfig
 
 _METHODS = ("aqlm", "aqlm_c")
+_MAPPINGS = ("config", "data", "versions")  # of what follows
 _PROVENANCE = ("model", "config", "data", "sequences", "tokens", "threads", "isa", "versions")
 
 
@@ -96,9 +97,9 @@ class Inspection:
         return Group(table, *map(Text, lines))
 
     def _origin(self) -> list[str]:
-        run = self.provenance.get("config", {})
+        run = self.provenance.get("config")
         if not run:
-            return ["no report.json: where it comes from is not recorded"]
+            return ["no report.json of aqlm-c: where it comes from is not recorded"]
         versions = ", ".join(f"{name} {version}" for name, version in self.provenance.get("versions", {}).items())
         lines = [
             f"from {run.get('model')}: preset {run.get('preset')}, scheme {run.get('scheme')}, seed {run.get('seed')}",
@@ -224,7 +225,9 @@ def _quantized(name: str, parts: dict[str, checkpoint.StoredTensor], config: Aql
 def _provenance(directory: Path) -> dict[str, Any]:
     if (directory / "report.json").is_file():
         fields = _read_json(directory / "report.json")
-        return {name: fields[name] for name in _PROVENANCE if name in fields}
+        known = {name: fields[name] for name in _PROVENANCE if name in fields}
+        foreign = any(not isinstance(known.get(name, {}), dict) for name in _MAPPINGS)
+        return {} if foreign else known
     if (directory / "run.yaml").is_file():
         return {"config": RunConfig.from_file(directory / "run.yaml").resolve()[1]}
     return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ import torch
 
 from . import _core, calibration
 from .checkpoint import quantized_linears
-from .config import AqlmConfig
+from .config import AqlmConfig, int_between
 from .data import check_token_ids
 from .diagnose import diagnose
 from .estimate import Estimate, Estimator, Rates, Work, plan_memory
@@ -23,6 +24,7 @@ from .finetune.block import finetune_block
 from .linear import QuantizedLinear
 from .report import BlockReport, LayerReport, QuantizationReport, peak_memory
 from .resume import WorkDir, block_state, fingerprint, restore_block
+from .run import parse_size
 from .solver import Hessian, QuantizedWeight, quantize_weight
 
 __all__ = ["Hessian", "Progress", "QuantizedWeight", "quantize_linear", "quantize_model", "quantize_weight"]
@@ -70,17 +72,18 @@ def quantize_model(
     progress: Any = None,
     batch_size: int | None = None,
     work_dir: str | os.PathLike[str] | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
 ) -> QuantizationReport:
     """Quantize the linears in the decoder blocks of a transformers model, in place, block by block.
 
     Each block's linears are quantized under H of their inputs in the model as it is by then, quantized up
     to that block; then the block is fine-tuned (`finetune.block`), unless `finetune_epochs` is 0. The embeddings
     and the output layer stay. `sequences` holds token ids [n, length], int64. `layers` is a regular expression:
-    only linears whose name it finds. `progress`: see `Progress`. `batch_size`: sequences in one forward pass.
+    only linears whose name it finds. `progress`: see `Progress`. `batch_size`: sequences in one forward pass at
+    most; fine-tuning takes no more than `finetune_batch_size` and half of them all.
     `work_dir`: a directory that keeps each finished block; the same call with the same directory goes on after
-    the last of them (`resume`). `memory_limit`: bytes; where the activations would not fit too, they are kept on
-    disk. The model is left in evaluation mode and can be saved with `save_quantized`.
+    the last of them (`resume`). `memory_limit`: bytes, or text such as "8GiB"; where the activations would not fit
+    too, they are kept on disk. The model is left in evaluation mode and can be saved with `save_quantized`.
 
     Raises ValueError, before any work, for token ids that are too few or outside the vocabulary, for a
     format that does not fit a layer or cannot be searched yet, for NaN or Inf in any parameter, for a `work_dir`
@@ -89,6 +92,13 @@ def quantize_model(
     """
     progress = progress or Progress()
     phases = _Phases(progress)
+    if batch_size is not None:
+        int_between("batch_size", batch_size, 1)
+    if memory_limit is not None:
+        memory_limit = parse_size("memory_limit", memory_limit)
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        raise ValueError(f"model: on {device}, expected cpu, where its weights are quantized")
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("model: is quantized already, expected an unquantized model")
     sequences = _check_sequences(model, sequences, config)
@@ -115,8 +125,10 @@ def quantize_model(
             run = fingerprint(model, sequences, config, layers, batch_size=batch_size)
             saved = stack.enter_context(WorkDir.open(work_dir, run))
         finished = saved.finished if saved else 0
-        works = [_work(model, blocks[index], targets[index], sequences, config) for index in range(n_blocks)]
-        plan = plan_memory(memory_limit, works, work_dir=work_dir, resumed=finished)
+        works = [_work(model, blocks, index, targets[index], sequences, config) for index in range(n_blocks)]
+        dense = sum(linear.weight.nbytes for linears in targets for linear in linears.values())
+        kept = sum(parameter.nbytes for parameter in model.parameters()) - dense
+        plan = plan_memory(memory_limit, works, work_dir=work_dir, other_bytes=kept, resumed=finished)
         rates = Rates.measure(config, str(model.dtype).removeprefix("torch."))
         estimator = Estimator(works, plan, rates, resumed=finished)
         progress.on_start(n_blocks, sum(map(len, targets)))
@@ -125,7 +137,7 @@ def quantize_model(
         progress.on_estimate(estimator.estimate())
         with phases("calibrate"):
             stream = calibration.start_stream(model, blocks, _mixed(sequences, config), batch_size, plan.directory)
-        stack.callback(stream.close)
+        stack.enter_context(stream)
         estimator.start(phases.seconds)
         for index, block in enumerate(blocks[:n_blocks]):
             name = f"{prefix}.{index}"
@@ -174,37 +186,37 @@ def _quantize_block(
     if not linears:
         return reports
     block, progress = blocks[index], phases.progress
-    targets = stream.copy() if config.finetune_epochs else None
-    with phases("calibrate"):
-        sums = calibration.HessianSums(linears)
-        sums.gather(stream, index, block, targets)
-        hessians = sums.hessians()
-    phases.move("calibrate", "hessian", sums.seconds)
-    for name, linear in linears.items():
-        with phases("quantize"):
-            started = time.perf_counter()
-            try:
-                layer, solved = quantize_linear(linear, hessians[name], config)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            block.set_submodule(name.removeprefix(f"{block_name}."), layer)
-            seconds = time.perf_counter() - started
-        with phases("reference"):
-            report = _layer_report(name, linear, hessians[name], config, solved, seconds)
-            report.tokens = sums.tokens[sums.leader[name]]
-        reports["layers"].append(report.to_dict())
-        progress.on_layer(report)
-    if targets is not None:
+    tunes = config.finetune_epochs > 0
 
-        def search(name: str, *state: torch.Tensor) -> torch.Tensor:
-            name = f"{block_name}.{name}"
-            return _search_codes(linears[name], hessians[name], config, *state)
+    def search(name: str, *state: torch.Tensor) -> torch.Tensor:
+        name = f"{block_name}.{name}"
+        return _search_codes(linears[name], hessians[name], config, *state)
 
-        with phases("finetune"), _dense(block, dtype) as quantized:
-            tuned = finetune_block(block_name, index, blocks, quantized, stream, targets, config, search)
-        targets.close()
-        reports["blocks"].append(tuned.to_dict())
-        progress.on_block_report(tuned)
+    with stream.empty() as targets:
+        with phases("calibrate"):
+            sums = calibration.HessianSums(linears)
+            sums.gather(stream, index, block, targets if tunes else None)
+            hessians = sums.hessians()
+        phases.move("calibrate", "hessian", sums.seconds)
+        for name, linear in linears.items():
+            with phases("quantize"):
+                started = time.perf_counter()
+                try:
+                    layer, solved = quantize_linear(linear, hessians[name], config)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+                block.set_submodule(name.removeprefix(f"{block_name}."), layer)
+                seconds = time.perf_counter() - started
+            with phases("reference"):
+                report = _layer_report(name, linear, hessians[name], config, solved, seconds)
+                report.tokens = sums.tokens[sums.leader[name]]
+            reports["layers"].append(report.to_dict())
+            progress.on_layer(report)
+        if tunes:
+            with phases("finetune"), _dense(block, dtype) as quantized:
+                tuned = finetune_block(block_name, index, blocks, quantized, stream, targets, config, search)
+            reports["blocks"].append(tuned.to_dict())
+            progress.on_block_report(tuned)
     return reports
 
 
@@ -227,6 +239,7 @@ def _search_codes(
         scales.flatten().cpu().numpy(),
         config.search_beam_size,
         config.seed,
+        config.search_pairs,
     )
     return torch.from_numpy(_core.pack_codes(found, nbits)).to(codes.device)
 
@@ -238,10 +251,10 @@ def _dense(block: torch.nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Qua
     For runs over the calibration sequences: a dense product is the fastest there.
     """
     quantized = dict(quantized_linears(block))
-    for name, layer in quantized.items():
-        block.set_submodule(name, layer.dequantize(dtype))
-    block.requires_grad_(False)
     try:
+        for name, layer in quantized.items():
+            block.set_submodule(name, layer.dequantize(dtype))
+        block.requires_grad_(False)
         yield quantized
     finally:
         for name, layer in quantized.items():
@@ -334,20 +347,22 @@ def _check_targets(
 
 def _work(
     model: Any,
-    block: torch.nn.Module,
+    blocks: Sequence[torch.nn.Module],
+    index: int,
     linears: dict[str, torch.nn.Linear],
     sequences: torch.Tensor,
     config: AqlmConfig,
 ) -> Work:
     text = model.config.get_text_config()
+    lookahead = min(config.finetune_lookahead, len(blocks) - 1 - index)
     fused = getattr(model.config, "_attn_implementation", None) != "eager"
     return Work.from_shapes(
         {name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
-        sum(module.weight.numel() for module in block.modules() if isinstance(module, torch.nn.Linear)),
+        sum(module.weight.numel() for module in blocks[index].modules() if isinstance(module, torch.nn.Linear)),
         tokens=sequences.numel(),
         sequence_length=sequences.shape[1],
         hidden_size=text.hidden_size,
-        config=config,
+        config=dataclasses.replace(config, finetune_lookahead=lookahead),
         itemsize=model.dtype.itemsize,
         heads=0 if fused else getattr(text, "num_attention_heads", 0),
     )

@@ -41,7 +41,8 @@ def decibels(error: float, reference: float | None) -> float | None:
 
 @dataclasses.dataclass
 class LayerReport:
-    """One quantized linear layer. Errors are tr(D H D^T) / tr(W H W^T), D = W - Wq (arXiv 2401.06118).
+    """One quantized linear layer. Errors are tr(D H D^T) / tr(W H W^T), D = W - Wq (arXiv 2401.06118), before block
+    fine-tuning, which gives up some of it for the block's output.
 
     `gaussian_code_rate` and `gaussian_true_rate` are the relative errors that reverse water-filling gives
     i.i.d. Gaussian weights under this H, at the bits of the codes alone and at all bits stored. They are a
@@ -84,10 +85,11 @@ class LayerReport:
 class BlockReport:
     """Fine-tuning of one block (arXiv 2401.06118, section 3.4).
 
-    Errors are ||Y - Yq||^2 / ||Y||^2 of the block's output over tokens, Y the original model's: before and after,
-    on the sequences trained on and on those held out, None where there are none. history: (training, held-out)
-    error of what is tuned for, the mean of this and of that after `finetune_lookahead` more blocks, at the start
-    and after each epoch. searched: layers whose codes were searched again and kept.
+    Errors are ||Y - Yq||^2 / ||Y||^2 of the block's output over tokens, Y the original block's for the same
+    activations, those of the model quantized up to it: before and after, on the sequences trained on and on those
+    held out. history: (training, held-out) error of what is tuned for, the mean of this and of that after
+    `finetune_lookahead` more blocks, at the start and after each epoch. searched: layers whose codes were searched
+    again and kept.
     """
 
     name: str
@@ -218,7 +220,8 @@ def make_table(title: str, headers: tuple[str, ...]) -> Any:
 
 def _layer_table(report: QuantizationReport) -> Any:
     table = make_table(
-        f"{len(report.layers)} layers at {report.bits_per_weight:.3f} bits per weight, means over blocks",
+        f"{len(report.layers)} layers at {report.bits_per_weight:.3f} bits per weight, means over blocks"
+        + (", before fine-tuning" if report.blocks else ""),
         ("layer", "n", "out x in", "error", "worst", "dB code", "dB true", "bits"),
     )
     groups: dict[tuple[str, str], list[LayerReport]] = {}

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from . import _core
+from .checkpoint import quantized_linears
 from .config import AqlmConfig
 from .report import versions
 
@@ -164,7 +165,8 @@ class WorkDir:
             log.warning("work_dir=%r: no file locks here: let no other process use it", str(self.path))
         else:
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with self._explained("locking", "it"):
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BlockingIOError(
                     f"work_dir={str(self.path)!r}: another process uses it; expected a free one: "
@@ -243,8 +245,12 @@ class WorkDir:
 
 
 def block_state(block: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a block by their name in it, for `WorkDir.save_block`; they are the block's own, no copies."""
-    return {name: value for name, value in block.state_dict().items() if isinstance(value, torch.Tensor)}
+    """What quantization changes in a block, for `WorkDir.save_block`: the tensors of its quantized layers, norms and
+    biases, by their name in the block; they are the block's own, no copies.
+    """
+    quantized = tuple(f"{name}." for name, _ in quantized_linears(block))
+    named = block.named_parameters()
+    return {name: p.detach() for name, p in named if name.startswith(quantized) or p.squeeze().ndim <= 1}
 
 
 def restore_block(
@@ -265,7 +271,9 @@ def restore_block(
     for name in (name.removesuffix(".codes") for name in tensors if name.endswith(".codes")):
         layers[name] = QuantizedLinear.empty(block.get_submodule(name), config, tensors[f"{name}.codebooks"].dtype)
         block.set_submodule(name, layers[name])
-    block.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
+    found = block.load_state_dict({name: t.to(device) for name, t in tensors.items()}, strict=False, assign=True)
+    if found.unexpected_keys:
+        raise ValueError(f"tensors: got {found.unexpected_keys[0]!r}, expected names of the block's own")
     for layer in layers.values():
         for parameter in layer.parameters():  # as in a layer that was quantized in this process
             parameter.requires_grad_(parameter.is_floating_point())

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import FORMAT, AqlmConfig, int_between
+from .config import DEFAULTS_BY_SOLVER, FORMAT, AqlmConfig, int_between
 from .report import QuantizationReport, peak_memory
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ldl_passes": 10,
         "max_sweeps": 12,
         "relative_mse_tolerance": 0.003,
-        "finetune_lookahead": 3,
+        "finetune_lookahead": 2,
     },
 }
 
@@ -91,7 +91,8 @@ class RunConfig(_SolverOptions):
     def from_file(cls, path: str | os.PathLike[str], **explicit: Any) -> RunConfig:
         """The run that a YAML file describes, a mapping of the fields' names; `explicit` ones win over the file.
 
-        An explicit preset replaces all that presets set, also where the file gives it. Raises ValueError naming
+        An explicit preset replaces all that presets set, also where the file gives it; so does an explicit solver
+        with what has another default for each solver. Raises ValueError naming
         the file and what is wrong in it, OSError if it cannot be read.
         """
         fields = _read_yaml(Path(path))
@@ -100,8 +101,8 @@ class RunConfig(_SolverOptions):
             cls(**fields)
         except ValueError as error:
             raise ValueError(f"config={str(path)!r}: {error}") from None
-        if "preset" in explicit:
-            fields = {name: value for name, value in fields.items() if name not in PRESET_FIELDS}
+        replaced = (PRESET_FIELDS if "preset" in explicit else []) + (BY_SOLVER if "solver" in explicit else [])
+        fields = {name: value for name, value in fields.items() if name not in replaced}
         return cls(**{**fields, **explicit})
 
     def resolve(self) -> tuple[AqlmConfig, dict[str, Any]]:
@@ -114,6 +115,8 @@ class RunConfig(_SolverOptions):
                 raise ValueError(f"{name.upper()}: missing, expected {what}, as an argument or in the config file")
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(RunConfig)}
         chosen = {**_DEFAULTS, **PRESETS[self.preset]}
+        if self.solver == "paper":  # the reference's own values
+            chosen |= dict.fromkeys(BY_SOLVER)
         resolved = {name: chosen.get(name) if value is None else value for name, value in given.items()}
         solver = {field.name: resolved.pop(field.name) for field in _SOLVER_FIELDS}
         config = AqlmConfig.from_scheme(self.scheme, **solver)
@@ -124,6 +127,7 @@ class RunConfig(_SolverOptions):
         return _yaml_text({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
 
+BY_SOLVER = list(DEFAULTS_BY_SOLVER)
 FIELDS = {field.name: field.type for field in dataclasses.fields(RunConfig)}
 PRESET_FIELDS = sorted({name for preset in PRESETS.values() for name in preset})
 
@@ -183,6 +187,8 @@ def run(
     from .checkpoint import check_output, save_quantized
 
     check_output(config.out, config.overwrite)
+    if config.work_dir and Path(config.work_dir).resolve().is_relative_to(Path(config.out).resolve()):
+        raise ValueError(f"work_dir={config.work_dir!r}: expected a folder outside of OUT={str(config.out)!r}")
     from .data import BUNDLED, check_source, load_sequences, provenance
 
     sources = config.data or [BUNDLED]

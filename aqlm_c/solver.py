@@ -22,6 +22,9 @@ _LDL_BEYOND = 3.0
 _SWEEP_BEYOND = 1.0
 
 
+_PAPER_TURNS = 100  # at most; relative_mse_tolerance ends them
+
+
 class Hessian:
     """H = X^T X / n_tokens of a layer's inputs, and what is derived from it once for all layers that share it.
 
@@ -143,7 +146,7 @@ class _Solver:
 
     def _alternate(self) -> None:
         config, W, H = self.config, self.W, self.H
-        beam, pairs = config.search_beam_size, config.num_codebooks > 2 and config.nbits_per_codebook <= 8
+        beam, pairs = config.search_beam_size, config.search_pairs
         factor = self._timed("factor", self.hessian.factor, config.in_group_size, config.relative_damp)
         # What an error in each input costs once later groups have made up for what they can of it.
         order, _, metric = factor
@@ -182,7 +185,7 @@ class _Solver:
 
         beam, steps, rate = config.search_beam_size, config.adam_steps, config.adam_learning_rate
         moments = np.zeros((2, self.codebooks.size + scales.size))
-        for turn in range(config.ldl_passes + config.max_sweeps):
+        for turn in range(_PAPER_TURNS):
             before, codes = self.error, self.codes
             codebooks, scales, moments = self._timed(
                 *("codebooks", _core.update_adam, self.codebooks, self.scales, moments, W, H, codes),

@@ -7,9 +7,10 @@ import torch
 from tiny import random_tokens, tiny_llama
 
 from aqlm_c import quantize
-from aqlm_c.calibration import start_stream
+from aqlm_c.calibration import Stream, start_stream
 from aqlm_c.config import AqlmConfig
-from aqlm_c.finetune.block import finetune_block, held_out_batches
+from aqlm_c.finetune import block as block_module
+from aqlm_c.finetune.block import finetune_block, gradient_scale, held_out_batches
 from aqlm_c.linear import QuantizedLinear
 from aqlm_c.quantize import quantize_model
 
@@ -89,6 +90,35 @@ def test_gradients_are_accumulated():
     assert moved[1] == pytest.approx(moved[0], rel=0.5)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_smaller_last_batch_counts_by_its_sequences(monkeypatch, first):
+    order = [first, 2, 4, 5, 6, 7, 8, 3]  # 33 sequences in batches of 4: batch 8 has one
+    monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n) if n > 8 else torch.tensor(order[:n]) % n)
+    steps = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: steps.append(1) or step(self))
+    config = dataclasses.replace(CONFIG, finetune_epochs=1)
+    tuned(config, sequences=random_tokens(33, 16), layers="layers.0.mlp")
+    assert len(steps) == 8
+
+
+def test_float16_gradients_do_not_vanish(monkeypatch):
+    assert gradient_scale(torch.empty(4, 1024, 4096, dtype=torch.float16, device="meta")) == 2**18
+    assert gradient_scale(torch.empty(4, 1024, 4096, dtype=torch.bfloat16, device="meta")) == 1
+    small = 2.0**-18  # so many times more values has a large model's batch than a tiny one's
+    errors = block_module._Tuner._errors
+    monkeypatch.setattr(block_module._Tuner, "_errors", lambda *args: [error * small for error in errors(*args)])
+    moved = []
+    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 64 / small), (torch.float16, 1.0)):
+        monkeypatch.setattr(block_module, "gradient_scale", lambda _, scale=scale: scale)
+        model, _ = tuned(model=biased_llama(dtype=dtype), layers="layers.0")
+        name = "model.layers.0.post_attention_layernorm.weight"
+        moved.append(model.state_dict()[name].float() - biased_llama(dtype=dtype).state_dict()[name].float())
+    truth, scaled, unscaled = moved
+    assert torch.nn.functional.cosine_similarity(truth, scaled, dim=0) > 0.9
+    assert torch.nn.functional.cosine_similarity(truth, unscaled, dim=0) < 0.5
+
+
 def test_a_rate_that_destroys_keeps_the_start_and_stops_early():
     config = dataclasses.replace(CONFIG, finetune_learning_rate=0.9, finetune_patience=2, finetune_epochs=9)
     model, report = tuned(config, sequences=SEQUENCES[:8], batch_size=1)
@@ -152,8 +182,7 @@ def test_nan_in_outputs(batch, caplog):
     model = biased_llama()
     blocks, before = model.model.layers, model.model.layers[0].input_layernorm.weight.clone()
     stream = start_stream(model, blocks, SEQUENCES, 4)
-    targets = stream.copy()
-    targets.advance(0, blocks[0])
+    targets = Stream([stream.run(0, blocks[0], i) for i in range(8)], stream.arguments)
     targets.hidden[batch] = targets.hidden[batch] * torch.nan
     if batch == 4:
         with pytest.raises(ValueError, match="layer 0: NaN or Inf in the output of this block or of the 1 after it"):

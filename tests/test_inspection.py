@@ -97,6 +97,9 @@ def test_the_command_shows_layers_sizes_and_origin(inspect, tmp_path):
     assert written["bits_per_weight"] == pytest.approx(report.bits_per_weight)
     assert written["checked"] == len(load_file(tmp_path / "out" / "model.safetensors"))
 
+    for foreign in ('{"config": "x"}', '{"versions": [2], "config": {"seed": 1}}'):
+        (tmp_path / "out" / "report.json").write_text(foreign)
+        assert "not recorded" in inspect(tmp_path / "out")[1]
     (tmp_path / "out" / "report.json").unlink()
     assert inspect_model(tmp_path / "out").provenance["config"]["seed"] == 5  # from run.yaml
     (tmp_path / "out" / "run.yaml").unlink()

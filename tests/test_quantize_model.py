@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import random_model, random_tokens, tiny_llama
-from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, MistralConfig
+from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, MistralConfig, OlmoConfig
 
 from aqlm_c import calibration, quantize
 from aqlm_c.calibration import HessianSums, find_blocks, start_stream
@@ -352,6 +352,30 @@ def test_a_layer_the_solver_refuses_is_named():
     torch.nn.init.zeros_(model.model.layers[1].mlp.up_proj.weight)
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj: H: "):
         quantized(model)
+
+
+def test_a_float32_model_without_norms_and_biases():
+    model = random_model(OlmoConfig(**SMALL, intermediate_size=64))
+    _, report = quantized(model)
+    assert len(report.layers) == 21 and len(report.blocks) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0: expected an integer >= 1"),
+        ({"memory_limit": "8 bits"}, "memory_limit='8 bits': expected a number of bytes"),
+        ({"memory_limit": "1MiB"}, "memory_limit=1048576 .*: expected at least"),
+    ],
+)
+def test_wrong_limits(options, message):
+    with pytest.raises(ValueError, match=message):
+        quantized(**options)
+
+
+def test_a_model_elsewhere_is_refused():
+    with pytest.raises(ValueError, match="model: on meta, expected cpu"):
+        quantize_model(tiny_llama().to("meta"), random_tokens(6, 16), CONFIG)
 
 
 @pytest.mark.parametrize("value", [3e38, 1e25], ids=["overflow", "overflow of the square"])

@@ -62,6 +62,22 @@ def test_presets_resolve_and_explicit_options_win(monkeypatch):
     assert RunConfig("m", "o", preset="fast", samples=8).resolve()[1]["samples"] == 8
 
 
+def test_an_explicit_solver_brings_its_own_defaults(file):
+    path = file("model: a\nout: b\npreset: fast\nsolver: ldl\ninit_max_iter: 20\nrelative_mse_tolerance: 0.02\n")
+    config, resolved = RunConfig.from_file(path, solver="paper").resolve()
+    assert (config.init_max_iter, config.relative_mse_tolerance) == (100, 0.01)
+    assert resolved["init_max_iter"] == 100
+    assert RunConfig.from_file(path, solver="paper", init_max_iter=7).resolve()[0].init_max_iter == 7
+
+
+@pytest.mark.parametrize("inside", [".", "work", "a/b"])
+def test_a_work_dir_inside_out_is_refused_before_any_work(model_dir, tmp_path, inside):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"work_dir=.*: expected a folder outside of OUT="):
+        run(RunConfig(model_dir, out, work_dir=out / inside, **SMALL))
+    assert not out.exists()
+
+
 def test_a_file_reads_like_python(file, tmp_path):
     path = file("model: a\nout: b\ndata: text.txt\nfinetune_learning_rate: 1e-4\nmemory_limit: 8GiB\nlayers: mlp\n")
     expected = RunConfig("a", "b", data=["text.txt"], finetune_learning_rate=1e-4, memory_limit=8 * 2**30, layers="mlp")

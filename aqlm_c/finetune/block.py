@@ -36,6 +36,11 @@ def held_out_batches(n_batches: int, share: float) -> list[int]:
     return [(2 * i + 1) * n_batches // (2 * count) for i in range(count)]
 
 
+def gradient_scale(hidden: Tensor) -> float:
+    """What the loss of a batch `hidden` is multiplied by: Adam does not see it, but float16 gradients would vanish."""
+    return 2.0 ** math.floor(math.log2(hidden.numel() / 64)) if hidden.dtype == torch.float16 else 1.0
+
+
 def finetune_block(
     name: str,
     index: int,
@@ -59,7 +64,8 @@ def finetune_block(
 
     Raises ValueError for NaN or Inf in the block's outputs.
     """
-    return _Tuner(index, blocks, quantized, stream, targets, config).run(name, search)
+    with stream.empty() as ahead:
+        return _Tuner(index, blocks, quantized, stream, targets, ahead, config).run(name, search)
 
 
 class _Trained:
@@ -93,6 +99,7 @@ class _Tuner:
         quantized: Mapping[str, QuantizedLinear],
         stream: Stream,
         targets: Stream,
+        ahead: Stream,
         config: AqlmConfig,
     ) -> None:
         self.index, self.block, self.quantized = index, blocks[index], quantized
@@ -110,15 +117,15 @@ class _Tuner:
             for name, parameter in self.block.named_parameters()
             if name not in dense and parameter.is_floating_point() and parameter.squeeze().ndim <= 1
         }
-        n_batches = len(stream.hidden)
+        self.sequences = stream.batch_sizes()
+        n_batches = len(self.sequences)
+        self.gradient_scale = gradient_scale(stream.hidden[0])
         self.held_out = held_out_batches(n_batches, config.finetune_held_out)
         self.training = [batch for batch in range(n_batches) if batch not in self.held_out]
         self.probe = self.training[: len(self.held_out)]  # shows the error on what is trained on
-        self.goals = [targets]
-        if self.ahead:
-            self.goals.append(targets.copy())
-            for ahead, block in enumerate(self.ahead, index + 1):
-                self.goals[1].advance(ahead, block)
+        self.goals = [targets, ahead] if self.ahead else [targets]
+        for batch in range(n_batches if self.ahead else 0):
+            ahead.hidden.append(self._look_ahead(batch, targets.hidden[batch]).detach())
 
     @property
     def trained(self) -> list[_Trained]:
@@ -127,8 +134,6 @@ class _Tuner:
     def run(self, name: str, search: Search | None) -> BlockReport:
         started = time.perf_counter()
         config, trained = self.config, self.trained
-        groups = [{"params": [tensor.change], "lr": tensor.rate} for tensor in trained]
-        optimizer = torch.optim.Adam(groups, betas=_BETAS)
         self.ceiling, self.best = self._error(self.held_out)
         training_before, training = self._error(self.probe)
         if not math.isfinite(self.ceiling + self.best + training):
@@ -145,6 +150,8 @@ class _Tuner:
             if round_:
                 report.searched += self._search_again(search)
             since_best = 0
+            groups = [{"params": [tensor.change], "lr": tensor.rate} for tensor in trained]
+            optimizer = torch.optim.Adam(groups, betas=_BETAS)
             for _ in range(config.finetune_epochs):
                 training = self._epoch(optimizer, report.epochs)
                 own, held_out = self._error(self.held_out)
@@ -163,8 +170,6 @@ class _Tuner:
             layer.codes.data.copy_(self.codes[part])
         report.held_out_after, _ = self._error(self.held_out)
         report.training_after, _ = self._error(self.probe)
-        for goal in self.goals[1:]:
-            goal.close()
         report.seconds = time.perf_counter() - started
         return report
 
@@ -172,18 +177,18 @@ class _Tuner:
         """One pass over the training batches; the relative error on the way."""
         generator = torch.Generator().manual_seed(self.config.seed + 7919 * self.index + epoch)
         order = [self.training[i] for i in torch.randperm(len(self.training), generator=generator).tolist()]
-        sequences = self.stream.hidden[order[0]].shape[0]
-        per_step = max(1, round(self.config.finetune_batch_size / sequences))
+        per_step = math.ceil(self.config.finetune_batch_size / max(self.sequences))
         total = 0.0
         for step in range(0, len(order), per_step):
             batches = order[step : step + per_step]
             optimizer.zero_grad()
             for batch in batches:
+                share = self.sequences[batch] / sum(self.sequences[batch] for batch in batches)
                 loss = sum(self._errors(batch)) / len(self.goals)
-                (loss / len(batches)).backward()
-                total += loss.item()
+                (loss * (share * self.gradient_scale)).backward()
+                total += loss.item() * self.sequences[batch]
             optimizer.step()
-        return total / len(order)
+        return total / sum(self.sequences[batch] for batch in order)
 
     def _errors(self, batch: int) -> list[Tensor]:
         """The relative errors that are tuned for, of one batch."""
@@ -198,10 +203,13 @@ class _Tuner:
         def block(*args, **kwargs):
             return torch.func.functional_call(self.block, tensors, args, kwargs)
 
-        own = output = self.stream.forward(self.index, block, batch)
-        for ahead, original in enumerate(self.ahead, self.index + 1):
-            output = self.stream.forward(ahead, original, batch, output)
-        return [own, output][: len(self.goals)]
+        own = self.stream.forward(self.index, block, batch)
+        return [own, self._look_ahead(batch, own)] if self.ahead else [own]
+
+    def _look_ahead(self, batch: int, hidden: Tensor) -> Tensor:
+        for ahead, block in enumerate(self.ahead, self.index + 1):
+            hidden = self.stream.forward(ahead, block, batch, hidden)
+        return hidden
 
     def _tensors(self, rounded: bool) -> dict[str, Tensor]:
         """The block's parameters by name: dense weights decoded, norms and biases."""
