@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Named sets of the options whose default in RunConfig is None.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"finetune_epochs": 0, "ldl_passes": 4, "max_sweeps": 3, "relative_mse_tolerance": 0.02},
+    "fast": {"finetune_epochs": 0},
     "balanced": {},
     "best": {
         "ldl_passes": 10,

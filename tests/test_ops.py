@@ -238,6 +238,22 @@ def test_layer_compiles_whole():
             assert torch.equal(x.grad, y.grad)
 
 
+def test_layer_compiles_whole_by_default():
+    layer = make_layer()
+    x = torch.randn(3, SMALL[1])
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    gradients = []
+    for module in (compiled, layer):
+        layer.zero_grad()
+        inputs = x.clone().requires_grad_()
+        (y := module(inputs)).square().sum().backward()
+        gradients.append([y, inputs.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
+    assert len(gradients[0]) == 5
+    for ours, eager in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+
+
 def test_layer_refuses_codes_outside_the_codebook():
     layer = make_layer()
     state = layer.state_dict()

@@ -69,18 +69,14 @@ def finetune_block(
 
 
 class _Trained:
-    """A tensor in training, as start + size * change, so that Adam's steps are relative to its size."""
+    """A tensor in training, as start + size * change, so that Adam's steps are relative to size (zeros stay)."""
 
-    def __init__(self, parameter: nn.Parameter, size: Tensor, rate: float) -> None:
-        self.parameter, self.size, self.rate = parameter, size, rate
+    def __init__(self, parameter: nn.Parameter, rate: float, *, common_size: bool = False) -> None:
+        self.parameter, self.rate = parameter, rate
         self.start = parameter.detach().to(torch.float32, copy=True)
+        rms = self.start.square().mean().sqrt()
+        self.size = rms if common_size else self.start.abs().clamp(min=_SMALL * rms)
         self.change = torch.zeros_like(self.start).requires_grad_()
-
-    @classmethod
-    def of(cls, parameter: nn.Parameter, rate: float, *, common_size: bool = False) -> _Trained:
-        start = parameter.detach().float()
-        rms = start.square().mean().sqrt()
-        return cls(parameter, rms if common_size else start.abs().clamp(min=_SMALL * rms), rate)
 
     def value(self, rounded: bool) -> Tensor:
         value = self.start + self.size * self.change
@@ -108,12 +104,12 @@ class _Tuner:
         self.codes = {name: layer.codes.detach() for name, layer in quantized.items()}
         rate = config.finetune_learning_rate
         layers = quantized.items()
-        self.codebooks = {name: _Trained.of(layer.codebooks, rate, common_size=True) for name, layer in layers}
-        self.scales = {name: _Trained.of(layer.scales, rate * _OTHERS) for name, layer in layers}
+        self.codebooks = {name: _Trained(layer.codebooks, rate, common_size=True) for name, layer in layers}
+        self.scales = {name: _Trained(layer.scales, rate * _OTHERS) for name, layer in layers}
         kept = {f"{name}.bias": layer.bias for name, layer in layers}  # the dense layers have copies
         dense = {f"{name}.weight" for name in quantized}
         self.others = {  # norms and biases; matrices that were not quantized stay
-            name: _Trained.of(kept.get(name, parameter), rate * _OTHERS)
+            name: _Trained(kept.get(name, parameter), rate * _OTHERS)
             for name, parameter in self.block.named_parameters()
             if name not in dense and parameter.is_floating_point() and parameter.squeeze().ndim <= 1
         }
