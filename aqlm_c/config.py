@@ -11,7 +11,7 @@ _SCHEME = re.compile(r"(\d+)x(\d+)(?:g(\d+))?(?:o(\d+))?")
 _GROUP_SIZES = (4, 8, 16, 32)
 FORMAT = ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size")  # what a scheme says
 SOLVERS = ("ldl", "paper")
-DEFAULTS_BY_SOLVER = {"init_max_iter": (20, 100), "relative_mse_tolerance": (0.005, 0.01)}  # ldl, paper
+DEFAULTS_BY_SOLVER = {"init_max_iter": (20, 100), "relative_mse_tolerance": (0.003, 0.01)}  # ldl, paper
 _SHARES = (
     "relative_mse_tolerance",
     "relative_damp",
@@ -65,10 +65,10 @@ class AqlmConfig:
     # The solver of one layer.
     solver: str = "ldl"  # or "paper": exactly the reference recipe, for comparison
     beam_size: int = 0  # 0: exact pairs where K >= 2 and B <= 8 (with a beam of 4 where K > 2), else a beam of 1
-    relative_mse_tolerance: float | None = None  # stop when a sweep gains less of the error; None: 0.005, "paper": 0.01
+    relative_mse_tolerance: float | None = None  # stop when a sweep gains less of the error; None: 0.003, "paper": 0.01
     init_max_iter: int | None = None  # at most this many k-means rounds per codebook; None: 20, "paper": 100
-    ldl_passes: int = 6  # passes of sequential error feedback, each followed by an update of the codebooks
-    max_sweeps: int = 8  # at most this many coordinate sweeps after them
+    ldl_passes: int = 10  # passes of sequential error feedback, each followed by an update of the codebooks
+    max_sweeps: int = 12  # at most this many coordinate sweeps after them
     cg_steps: int = 3  # conjugate-gradient steps per update of the codebooks
     adam_steps: int = 100  # of solver="paper", per update of codebooks and scales
     adam_learning_rate: float = 1e-4
@@ -78,7 +78,7 @@ class AqlmConfig:
     finetune_epochs: int = 3  # 0: none
     finetune_batch_size: int = 4  # sequences for each step of Adam
     finetune_learning_rate: float = 7e-3  # of codebooks, relative to their size; a seventh of it for all else
-    finetune_lookahead: int = 1  # outputs are compared after so many of the following blocks
+    finetune_lookahead: int = 2  # outputs are compared after so many of the following blocks
     finetune_patience: int = 2  # stop after so many epochs without a lower held-out error
     finetune_held_out: float = 0.125  # share of the sequences that validate and are not trained on
     finetune_search: int = 0  # times the codes are searched again after tuning, kept where the held-out error falls

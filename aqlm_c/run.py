@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 # Named sets of the options whose default in RunConfig is None.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"finetune_epochs": 0},
+    "fast": {"finetune_epochs": 0, "ldl_passes": 6, "max_sweeps": 8, "relative_mse_tolerance": 0.005},
     "balanced": {},
     "best": {
-        "ldl_passes": 10,
-        "max_sweeps": 12,
-        "relative_mse_tolerance": 0.003,
-        "finetune_lookahead": 2,
+        "ldl_passes": 14,
+        "max_sweeps": 16,
+        "relative_mse_tolerance": 0.002,
+        "finetune_epochs": 6,
+        "finetune_lookahead": 3,
     },
 }
 

@@ -44,11 +44,12 @@ def work(shapes=None, config=None, **fields):
 
 def test_the_default_rates_are_those_of_the_measured_run():
     measured = {"calibrate": 67, "hessian": 62, "quantize": 350, "reference": 9, "propagate": 77}
-    predicted = work(config=AqlmConfig(finetune_epochs=0)).seconds(Rates())
+    predicted = work(config=AqlmConfig(finetune_epochs=0, ldl_passes=6, max_sweeps=8)).seconds(Rates())
     assert predicted.keys() == measured.keys()
     for phase, seconds in measured.items():
         assert 30 * predicted[phase] == pytest.approx(seconds, rel=0.15), phase
-    assert 30 * work().seconds(Rates())["finetune"] == pytest.approx(1183, rel=0.15)  # 3 epochs, lookahead 1
+    tuned = work(config=AqlmConfig(finetune_lookahead=1)).seconds(Rates())["finetune"]
+    assert 30 * tuned == pytest.approx(1183, rel=0.15)  # 3 epochs
 
 
 def test_inputs_are_those_that_the_block_shows_when_it_runs():
@@ -218,7 +219,7 @@ GIB = 2**30
 def test_memory_counts_streams_and_the_phase_that_needs_most():
     plain, tuned = work(config=AqlmConfig(finetune_epochs=0)), work()
     assert plain.activations() == 65536 * 576 * 2
-    assert tuned.activations() == 2 * plain.activations()
+    assert tuned.activations() == 3 * plain.activations()  # and what its outputs should be, twice
     assert plain.memory() > sum(n * n for n in plain.inputs) * 20
     assert tuned.memory() > plain.memory()
     whole = work(heads=9).memory() - tuned.memory()  # attention that keeps its scores
