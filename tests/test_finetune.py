@@ -185,7 +185,7 @@ def test_nan_in_outputs(batch, caplog):
     targets = Stream([stream.run(0, blocks[0], i) for i in range(8)], stream.arguments)
     targets.hidden[batch] = targets.hidden[batch] * torch.nan
     if batch == 4:
-        with pytest.raises(ValueError, match="layer 0: NaN or Inf in the output of this block or of the 1 after it"):
+        with pytest.raises(ValueError, match="layer 0: NaN or Inf in the output of this block or of the 2 after it"):
             finetune_block("layer 0", 0, blocks, {}, stream, targets, CONFIG)
         return
     report = finetune_block("layer 0", 0, blocks, {}, stream, targets, CONFIG)
