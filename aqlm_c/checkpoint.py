@@ -253,8 +253,8 @@ def _runs(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # there, but not ours
-        return True
+    except PermissionError:  # there, but not ours
+        pass
     return True
 
 

@@ -102,8 +102,8 @@ def quantize_weight(weight: Any, H: Any, config: AqlmConfig, *, dtype: str = "fl
     measured, that lowers the error under other text and often under H itself.
 
     With solver="paper" it is the reference's recipe under H itself: scales are the rows' norms, k-means is plain;
-    then `adam_steps` of Adam on codebooks and scales and one sweep of beam search take turns, at most ldl_passes +
-    max_sweeps times, until a turn lowers the error by less than `relative_mse_tolerance` of itself. The best state
+    then `adam_steps` of Adam on codebooks and scales and one sweep of beam search take turns, at most 100 times, until
+    a turn lowers the error by less than `relative_mse_tolerance` of itself. The best state
     is kept. (One thing differs for beams wider than 1: each group's search ends with its best code, where the
     reference carries its beam along the row.)
 

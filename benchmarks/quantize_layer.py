@@ -86,7 +86,7 @@ def main() -> None:
     for layer, (start, solver) in itertools.product(args.layers, ((s, o) for s in solvers for o in solvers[s])):
         config = AqlmConfig.from_scheme(args.scheme, **solver)
         paper = config.solver == "paper"
-        beam_size = config.beam_size or int(paper) or config.search_beam_size
+        beam_size = config.search_beam_size
         fresh = Hessian(shown[layer].H)  # so that its factor is timed too
         started = time.perf_counter()
         found = quantize_weight(weights[layer], fresh, config, dtype="bfloat16")
