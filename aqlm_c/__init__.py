@@ -18,6 +18,7 @@ _HOMES = {
     "quantize_linear": "quantize",
     "quantize_model": "quantize",
     "save_quantized": "checkpoint",
+    "push_to_hub": "hf.card",
     "load_model": "models",
     "load_sequences": "data",
     "token_stream": "data",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from .data import load_sequences as load_sequences
     from .data import token_stream as token_stream
     from .evaluate import perplexity as perplexity
+    from .hf.card import push_to_hub as push_to_hub
     from .linear import QuantizedLinear as QuantizedLinear
     from .models import load_model as load_model
     from .quantize import quantize_linear as quantize_linear

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 import os
+import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,8 @@ import torch
 from . import _core
 from .config import AqlmConfig
 from .solver import Hessian
+
+log = logging.getLogger("aqlm_c")
 
 _TOKENS_PER_BATCH = 8192
 
@@ -50,6 +55,25 @@ def find_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     if best is None:
         raise ValueError(f"model: {type(model).__name__} has no list of blocks with linear layers to quantize")
     return best
+
+
+def routers(block: torch.nn.Module) -> set[str]:
+    """Names in `block` of the linears that choose experts: beside a list of n experts, with n outputs or one.
+
+    They are small, and what they choose must not change.
+    """
+    found = set()
+    for name, parent in block.named_modules():
+        lists = (child for child in parent.children() if isinstance(child, torch.nn.ModuleList))
+        outputs = {len(experts) for experts in lists if any(isinstance(m, torch.nn.Linear) for m in experts.modules())}
+        if outputs:
+            children = ((f"{name}.{child}".lstrip("."), linear) for child, linear in parent.named_children())
+            found |= {
+                child
+                for child, linear in children
+                if isinstance(linear, torch.nn.Linear) and linear.out_features in outputs | {1}
+            }
+    return found
 
 
 class DiskTensors:
@@ -220,7 +244,8 @@ class HessianSums:
     """Sums of X^T X over the calibration inputs of some linears of one block, one for each distinct input.
 
     Linears that are given the same tensor (q, k and v; gate and up) share a sum; that is seen while the
-    block runs.
+    block runs. Linears whose names differ in a number alone are one kind, of several experts: one that saw fewer
+    tokens than it has inputs is given the H of all its kind.
     """
 
     def __init__(self, linears: Mapping[str, torch.nn.Linear]) -> None:
@@ -230,26 +255,42 @@ class HessianSums:
         self.tokens: dict[str, int] = {}
         self.seconds = 0.0  # spent on the sums alone
         self._seen: dict[str, torch.Tensor] = {}  # leader -> its input in this batch
-        self._last: str | None = None
+        self._called: list[str] = []  # in this batch
+        self._last: str | None = None  # that every batch calls, once
 
     def gather(self, stream: Stream, index: int, block: torch.nn.Module, outputs: Stream | None = None) -> None:
         """Run `block`, the model's number `index`, on all of `stream` and add up its linears' inputs.
 
         outputs: an empty stream that takes the block's outputs, if they are wanted.
         """
+        self._gather(
+            (lambda batch=batch: stream.run(index, block, batch) for batch in range(len(stream.hidden))), outputs
+        )
+
+    @torch.no_grad()
+    def gather_whole(self, model: torch.nn.Module, sequences: torch.Tensor, batch_size: int) -> None:
+        """Run the whole model, up to the last of the linears, on token ids [n, length] and add up their inputs."""
+        if len(self.linears) == 1:
+            self._last = next(iter(self.linears))
+        batches = sequences.to(next(model.parameters()).device).split(batch_size)
+        self._gather(lambda ids=ids: model(input_ids=ids, use_cache=False) for ids in batches)
+
+    def _gather(self, runs: Iterable[Callable[[], Any]], outputs: Stream | None = None) -> None:
         hooks = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.linears.items()]
         try:
-            for batch in range(len(stream.hidden)):
+            for run in runs:
                 try:
-                    output = stream.run(index, block, batch)
+                    output = run()
                     if outputs is not None:
                         outputs.hidden.append(output)
                 except _Stop:
                     continue
+                else:
+                    if outputs is None and len(self._called) == len(self.linears):
+                        self._last = self._called[-1]
                 finally:
                     self._seen.clear()
-                if outputs is None and len(self.leader) == len(self.linears):
-                    self._last = next(reversed(self.leader))
+                    self._called.clear()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -257,24 +298,53 @@ class HessianSums:
     def hessians(self) -> dict[str, Hessian]:
         """Each linear's H = X^T X / n_tokens; the same object for linears that share their input.
 
-        Raises ValueError naming a linear whose inputs were NaN, Inf or too large to square, or that saw no
-        input at all.
+        Experts with too few tokens share the H of all their kind; a warning names them. Raises ValueError naming a
+        linear whose inputs were NaN, Inf or too large to square, or that saw no input at all, nor did its kind.
         """
+        shared: dict[tuple[str, ...], Hessian] = {}
+        few = []
         for name in self.linears:
-            if name not in self.leader:
-                raise ValueError(f"{name}: the calibration sequences never reach this layer; leave it out or use more")
-        shared = {}
-        for name, total in self.sums.items():
-            with np.errstate(over="ignore"):
-                H = (total / self.tokens[name]).astype(np.float32)
-            if not np.isfinite(H.diagonal()).all():
-                raise ValueError(f"{name}: NaN or Inf in H of the layer's input activations, expected finite values")
-            shared[name] = Hessian(H)
-        return {name: shared[leader] for name, leader in self.leader.items()}
+            leaders = self._leaders(name)
+            if leaders != (self.leader.get(name),):
+                few.append(name)
+            if leaders not in shared:
+                shared[leaders] = self._hessian(name, leaders)
+        if few:
+            log.warning(
+                "fewer calibration tokens than in_features, H of all experts taken for %d layers: %s",
+                len(few),
+                ", ".join(few),
+            )
+        return {name: shared[self._leaders(name)] for name in self.linears}
+
+    def tokens_of(self, name: str) -> int:
+        """Tokens that the linear's H is of."""
+        return sum(self.tokens[leader] for leader in self._leaders(name))
+
+    def _leaders(self, name: str) -> tuple[str, ...]:
+        """The linears whose sums make up H of `name`."""
+        own = self.leader.get(name)
+        if own is not None and self.tokens[own] >= self.linears[name].in_features:
+            return (own,)
+        kind = [leader for other, leader in self.leader.items() if _kind(other) == _kind(name)]
+        return tuple(dict.fromkeys(kind))
+
+    def _hessian(self, name: str, leaders: tuple[str, ...]) -> Hessian:
+        if not leaders:
+            raise ValueError(f"{name}: the calibration sequences never reach this layer; leave it out or use more")
+        with np.errstate(over="ignore"):
+            total = functools.reduce(np.add, (self.sums[leader] for leader in leaders))
+            H = (total / self.tokens_of(name)).astype(np.float32)
+        if not np.isfinite(H.diagonal()).all():
+            raise ValueError(f"{name}: NaN or Inf in H of the layer's input activations, expected finite values")
+        return Hessian(H)
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0]
+            if not x.numel():  # an expert that no token of this batch goes to
+                return
+            self._called.append(name)
             if name not in self.leader:
                 same = (leader for leader, seen in self._seen.items() if _same_tensor(seen, x))
                 self.leader[name] = next(same, name)
@@ -297,6 +367,11 @@ class HessianSums:
         _core.accumulate_hessian(self.sums[name], rows.numpy())
         self.tokens[name] += rows.shape[0]
         self.seconds += time.perf_counter() - started
+
+
+@functools.cache
+def _kind(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _same_tensor(a: torch.Tensor | None, b: torch.Tensor) -> bool:

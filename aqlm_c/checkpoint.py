@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from .config import AqlmConfig
 
 if TYPE_CHECKING:
-    from .linear import QuantizedLinear
+    from .linear import QuantizedLayer
 
+_INDEX = "*.safetensors.index.json"
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -35,11 +36,11 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-def quantized_linears(model: torch.nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
-    """(name, module) of every QuantizedLinear of `model`, in order."""
-    from .linear import QuantizedLinear
+def quantized_linears(model: torch.nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """(name, module) of every quantized linear and embedding of `model`, in order."""
+    from .linear import QuantizedLayer
 
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer))
 
 
 def unquantized_parameters(model: torch.nn.Module) -> list[str]:
@@ -54,58 +55,88 @@ def unquantized_parameters(model: torch.nn.Module) -> list[str]:
 def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, StoredTensor]:
     """Names, dtypes and shapes of the tensors in safetensors files, without their data.
 
-    Raises ValueError naming the file that is not safetensors, is truncated or has a damaged header.
+    Raises ValueError naming the file that is not safetensors, is truncated or has a damaged header, or the
+    tensor that two files have or that is not where an index of these files says.
     """
+    files = list(map(Path, files))
     tensors: dict[str, StoredTensor] = {}
-    for file in map(Path, files):
+    for file in files:
         if file.suffix != ".safetensors":
             raise ValueError(f"{file}: expected a .safetensors file")
         try:
             with safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118  (a safe_open cannot be iterated)
+                    if name in tensors:
+                        raise ValueError(f"{name} in {file}: unexpected, {tensors[name].file.name} has it too")
                     tensor = stored.get_slice(name)
                     tensors[name] = StoredTensor(file, tensor.get_dtype(), tuple(tensor.get_shape()))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: expected a complete safetensors file, found: {error}") from None
+    if [file.name for file in files] != ["model.safetensors"]:
+        for index in {path for folder in {file.parent for file in files} for path in folder.glob(_INDEX)}:
+            _check_index(index, files, tensors)
     return tensors
 
 
 def read_directory(directory: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """`read_headers` of every safetensors file in `directory`; shards its index names must be there."""
+    """`read_headers` of the safetensors files that a model in `directory` is loaded from.
+
+    These are model.safetensors, else the shards that an index names, else all. Raises ValueError, too, naming a
+    shard that is not there.
+    """
     directory = Path(directory)
-    files = set(directory.glob("*.safetensors"))
-    for index in directory.glob("*.safetensors.index.json"):
-        try:
-            named = {
-                directory / shard for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            }
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{index}: expected a JSON object with 'weight_map'") from None
-        if missing := sorted(named - files):
+    if (directory / "model.safetensors").exists():
+        return read_headers([directory / "model.safetensors"])
+    files = set()
+    for index in directory.glob(_INDEX):
+        files |= set(_read_index(index).values())
+        if missing := sorted(file for file in files if not file.exists()):
             raise ValueError(f"{missing[0]}: missing, but {index.name} names it")
-    return read_headers(sorted(files))
+    return read_headers(sorted(files or directory.glob("*.safetensors")))
 
 
-def check_stored_linear(
-    name: str, tensors: Mapping[str, StoredTensor], config: AqlmConfig, linear: torch.nn.Linear
+def _check_index(index: Path, files: Iterable[Path], tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise ValueError naming a tensor that is not where `index` says, unless that is of other files."""
+    places = _read_index(index)
+    if set(places.values()) != set(files):
+        return
+    for name in sorted(places.keys() | tensors.keys()):
+        found = tensors[name].file if name in tensors else None
+        if places.get(name) != found:
+            place = places[name].name if name in places else "no file"
+            raise ValueError(f"{name} in {index}: {place}, expected {found.name if found else 'no such tensor'}")
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    """The file of each tensor, as an index has it."""
+    try:
+        fields = json.loads(index.read_text(encoding="utf-8"))
+        return {name: index.parent / shard for name, shard in fields["weight_map"].items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{index}: expected a JSON object with 'weight_map'") from None
+
+
+def check_stored_layer(
+    name: str, tensors: Mapping[str, StoredTensor], config: AqlmConfig, layer: torch.nn.Linear | torch.nn.Embedding
 ) -> torch.dtype:
-    """Check the stored tensors of the quantized `linear` called `name`; returns the dtype of its codebooks.
+    """Check the stored tensors of the quantized `layer` called `name`; returns the dtype of its codebooks.
 
     Raises ValueError naming the tensor, its file, and the dtype or shape that was expected.
     """
-    config.check_layer(name, linear.out_features, linear.in_features)
-    entries, rows = 2**config.nbits_per_codebook, linear.out_features // config.out_group_size
+    out_features, in_features = layer.weight.shape
+    config.check_layer(name, out_features, in_features)
+    entries, rows = 2**config.nbits_per_codebook, out_features // config.out_group_size
     codes = "I8" if config.nbits_per_codebook <= 8 else "I16"
     expected = {
-        "codes": ((codes,), (rows, linear.in_features // config.in_group_size, config.num_codebooks)),
+        "codes": ((codes,), (rows, in_features // config.in_group_size, config.num_codebooks)),
         "codebooks": (
             tuple(_FLOATS),
             (config.num_codebooks, entries, config.out_group_size, config.in_group_size),
         ),
         "scales": (tuple(_FLOATS), (rows, 1, 1, 1)),
     }
-    if linear.bias is not None:
-        expected["bias"] = (tuple(_FLOATS), (linear.out_features,))
+    if getattr(layer, "bias", None) is not None:
+        expected["bias"] = (tuple(_FLOATS), (out_features,))
     for part, (dtypes, shape) in expected.items():
         tensor = tensors.get(f"{name}.{part}")
         if tensor is None:
@@ -121,12 +152,31 @@ def check_stored_linear(
     return _FLOATS[books.dtype]
 
 
-def check_values(name: str, linear: QuantizedLinear) -> None:
-    """Raise ValueError naming the tensor: codes beyond the codebook, codebooks or scales not finite."""
-    linear.check_codes(f"{name}.codes")
-    for part in ("codebooks", "scales"):
-        if not torch.isfinite(getattr(linear, part)).all():
-            raise ValueError(f"{name}.{part}: NaN or Inf, expected finite values")
+def check_values(
+    name: str, linear: QuantizedLayer, stored: Mapping[str, tuple[str, StoredTensor]] | None = None
+) -> None:
+    """Raise ValueError naming the tensor: codes beyond the codebook, codebooks or scales not finite.
+
+    `stored`, by names in the model: name and place of a tensor in its file, where those on the meta device (of an
+    offloaded layer) are read; without, they are left out.
+    """
+    from .linear import check_code_range
+
+    for part in ("codes", "codebooks", "scales"):
+        value, label = getattr(linear, part), f"{name}.{part}"
+        if part == "codes" and linear.nbits_per_codebook in (8, 16):  # they fill their dtype
+            continue
+        if value.is_meta:
+            if not stored or label not in stored:
+                continue
+            key, tensor = stored[label]
+            label = f"{key} in {tensor.file}"
+            with safe_open(tensor.file, framework="pt") as file:
+                value = file.get_tensor(key)
+        if part == "codes":
+            check_code_range(value, linear.nbits_per_codebook, label)
+        elif not torch.isfinite(value).all():
+            raise ValueError(f"{label}: NaN or Inf, expected finite values")
 
 
 def stored_linears(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
@@ -139,18 +189,19 @@ def stored_linears(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, S
     return linears
 
 
-def check_stored_values(tensors: Mapping[str, StoredTensor], config: AqlmConfig | None) -> None:
+def check_stored_values(tensors: Mapping[str, StoredTensor]) -> None:
     """Read every tensor, one at a time, and raise as `check_values` does; dense ones must be finite too.
 
-    `config` is the format of the quantized linears, None where there are none.
+    How many bits codes have is what the shape of their codebooks says, which `check_stored_layer` has checked.
     """
     from .linear import check_code_range
 
     for name, tensor in tensors.items():
         with safe_open(tensor.file, framework="pt") as stored:
             value = stored.get_tensor(name)
-        if config and name.endswith(".codes"):
-            check_code_range(value, config.nbits_per_codebook, f"{name} in {tensor.file}")
+        books = tensors.get(f"{name.removesuffix('.codes')}.codebooks")
+        if books and name.endswith(".codes"):
+            check_code_range(value, books.shape[1].bit_length() - 1, f"{name} in {tensor.file}")
         elif tensor.dtype in _FLOATS and not torch.isfinite(value).all():
             raise ValueError(f"{name} in {tensor.file}: NaN or Inf, expected finite values")
 

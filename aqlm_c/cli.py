@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from . import __version__
 from .config import SOLVERS, int_between
 from .report import BlockReport, LayerReport, QuantizationReport, db_text, write_json
-from .run import FIELDS, PRESETS, RunConfig, parse_option, run, set_threads
+from .run import FIELDS, PRESETS, RunConfig, parse_option, parse_rule, run, set_threads
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when torch imports tqdm: progress is shown by `Display` alone
 
@@ -109,6 +109,13 @@ def quantize(
     seed: Annotated[int | None, _optional("Seed of everything random. \\[default: 0]")] = None,
     threads: Threads = None,
     layers: Annotated[str | None, _optional("Quantize only layers whose name matches.", metavar="REGEX")] = None,
+    rule: Annotated[
+        list[str] | None,
+        _optional(
+            "Another scheme, or dense, for layers whose name matches, also embed_tokens and lm_head; repeatable.",
+            metavar="REGEX=SCHEME",
+        ),
+    ] = None,
     solver: Annotated[
         str | None, _optional("paper: the reference recipe. \\[default: ldl]", metavar="|".join(SOLVERS))
     ] = None,
@@ -140,6 +147,8 @@ def quantize(
     explicit = {name: value for name, value in context.params.items() if name in FIELDS and value not in (None, [], ())}
     _check_threads(threads)
     explicit |= dict(map(parse_option, set_ or []))
+    if rule:
+        explicit["rules"] = dict(map(parse_rule, rule))
     run_config = RunConfig.from_file(config, **explicit) if config else RunConfig(**explicit)
     run_config.resolve()[0].check_searchable()
     _check_json(json)

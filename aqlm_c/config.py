@@ -12,6 +12,7 @@ _GROUP_SIZES = (4, 8, 16, 32)
 FORMAT = ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size")  # what a scheme says
 SOLVERS = ("ldl", "paper")
 DEFAULTS_BY_SOLVER = {"init_max_iter": (20, 100), "relative_mse_tolerance": (0.003, 0.01)}  # ldl, paper
+DENSE = "dense"  # the scheme of a layer that stays as it is
 _SHARES = (
     "relative_mse_tolerance",
     "relative_damp",
@@ -49,6 +50,24 @@ def parse_scheme(scheme: str) -> dict[str, int]:
     }
 
 
+def _checked_rules(rules: Any) -> dict[str, str]:
+    if isinstance(rules, (list, tuple)) and all(isinstance(rule, (list, tuple)) and len(rule) == 2 for rule in rules):
+        rules = dict(rules)  # as config.json has them: it sorts the names of a mapping, and the order counts
+    if not isinstance(rules, Mapping | None):
+        raise ValueError(f"rules={rules!r}: expected a mapping of regular expressions to schemes")
+    for pattern, scheme in (rules or {}).items():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"rules: {pattern!r}: expected a regular expression: {error}") from None
+        if scheme != DENSE:
+            try:
+                AqlmConfig(**parse_scheme(scheme))
+            except ValueError as error:
+                raise ValueError(f"rules: {pattern!r}: {error}, or {DENSE!r}") from None
+    return dict(rules or {})
+
+
 @dataclasses.dataclass(frozen=True)
 class AqlmConfig:
     """The format of a quantized weight and the options of its solver (AQLM, arXiv 2401.06118, section 3).
@@ -61,6 +80,8 @@ class AqlmConfig:
     nbits_per_codebook: int = 8
     in_group_size: int = 8
     out_group_size: int = 1
+    # Other formats by layer: a regular expression found in its name -> scheme or "dense"; the first that fits counts.
+    rules: dict[str, str] | None = dataclasses.field(default=None, hash=False)
 
     # The solver of one layer.
     solver: str = "ldl"  # or "paper": exactly the reference recipe, for comparison
@@ -75,7 +96,7 @@ class AqlmConfig:
     relative_damp: float = 3e-3  # added to H's diagonal, in units of its mean
 
     # Block fine-tuning (section 3.4): the quantized block's output is drawn to the original's.
-    finetune_epochs: int = 3  # 0: none
+    finetune_epochs: int = 5  # 0: none
     finetune_batch_size: int = 4  # sequences for each step of Adam
     finetune_learning_rate: float = 7e-3  # of codebooks, relative to their size; a seventh of it for all else
     finetune_lookahead: int = 2  # outputs are compared after so many of the following blocks
@@ -88,9 +109,10 @@ class AqlmConfig:
     def __post_init__(self) -> None:
         int_between("num_codebooks", self.num_codebooks, 1, 8)
         int_between("nbits_per_codebook", self.nbits_per_codebook, 1, 16)
-        if self.in_group_size not in _GROUP_SIZES:
+        if type(self.in_group_size) is not int or self.in_group_size not in _GROUP_SIZES:
             raise ValueError(f"in_group_size={self.in_group_size!r}: expected one of {_GROUP_SIZES}")
         int_between("out_group_size", self.out_group_size, 1)
+        object.__setattr__(self, "rules", _checked_rules(self.rules))
         int_between("beam_size", self.beam_size, 0, 64)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver={self.solver!r}: expected one of {SOLVERS}")
@@ -124,6 +146,19 @@ class AqlmConfig:
         """The format as a string that `from_scheme` reads, such as "2x8g8"."""
         out_group = f"o{self.out_group_size}" if self.out_group_size > 1 else ""
         return f"{self.num_codebooks}x{self.nbits_per_codebook}g{self.in_group_size}{out_group}"
+
+    def rule_for(self, name: str) -> str | None:
+        """The scheme that `rules` give the layer `name`, or "dense"; None if no rule fits."""
+        return next((scheme for pattern, scheme in self.rules.items() if re.search(pattern, name)), None)
+
+    def for_layer(self, name: str) -> AqlmConfig | None:
+        """The config of the layer `name`, its scheme by the rules or else the common one; None if it stays dense."""
+        if not self.rules:
+            return self
+        scheme = self.rule_for(name)
+        if scheme == DENSE:
+            return None
+        return dataclasses.replace(self, rules=None, **(parse_scheme(scheme) if scheme else {}))
 
     @property
     def search_beam_size(self) -> int:
@@ -161,7 +196,9 @@ class AqlmConfig:
                 )
 
     def check_searchable(self) -> None:
-        """Raise ValueError for a format that loads and runs but that `quantize_weight` cannot search yet."""
+        """Raise ValueError for a format, of `rules` too, that loads and runs but that cannot be searched yet."""
+        for scheme in set(self.rules.values()) - {DENSE}:
+            type(self).from_scheme(scheme).check_searchable()
         if self.out_group_size != 1:
             raise ValueError(
                 f"out_group_size={self.out_group_size} (scheme {self.scheme!r}): expected 1, "

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Work:
     layers: [out, in] of each linear to quantize. inputs: in_features of each distinct input among them, that is of
     each H. weights: of all linears of the block. tokens: of the calibration, in sequences of sequence_length.
     itemsize: bytes of a value of the model's dtype. heads: attention heads whose scores are kept for the backward
-    pass, 0 where attention is fused.
+    pass, 0 where attention is fused. formats: the config of each of the layers; none: `config` is that of all.
     """
 
     layers: tuple[tuple[int, int], ...]
@@ -103,6 +103,7 @@ class Work:
     config: AqlmConfig
     itemsize: int = 2
     heads: int = 0
+    formats: tuple[AqlmConfig, ...] = ()
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, int]], weights: int | None = None, **fields: Any) -> Work:
@@ -131,10 +132,12 @@ class Work:
         rounds = config.ldl_passes + _SWEEPS * config.max_sweeps
         products = 4 + 2 * (config.adam_steps if paper else config.cg_steps)
         round_seconds = sum(
-            2 * products * out * n * n / rates.gemm + out * n // config.in_group_size * rates.group
-            for out, n in self.layers
+            2 * products * out * n * n / rates.gemm + out * n // layer.in_group_size * rates.group
+            for out, n, layer in self._each()
         )
-        distances = config.init_max_iter * config.num_codebooks * 2**config.nbits_per_codebook * sum(self._sizes())
+        distances = config.init_max_iter * sum(
+            layer.num_codebooks * 2**layer.nbits_per_codebook * out * n for out, n, layer in self._each()
+        )
         cubes = _CUBED * sum(n**3 for n in self.inputs) / rates.gemm
         held_out = config.finetune_held_out
         ahead = config.finetune_lookahead
@@ -173,11 +176,18 @@ class Work:
 
     def stored(self) -> int:
         """Bytes on disk of the quantized layers: codes, codebooks and scales."""
-        config = self.config
-        group = config.in_group_size * config.out_group_size
-        codebooks = 2 * config.num_codebooks * 2**config.nbits_per_codebook * group
-        code = config.num_codebooks * (1 if config.nbits_per_codebook <= 8 else 2)
-        return sum(code * (out * n // group) + codebooks + 2 * (out // config.out_group_size) for out, n in self.layers)
+        total = 0
+        for out, n, layer in self._each():
+            group = layer.in_group_size * layer.out_group_size
+            codebooks = 2 * layer.num_codebooks * 2**layer.nbits_per_codebook * group
+            code = layer.num_codebooks * (1 if layer.nbits_per_codebook <= 8 else 2)
+            total += code * (out * n // group) + codebooks + 2 * (out // layer.out_group_size)
+        return total
+
+    def _each(self) -> Iterator[tuple[int, int, AqlmConfig]]:
+        """out, in and config of each layer."""
+        formats = self.formats or (self.config,) * len(self.layers)
+        return ((out, n, layer) for (out, n), layer in zip(self.layers, formats, strict=True))
 
     def _sizes(self) -> list[int]:
         return [out * n for out, n in self.layers]

@@ -31,6 +31,7 @@ class Matrix:
     scheme: str
     bits_per_weight: float
     bytes: int
+    quantized: bool = False
 
 
 @dataclasses.dataclass
@@ -51,14 +52,14 @@ class Inspection:
     @property
     def bits_per_weight(self) -> float:
         """Over the quantized layers, or over all layers of a dense model; 0 without any."""
-        layers = [layer for layer in self.layers if layer.scheme == self.scheme] or self.layers
+        layers = [layer for layer in self.layers if layer.quantized] or self.layers
         weights = sum(layer.out_features * layer.in_features for layer in layers)
         return sum(layer.bits_per_weight * layer.out_features * layer.in_features for layer in layers) / (weights or 1)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of quantized layers, dense layers, embeddings and the rest; and of all safetensors files."""
-        quantized = sum(layer.bytes for layer in self.layers if layer.scheme == self.scheme)
+        quantized = sum(layer.bytes for layer in self.layers if layer.quantized)
         dense = sum(layer.bytes for layer in self.layers) - quantized
         embeddings = sum(matrix.bytes for matrix in self.embeddings)
         other = self.total_bytes - quantized - dense - embeddings
@@ -79,7 +80,7 @@ class Inspection:
         from rich.console import Group
         from rich.text import Text
 
-        quantized, n_layers = sum(layer.scheme == self.scheme for layer in self.layers), len(self.layers)
+        quantized, n_layers = sum(layer.quantized for layer in self.layers), len(self.layers)
         count = f"{quantized} of {n_layers}" if 0 < quantized < n_layers else n_layers
         title = f"{self.scheme or 'dense'}: {count} layers, {self.bits_per_weight:.3f} bits per weight"
         table = make_table(title, ("layer", "n", "out x in", "scheme", "bits", "on disk"))
@@ -126,7 +127,8 @@ def inspect_model(directory: str | os.PathLike[str]) -> Inspection:
         linear = name.rpartition(".")[0]
         if linear in linears:
             if linear not in seen:
-                layers.append(_quantized(linear, linears[linear], config))
+                matrix = _quantized(linear, linears[linear])
+                (embeddings if matrix.out_features == vocabulary else layers).append(matrix)
             seen.add(linear)
         elif len(tensor.shape) >= 2:
             rows, columns, n_bytes = math.prod(tensor.shape[:-1]), tensor.shape[-1], checkpoint.n_bytes(tensor)
@@ -134,7 +136,8 @@ def inspect_model(directory: str | os.PathLike[str]) -> Inspection:
             matrix = Matrix(linear, rows, columns, tensor.dtype, bits, n_bytes)
             (embeddings if rows == vocabulary else layers).append(matrix)
     total = sum(file.stat().st_size for file in {tensor.file for tensor in tensors.values()})
-    scheme = config.scheme if config else None
+    schemes = dict.fromkeys(matrix.scheme for matrix in (*layers, *embeddings) if matrix.quantized)
+    scheme = ", ".join(schemes) if schemes else None
     return Inspection(str(directory), scheme, layers, embeddings, total, _provenance(directory))
 
 
@@ -146,7 +149,7 @@ def check_model(directory: str | os.PathLike[str]) -> int:
     naming the tensor.
     """
     directory = Path(directory)
-    _, config, tensors = _read(directory)
+    _, _, tensors = _read(directory)
     from transformers import AutoModelForCausalLM
 
     from . import hf as _hf  # noqa: F401  (registers the quantizer, which checks quantized layers)
@@ -173,7 +176,7 @@ def check_model(directory: str | os.PathLike[str]) -> int:
         raise ValueError(f"{name} in {directory}: unexpected, the model of its config.json has no such tensor")
     for name in set(checkpoint.unquantized_parameters(model)) & set(tensors):
         checkpoint.check_dense_dtype(name, tensors[name])
-    checkpoint.check_stored_values(tensors, config)
+    checkpoint.check_stored_values(tensors)
     return len(tensors)
 
 
@@ -191,7 +194,8 @@ def _read(directory: Path) -> tuple[dict[str, Any], AqlmConfig | None, dict[str,
     if quantization.get("quant_method") not in _METHODS:
         return fields, None, tensors
     try:
-        return fields, AqlmConfig(**{name: quantization.get(name) for name in FORMAT}), tensors
+        formats = {name: quantization.get(name) for name in FORMAT}
+        return fields, AqlmConfig(**formats, rules=quantization.get("rules")), tensors
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
 
@@ -211,15 +215,23 @@ def _vocabulary(fields: dict[str, Any]) -> int | None:
     return (text if isinstance(text, dict) else {}).get("vocab_size", fields.get("vocab_size"))
 
 
-def _quantized(name: str, parts: dict[str, checkpoint.StoredTensor], config: AqlmConfig) -> Matrix:
-    if len(parts["codes"].shape) != 3:
-        raise ValueError(f"{name}.codes: {list(parts['codes'].shape)}, expected [out / og, in / g, num_codebooks]")
-    rows, groups, _ = parts["codes"].shape
-    out_features, in_features = rows * config.out_group_size, groups * config.in_group_size
-    books = sum(checkpoint.n_bytes(parts[part]) for part in ("codebooks", "scales") if part in parts)
-    bits = config.code_bits_per_weight() + 8 * books / max(1, out_features * in_features)
+def _quantized(name: str, parts: dict[str, checkpoint.StoredTensor]) -> Matrix:
+    """By the shapes of its tensors, whatever config.json says of its format."""
+    codes, books = parts["codes"], parts.get("codebooks")
+    if books is None:
+        raise ValueError(f"{name}.codes in {codes.file}: unexpected without {name}.codebooks")
+    for part, n_sides in (("codes", 3), ("codebooks", 4)):
+        if len(parts[part].shape) != n_sides:
+            raise ValueError(
+                f"{name}.{part} in {parts[part].file}: {list(parts[part].shape)}, expected {n_sides} sides"
+            )
+    num_codebooks, entries, out_group, in_group = books.shape
+    config = AqlmConfig(num_codebooks, entries.bit_length() - 1, in_group, out_group)
+    out_features, in_features = codes.shape[0] * out_group, codes.shape[1] * in_group
+    floats = sum(checkpoint.n_bytes(parts[part]) for part in ("codebooks", "scales") if part in parts)
+    bits = config.code_bits_per_weight() + 8 * floats / max(1, out_features * in_features)
     n_bytes = sum(map(checkpoint.n_bytes, parts.values()))
-    return Matrix(name, out_features, in_features, config.scheme, bits, n_bytes)
+    return Matrix(name, out_features, in_features, config.scheme, bits, n_bytes, True)
 
 
 def _provenance(directory: Path) -> dict[str, Any]:

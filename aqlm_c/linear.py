@@ -1,19 +1,23 @@
-"""QuantizedLinear: a linear layer that keeps its weight as AQLM codes (arXiv 2401.06118, section 3)."""
+"""Linear layers and embeddings that keep their weight as AQLM codes (arXiv 2401.06118, section 3)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .config import AqlmConfig
+from .config import FORMAT, AqlmConfig
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from .solver import QuantizedWeight
 
-__all__ = ["QuantizedLinear"]
+__all__ = ["QuantizedEmbedding", "QuantizedLayer", "QuantizedLinear"]
+
+WEIGHT = ("codes", "codebooks", "scales")  # the tensors of a quantized weight
 
 
 def check_code_range(codes: Tensor, nbits: int, name: str) -> None:
@@ -28,10 +32,80 @@ def check_code_range(codes: Tensor, nbits: int, name: str) -> None:
         )
 
 
-class QuantizedLinear(nn.Module):
-    """``y = x W^T + bias`` with W in the published AQLM layout, which is also what state_dict holds.
+class QuantizedLayer(nn.Module):
+    """What quantized linears and embeddings share: W [out, in] in the published AQLM layout, as in state_dict too.
 
     Group (o, j) of W, og outputs by g inputs, is ``scales[o] * sum_k codebooks[k, codes[o, j, k]]``.
+    """
+
+    def _set_format(
+        self,
+        out_features: int,
+        in_features: int,
+        config: AqlmConfig,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        config.check_layer(type(self).__name__, out_features, in_features)
+        self.scheme = config.scheme
+        for name in FORMAT:
+            setattr(self, name, getattr(config, name))
+        rows, groups = out_features // config.out_group_size, in_features // config.in_group_size
+        stored = torch.int8 if config.nbits_per_codebook <= 8 else torch.int16
+
+        def empty(*size: int, dtype=dtype) -> Tensor:
+            return torch.empty(size, device=device, dtype=dtype)
+
+        self.codes = nn.Parameter(empty(rows, groups, config.num_codebooks, dtype=stored), requires_grad=False)
+        entries = 2**config.nbits_per_codebook
+        self.codebooks = nn.Parameter(empty(config.num_codebooks, entries, config.out_group_size, config.in_group_size))
+        self.scales = nn.Parameter(empty(rows, 1, 1, 1))
+
+    @classmethod
+    def from_quantized_weight(cls, qw: QuantizedWeight, module: nn.Module, dtype: torch.dtype) -> Self:
+        """The layer of the solved weight of the dense `module`, a linear or an embedding, for its place.
+
+        Args:
+            qw: codes [O, J, K], codebooks [K, E, og, g], scales [O, 1, 1, 1]; they are copied, as the bias is.
+            dtype: of codebooks and scales; qw's values lie on its grid, so nothing is rounded.
+
+        Raises:
+            ValueError: codes outside the codebooks.
+        """
+        num_codebooks, entries, out_group_size, in_group_size = qw.codebooks.shape
+        config = AqlmConfig(num_codebooks, entries.bit_length() - 1, in_group_size, out_group_size)
+        layer = cls.empty(module, config, dtype)
+        codes, codebooks, scales = (torch.tensor(a) for a in (qw.codes, qw.codebooks, qw.scales))
+        layer.codes = nn.Parameter(codes, requires_grad=False)
+        layer.codebooks = nn.Parameter(codebooks.to(layer.codebooks.dtype))
+        layer.scales = nn.Parameter(scales.to(layer.codebooks.dtype).view(-1, 1, 1, 1))
+        if getattr(module, "bias", None) is not None:
+            layer.bias = nn.Parameter(module.bias.detach().clone())
+        layer.check_codes()
+        return layer
+
+    def check_codes(self, name: str = "codes") -> None:
+        """ValueError, naming the tensor `name`, if a code lies outside its codebook.
+
+        Asked once wherever codes come from outside (load_state_dict asks by itself); 8 and 16 bits fill their
+        dtype and cannot be wrong.
+        """
+        check_code_range(self.codes, self.nbits_per_codebook, name)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        name = prefix + "codes"
+        if name in state_dict and not self.codes.is_meta:  # else a loader is at work, which knows the layer's name
+            check_code_range(state_dict[name], self.nbits_per_codebook, name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W [out, in] in `dtype` (that of codebooks if None), rounded once."""
+        weight = ops.decode_rows(self.codes, self.codebooks.float(), self.scales.float())
+        return weight.to(dtype or self.codebooks.dtype)
+
+
+class QuantizedLinear(QuantizedLayer):
+    """``y = x W^T + bias`` with W as codes (`QuantizedLayer`).
 
     Attributes:
         codes: int8 (nbits_per_codebook <= 8) or int16 [out / og, in / g, num_codebooks]; the low bits count.
@@ -58,23 +132,11 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         config = AqlmConfig(num_codebooks, nbits_per_codebook, in_group_size, out_group_size)
-        config.check_layer(type(self).__name__, out_features, in_features)
-        self.scheme = config.scheme
+        self._set_format(out_features, in_features, config, device, dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.in_group_size, self.out_group_size = in_group_size, out_group_size
-        self.num_codebooks, self.nbits_per_codebook = num_codebooks, nbits_per_codebook
-
-        rows, groups = out_features // out_group_size, in_features // in_group_size
-        stored = torch.int8 if nbits_per_codebook <= 8 else torch.int16
-
-        def empty(*size: int, dtype=dtype) -> Tensor:
-            return torch.empty(size, device=device, dtype=dtype)
-
-        self.codes = nn.Parameter(empty(rows, groups, num_codebooks, dtype=stored), requires_grad=False)
-        entries = 2**nbits_per_codebook
-        self.codebooks = nn.Parameter(empty(num_codebooks, entries, out_group_size, in_group_size))
-        self.scales = nn.Parameter(empty(rows, 1, 1, 1))
-        self.register_parameter("bias", nn.Parameter(empty(out_features)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
 
     @classmethod
     def empty(cls, linear: nn.Linear, config: AqlmConfig, dtype: torch.dtype) -> QuantizedLinear:
@@ -82,68 +144,17 @@ class QuantizedLinear(nn.Module):
 
         It takes over the bias, in the dtype of the model, which need not be that of the codebooks.
         """
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            config.in_group_size,
-            config.out_group_size,
-            config.num_codebooks,
-            config.nbits_per_codebook,
-            device="meta",
-            dtype=dtype,
-        )
+        layer = cls._like(linear.in_features, linear.out_features, linear.bias is not None, config, dtype)
         if linear.bias is not None:
             layer.bias = linear.bias
         return layer.requires_grad_(False)
 
     @classmethod
-    def from_quantized_weight(cls, qw: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> QuantizedLinear:
-        """The layer of a solved weight.
-
-        Args:
-            qw: codes [O, J, K], codebooks [K, E, og, g], scales [O, 1, 1, 1]; they are copied.
-            bias: [out] or None; copied in its own dtype, which must be that of the layer's input.
-            dtype: of codebooks and scales; qw's values lie on its grid, so nothing is rounded.
-
-        Raises:
-            ValueError: codes outside the codebooks.
-        """
-        codes, codebooks, scales = (torch.tensor(a) for a in (qw.codes, qw.codebooks, qw.scales))
-        rows, groups, num_codebooks = codes.shape
-        _, entries, out_group_size, in_group_size = codebooks.shape
-        layer = cls(
-            groups * in_group_size,
-            rows * out_group_size,
-            bias is not None,
-            in_group_size,
-            out_group_size,
-            num_codebooks,
-            entries.bit_length() - 1,
-            device="meta",
-            dtype=dtype,
-        )
-        layer.codes = nn.Parameter(codes, requires_grad=False)
-        layer.codebooks = nn.Parameter(codebooks.to(dtype))
-        layer.scales = nn.Parameter(scales.to(dtype).view(rows, 1, 1, 1))
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().clone())
-        layer.check_codes()
-        return layer
-
-    def check_codes(self, name: str = "codes") -> None:
-        """ValueError, naming the tensor `name`, if a code lies outside its codebook.
-
-        Asked once wherever codes come from outside (load_state_dict asks by itself); 8 and 16 bits fill their
-        dtype and cannot be wrong.
-        """
-        check_code_range(self.codes, self.nbits_per_codebook, name)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        name = prefix + "codes"
-        if name in state_dict:
-            check_code_range(state_dict[name], self.nbits_per_codebook, name)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _like(
+        cls, in_features: int, out_features: int, bias: bool, config: AqlmConfig, dtype: torch.dtype
+    ) -> QuantizedLinear:
+        sizes = {name: getattr(config, name) for name in FORMAT}
+        return cls(in_features, out_features, bias, **sizes, device="meta", dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], a new tensor of x's dtype."""
@@ -152,14 +163,73 @@ class QuantizedLinear(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The same layer with a dense weight of `dtype` (that of codebooks if None), rounded once."""
-        dtype = dtype or self.codebooks.dtype
-        weight = ops.decode_rows(self.codes, self.codebooks.float(), self.scales.float())
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight.to(dtype))
+        linear.weight = nn.Parameter(self.dense_weight(dtype))
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.to(dtype, copy=True))
+            linear.bias = nn.Parameter(self.bias.to(linear.weight.dtype, copy=True))
         return linear
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{text}, scheme={self.scheme}"
+
+
+class QuantizedEmbedding(QuantizedLayer):
+    """An embedding whose rows are W's (`QuantizedLayer`, out_group_size 1), decoded when they are looked up.
+
+    What it gives has the dtype of its codebooks, which is therefore the model's.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        config: AqlmConfig,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if config.out_group_size != 1:
+            raise ValueError(f"out_group_size={config.out_group_size}: expected 1 for an embedding")
+        self._set_format(num_embeddings, embedding_dim, config, device, dtype)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+
+    @classmethod
+    def empty(cls, embedding: nn.Embedding, config: AqlmConfig, dtype: torch.dtype | None = None) -> QuantizedEmbedding:
+        """An embedding for the place of a dense one, of its dtype whatever `dtype` is: on the meta device, frozen.
+
+        Raises TypeError for a kind of embedding that does more than looking rows up.
+        """
+        if type(embedding).forward is not nn.Embedding.forward or embedding.max_norm is not None:
+            raise TypeError(f"embedding: {type(embedding).__name__}, expected a plain torch.nn.Embedding to quantize")
+        sizes = (embedding.num_embeddings, embedding.embedding_dim)
+        return cls(*sizes, config, embedding.padding_idx, "meta", embedding.weight.dtype).requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...], int -> [..., embedding_dim]."""
+        flat = ids.reshape(-1)
+        rows = ops.decode_rows(self.codes[flat], self.codebooks, self.scales[flat])
+        return rows.view(*ids.shape, self.embedding_dim)
+
+    def head(self, bias: Tensor | None = None) -> QuantizedLinear:
+        """The output layer tied to this embedding: it has the same parameters."""
+        config = AqlmConfig(**{name: getattr(self, name) for name in FORMAT})
+        head = QuantizedLinear._like(
+            self.embedding_dim, self.num_embeddings, bias is not None, config, self.codebooks.dtype
+        )
+        for name in WEIGHT:
+            setattr(head, name, getattr(self, name))
+        if bias is not None:
+            head.bias = bias
+        return head
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """The same embedding with a dense weight of `dtype` (that of codebooks if None), rounded once."""
+        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        embedding.weight = nn.Parameter(self.dense_weight(dtype))
+        return embedding
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme}"

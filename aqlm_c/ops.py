@@ -30,7 +30,8 @@ def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     """Product with a quantized weight: ``y = x W^T + bias``, W decoded tile by tile (arXiv 2401.06118, section 3).
 
     Args:
-        x: [..., in], float32, float16 or bfloat16; sums are float32 inside.
+        x: [..., in], float32, float16 or bfloat16; sums are float32 inside. 32 rows or more of bfloat16 go through
+            torch's own product where the CPU has instructions for it, with W's tiles rounded to bfloat16.
         codes: [O, J, K] as stored: int8 for up to 8 bits per codebook, else int16.
         codebooks: [K, E, og, g], float32, float16 or bfloat16, whatever x is.
         scales: [O, 1, 1, 1], dtype of codebooks.

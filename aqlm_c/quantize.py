@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,11 +21,14 @@ from .data import check_token_ids
 from .diagnose import diagnose
 from .estimate import Estimate, Estimator, Rates, Work, plan_memory
 from .finetune.block import finetune_block
-from .linear import QuantizedLinear
+from .linear import QuantizedEmbedding, QuantizedLayer, QuantizedLinear
 from .report import BlockReport, LayerReport, QuantizationReport, peak_memory
 from .resume import WorkDir, block_state, fingerprint, restore_block
 from .run import parse_size
 from .solver import Hessian, QuantizedWeight, quantize_weight
+
+if TYPE_CHECKING:
+    from .hf.ends import Ends
 
 __all__ = ["Hessian", "Progress", "QuantizedWeight", "quantize_linear", "quantize_model", "quantize_weight"]
 
@@ -58,9 +61,16 @@ def quantize_linear(
     own if not given, and float16 for a float32 layer. Returns the layer, which takes over the bias, and the
     weight with its error. Raises ValueError for a format that does not fit the layer and for NaN or Inf.
     """
-    dtype = dtype or disk_dtype(linear.weight.dtype)
-    quantized = quantize_weight(linear.weight, hessian, config, dtype=str(dtype).removeprefix("torch."))
-    return QuantizedLinear.from_quantized_weight(quantized, linear.bias, dtype), quantized
+    return _quantize(linear, hessian, config, dtype)
+
+
+def _quantize(
+    module: torch.nn.Linear | torch.nn.Embedding, hessian: Any, config: AqlmConfig, dtype: torch.dtype | None = None
+) -> tuple[QuantizedLayer, QuantizedWeight]:
+    dtype = dtype or disk_dtype(module.weight.dtype)
+    solved = quantize_weight(module.weight, hessian, config, dtype=str(dtype).removeprefix("torch."))
+    kind = QuantizedEmbedding if isinstance(module, torch.nn.Embedding) else QuantizedLinear
+    return kind.from_quantized_weight(solved, module, dtype), solved
 
 
 def quantize_model(
@@ -90,6 +100,10 @@ def quantize_model(
     of another run and a `memory_limit` that is too small; and later, naming the layer, for NaN or Inf in
     activations. Raises OSError if `work_dir` cannot be written; what is finished in it stays usable.
     """
+    from .hf import experts
+    from .hf.ends import find_ends, tie
+    from .hf.quantizer import attach
+
     progress = progress or Progress()
     phases = _Phases(progress)
     if batch_size is not None:
@@ -102,10 +116,15 @@ def quantize_model(
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("model: is quantized already, expected an unquantized model")
     sequences = _check_sequences(model, sequences, config)
+    experts.unfuse(model)
     prefix, blocks = calibration.find_blocks(model)
-    targets = [_select(f"{prefix}.{index}", block, layers) for index, block in enumerate(blocks)]
-    _check_targets(model, targets, config, layers)
-    n_blocks = 1 + max(index for index, linears in enumerate(targets) if linears)  # nothing to do in later ones
+    targets = [_select(f"{prefix}.{index}", block, layers, config) for index, block in enumerate(blocks)]
+    ends = find_ends(model)
+    end_targets = {name: model.get_submodule(name) for name in ends.quantized(config)}
+    _check_targets(model, [*targets, end_targets], config, layers, ends)
+    n_blocks = 1 + max((index for index, linears in enumerate(targets) if linears), default=-1)  # none later
+    dtype = model.dtype  # before its first parameters are codebooks
+    first = 1 if end_targets else 0  # the ends are done before the blocks, as their number 0
     batch_size = calibration.batch_size(sequences, config, batch_size)
 
     report = QuantizationReport(
@@ -125,42 +144,69 @@ def quantize_model(
             run = fingerprint(model, sequences, config, layers, batch_size=batch_size)
             saved = stack.enter_context(WorkDir.open(work_dir, run))
         finished = saved.finished if saved else 0
-        works = [_work(model, blocks, index, targets[index], sequences, config) for index in range(n_blocks)]
-        dense = sum(linear.weight.nbytes for linears in targets for linear in linears.values())
+        works = [
+            _work(
+                *(model, [blocks[index]], {name: config.for_layer(name) for name in targets[index]}, sequences, config),
+                lookahead=len(blocks) - 1 - index,
+            )
+            for index in range(n_blocks)
+        ]
+        if end_targets:
+            untuned = dataclasses.replace(config, finetune_epochs=0)
+            formats = {name: ends.config(name, config) for name in end_targets}
+            works.insert(0, _work(model, blocks, formats, sequences, untuned))
+        dense = sum(linear.weight.nbytes for linears in (*targets, end_targets) for linear in linears.values())
         kept = sum(parameter.nbytes for parameter in model.parameters()) - dense
         plan = plan_memory(memory_limit, works, work_dir=work_dir, other_bytes=kept, resumed=finished)
-        rates = Rates.measure(config, str(model.dtype).removeprefix("torch."))
+        rates = Rates.measure(config, str(dtype).removeprefix("torch."))
         estimator = Estimator(works, plan, rates, resumed=finished)
-        progress.on_start(n_blocks, sum(map(len, targets)))
+        progress.on_start(len(works), sum(map(len, targets)) + len(end_targets))
         if finished:
             progress.on_resume(finished)
         progress.on_estimate(estimator.estimate())
+        estimator.start(phases.seconds)
+
+        def finish(number: int, reports: dict[str, list[dict[str, Any]]]) -> None:
+            report.layers += map(LayerReport.from_dict, reports["layers"])
+            report.blocks += map(BlockReport.from_dict, reports["blocks"])
+            estimator.finish_block(number, phases.seconds)
+            progress.on_estimate(estimator.estimate())
+
+        if end_targets:
+            progress.on_block(0, ", ".join(end_targets))
+            if finished:
+                tensors, reports = saved.load_block(0)
+                restore_block(model, tensors, lambda name: ends.config(name, config))
+            else:
+                reports = _quantize_ends(model, ends, end_targets, sequences, batch_size, config, phases)
+                if saved:
+                    saved.save_block(0, block_state(model, quantized_only=True), reports)
+            if ends.tied:
+                tie(model, ends)
+            finish(0, reports)
         with phases("calibrate"):
             stream = calibration.start_stream(model, blocks, _mixed(sequences, config), batch_size, plan.directory)
         stack.enter_context(stream)
-        estimator.start(phases.seconds)
+        if not end_targets:
+            estimator.start(phases.seconds)
         for index, block in enumerate(blocks[:n_blocks]):
-            name = f"{prefix}.{index}"
-            progress.on_block(index, name)
+            name, number = f"{prefix}.{index}", first + index
+            progress.on_block(number, name)
             linears, targets[index] = targets[index], {}  # so that the dense weights go with the block
-            if index < finished:
-                tensors, reports = saved.load_block(index)
-                restore_block(block, tensors, config)
+            if number < finished:
+                tensors, reports = saved.load_block(number)
+                restore_block(block, tensors, lambda part, name=name: config.for_layer(f"{name}.{part}"))
             else:
-                reports = _quantize_block(name, index, blocks, linears, stream, config, phases, model.dtype)
+                reports = _quantize_block(name, index, blocks, linears, stream, config, phases, dtype)
                 if saved:
-                    saved.save_block(index, block_state(block) if linears else {}, reports)
-            report.layers += map(LayerReport.from_dict, reports["layers"])
-            report.blocks += map(BlockReport.from_dict, reports["blocks"])
+                    saved.save_block(number, block_state(block) if linears else {}, reports)
             del linears
             if index + 1 < n_blocks:
-                with phases("propagate"), _dense(block, model.dtype):
+                with phases("propagate"), _dense(block, dtype):
                     stream.advance(index, block)
-            estimator.finish_block(index, phases.seconds)
-            progress.on_estimate(estimator.estimate())
+            finish(number, reports)
 
-    from .hf.quantizer import attach
-
+    experts.fuse(model)  # if none was quantized
     attach(model, config)
     report.peak_memory_bytes = peak_memory()
     report.diagnoses = diagnose(report)
@@ -190,7 +236,7 @@ def _quantize_block(
 
     def search(name: str, *state: torch.Tensor) -> torch.Tensor:
         name = f"{block_name}.{name}"
-        return _search_codes(linears[name], hessians[name], config, *state)
+        return _search_codes(linears[name], hessians[name], config.for_layer(name), *state)
 
     with stream.empty() as targets:
         with phases("calibrate"):
@@ -199,24 +245,67 @@ def _quantize_block(
             hessians = sums.hessians()
         phases.move("calibrate", "hessian", sums.seconds)
         for name, linear in linears.items():
-            with phases("quantize"):
-                started = time.perf_counter()
-                try:
-                    layer, solved = quantize_linear(linear, hessians[name], config)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
-                block.set_submodule(name.removeprefix(f"{block_name}."), layer)
-                seconds = time.perf_counter() - started
-            with phases("reference"):
-                report = _layer_report(name, linear, hessians[name], config, solved, seconds)
-                report.tokens = sums.tokens[sums.leader[name]]
-            reports["layers"].append(report.to_dict())
-            progress.on_layer(report)
+            part = config.for_layer(name)
+            layer, layer_report = _quantize_layer(name, linear, hessians[name], part, phases)
+            block.set_submodule(name.removeprefix(f"{block_name}."), layer)
+            layer_report.tokens = sums.tokens_of(name)
+            reports["layers"].append(layer_report.to_dict())
+            progress.on_layer(layer_report)
         if tunes:
             with phases("finetune"), _dense(block, dtype) as quantized:
                 tuned = finetune_block(block_name, index, blocks, quantized, stream, targets, config, search)
             reports["blocks"].append(tuned.to_dict())
             progress.on_block_report(tuned)
+    return reports
+
+
+def _quantize_layer(
+    name: str, module: torch.nn.Linear | torch.nn.Embedding, hessian: Hessian, config: AqlmConfig, phases: _Phases
+) -> tuple[QuantizedLayer, LayerReport]:
+    """The quantized layer of a linear or an embedding, and its report."""
+    with phases("quantize"):
+        started = time.perf_counter()
+        try:
+            layer, solved = _quantize(module, hessian, config)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        seconds = time.perf_counter() - started
+    with phases("reference"):
+        return layer, _layer_report(name, module, hessian, config, solved, seconds)
+
+
+def _quantize_ends(
+    model: Any,
+    ends: Ends,
+    targets: dict[str, torch.nn.Linear | torch.nn.Embedding],
+    sequences: torch.Tensor,
+    batch_size: int,
+    config: AqlmConfig,
+    phases: _Phases,
+) -> dict[str, list[dict[str, Any]]]:
+    """Quantize input embedding and output layer, in place; their reports.
+
+    H of the output layer is that of its inputs in the model as it is. An embedding's rows are looked up, not
+    multiplied: its H is the identity, and half of it where it is the output layer too.
+    """
+    reports: dict[str, list[dict[str, Any]]] = {"layers": [], "blocks": []}
+    hessian = None
+    if ends.head in targets or ends.tied:
+        with phases("calibrate"):
+            sums = calibration.HessianSums({ends.head: model.get_submodule(ends.head)})
+            sums.gather_whole(model, sequences, batch_size)
+            hessian = sums.hessians()[ends.head]
+        phases.move("calibrate", "hessian", sums.seconds)
+    for name, module in targets.items():
+        H = hessian
+        if name == ends.embedding:
+            identity = np.eye(module.embedding_dim, dtype=np.float32)
+            H = Hessian(identity if not ends.tied else (identity + hessian.H / hessian.H.diagonal().mean()) / 2)
+        layer, report = _quantize_layer(name, module, H, ends.config(name, config), phases)
+        report.tokens = sequences.numel()
+        model.set_submodule(name, layer)
+        reports["layers"].append(report.to_dict())
+        phases.progress.on_layer(report)
     return reports
 
 
@@ -322,24 +411,38 @@ def _mixed(sequences: torch.Tensor, config: AqlmConfig) -> torch.Tensor:
     return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.seed))]
 
 
-def _select(prefix: str, block: torch.nn.Module, layers: str | None) -> dict[str, torch.nn.Linear]:
-    """The linears of a block to quantize, by their name in the model."""
+def _select(prefix: str, block: torch.nn.Module, layers: str | None, config: AqlmConfig) -> dict[str, torch.nn.Linear]:
+    """The linears of a block to quantize, by their name in the model: all but routers and what is to stay dense."""
     try:
         pattern = re.compile(layers or "")
     except re.error as error:
         raise ValueError(f"layers={layers!r}: expected a regular expression: {error}") from None
-    named = ((f"{prefix}.{name}", module) for name, module in block.named_modules())
-    return {name: module for name, module in named if isinstance(module, torch.nn.Linear) and pattern.search(name)}
+    routers = calibration.routers(block)
+    named = ((f"{prefix}.{name}", module) for name, module in block.named_modules() if name not in routers)
+    return {
+        name: module
+        for name, module in named
+        if isinstance(module, torch.nn.Linear) and pattern.search(name) and config.for_layer(name)
+    }
 
 
 def _check_targets(
-    model: torch.nn.Module, targets: list[dict[str, torch.nn.Linear]], config: AqlmConfig, layers: str | None
+    model: torch.nn.Module,
+    targets: list[dict[str, torch.nn.Module]],
+    config: AqlmConfig,
+    layers: str | None,
+    ends: Ends,
 ) -> None:
     config.check_searchable()
     if not any(targets):
         raise ValueError(f"layers={layers!r}: matches no linear layer, expected names such as 'mlp.up_proj'")
-    for name, linear in (item for block in targets for item in block.items()):
-        config.check_layer(name, linear.out_features, linear.in_features)
+    names = [name for name, module in model.named_modules() if hasattr(module, "weight")]
+    for rule in config.rules:
+        if not any(re.search(rule, name) for name in names):
+            raise ValueError(f"rules: {rule!r}: matches no layer, expected a part of names such as {names[-2]!r}")
+    for name, module in (item for block in targets for item in block.items()):
+        part = ends.config(name, config) if name in ends[:2] else config.for_layer(name)
+        part.check_layer(name, *module.weight.shape)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name}: NaN or Inf, expected finite values")
@@ -347,24 +450,26 @@ def _check_targets(
 
 def _work(
     model: Any,
-    blocks: Sequence[torch.nn.Module],
-    index: int,
-    linears: dict[str, torch.nn.Linear],
+    modules: Sequence[torch.nn.Module],
+    targets: dict[str, AqlmConfig],
     sequences: torch.Tensor,
     config: AqlmConfig,
+    lookahead: int = 0,
 ) -> Work:
+    """The work of quantizing `targets`, layers of `model` by name, while the calibration runs through `modules`."""
     text = model.config.get_text_config()
-    lookahead = min(config.finetune_lookahead, len(blocks) - 1 - index)
     fused = getattr(model.config, "_attn_implementation", None) != "eager"
+    linears = (part for module in modules for part in module.modules() if isinstance(part, torch.nn.Linear))
     return Work.from_shapes(
-        {name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
-        sum(module.weight.numel() for module in blocks[index].modules() if isinstance(module, torch.nn.Linear)),
+        {name: tuple(model.get_submodule(name).weight.shape) for name in targets},
+        sum(linear.weight.numel() for linear in linears),
         tokens=sequences.numel(),
         sequence_length=sequences.shape[1],
         hidden_size=text.hidden_size,
-        config=dataclasses.replace(config, finetune_lookahead=lookahead),
+        config=dataclasses.replace(config, finetune_lookahead=min(config.finetune_lookahead, lookahead)),
         itemsize=model.dtype.itemsize,
         heads=0 if fused else getattr(text, "num_attention_heads", 0),
+        formats=tuple(targets.values()),
     )
 
 

@@ -224,9 +224,11 @@ def _layer_table(report: QuantizationReport) -> Any:
         + (", before fine-tuning" if report.blocks else ""),
         ("layer", "n", "out x in", "error", "worst", "dB code", "dB true", "bits"),
     )
+    mixed = len({layer.scheme for layer in report.layers}) > 1
     groups: dict[tuple[str, str], list[LayerReport]] = {}
     for layer in report.layers:
-        groups.setdefault((kind_of(layer.name), f"{layer.out_features}x{layer.in_features}"), []).append(layer)
+        kind = f"{kind_of(layer.name)} {layer.scheme}" if mixed else kind_of(layer.name)
+        groups.setdefault((kind, f"{layer.out_features}x{layer.in_features}"), []).append(layer)
     for (kind, shape), layers in groups.items():
         errors = [layer.relative_error for layer in layers]
         table.add_row(

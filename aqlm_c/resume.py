@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ except ImportError:  # not POSIX: nothing keeps two processes apart
     fcntl = None
 
 if TYPE_CHECKING:
-    from .linear import QuantizedLinear
+    from .linear import QuantizedLayer
 
 log = logging.getLogger("aqlm_c")
 
@@ -244,32 +244,38 @@ class WorkDir:
             raise explained from error
 
 
-def block_state(block: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What quantization changes in a block, for `WorkDir.save_block`: the tensors of its quantized layers, norms and
-    biases, by their name in the block; they are the block's own, no copies.
+def block_state(block: torch.nn.Module, quantized_only: bool = False) -> dict[str, torch.Tensor]:
+    """What quantization changes in a block, for `WorkDir.save_block`: the tensors of its quantized layers and, unless
+    `quantized_only`, norms and biases, by their name in the block; they are the block's own, no copies.
     """
     quantized = tuple(f"{name}." for name, _ in quantized_linears(block))
     named = block.named_parameters()
-    return {name: p.detach() for name, p in named if name.startswith(quantized) or p.squeeze().ndim <= 1}
+    return {
+        name: p.detach()
+        for name, p in named
+        if name.startswith(quantized) or (p.squeeze().ndim <= 1 and not quantized_only)
+    }
 
 
 def restore_block(
-    block: torch.nn.Module, tensors: Mapping[str, torch.Tensor], config: AqlmConfig
-) -> dict[str, QuantizedLinear]:
+    block: torch.nn.Module, tensors: Mapping[str, torch.Tensor], config_of: Callable[[str], AqlmConfig]
+) -> dict[str, QuantizedLayer]:
     """Give `block` the state `tensors` that `block_state` had of its quantized self.
 
-    A linear whose codes are among them becomes a QuantizedLinear in `config`'s format; the block takes over the
-    tensors, on the device that it is on. Returns the new layers by their name in the block. No tensors at all:
-    a block in which nothing was quantized.
+    A linear or an embedding whose codes are among them is quantized in the format that `config_of` gives for its
+    name; the block takes over the tensors, on the device that it is on. Returns the new layers by their name in the
+    block. No tensors at all: a block in which nothing was quantized.
     """
-    from .linear import QuantizedLinear
+    from .linear import QuantizedEmbedding, QuantizedLinear
 
     if not tensors:
         return {}
     device = next(block.parameters()).device
     layers = {}
     for name in (name.removesuffix(".codes") for name in tensors if name.endswith(".codes")):
-        layers[name] = QuantizedLinear.empty(block.get_submodule(name), config, tensors[f"{name}.codebooks"].dtype)
+        dense = block.get_submodule(name)
+        kind = QuantizedEmbedding if isinstance(dense, torch.nn.Embedding) else QuantizedLinear
+        layers[name] = kind.empty(dense, config_of(name), tensors[f"{name}.codebooks"].dtype)
         block.set_submodule(name, layers[name])
     found = block.load_state_dict({name: t.to(device) for name, t in tensors.items()}, strict=False, assign=True)
     if found.unexpected_keys:

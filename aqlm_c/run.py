@@ -151,6 +151,14 @@ def parse_option(text: str) -> tuple[str, Any]:
     return name, _typed(name, types[name], value)
 
 
+def parse_rule(text: str) -> tuple[str, str]:
+    """Pattern and scheme of "regex=scheme" for `AqlmConfig.rules`, which checks them."""
+    pattern, equals, scheme = text.rpartition("=")
+    if not (equals and pattern and scheme):
+        raise ValueError(f"--rule={text!r}: expected regex=scheme, such as 'mlp.down_proj=3x8g8' or 'lm_head=4x8g8'")
+    return pattern, scheme
+
+
 def check_names(names: Iterable[Any], known: Mapping[str, Any]) -> None:
     """Raise ValueError for the first name that is not `known`, with the nearest one that is."""
     for name in names:
@@ -191,6 +199,7 @@ def run(
     if config.work_dir and Path(config.work_dir).resolve().is_relative_to(Path(config.out).resolve()):
         raise ValueError(f"work_dir={config.work_dir!r}: expected a folder outside of OUT={str(config.out)!r}")
     from .data import BUNDLED, check_source, load_sequences, provenance
+    from .hf.card import model_card
 
     sources = config.data or [BUNDLED]
     for source in sources:
@@ -233,6 +242,7 @@ def run(
         report.peak_memory_bytes = peak_memory()
         report.phases["save"] = time.perf_counter() - started
         return {
+            "README.md": model_card(model, report.to_dict(), origin.path),
             "run.yaml": _comments(report) + _yaml_text(resolved),
             "report.json": json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n",
         }
@@ -252,6 +262,7 @@ def _comments(report: QuantizationReport) -> str:
 
 _READ = {"int": int, "float": float, "bool": {"true": True, "false": False}.__getitem__, "str": str}
 _MEANS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list[str]": "texts"}
+_MEANS["dict[str, str]"] = "a mapping of texts to texts"
 
 
 def _typed(name: str, kind: str, value: Any) -> Any:
@@ -260,6 +271,8 @@ def _typed(name: str, kind: str, value: Any) -> Any:
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if "list[str]" in kinds and isinstance(value, (str, list, tuple)):
         return [_typed(name, "str", item) for item in ([value] if isinstance(value, str) else value)]
+    if "dict[str, str]" in kinds and isinstance(value, dict):
+        return {_typed(name, "str", key): _typed(name, "str", item) for key, item in value.items()}
     if type(value).__name__ in kinds or (value is None and "None" in kinds):
         return value
     try:

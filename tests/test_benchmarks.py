@@ -54,3 +54,20 @@ def test_too_little_text_is_named(bench, tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench("--data", str(tmp_path / "short.txt"))
     assert f"--data={tmp_path / 'short.txt'}: 3 tokens, expected 256" in capsys.readouterr().err
+
+
+def test_lora_step(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import lora_step
+
+    tiny_llama(vocab_size=BYTES, attention_bias=True).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    arguments = ["--model", tmp_path / "model", "--tokens", 40, "--steps", 2, "--json", tmp_path / "out.json"]
+    monkeypatch.setattr(sys, "argv", ["lora_step", *map(str, arguments)])
+    lora_step.main()
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+    assert all(row["ratio"] > 0 and row["ours s"] > 0 for row in rows)
+    assert rows[0]["max error"] <= 1e-5 and rows[1]["max error"] <= 2**-7
+    assert "LoRA step" in capsys.readouterr().out

@@ -48,14 +48,14 @@ def test_the_default_rates_are_those_of_the_measured_run():
     assert predicted.keys() == measured.keys()
     for phase, seconds in measured.items():
         assert 30 * predicted[phase] == pytest.approx(seconds, rel=0.15), phase
-    tuned = work(config=AqlmConfig(finetune_lookahead=1)).seconds(Rates())["finetune"]
-    assert 30 * tuned == pytest.approx(1183, rel=0.15)  # 3 epochs
+    tuned = work(config=AqlmConfig(finetune_lookahead=1, finetune_epochs=3)).seconds(Rates())["finetune"]
+    assert 30 * tuned == pytest.approx(1183, rel=0.15)
 
 
 def test_inputs_are_those_that_the_block_shows_when_it_runs():
     model = tiny_llama()
     prefix, blocks = calibration.find_blocks(model)
-    linears = quantize._select(f"{prefix}.0", blocks[0], None)
+    linears = quantize._select(f"{prefix}.0", blocks[0], None, AqlmConfig())
     sums = calibration.HessianSums(linears)
     sums.gather(calibration.start_stream(model, blocks, random_tokens(2, 8)), 0, blocks[0])
     seen = sorted(linears[name].in_features for name in set(sums.leader.values()))

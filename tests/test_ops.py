@@ -178,8 +178,10 @@ def make_layer(shape=SMALL, dtype=torch.float32, bias=True):
     codes, codebooks, scales = random_weight(shape)
     grid = [t.to(dtype).float().numpy() for t in (codebooks, scales)]
     qw = SimpleNamespace(codes=codes.numpy(), codebooks=grid[0], scales=grid[1])
-    b = torch.linspace(-1, 1, shape[0]).to(dtype) if bias else None
-    return QuantizedLinear.from_quantized_weight(qw, b, dtype)
+    linear = torch.nn.Linear(shape[1], shape[0], bias, device="meta")
+    if bias:
+        linear.bias = torch.nn.Parameter(torch.linspace(-1, 1, shape[0]).to(dtype))
+    return QuantizedLinear.from_quantized_weight(qw, linear, dtype)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -145,7 +145,7 @@ def test_hessians_are_means_over_tokens_and_shared_by_input():
     model = tiny_llama()
     prefix, blocks = find_blocks(model)
     inputs = {}
-    linears = quantize._select(f"{prefix}.0", blocks[0], None)
+    linears = quantize._select(f"{prefix}.0", blocks[0], None, AqlmConfig())
     hooks = [
         module.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0]))
         for name, module in linears.items()

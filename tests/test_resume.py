@@ -350,7 +350,7 @@ def test_a_restored_block_equals_the_quantized_one(tmp_path, dtype):
         work_dir.save_block(0, block_state(block), {})
         loaded, _ = work_dir.load_block(0)
 
-    layers = restore_block(fresh, loaded, CONFIG)
+    layers = restore_block(fresh, loaded, CONFIG.for_layer)
     assert len(layers) == 6 and all(fresh.get_submodule(name) is layer for name, layer in layers.items())
     assert all(isinstance(layer, QuantizedLinear) for layer in layers.values())
     assert isinstance(fresh.mlp.down_proj, torch.nn.Linear)
@@ -367,7 +367,7 @@ def test_a_block_without_quantized_layers(tmp_path):
     with WorkDir.open(tmp_path / "work", fingerprint_of()) as work_dir:
         work_dir.save_block(0, {}, {"layers": []})
         loaded, report = work_dir.load_block(0)
-    assert restore_block(block, loaded, CONFIG) == {} and report == {"layers": []}
+    assert restore_block(block, loaded, CONFIG.for_layer) == {} and report == {"layers": []}
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
 
 

@@ -7,9 +7,11 @@ adds "aqlm_c", for what the published layout cannot say.
 from transformers.quantizers import auto
 
 from .config import AqlmConfig
+from .peft import extend_peft
 from .quantizer import AqlmQuantizer
+from .training import prepare_model_for_tuning
 
-__all__ = ["AqlmConfig", "AqlmQuantizer"]
+__all__ = ["AqlmConfig", "AqlmQuantizer", "prepare_model_for_tuning"]
 
 # Assigned, not registered: the decorators refuse a name that is taken.
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING["aqlm"] = AqlmConfig
@@ -17,4 +19,7 @@ auto.AUTO_QUANTIZER_MAPPING["aqlm"] = AqlmQuantizer
 auto.register_quantization_config("aqlm_c")(AqlmConfig)
 auto.register_quantizer("aqlm_c")(AqlmQuantizer)
 
-auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (AqlmConfig,)
+if hasattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES"):  # transformers 5
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (AqlmConfig,)
+
+extend_peft()

@@ -2,46 +2,76 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import transformers
 
-from ..config import FORMAT
+from ..config import FORMAT, parse_scheme
 from ..config import AqlmConfig as _CoreConfig
+from .onthefly import OnTheFly
 
-_RUN_TIME = ("dequantize",)
+_RUN_TIME = ("dequantize", "on_the_fly")
 
 
 class AqlmConfig(transformers.AqlmConfig):
     """transformers' `AqlmConfig`, checked, and keeping the keys it does not know.
 
     It must have that class name: transformers merges configs only where the names are equal.
-    `dequantize=True`, passed to `from_pretrained`, turns the quantized layers into dense ones after
-    loading; it is not saved. Raises ValueError naming the field whose value no AQLM checkpoint can have.
+
+    rules: regular expression -> scheme or "dense", as in the core `AqlmConfig`; the method is then "aqlm_c", since
+    "aqlm" has the same format for all layers. dequantize: turn the quantized layers into dense ones after loading
+    (`from_pretrained` of transformers 5 takes it; before, call `model.dequantize()`).
+
+    With `scheme`, such as "2x8g8", `from_pretrained` quantizes a dense model while it loads it. The other fields are
+    then those of `OnTheFly` (dataset, tokenizer) and `RunConfig` (samples, sequence_length, shuffle, preset, layers,
+    work_dir, memory_limit and all options of the solver). Neither these nor dequantize are saved.
+
+    Raises ValueError naming the field whose value no AQLM checkpoint can have; with `scheme`, an unknown option too.
     """
 
-    def __init__(self, *args: Any, quant_method: str = "aqlm", dequantize: bool = False, **fields: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        scheme: str | None = None,
+        rules: dict[str, str] | None = None,
+        quant_method: str | None = None,
+        dequantize: bool = False,
+        **fields: Any,
+    ) -> None:
+        self.on_the_fly = None
+        if scheme is not None:
+            self.on_the_fly = OnTheFly(scheme, rules=rules, **fields)
+            fields = parse_scheme(scheme)
         super().__init__(*args, **fields)
+        if not all(isinstance(name, str) for name in self.linear_weights_not_to_quantize):
+            raise ValueError(
+                f"linear_weights_not_to_quantize={self.linear_weights_not_to_quantize!r}: expected a list of names"
+            )
         known = set(vars(self))
         self.__dict__.update({name: value for name, value in fields.items() if name not in known})
-        self.quant_method = getattr(quant_method, "value", quant_method)
+        self.rules: dict[str, str] = dict(rules or {})
+        self.quant_method = getattr(quant_method, "value", quant_method) or ("aqlm_c" if rules else "aqlm")
         self.dequantize = dequantize
+        if rules and self.quant_method == "aqlm":
+            raise ValueError("rules: unexpected with quant_method='aqlm', expected 'aqlm_c'")
         self.layer_config()
 
     @classmethod
     def from_layer_config(cls, config: _CoreConfig, not_quantized: list[str]) -> AqlmConfig:
         """The config of a model whose parameters except `not_quantized` are quantized by `config`."""
-        fields = {name: getattr(config, name) for name in FORMAT}
+        fields = {name: getattr(config, name) for name in (*FORMAT, "rules")}
         return cls(**fields, linear_weights_not_to_quantize=not_quantized)
 
     def layer_config(self) -> _CoreConfig:
         """The format of every quantized layer."""
-        return _CoreConfig(**{name: getattr(self, name) for name in FORMAT})
+        return _CoreConfig(**{name: getattr(self, name) for name in (*FORMAT, "rules")})
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a config passed to `from_pretrained` may change of the checkpoint's own."""
-        return {name: getattr(self, name) for name in _RUN_TIME}
+        return {"dequantize": self.dequantize}
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but those of one run."""
-        return {name: value for name, value in super().to_dict().items() if name not in _RUN_TIME}
+        fields = copy.deepcopy({name: value for name, value in vars(self).items() if name not in (*_RUN_TIME, "rules")})
+        return {**fields, "rules": [list(rule) for rule in self.rules.items()]} if self.rules else fields

@@ -10,34 +10,81 @@ from transformers.quantizers.base import HfQuantizer
 
 from .. import checkpoint
 from ..config import AqlmConfig as LayerConfig
-from ..linear import QuantizedLinear
+from ..linear import QuantizedEmbedding, QuantizedLinear
+from . import experts, names
 from .config import AqlmConfig
+from .ends import Ends, find_ends, tie, untie
+from .onthefly import check_device_map
 
 
 class AqlmQuantizer(HfQuantizer):
     """transformers' hooks around the loading, saving and dequantizing of an AQLM model."""
 
-    requires_calibration = True
+    requires_calibration = False  # nor is it, with AqlmConfig(scheme=...)
+    _stored: dict[str, tuple[str, checkpoint.StoredTensor]] | None = None  # while loading: `check_names`
+    _rounded = False  # while loading: transformers 4 gives codebooks the model's dtype
+    _sequences: torch.Tensor | None = None  # while loading: to quantize with
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized and getattr(quantization_config, "on_the_fly", None) is None:
+            raise ValueError(
+                "scheme=None: expected AqlmConfig(scheme='2x8g8') or another, since the model is not quantized yet"
+            )
+
+    def validate_environment(
+        self, *args: Any, weights_only: bool = True, device_map: Any = None, **kwargs: Any
+    ) -> None:
+        if not weights_only:
+            raise ValueError("weights_only=False: expected True, no pickle is loaded")
+        if not self.pre_quantized:
+            check_device_map(device_map)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        tensors = checkpoint.read_headers(checkpoint_files) if checkpoint_files else None
         config = self.quantization_config
-        swap_linears(model, config.layer_config(), config.linear_weights_not_to_quantize, tensors)
+        files = checkpoint_files or names.files_being_loaded()
+        self._rounded = files is not checkpoint_files
+        tensors = names.taken(model, checkpoint.read_headers(files)) if files else None
+        if self.pre_quantized:
+            dense = config.linear_weights_not_to_quantize and [
+                *config.linear_weights_not_to_quantize,
+                *names.new_linears(model, tensors or ()),
+            ]
+            swap_linears(model, config.layer_config(), dense, tensors)
+        if tensors is not None:
+            self._stored = names.check_names(model, tensors, self)
+        if not self.pre_quantized:
+            self._sequences = config.on_the_fly.sequences(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            self.quantization_config.on_the_fly.quantize(model, self._sequences)
+        if self._rounded and self._stored:
+            names.read_again(model, self._stored)
         for name, linear in checkpoint.quantized_linears(model):
-            if linear.codes.device.type != "meta":  # offloaded to disk
-                checkpoint.check_values(name, linear)
-        if self.quantization_config.dequantize:
-            return self._dequantize(model, dtype=model.config.dtype)
+            checkpoint.check_values(name, linear, self._stored)
+        self._stored = self._sequences = None
+        return self.dequantize(model) if self.quantization_config.dequantize else model
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """The model with dense layers of `dtype` (its own if None), in place; it is then as never quantized."""
+        self._dequantize(model, dtype or model.config.dtype)
+        self.remove_quantization_config(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        if isinstance(dtype, str):  # save_pretrained leaves it so in the config
+            dtype = getattr(torch, dtype)
         for name, linear in list(checkpoint.quantized_linears(model)):
             model.set_submodule(name, linear.dequantize(dtype))
+        untie(model, find_ends(model))
+        experts.fuse(model)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        return super().update_weight_conversions(experts.without_fusion(weight_conversions, model), model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -59,15 +106,11 @@ def kept_linears(model: Any, not_quantized: Iterable[str]) -> set[str]:
     """Names of the modules that stay dense.
 
     `not_quantized` holds module names or, as published models do, parameter names; matched exactly, since a
-    substring or a prefix would keep too much. An output embedding that is tied to the input's stays dense
-    always.
+    substring or a prefix would keep too much.
     """
     kept = {name.removesuffix(".weight") for name in not_quantized}
     if not kept:
         kept = set(HfQuantizer.get_modules_to_not_convert(model))
-    output = model.get_output_embeddings()
-    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        kept |= {name for name, module in model.named_modules() if module is output}
     return kept
 
 
@@ -77,30 +120,38 @@ def swap_linears(
     not_quantized: Iterable[str],
     tensors: Mapping[str, checkpoint.StoredTensor] | None,
 ) -> None:
-    """Put an empty QuantizedLinear (on the meta device) in the place of every linear that is not kept dense.
+    """Put empty quantized layers (on the meta device) in the place of all that is not dense by config and list.
 
     `tensors`, the headers of the checkpoint to be loaded, are checked against the model first, and each
     layer's codebooks keep the dtype they are stored in; None leaves both out. Raises ValueError naming the
     tensor that does not fit or that no linear takes.
     """
-    kept = kept_linears(model, not_quantized)
+    rename = experts.renaming(model)
+    stored_names = {rename(name): name for name in tensors or ()}
+    experts.unfuse(model, None if tensors is None else stored_names)
+    ends = find_ends(model)
+    kept = kept_linears(model, map(rename, not_quantized))
     unclaimed = {name for name in tensors or () if name.endswith(".codes")}
-    for name, linear in list(model.named_modules()):
-        if not isinstance(linear, torch.nn.Linear):
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or (ends.tied and name == ends.head):
             continue
-        dtype = linear.weight.dtype
-        if tensors is not None:
-            stored = _stored_name(name, tensors, model.base_model_prefix)
-            if name not in kept:
-                dtype = checkpoint.check_stored_linear(stored, tensors, config, linear)
-                unclaimed.discard(f"{stored}.codes")
-            elif f"{stored}.codes" in tensors:
+        full_name, stored = _stored_name(name, stored_names, model.base_model_prefix)
+        layer = _config_of(name, full_name, module, config, ends, kept)
+        if layer is None:
+            if f"{stored}.codes" in unclaimed:
                 raise ValueError(
                     f"{stored}.codes in {tensors[f'{stored}.codes'].file}: unexpected, "
-                    "linear_weights_not_to_quantize in config.json names this layer"
+                    "quantization_config in config.json says that this layer is not quantized"
                 )
-        if name not in kept:
-            model.set_submodule(name, QuantizedLinear.empty(linear, config, dtype))
+            continue
+        dtype = module.weight.dtype
+        if tensors is not None:
+            dtype = checkpoint.check_stored_layer(stored, tensors, layer, module)
+            unclaimed.discard(f"{stored}.codes")
+        kind = QuantizedEmbedding if isinstance(module, torch.nn.Embedding) else QuantizedLinear
+        model.set_submodule(name, kind.empty(module, layer, dtype))
+        if ends.tied and name == ends.embedding:
+            tie(model, ends)
     if unclaimed:
         first = min(unclaimed)
         raise ValueError(f"{first} in {tensors[first].file}: unexpected, the model has no such linear layer")
@@ -108,15 +159,34 @@ def swap_linears(
 
 def attach(model: Any, config: LayerConfig) -> None:
     """Make a model whose linears were quantized in memory equal to a loaded one: it can then be saved."""
-    hf_config = AqlmConfig.from_layer_config(config, checkpoint.unquantized_parameters(model))
+    not_quantized = experts.stored_names(model, checkpoint.unquantized_parameters(model))
+    config = find_ends(model).with_rule_for_embedding(config)
+    hf_config = AqlmConfig.from_layer_config(config, not_quantized)
     quantizer = AqlmQuantizer(hf_config)
+    model.config.quantization_config = hf_config
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = hf_config.quant_method
     quantizer.postprocess_model(model)
 
 
-def _stored_name(name: str, tensors: Mapping[str, checkpoint.StoredTensor], prefix: str) -> str:
-    """The layer's name in the checkpoint: a base model's names lack the prefix that a whole model's have."""
-    candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-    return next((candidate for candidate in candidates if f"{candidate}.codes" in tensors), name)
+def _config_of(
+    name: str, full_name: str, module: torch.nn.Module, config: LayerConfig, ends: Ends, kept: set[str]
+) -> LayerConfig | None:
+    """The config of a linear or an embedding, None if it is dense."""
+    if name in kept:
+        return None
+    if isinstance(module, torch.nn.Embedding):
+        return ends.config(name, config, full_name) if name == ends.embedding else None
+    return config.for_layer(full_name)
+
+
+def _stored_name(name: str, stored_names: Mapping[str, str], prefix: str) -> tuple[str, str]:
+    """The layer's name in the whole model, whose prefix a base model's names lack, and in the checkpoint.
+
+    `stored_names`: a tensor's name in the checkpoint by its name in the whole model.
+    """
+    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        if codes := stored_names.get(f"{candidate}.codes"):
+            return candidate, codes.removesuffix(".codes")
+    return name, name

@@ -1,0 +1,208 @@
+"""The model card of a quantized model, and its way to the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import yaml
+
+from ..checkpoint import quantized_linears, save_quantized
+from ..config import AqlmConfig
+from ..data import BUNDLED, FILE_TYPES
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_LICENSE = ("license", "license_name", "license_link", "language")
+
+
+def model_card(
+    model: Any,
+    report: Mapping[str, Any] | None = None,
+    source_directory: str | os.PathLike[str] | None = None,
+    perplexity: Mapping[str, float | tuple[float, float]] | None = None,
+    license: str | None = None,
+) -> str:
+    """The text of README.md, front matter first, for a quantized transformers model.
+
+    report: `QuantizationReport.to_dict()`. source_directory: of the original model, whose own README.md says the
+    licence if `license` does not; None: where the model was loaded from, if that is a directory. perplexity: by name
+    of the data, that of the quantized model or (original, quantized). What is not known is left out.
+    Raises ValueError if the model has no quantized layer.
+    """
+    schemes = _schemes(model)
+    if not schemes:
+        raise ValueError("model: no quantized layer found, expected a quantized model")
+    report = report or {}
+    original = str(report.get("model") or model.config.name_or_path or type(model).__name__)
+    source = Path(source_directory or original)
+    inherited = {name: value for name, value in _front_matter(source).items() if name in _LICENSE}
+    if license is not None:
+        inherited = {name: value for name, value in inherited.items() if name == "language"} | {"license": license}
+    on_hub = _HUB_NAME.fullmatch(original) is not None and not os.path.exists(original)
+    data = report.get("data", {}).get("sources", {})
+    front = huggingface_hub.ModelCardData(
+        base_model=original if on_hub else None,
+        base_model_relation="quantized" if on_hub else None,
+        datasets=[name for source in data if (name := _dataset(source)) and _HUB_NAME.fullmatch(name)] or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["aqlm", "aqlm_c", "quantized"],
+        **inherited,
+    )
+    title = original if on_hub else Path(original).name
+    parts = [
+        f"---\n{front.to_yaml()}\n---\n",
+        f"# {title}, quantized to {' and '.join(schemes)}\n",
+        f"{f'[{title}](https://huggingface.co/{title})' if on_hub else title} in codes of "
+        "[AQLM](https://arxiv.org/abs/2401.06118), made with aqlm_c.\n",
+        "## Use\n",
+        "```python\nimport aqlm_c.hf  # teaches transformers the format\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY", dtype="auto")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY")\n```\n',
+        "## Format\n",
+        *_format(model, schemes, report),
+        *_calibration(report, data),
+        *_perplexities(perplexity or report.get("perplexity") or {}),
+        "## Licence\n",
+        _licence(inherited, license is not None) + "\n",
+    ]
+    return "\n".join(parts)
+
+
+def push_to_hub(
+    model: Any,
+    repo_id: str,
+    tokenizer: Any = None,
+    *,
+    card: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a model quantized by aqlm_c",
+) -> str:
+    """Upload a quantized transformers model, its tokenizer and its card; returns the address of the commit.
+
+    card: the text of README.md; None: that of the directory the model was loaded from, if it was quantized there,
+    else `model_card` with the report that `from_pretrained` or that directory has. The model's own `push_to_hub`
+    gives a new repository an empty card; one that is there, such as this one, it keeps.
+    Raises ValueError if the model has no quantized layer.
+    """
+    with tempfile.TemporaryDirectory() as parent:
+        directory = Path(parent) / "model"
+        files = {"README.md": (card or _card(model)).replace("THIS_REPOSITORY", repo_id)}
+        save_quantized(model, tokenizer, directory, extra_files=lambda _: files)
+        api = huggingface_hub.HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo_id, folder_path=directory, revision=revision, commit_message=commit_message
+        )
+    return done.commit_url
+
+
+def _card(model: Any) -> str:
+    origin = Path(model.config.name_or_path or "-")
+    if "quantization_config" in _json(origin / "config.json"):  # loaded quantized
+        if (origin / "README.md").is_file():
+            return (origin / "README.md").read_text(encoding="utf-8")
+        return model_card(model, _json(origin / "report.json"))
+    report = getattr(getattr(model, "hf_quantizer", None), "report", None)
+    return model_card(model, report.to_dict() if report is not None else None)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _front_matter(directory: Path) -> dict[str, Any]:
+    """The metadata of a local model's card; {} if there is none that can be read."""
+    try:
+        return huggingface_hub.repocard.metadata_load(directory / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def _schemes(model: Any) -> list[str]:
+    """The schemes of the model's quantized layers, that of most layers first."""
+    return [scheme for scheme, _ in Counter(layer.scheme for _, layer in quantized_linears(model)).most_common()]
+
+
+def _format(model: Any, schemes: list[str], report: Mapping[str, Any]) -> Iterator[str]:
+    weights = stored = 0
+    for layer in {id(layer.codes): layer for _, layer in quantized_linears(model)}.values():  # tied ones once
+        rows, groups, _ = layer.codes.shape
+        out_features, in_features = rows * layer.out_group_size, groups * layer.in_group_size
+        bits = AqlmConfig.from_scheme(layer.scheme).bits_per_weight(out_features, in_features)
+        weights += out_features * in_features
+        stored += bits * out_features * in_features
+    yield (
+        f"{', '.join(schemes)} (codebooks x bits of a code, g weights in a group): "
+        f"{stored / weights:.3f} bits per quantized weight, codebooks and scales included.\n"
+    )
+    if rules := getattr(model.config.quantization_config, "rules", None):
+        yield "Schemes by the first rule that is found in a layer's name:\n"
+        yield _table(("rule", "scheme"), [(f"`{pattern}`", scheme) for pattern, scheme in rules.items()])
+    sizes = report.get("sizes", {})
+    if "quantized_bytes" in sizes:
+        before = f"{sizes['original_bytes'] / 1e6:,.1f} MB before, " if "original_bytes" in sizes else ""
+        yield f"Size on disk: {before}{sizes['quantized_bytes'] / 1e6:,.1f} MB quantized, embeddings included.\n"
+        if report.get("note"):
+            yield f"{report['note']}\n"
+
+
+def _calibration(report: Mapping[str, Any], data: Mapping[str, str | None]) -> Iterator[str]:
+    if not report:
+        return
+    yield "## Calibration\n"
+    if not report.get("sequences"):
+        yield "Quantized without data.\n"
+        return
+    yield f"{report['sequences']} sequences, {report['tokens']:,} tokens.\n"
+    if data:
+        rows = [(_source_name(source), digest or "-") for source, digest in data.items()]
+        rows.append(("all token ids", report["data"]["input_ids"]))
+        yield _table(("data", "SHA-256"), rows)
+
+
+def _perplexities(perplexity: Mapping[str, Any]) -> Iterator[str]:
+    if not perplexity:
+        return
+    yield "## Perplexity\n"
+    pairs = {name: value if isinstance(value, (tuple, list)) else (None, value) for name, value in perplexity.items()}
+    rows = [(name, *(f"{value:.3f}" if value else "-" for value in pair)) for name, pair in pairs.items()]
+    yield _table(("data", "original", "quantized"), rows)
+
+
+def _licence(inherited: Mapping[str, Any], given: bool) -> str:
+    if "license" not in inherited:
+        return "The licence of the original model applies; it is not known here."
+    name = inherited.get("license_name", inherited["license"])
+    link = f" ({inherited['license_link']})" if "license_link" in inherited else ""
+    return f"{name}{link}{'' if given else ', as the original model'}."
+
+
+def _dataset(source: str) -> str | None:
+    """The name of a data set among sources; None for a file and the bundled text."""
+    if source == BUNDLED or Path(source).suffix in FILE_TYPES:
+        return None
+    return source.partition(":")[0].partition(",")[0]
+
+
+def _source_name(source: str) -> str:
+    """Of a file without the folders it lay in."""
+    return Path(source).name if Path(source).suffix in FILE_TYPES else source
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = (" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows)
+    return "\n".join(f"| {line} |" for line in (" | ".join(head), " | ".join("---" for _ in head), *lines)) + "\n"
