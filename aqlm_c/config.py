@@ -52,6 +52,9 @@ def parse_scheme(scheme: str) -> dict[str, int]:
 
 def _checked_rules(rules: Any) -> dict[str, str]:
     if isinstance(rules, (list, tuple)) and all(isinstance(rule, (list, tuple)) and len(rule) == 2 for rule in rules):
+        patterns = [pattern for pattern, _ in rules]
+        if twice := [pattern for pattern in patterns if patterns.count(pattern) > 1]:
+            raise ValueError(f"rules: {twice[0]!r}: given twice, expected one scheme")
         rules = dict(rules)  # as config.json has them: it sorts the names of a mapping, and the order counts
     if not isinstance(rules, Mapping | None):
         raise ValueError(f"rules={rules!r}: expected a mapping of regular expressions to schemes")

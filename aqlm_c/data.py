@@ -87,7 +87,7 @@ def check_source(source: str) -> None:
 
 def check_token_ids(name: str, input_ids: torch.Tensor, model: Any) -> None:
     """Raise ValueError, naming the argument `name`, unless `model` has an embedding for every id of a tensor."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     low, high = (int(token) for token in input_ids.aminmax())
     if low < 0 or high >= vocabulary:
         raise ValueError(

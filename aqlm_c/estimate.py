@@ -314,8 +314,8 @@ class Estimator:
         self._started = self._block_started = self._clock()
         self._phases = dict(phases or {})
 
-    def finish_block(self, index: int, phases: Mapping[str, float] | None = None) -> None:
-        """Block `index` is finished, and all before it.
+    def finish_block(self, index: int, phases: Mapping[str, float] | None = None, *, alike: bool = True) -> None:
+        """Block `index` is finished, and all before it. alike: false for one that says nothing about the others.
 
         phases: seconds by phase since the start of the run, as in `QuantizationReport.phases`, phases by the names
         of `Work.seconds`; without it, each phase is taken to be off by as much as the whole block.
@@ -329,7 +329,7 @@ class Estimator:
             spent = {name: phases.get(name, 0.0) - self._phases.get(name, 0.0) for name in cost}
             spent["other"] = elapsed - sum(spent.values())  # such as saving: goes by the whole of the work
         self._phases = dict(phases or {})
-        for name, seconds in spent.items():
+        for name, seconds in spent.items() if alike else ():
             self._observed[name] = _DECAY * self._observed.get(name, 0.0) + seconds
             self._predicted[name] = _DECAY * self._predicted.get(name, 0.0) + cost.get(name, whole)
         self._done, self._block_started = index + 1, now

@@ -177,8 +177,10 @@ class QuantizedLinear(QuantizedLayer):
 class QuantizedEmbedding(QuantizedLayer):
     """An embedding whose rows are W's (`QuantizedLayer`, out_group_size 1), decoded when they are looked up.
 
-    What it gives has the dtype of its codebooks, which is therefore the model's.
+    What it gives has the dtype of its codebooks, which is therefore the model's, or `output_dtype`.
     """
+
+    output_dtype: torch.dtype | None = None  # the model's, where codebooks are float32 to be tuned
 
     def __init__(
         self,
@@ -199,10 +201,9 @@ class QuantizedEmbedding(QuantizedLayer):
     def empty(cls, embedding: nn.Embedding, config: AqlmConfig, dtype: torch.dtype | None = None) -> QuantizedEmbedding:
         """An embedding for the place of a dense one, of its dtype whatever `dtype` is: on the meta device, frozen.
 
-        Raises TypeError for a kind of embedding that does more than looking rows up.
+        Raises what `check` does.
         """
-        if type(embedding).forward is not nn.Embedding.forward or embedding.max_norm is not None:
-            raise TypeError(f"embedding: {type(embedding).__name__}, expected a plain torch.nn.Embedding to quantize")
+        cls.check("embedding", embedding)
         sizes = (embedding.num_embeddings, embedding.embedding_dim)
         return cls(*sizes, config, embedding.padding_idx, "meta", embedding.weight.dtype).requires_grad_(False)
 
@@ -210,7 +211,14 @@ class QuantizedEmbedding(QuantizedLayer):
         """ids [...], int -> [..., embedding_dim]."""
         flat = ids.reshape(-1)
         rows = ops.decode_rows(self.codes[flat], self.codebooks, self.scales[flat])
-        return rows.view(*ids.shape, self.embedding_dim)
+        return rows.view(*ids.shape, self.embedding_dim).to(self.output_dtype or rows.dtype)
+
+    @staticmethod
+    def check(name: str, embedding: nn.Embedding) -> None:
+        """Raise ValueError naming the layer `name` for an embedding that does more than looking rows up."""
+        if type(embedding).forward is not nn.Embedding.forward or embedding.max_norm is not None:
+            kind = type(embedding).__name__
+            raise ValueError(f"rules: {name} is a {kind}, expected a plain torch.nn.Embedding to quantize")
 
     def head(self, bias: Tensor | None = None) -> QuantizedLinear:
         """The output layer tied to this embedding: it has the same parameters."""

@@ -169,7 +169,7 @@ def quantize_model(
         def finish(number: int, reports: dict[str, list[dict[str, Any]]]) -> None:
             report.layers += map(LayerReport.from_dict, reports["layers"])
             report.blocks += map(BlockReport.from_dict, reports["blocks"])
-            estimator.finish_block(number, phases.seconds)
+            estimator.finish_block(number, phases.seconds, alike=number >= first)
             progress.on_estimate(estimator.estimate())
 
         if end_targets:
@@ -434,18 +434,35 @@ def _check_targets(
     ends: Ends,
 ) -> None:
     config.check_searchable()
+    _check_rules(model, config, ends)
     if not any(targets):
-        raise ValueError(f"layers={layers!r}: matches no linear layer, expected names such as 'mlp.up_proj'")
-    names = [name for name, module in model.named_modules() if hasattr(module, "weight")]
-    for rule in config.rules:
-        if not any(re.search(rule, name) for name in names):
-            raise ValueError(f"rules: {rule!r}: matches no layer, expected a part of names such as {names[-2]!r}")
+        given = f"layers={layers!r}" + (f" and rules={config.rules!r}" if config.rules else "")
+        raise ValueError(f"{given}: matches no linear layer to quantize, expected names such as 'mlp.up_proj'")
     for name, module in (item for block in targets for item in block.items()):
         part = ends.config(name, config) if name in ends[:2] else config.for_layer(name)
         part.check_layer(name, *module.weight.shape)
+        if isinstance(module, torch.nn.Embedding):
+            QuantizedEmbedding.check(name, module)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name}: NaN or Inf, expected finite values")
+
+
+def _check_rules(model: torch.nn.Module, config: AqlmConfig, ends: Ends) -> None:
+    """Raise ValueError for a rule that decides nothing: no layer that can be quantized has it as its first."""
+    if not config.rules:
+        return
+    prefix, blocks = calibration.find_blocks(model)
+    free = dataclasses.replace(config, rules=None)
+    names = [name for index, block in enumerate(blocks) for name in _select(f"{prefix}.{index}", block, None, free)]
+    names += filter(None, ends[:2])
+    for rule in config.rules:
+        found = [name for name in names if re.search(rule, name)]
+        first = {next(other for other in config.rules if re.search(other, name)) for name in found}
+        if not found:
+            raise ValueError(f"rules: {rule!r}: matches no layer, expected a part of names such as {names[0]!r}")
+        if rule not in first:
+            raise ValueError(f"rules: {rule!r}: expected before {min(first)!r}, which matches all its layers first")
 
 
 def _work(

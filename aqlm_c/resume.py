@@ -67,7 +67,7 @@ def fingerprint(
             "weights": _sha256(tensors),
         },
         "data": {"shape": list(sequences.shape), "tokens": _sha256([("tokens", sequences.long())])},
-        "options": {**config.to_dict(), "layers": layers, **options},
+        "options": {**config.to_dict(), "rules": [*map(list, config.rules.items())], "layers": layers, **options},
         "versions": {name: versions().get(name) for name in _VERSIONS},
         "machine": {
             "threads": [_core.get_num_threads(), torch.get_num_threads()],

@@ -191,6 +191,9 @@ WRONG_OPTIONS = {
     "set what": (["--set", "cg_step=3"], ["unknown option 'cg_step'", "did you mean 'cg_steps'?"]),
     "set nothing": (["--set", "cg_steps"], ["--set='cg_steps'", "expected name=value"]),
     "set wrong": (["--set", "cg_steps=x"], ["cg_steps='x'", "expected an integer"]),
+    "rule": (["--rule", "up_proj"], ["--rule='up_proj'", "expected regex=scheme"]),
+    "rule twice": (["--rule", "up=2x4g8", "--rule", "up=3x4g8"], ["rules: 'up': given twice"]),
+    "rule in vain": (["--rule", "norm=2x4g8"], ["rules: 'norm': matches no layer"]),
     "config": (["--config", "nosuch.yaml"], ["config='nosuch.yaml'", "no such file"]),
 }
 

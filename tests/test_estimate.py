@@ -52,6 +52,18 @@ def test_the_default_rates_are_those_of_the_measured_run():
     assert 30 * tuned == pytest.approx(1183, rel=0.15)
 
 
+def test_ends_of_the_model_say_nothing_about_its_blocks():
+    now = 0.0
+    estimator = Estimator([work(), *[work()] * 4], clock=lambda: now)
+    before = estimator.estimate().seconds_left
+    now = 1e4
+    estimator.finish_block(0, alike=False)
+    assert estimator.estimate().seconds_left == pytest.approx(0.8 * before)
+    now = 2e4
+    estimator.finish_block(1)
+    assert estimator.estimate().seconds_left == pytest.approx(3e4)
+
+
 def test_inputs_are_those_that_the_block_shows_when_it_runs():
     model = tiny_llama()
     prefix, blocks = calibration.find_blocks(model)

@@ -1,6 +1,7 @@
 """The directory of a resumable run, and runs that are killed at any moment. As a script: those runs, in one process."""
 
 import copy
+import dataclasses
 import errno
 import json
 import os
@@ -67,7 +68,7 @@ def names(path):
 def test_the_same_run_has_the_same_fingerprint():
     first = fingerprint_of()
     assert first == fingerprint_of(tokens=random_tokens(4, 8).int()) == json.loads(json.dumps(first))
-    assert first["options"] == {**CONFIG.to_dict(), "layers": None} and first["versions"]["aqlm_c"]
+    assert first["options"] == {**CONFIG.to_dict(), "rules": [], "layers": None} and first["versions"]["aqlm_c"]
     moved = tiny_llama()
     moved.config._name_or_path = "somewhere/else"
     assert fingerprint_of(moved) == first
@@ -103,6 +104,10 @@ def other_model(change):
             lambda: {"config": AqlmConfig.from_dict({**CONFIG.to_dict(), "seed": 7, "in_group_size": 4})},
             r"\(in_group_size: 8 in WORK_DIR, 4 now; seed: 0 in WORK_DIR, 7 now\)",
         ),
+        (
+            lambda: {"config": dataclasses.replace(CONFIG, rules={"up": "1x4g8", "mlp": "dense"})},
+            r"\(rules: \[\] in WORK_DIR, \[\['up', '1x4g8'\], \['mlp', 'dense'\]\] now\)",
+        ),
         (lambda: {"layers": "mlp"}, r"\(layers: None in WORK_DIR, 'mlp' now\)"),
         (lambda: {"batch_size": 2}, r"\(batch_size: None in WORK_DIR, 2 now\)"),
     ],
@@ -113,6 +118,14 @@ def test_another_run_is_refused(three_blocks, other, said):
         WorkDir.open(three_blocks, fingerprint_of(**other()))
     assert names(three_blocks) == before
     WorkDir.open(three_blocks, fingerprint_of()).close()  # refusing gave it free
+
+
+def test_the_order_of_rules_counts(tmp_path):
+    rules = {"up": "1x4g8", "mlp": "dense"}
+    WorkDir.open(tmp_path / "w", fingerprint_of(config=dataclasses.replace(CONFIG, rules=rules))).close()
+    turned = dataclasses.replace(CONFIG, rules=dict(reversed(rules.items())))
+    with pytest.raises(ValueError, match="rules: "):
+        WorkDir.open(tmp_path / "w", fingerprint_of(config=turned))
 
 
 def test_a_refusal_is_short_where_everything_differs(three_blocks):

@@ -7,13 +7,14 @@ import logging
 import pytest
 import torch
 import transformers
-from tiny import random_tokens, tiny_llama
-from transformers import AutoModelForCausalLM
+from tiny import VOCABULARY, random_model, random_tokens, tiny_llama
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 import aqlm_c.hf
 from aqlm_c import quantize_model
 from aqlm_c.checkpoint import save_quantized
 from aqlm_c.config import AqlmConfig
+from aqlm_c.evaluate import perplexity
 from aqlm_c.inspection import check_model, inspect_model
 from aqlm_c.linear import QuantizedEmbedding, QuantizedLinear
 from aqlm_c.run import RunConfig, parse_rule
@@ -27,6 +28,7 @@ RULES = {
 }
 CONFIG = AqlmConfig(2, 4, 8, rules=RULES, ldl_passes=1, max_sweeps=1, finetune_epochs=1, finetune_held_out=0.5)
 SEQUENCES = random_tokens(4, 24)
+GEMMA = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
 
 
 def quantized(tied, **changes):
@@ -62,11 +64,13 @@ def test_rules_give_each_layer_its_config():
         ({"(": "2x8g8"}, r"rules: '\(': expected a regular expression"),
         ({"down_proj": "9x8g8"}, "rules: 'down_proj': num_codebooks=9"),
         ({"down_proj": "none"}, "rules: 'down_proj': scheme='none'.*'dense'"),
+        ([["up", "2x8g8"], ["up", "3x8g8"]], "rules: 'up': given twice"),
     ],
 )
-def test_wrong_rules_are_named(rules, message):
+@pytest.mark.parametrize("config", [AqlmConfig, aqlm_c.hf.AqlmConfig])
+def test_wrong_rules_are_named(rules, message, config):
     with pytest.raises(ValueError, match=message):
-        AqlmConfig(rules=rules)
+        config(rules=rules)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -186,9 +190,52 @@ def test_ends_alone(tmp_path):
     assert all(torch.equal(state[name], value) for name, value in original.state_dict().items() if name in state)
 
 
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"down_prj": "3x4g8"}, "'down_prj': matches no layer"),
+        ({"norm": "3x4g8"}, "'norm': matches no layer"),  # none that can be quantized
+        ({"mlp": "dense", "up_proj": "3x4g8"}, "'up_proj': expected before 'mlp'"),
+    ],
+)
+def test_a_rule_that_decides_nothing(rules, message):
+    with pytest.raises(ValueError, match=f"rules: {message}"):
+        quantized(False, config={"rules": rules})
+
+
+def test_an_embedding_that_does_more_than_looking_up(monkeypatch):
+    model = random_model(Gemma3TextConfig(**GEMMA))
+    monkeypatch.setattr("aqlm_c.quantize._quantize", None)
+    with pytest.raises(ValueError, match=r"rules: model\.embed_tokens is a Gemma3TextScaledWordEmbedding"):
+        quantize_model(model, SEQUENCES, dataclasses.replace(CONFIG, rules={"embed": "2x4g8"}))
+
+
+def test_nothing_left_names_the_rules():
+    with pytest.raises(ValueError, match=r"layers=None and rules=\{'layers': 'dense'\}: matches no linear"):
+        quantized(False, config={"rules": {"layers": "dense"}})
+
+
+def test_perplexity_with_a_quantized_embedding():
+    model, _ = quantized(False, config={"rules": {"embed_tokens": "2x4g8"}, "finetune_epochs": 0})
+    found = perplexity(model, random_tokens(1, 64).flatten(), 16)
+    assert found["perplexity"] == perplexity(model.dequantize(), random_tokens(1, 64).flatten(), 16)["perplexity"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_quantized_embedding_gives_the_models_dtype(tmp_path, dtype):
+    quantized(False, config={"finetune_epochs": 0})[0].save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert model.model.embed_tokens(SEQUENCES).dtype == model(SEQUENCES).logits.dtype == dtype
+
+
+def test_a_task_model_leaves_a_quantized_head_out(tmp_path):
+    quantized(False, config={"finetune_epochs": 0})[0].save_pretrained(tmp_path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, pad_token_id=0)
+    assert isinstance(model.score, torch.nn.Linear)
+    assert schemes(model) == {name: s for name, s in schemes(load(tmp_path)).items() if name != "lm_head"}
+
+
 def test_refused_before_any_work():
-    with pytest.raises(ValueError, match="rules: 'down_prj': matches no layer"):
-        quantized(False, config={"rules": {"down_prj": "3x4g8"}})
     with pytest.raises(ValueError, match="out_group_size=2"):
         quantized(False, config={"rules": {"lm_head": "2x8g8o2"}})
 

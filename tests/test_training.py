@@ -7,9 +7,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import random_tokens, write_published
+from tiny import random_tokens, tiny_llama, write_published
 from transformers import AutoModelForCausalLM
 
+import aqlm_c
 import aqlm_c.hf
 
 LINEARS = 14  # of the two blocks
@@ -230,6 +231,18 @@ def test_a_loaded_model_trains_as_any_other(directory, tmp_path):
     train(model, tmp_path, steps=1)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert len(changed) == len(norms) and all("norm" in name for name in changed)
+
+
+def test_tuning_keeps_the_dtype_after_a_quantized_embedding():
+    model = tiny_llama(torch.bfloat16, tie_word_embeddings=False)
+    fast = {"ldl_passes": 1, "max_sweeps": 1, "finetune_epochs": 0}
+    aqlm_c.quantize_model(model, TOKENS, aqlm_c.AqlmConfig(1, 4, rules={"embed_tokens": "1x4g8"}, **fast))
+    for _ in range(2):
+        aqlm_c.hf.prepare_model_for_tuning(model)
+    output = model(TOKENS, labels=TOKENS)
+    output.loss.backward()
+    assert output.logits.dtype == torch.bfloat16
+    assert model.model.embed_tokens.codebooks.grad.dtype == torch.float32
 
 
 def test_tuning_needs_a_quantized_layer():

@@ -50,7 +50,7 @@ class AqlmConfig(transformers.AqlmConfig):
             )
         known = set(vars(self))
         self.__dict__.update({name: value for name, value in fields.items() if name not in known})
-        self.rules: dict[str, str] = dict(rules or {})
+        self.rules: dict[str, str] = _CoreConfig(rules=rules).rules
         self.quant_method = getattr(quant_method, "value", quant_method) or ("aqlm_c" if rules else "aqlm")
         self.dequantize = dequantize
         if rules and self.quant_method == "aqlm":

@@ -13,21 +13,22 @@ import torch
 from safetensors import safe_open
 
 from .. import checkpoint
-from ..linear import QuantizedLayer
+from ..linear import QuantizedEmbedding, QuantizedLayer
 from .ends import find_ends
 
 _PARTS = (".codes", ".codebooks", ".scales")
 
 
 def taken(model: Any, tensors: Mapping[str, checkpoint.StoredTensor]) -> dict[str, checkpoint.StoredTensor]:
-    """`tensors` less those that the model's class ignores and, for a base model, those of a head."""
+    """`tensors` less those that the model's class ignores and those of a head that it does not have."""
     prefix = f"{model.base_model_prefix}."
-    foreign = not hasattr(model, model.base_model_prefix) and any(name.startswith(prefix) for name in tensors)
+    foreign = model.get_output_embeddings() is None and any(name.startswith(prefix) for name in tensors)
+    own = (prefix, *(f"{name}." for name, _ in model.named_children()))
     ignored = _pattern(model._keys_to_ignore_on_load_unexpected)
     return {
         name: tensor
         for name, tensor in tensors.items()
-        if not (foreign and not name.startswith(prefix)) and not ignored(name)
+        if not (foreign and not name.startswith(own)) and not ignored(name)
     }
 
 
@@ -152,11 +153,16 @@ def read_again(model: Any, stored: Mapping[str, tuple[str, checkpoint.StoredTens
     """Give codebooks and scales the values and dtype of the files: transformers 4 rounds them to the model's dtype.
 
     stored: name and place in the files by name in the model. What is offloaded is read from them at each use, codes
-    too: accelerate is told to leave its dtype. Floats become trainable, as transformers 5 makes all that it loads.
+    too: accelerate is told to leave its dtype. Those of an embedding stay in the model's dtype, which is that of its
+    output. Floats become trainable, as transformers 5 makes all that it loads.
     """
     for name, layer in checkpoint.quantized_linears(model):
         for part in _PARTS:
             label, parameter = f"{name}{part}", getattr(layer, part[1:])
+            if part != ".codes" and isinstance(layer, QuantizedEmbedding):
+                continue
+            if parameter.is_meta and not hasattr(layer, "_hf_hook"):  # the whole model is, for its shapes alone
+                continue
             if parameter.is_meta:
                 index = layer._hf_hook.weights_map.dataset.index
                 if "safetensors_file" in index.get(label, ()):

@@ -66,11 +66,12 @@ class AqlmQuantizer(HfQuantizer):
         for name, linear in checkpoint.quantized_linears(model):
             checkpoint.check_values(name, linear, self._stored)
         self._stored = self._sequences = None
+        model.quantization_method = "aqlm"  # by this name PEFT knows that codebooks are not to be cast
         return self.dequantize(model) if self.quantization_config.dequantize else model
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """The model with dense layers of `dtype` (its own if None), in place; it is then as never quantized."""
-        self._dequantize(model, dtype or model.config.dtype)
+        self._dequantize(model, dtype or model.config.dtype or model.dtype)  # the config may not say it
         self.remove_quantization_config(model)
         return model
 

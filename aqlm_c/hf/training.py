@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from ..linear import QuantizedLayer
+from ..linear import QuantizedEmbedding, QuantizedLayer
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -23,6 +23,8 @@ def prepare_model_for_tuning(model: Model) -> Model:
         raise ValueError("model: no quantized layer found, expected a model with AQLM layers")
     model.requires_grad_(False)
     for layer in layers:
+        if isinstance(layer, QuantizedEmbedding):
+            layer.output_dtype = layer.output_dtype or layer.codebooks.dtype
         for parameter in (layer.codebooks, layer.scales):
             parameter.data = parameter.data.float()  # the same Parameter: tied layers share it
             parameter.requires_grad_(True)
