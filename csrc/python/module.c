@@ -635,6 +635,19 @@ static PyObject *set_isa(PyObject *self, PyObject *name) {
     Py_RETURN_NONE;
 }
 
+static PyObject *set_exact(PyObject *self, PyObject *exact) {
+    (void)self;
+    const int yes = PyObject_IsTrue(exact);
+    if (yes < 0) return NULL;
+    aqlm_set_exact(yes);
+    Py_RETURN_NONE;
+}
+
+static PyObject *get_exact(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return PyBool_FromLong(aqlm_get_exact());
+}
+
 #define VERB(name, text) {#name, (PyCFunction)(void (*)(void))name, METH_VARARGS | METH_KEYWORDS, text}
 static PyMethodDef methods[] = {
     VERB(residual_kmeans, "residual_kmeans(weight, scales, num_codebooks, nbits_per_codebook, in_group_size, "
@@ -659,6 +672,8 @@ static PyMethodDef methods[] = {
     {"set_isa", set_isa, METH_O, "set_isa(name)"},
     {"get_isa", get_isa, METH_NOARGS, "get_isa() -> str"},
     {"available_isas", available_isas, METH_NOARGS, "available_isas() -> list of str, slowest first"},
+    {"set_exact", set_exact, METH_O, "set_exact(exact): no tables of rounded products in matmul"},
+    {"get_exact", get_exact, METH_NOARGS, "get_exact() -> bool"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -182,7 +182,6 @@ static void make_tables(uint8_t *tables, const float *x, const float *ct, int64_
 static void table_sums(float *y, int64_t ldy, const uint8_t *codes, int64_t step, int64_t ahead, const uint8_t *tables,
                        const float *scales, int64_t rows, int64_t outputs, int64_t n) {
     enum { SOME = 32 }; /* tables that stay in the first cache beside the codes */
-    (void)ahead;
     for (int64_t r = 0; r < rows; r++) {
         const int16_t *T = (const int16_t *)(const void *)tables + r * AQLM_TABLE_BLOCK * 256;
         int32_t sums[AQLM_TABLE_OUTPUTS] = {0};
@@ -190,6 +189,7 @@ static void table_sums(float *y, int64_t ldy, const uint8_t *codes, int64_t step
             const int64_t end = first + SOME < n ? first + SOME : n;
             for (int64_t o = 0; o < outputs; o++) {
                 const uint8_t *code = codes + o * step;
+                if (first == 0 && r == 0) __builtin_prefetch(code + ahead);
                 int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
                 int64_t t = first;
                 for (; t + 4 <= end; t += 4) {

@@ -23,6 +23,15 @@ PyObject *set_isa(PyObject *, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+PyObject *set_exact(PyObject *, PyObject *args) {
+    int exact;
+    if (!PyArg_ParseTuple(args, "p:set_exact", &exact)) return nullptr;
+    aqlm_set_exact(exact);
+    Py_RETURN_NONE;
+}
+
+PyObject *get_exact(PyObject *, PyObject *) { return PyBool_FromLong(aqlm_get_exact()); }
+
 int exec_module(PyObject *) {
     aqlm_set_parallel(run_on_torch_threads);
     return 0;
@@ -31,6 +40,8 @@ int exec_module(PyObject *) {
 PyMethodDef methods[] = {
     {"get_isa", get_isa, METH_NOARGS, "get_isa() -> str: the instruction set the ops run on."},
     {"set_isa", set_isa, METH_VARARGS, "set_isa(name): run the ops on another instruction set; ValueError if unknown."},
+    {"set_exact", set_exact, METH_VARARGS, "set_exact(exact): no tables of rounded products in matmul."},
+    {"get_exact", get_exact, METH_NOARGS, "get_exact() -> bool."},
     {nullptr, nullptr, 0, nullptr},
 };
 
