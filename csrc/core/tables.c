@@ -85,7 +85,7 @@ static double transpose_codebooks(float *ct, const float *codebooks, const aqlm_
                 square += (double)c * c;
                 ct[d * 256 + e] = c;
             }
-            if (!(square <= largest)) largest = square; /* NaN too */
+            if (square > largest || isnan(square)) largest = square; /* NaN stays */
         }
         for (int64_t d = 0; d < g; d++)
             for (int64_t e = E; e < 256; e++) ct[d * 256 + e] = ct[d * 256 + e - E];
@@ -109,7 +109,7 @@ static void make_blocks(int64_t begin, int64_t end, void *ctx) {
         for (int64_t j = 0; j < groups; j++) {
             square = 0.0;
             for (int64_t d = 0; d < g; d++) square += (double)x[j * g + d] * x[j * g + d];
-            if (!(square <= largest)) largest = square; /* NaN too */
+            if (square > largest || isnan(square)) largest = square; /* NaN stays */
         }
         const double bound = sqrt(largest) * job->radius;
         const bool usable = bound > 1e-30 && bound < 1e38; /* else nothing in fp32, or beyond it */

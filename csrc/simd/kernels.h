@@ -1,5 +1,6 @@
 /* kernels.h: the hot loops, written once in the words of vec_*.h. Included by kernels_*.c, once per ISA. */
 #include <math.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -181,26 +182,29 @@ static void make_tables(uint8_t *tables, const float *x, const float *ct, int64_
 
 static void table_sums(float *y, int64_t ldy, const uint8_t *codes, int64_t step, int64_t ahead, const uint8_t *tables,
                        const float *scales, int64_t rows, int64_t outputs, int64_t n) {
-    enum { SOME = 32 }; /* tables that stay in the first cache beside the codes */
+    const bool little_endian = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
     for (int64_t r = 0; r < rows; r++) {
-        const int16_t *T = (const int16_t *)(const void *)tables + r * AQLM_TABLE_BLOCK * 256;
-        int32_t sums[AQLM_TABLE_OUTPUTS] = {0};
-        for (int64_t first = 0; first < n; first += SOME) {
-            const int64_t end = first + SOME < n ? first + SOME : n;
-            for (int64_t o = 0; o < outputs; o++) {
-                const uint8_t *code = codes + o * step;
-                if (first == 0 && r == 0) __builtin_prefetch(code + ahead);
-                int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-                int64_t t = first;
-                for (; t + 4 <= end; t += 4) {
-                    s0 += T[t * 256 + code[t]];
-                    s1 += T[(t + 1) * 256 + code[t + 1]];
-                    s2 += T[(t + 2) * 256 + code[t + 2]];
-                    s3 += T[(t + 3) * 256 + code[t + 3]];
-                }
-                for (; t < end; t++) s0 += T[t * 256 + code[t]];
-                sums[o] += s0 + s1 + s2 + s3;
+        int32_t sums[AQLM_TABLE_OUTPUTS];
+        for (int64_t o = 0; o < outputs; o++) {
+            const int16_t *T = (const int16_t *)(const void *)tables + r * AQLM_TABLE_BLOCK * 256;
+            const uint8_t *code = codes + o * step;
+            int32_t s0 = 0, s1 = 0;
+            int64_t t = 0;
+            if (r == 0) __builtin_prefetch(code + ahead);
+            for (; little_endian && t + 8 <= n; t += 8, T += 8 * 256) { /* one load of codes for eight */
+                uint64_t c;
+                memcpy(&c, code + t, 8);
+                s0 += T[c & 255];
+                s1 += T[256 + (c >> 8 & 255)];
+                s0 += T[512 + (c >> 16 & 255)];
+                s1 += T[768 + (c >> 24 & 255)];
+                s0 += T[1024 + (c >> 32 & 255)];
+                s1 += T[1280 + (c >> 40 & 255)];
+                s0 += T[1536 + (c >> 48 & 255)];
+                s1 += T[1792 + (c >> 56)];
             }
+            for (; t < n; t++, T += 256) s0 += T[code[t]];
+            sums[o] = s0 + s1;
         }
         for (int64_t o = 0; o < outputs; o++) y[r * ldy + o] = fmaf(scales[r], (float)sums[o], y[r * ldy + o]);
     }
