@@ -83,8 +83,9 @@ aqlm_status aqlm_decode_rows(void *rows, aqlm_dtype row_dtype, const aqlm_weight
 /* y[n_rows, out] = x[n_rows, in] W^T + bias; x, y and bias of dtype; W is decoded tile by tile, never
  * whole. For up to 16 rows, B <= 8, og = 1 and out >= 64 it is not decoded at all: products of x with the codebooks
  * are rounded to 16 bits and looked up (tables.c), which adds an error of at most 1e-3 of y (of |y| over the outputs;
- * 1e-4 on usual inputs) unless aqlm_set_exact asks for sums in fp32 throughout, within 1e-5. workspace: 64-byte aligned, of workspace_size = aqlm_matmul_workspace(w, n_rows) bytes, which
- * grows with the number of threads (a smaller one is used by fewer of them). */
+ * 1e-4 on usual inputs) unless aqlm_set_exact asks for sums in fp32 throughout, within 1e-5. workspace: 64-byte
+ * aligned, of workspace_size = aqlm_matmul_workspace(w, n_rows) bytes, which grows with the number of threads (a
+ * smaller one is used by fewer of them). */
 size_t aqlm_matmul_workspace(const aqlm_weight *w, int64_t n_rows);
 aqlm_status aqlm_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w,
                         const void *bias /* [out] or NULL */, int64_t n_rows, void *workspace, size_t workspace_size);

@@ -56,7 +56,8 @@ static size_t workspace_bytes(const aqlm_weight *w, int64_t n_rows, bool transpo
 
 /* Enough for either way, whatever aqlm_set_exact says by then. */
 size_t aqlm_matmul_workspace(const aqlm_weight *w, int64_t n_rows) {
-    const size_t tiles = workspace_bytes(w, n_rows, false), tables = tiles ? aqlm_tables_workspace(&w->shape, n_rows) : 0;
+    const size_t tiles = workspace_bytes(w, n_rows, false),
+                 tables = tiles ? aqlm_tables_workspace(&w->shape, n_rows) : 0;
     return tables > tiles ? tables : tiles;
 }
 size_t aqlm_matmul_backward_workspace(const aqlm_weight *w, int64_t n_rows) { return workspace_bytes(w, n_rows, true); }

@@ -36,7 +36,7 @@ typedef struct tables_job {
     const float *x, *ct, *scales, *bias;
     double radius;       /* of the codebooks' longest entry */
     float *steps, *sums; /* [blocks, n_rows]; [n_rows, padded] */
-    uint8_t *tables;              /* [blocks, n_rows, AQLM_TABLE_BLOCK, AQLM_TABLE_BYTES] */
+    uint8_t *tables;     /* [blocks, n_rows, AQLM_TABLE_BLOCK, AQLM_TABLE_BYTES] */
     void *y;
     aqlm_dtype dtype;
 } tables_job;
@@ -112,7 +112,7 @@ static void make_blocks(int64_t begin, int64_t end, void *ctx) {
             if (square > largest || isnan(square)) largest = square; /* NaN stays */
         }
         const double bound = sqrt(largest) * job->radius;
-        const bool usable = bound > 1e-30 && bound < 1e38; /* else nothing in fp32, or beyond it */
+        const bool usable = bound > 1e-30 && bound < 1e38;              /* else nothing in fp32, or beyond it */
         const float inverse = usable ? (float)(32766.0 / bound) : 0.0f; /* 1 below, for rounding */
         for (int64_t v = 0; v < groups * g; v++) scaled[v] = usable ? x[v] * inverse : 0.0f;
         job->steps[i] = usable ? (float)(bound / 32766.0) : bound <= 1e-30 ? 0.0f : NAN;
@@ -133,8 +133,8 @@ static void look_up(int64_t begin, int64_t end, void *ctx) {
         for (int64_t o = first; o < last && !aqlm_cancelled(); o += AQLM_TABLE_OUTPUTS)
             for (int64_t b = chunk; b < chunk_end; b++) {
                 const int64_t t = b * AQLM_TABLE_BLOCK;
-                const int64_t ahead = b + 1 < chunk_end ? AQLM_TABLE_BLOCK
-                                                        : AQLM_TABLE_OUTPUTS * step - (b - chunk) * AQLM_TABLE_BLOCK;
+                const int64_t ahead =
+                    b + 1 < chunk_end ? AQLM_TABLE_BLOCK : AQLM_TABLE_OUTPUTS * step - (b - chunk) * AQLM_TABLE_BLOCK;
                 isa->table_sums(job->sums + o, ldy, codes + o * step + t, step, ahead,
                                 job->tables + b * rows * AQLM_TABLE_BLOCK * AQLM_TABLE_BYTES, job->steps + b * rows,
                                 rows, aqlm_min(AQLM_TABLE_OUTPUTS, last - o), aqlm_min(AQLM_TABLE_BLOCK, step - t));

@@ -113,10 +113,10 @@ static inline void sum_panels(float *y, const uint8_t *codes, const uint8_t *tab
             const __m512i c = _mm512_load_si512(codes + 4096 * p + 64 * t);
             const __mmask64 upper = _mm512_movepi8_mask(c), lower = _knot_mask64(upper);
             /* A lane outside the mask keeps its code: what the other half of the table then looks up. */
-            const __m512i lo = _mm512_mask2_permutex2var_epi8(
-                T[2], _mm512_mask2_permutex2var_epi8(T[0], c, lower, T[1]), upper, T[3]);
-            const __m512i hi = _mm512_mask2_permutex2var_epi8(
-                T[6], _mm512_mask2_permutex2var_epi8(T[4], c, lower, T[5]), upper, T[7]);
+            const __m512i lo =
+                _mm512_mask2_permutex2var_epi8(T[2], _mm512_mask2_permutex2var_epi8(T[0], c, lower, T[1]), upper, T[3]);
+            const __m512i hi =
+                _mm512_mask2_permutex2var_epi8(T[6], _mm512_mask2_permutex2var_epi8(T[4], c, lower, T[5]), upper, T[7]);
             low[p] = _mm512_add_epi16(low[p], lo); /* of pairs: the odd byte's part is taken off at the end */
             low_odd[p] = _mm512_add_epi16(low_odd[p], _mm512_srli_epi16(lo, 8));
             high[p] = _mm512_add_epi16(high[p], hi);
