@@ -107,7 +107,11 @@ def decode_rows(codes: NDArray[np.int8 | np.int16], codebooks: F32, scales: F32)
     """W [out, in] of a stored weight: codes [out/og, J, K] (int8 for B <= 8, else int16), codebooks [K, E, og, g]."""
 
 def matmul(x: F32, codes: NDArray[np.int8 | np.int16], codebooks: F32, scales: F32, bias: F32 | None = None) -> F32:
-    """x [n, in] W^T + bias -> [n, out]; W is decoded tile by tile, never whole."""
+    """x [n, in] W^T + bias -> [n, out]; W is decoded tile by tile, never whole.
+
+    With set_exact(False), n <= 16, B <= 8, og = 1, out >= 64: by products with the codebooks rounded to 16 bits,
+    within 1e-3.
+    """
 
 def pack_codes(codes: NDArray[np.uint16], nbits_per_codebook: int) -> NDArray[np.int8 | np.int16]:
     """Working codes to the disk layout: code - 2^B where it is at least 2^(B-1). ValueError out of range."""
@@ -123,3 +127,10 @@ def set_isa(name: str) -> None:
 def get_isa() -> str: ...
 def available_isas() -> list[str]:
     """Instruction sets this CPU can run, slowest first."""
+
+def set_exact(exact: bool | None) -> None:
+    """True: matmul sums in fp32 throughout. False: few rows by rounded tables. None, as at first: by tables where x is
+    of 16 bits. The environment variable AQLM_C_EXACT says it too: 0 or 1.
+    """
+
+def get_exact() -> bool | None: ...

@@ -21,9 +21,10 @@ except ImportError as error:
 
 from torch import Tensor
 
-__all__ = ["decode_rows", "get_isa", "matmul", "set_isa"]
+__all__ = ["decode_rows", "get_exact", "get_isa", "matmul", "set_exact", "set_isa"]
 
 get_isa, set_isa = _torch.get_isa, _torch.set_isa
+get_exact, set_exact = _torch.get_exact, _torch.set_exact
 
 
 def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,7 +32,10 @@ def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
 
     Args:
         x: [..., in], float32, float16 or bfloat16; sums are float32 inside. 32 rows or more of bfloat16 go through
-            torch's own product where the CPU has instructions for it, with W's tiles rounded to bfloat16.
+            torch's own product where the CPU has instructions for it, with W's tiles rounded to bfloat16. Up to 16
+            rows of 16-bit floats, with B <= 8, og = 1 and out >= 64, look up products with the codebooks that are
+            rounded to 16 bits: an error of 1e-4 of y, 1e-3 at most. `set_exact(True)`, or AQLM_C_EXACT=1 before the
+            import, forbids it; `set_exact(False)`, or 0, allows it for float32 too.
         codes: [O, J, K] as stored: int8 for up to 8 bits per codebook, else int16.
         codebooks: [K, E, og, g], float32, float16 or bfloat16, whatever x is.
         scales: [O, 1, 1, 1], dtype of codebooks.

@@ -44,7 +44,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=max(Console().width, 120)).print(table)  # wide enough for every name, in a pipe too
+    Console(width=max(Console().width, 150)).print(table)  # wide enough for every name, in a pipe too
 
 
 def save(name: str, rows: list[dict[str, Any]], path: str | None = None, **more: Any) -> Path:

@@ -7,8 +7,9 @@
  * Group (o, j) of W is scales[o] * sum_k codebooks[k, codes[o, j, k]]  (arXiv 2401.06118, section 3).
  *
  * Matrices are dense and row-major. Every function checks its sizes and returns a status; none of
- * them prints, exits, or keeps state. The process holds two pieces of state: the ISA table
- * (dispatch.c) and the loop runner with its threads and poll function (parallel.c). No result depends on either.
+ * them prints, exits, or keeps state. The process holds three pieces of state: the ISA table (dispatch.c), the
+ * loop runner with its threads and poll function (parallel.c), on neither of which a result depends, and
+ * aqlm_set_exact's choice (tables.c).
  */
 #ifndef AQLM_H
 #define AQLM_H
@@ -80,11 +81,19 @@ typedef struct aqlm_weight {
 aqlm_status aqlm_decode_rows(void *rows, aqlm_dtype row_dtype, const aqlm_weight *w, int64_t begin, int64_t end);
 
 /* y[n_rows, out] = x[n_rows, in] W^T + bias; x, y and bias of dtype; W is decoded tile by tile, never
- * whole. workspace: 64-byte aligned, of workspace_size = aqlm_matmul_workspace(w, n_rows) bytes, which
- * grows with the number of threads (a smaller one is used by fewer of them). */
+ * whole. For up to 16 rows of 16-bit floats, B <= 8, og = 1 and out >= 64 it is not decoded at all: products of x with
+ * the codebooks are rounded to 16 bits and looked up (tables.c), which adds an error of at most 1e-3 of y (of |y| over
+ * the outputs; 1e-4 on usual inputs). Otherwise sums are fp32 throughout, within 1e-5. See aqlm_set_exact. workspace:
+ * 64-byte aligned, of workspace_size = aqlm_matmul_workspace(w, n_rows) bytes, which grows with the number of threads
+ * (a smaller one is used by fewer of them). */
 size_t aqlm_matmul_workspace(const aqlm_weight *w, int64_t n_rows);
 aqlm_status aqlm_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w,
                         const void *bias /* [out] or NULL */, int64_t n_rows, void *workspace, size_t workspace_size);
+
+/* 1: no tables; 0: tables for fp32 too; -1: tables for 16-bit floats alone. At first -1, unless the environment
+ * variable AQLM_C_EXACT is set: "0" is 0, anything else 1. */
+void aqlm_set_exact(int choice);
+int aqlm_get_exact(void);
 
 /* The gradient of aqlm_matmul to x: grad_x[n_rows, in] = grad_y[n_rows, out] W, both of dtype; all else as there. */
 size_t aqlm_matmul_backward_workspace(const aqlm_weight *w, int64_t n_rows);

@@ -32,6 +32,24 @@ def isa(request):
 
 
 @pytest.fixture
+def exact():
+    """Runs the test without matmul's rounded tables, on both doors."""
+    doors = [_core]
+    try:
+        from aqlm_c import ops
+    except ImportError:
+        pass
+    else:
+        doors.append(ops)
+    before = [door.get_exact() for door in doors]
+    for door in doors:
+        door.set_exact(True)
+    yield
+    for door, value in zip(doors, before, strict=True):
+        door.set_exact(value)
+
+
+@pytest.fixture
 def each_way():
     """Calls a function for every instruction set and 1, 2 and 3 threads; True if all results are the same bits."""
 

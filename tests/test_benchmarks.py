@@ -71,3 +71,24 @@ def test_lora_step(monkeypatch, tmp_path, capsys):
     assert all(row["ratio"] > 0 and row["ours s"] > 0 for row in rows)
     assert rows[0]["max error"] <= 1e-5 and rows[1]["max error"] <= 2**-7
     assert "LoRA step" in capsys.readouterr().out
+
+
+def test_matmul(monkeypatch, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import matmul
+
+    arguments = ["--shapes", "96x64", "--rows", 1, 3, "--schemes", "2x8g8", "1x9g8", "--cache", 0.02]
+    arguments += ["--seconds", 0, "--json", tmp_path / "out.json"]
+    monkeypatch.setattr(sys, "argv", ["matmul", *map(str, arguments)])
+    threads = torch.get_num_threads()
+    try:
+        matmul.main()
+    finally:
+        torch.set_num_threads(threads)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["scheme"], row["rows"]) for row in written["rows"]] == [
+        ("2x8g8", 1), ("2x8g8", 3), ("1x9g8", 1), ("1x9g8", 3),
+    ]  # fmt: skip
+    assert all(row["x fp32"] > 0 and row["error"] <= 1e-3 for row in written["rows"])
+    assert written["read_bandwidth"] > 0 and "quantized weight" in capsys.readouterr().out

@@ -51,6 +51,12 @@ void aqlm_decode_working(float *q, const uint16_t *codes, const float *codebooks
 void aqlm_decode_row_f32(float *row /* [(end - begin) g] */, const void *codes, const float *codebooks,
                          const float *scales, const aqlm_shape *shape, int64_t row_index, int64_t begin, int64_t end);
 
+/* tables.c: aqlm_matmul for few rows by tables of partial products, where that is allowed and pays */
+bool aqlm_tables_fit(const aqlm_shape *shape, int64_t n_rows);
+size_t aqlm_tables_workspace(const aqlm_shape *shape, int64_t n_rows); /* 0 where they do not fit */
+aqlm_status aqlm_tables_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w, const void *bias,
+                               int64_t n_rows, void *workspace, size_t workspace_size);
+
 /* The i-th stored code; `wide`: int16, else int8. */
 static inline uint32_t aqlm_stored_code(const void *codes, int64_t i, const aqlm_shape *s, bool wide) {
     return (wide ? ((const uint16_t *)codes)[i] : ((const uint8_t *)codes)[i]) & ((1u << s->nbits_per_codebook) - 1);

@@ -54,7 +54,12 @@ static size_t workspace_bytes(const aqlm_weight *w, int64_t n_rows, bool transpo
     return (size_t)plan(&job, w, n_rows, transposed).total * sizeof(float);
 }
 
-size_t aqlm_matmul_workspace(const aqlm_weight *w, int64_t n_rows) { return workspace_bytes(w, n_rows, false); }
+/* Enough for either way, whatever aqlm_set_exact says by then. */
+size_t aqlm_matmul_workspace(const aqlm_weight *w, int64_t n_rows) {
+    const size_t tiles = workspace_bytes(w, n_rows, false),
+                 tables = tiles ? aqlm_tables_workspace(&w->shape, n_rows) : 0;
+    return tables > tiles ? tables : tiles;
+}
 size_t aqlm_matmul_backward_workspace(const aqlm_weight *w, int64_t n_rows) { return workspace_bytes(w, n_rows, true); }
 
 static void store(const matmul_job *job, int64_t row, int64_t first, const float *y, int64_t n) {
@@ -150,6 +155,9 @@ static aqlm_status run(void *y, const void *x, aqlm_dtype dtype, const aqlm_weig
 
 aqlm_status aqlm_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w, const void *bias,
                         int64_t n_rows, void *workspace, size_t workspace_size) {
+    const int exact = aqlm_get_exact();
+    if (!(exact < 0 ? dtype == AQLM_F32 : exact) && !aqlm_check_shape(&w->shape) && aqlm_tables_fit(&w->shape, n_rows))
+        return aqlm_tables_matmul(y, x, dtype, w, bias, n_rows, workspace, workspace_size);
     return run(y, x, dtype, w, bias, n_rows, false, workspace, workspace_size);
 }
 

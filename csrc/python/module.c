@@ -635,6 +635,21 @@ static PyObject *set_isa(PyObject *self, PyObject *name) {
     Py_RETURN_NONE;
 }
 
+static PyObject *set_exact(PyObject *self, PyObject *exact) {
+    (void)self;
+    const int yes = exact == Py_None ? 0 : PyObject_IsTrue(exact);
+    if (yes < 0) return NULL;
+    aqlm_set_exact(exact == Py_None ? -1 : yes);
+    Py_RETURN_NONE;
+}
+
+static PyObject *get_exact(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    const int exact = aqlm_get_exact();
+    if (exact < 0) Py_RETURN_NONE;
+    return PyBool_FromLong(exact);
+}
+
 #define VERB(name, text) {#name, (PyCFunction)(void (*)(void))name, METH_VARARGS | METH_KEYWORDS, text}
 static PyMethodDef methods[] = {
     VERB(residual_kmeans, "residual_kmeans(weight, scales, num_codebooks, nbits_per_codebook, in_group_size, "
@@ -659,6 +674,9 @@ static PyMethodDef methods[] = {
     {"set_isa", set_isa, METH_O, "set_isa(name)"},
     {"get_isa", get_isa, METH_NOARGS, "get_isa() -> str"},
     {"available_isas", available_isas, METH_NOARGS, "available_isas() -> list of str, slowest first"},
+    {"set_exact", set_exact, METH_O,
+     "set_exact(exact): True: no tables of rounded products in matmul; None: for 16-bit x alone"},
+    {"get_exact", get_exact, METH_NOARGS, "get_exact() -> bool | None"},
     {NULL, NULL, 0, NULL},
 };
 

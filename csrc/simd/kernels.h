@@ -1,6 +1,8 @@
 /* kernels.h: the hot loops, written once in the words of vec_*.h. Included by kernels_*.c, once per ISA. */
 #include <math.h>
+#include <stdbool.h>
 #include <stddef.h>
+#include <string.h>
 
 #define TILE_COLS (TILE_VECS * VF_LANES)
 #define VM_ALL ((uint32_t)((UINT64_C(1) << VF_LANES) - 1))
@@ -156,6 +158,59 @@ static float dot(const float *x, const float *y, int64_t n) {
     return lane[0];
 }
 
+#ifndef AQLM_OWN_TABLES
+static void make_tables(uint8_t *tables, const float *x, const float *ct, int64_t K, int64_t g, int64_t first,
+                        int64_t n) {
+    const vf magic = vf_set1(0x1.8p23f); /* leaves the rounded integer in the low bits of the sum */
+    for (int64_t t = 0; t < n; t++) {
+        const float *group = x + (first + t) / K * g, *c = ct + (first + t) % K * g * 256;
+        int16_t *table = (int16_t *)(void *)(tables + t * AQLM_TABLE_BYTES);
+        float sum[256];
+        uint32_t bits[256];
+        for (int64_t e = 0; e < 256; e += 2 * AQLM_LANES) {
+            vf acc[2 * AQLM_LANES / VF_LANES];
+            for (int v = 0; v < 2 * AQLM_LANES / VF_LANES; v++) acc[v] = vf_set1(0.0f);
+            for (int64_t d = 0; d < g; d++)
+                for (int v = 0; v < 2 * AQLM_LANES / VF_LANES; v++)
+                    acc[v] = vf_fma(vf_set1(group[d]), vf_load(c + d * 256 + e + v * VF_LANES), acc[v]);
+            for (int v = 0; v < 2 * AQLM_LANES / VF_LANES; v++) vf_store(sum + e + v * VF_LANES, vf_add(acc[v], magic));
+        }
+        memcpy(bits, sum, sizeof bits);
+        for (int e = 0; e < 256; e++) table[e] = (int16_t)(uint16_t)bits[e];
+    }
+}
+
+static void table_sums(float *y, int64_t ldy, const uint8_t *codes, int64_t step, int64_t ahead, const uint8_t *tables,
+                       const float *scales, int64_t rows, int64_t outputs, int64_t n) {
+    const bool little_endian = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+    for (int64_t r = 0; r < rows; r++) {
+        int32_t sums[AQLM_TABLE_OUTPUTS];
+        for (int64_t o = 0; o < outputs; o++) {
+            const int16_t *T = (const int16_t *)(const void *)tables + r * AQLM_TABLE_BLOCK * 256;
+            const uint8_t *code = codes + o * step;
+            int32_t s0 = 0, s1 = 0;
+            int64_t t = 0;
+            if (r == 0) __builtin_prefetch(code + ahead);
+            for (; little_endian && t + 8 <= n; t += 8, T += 8 * 256) { /* one load of codes for eight */
+                uint64_t c;
+                memcpy(&c, code + t, 8);
+                s0 += T[c & 255];
+                s1 += T[256 + (c >> 8 & 255)];
+                s0 += T[512 + (c >> 16 & 255)];
+                s1 += T[768 + (c >> 24 & 255)];
+                s0 += T[1024 + (c >> 32 & 255)];
+                s1 += T[1280 + (c >> 40 & 255)];
+                s0 += T[1536 + (c >> 48 & 255)];
+                s1 += T[1792 + (c >> 56)];
+            }
+            for (; t < n; t++, T += 256) s0 += T[code[t]];
+            sums[o] = s0 + s1;
+        }
+        for (int64_t o = 0; o < outputs; o++) y[r * ldy + o] = fmaf(scales[r], (float)sums[o], y[r * ldy + o]);
+    }
+}
+#endif
+
 const aqlm_kernels AQLM_TABLE = {
     .name = AQLM_NAME,
     .tile_rows = TILE_ROWS,
@@ -166,4 +221,6 @@ const aqlm_kernels AQLM_TABLE = {
     .nearest = nearest,
     .pair_min = pair_min,
     .dot = dot,
+    .make_tables = make_tables,
+    .table_sums = table_sums,
 };

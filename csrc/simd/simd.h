@@ -10,6 +10,12 @@
 
 #define AQLM_LANES 16 /* virtual lanes; code arrays scanned by kernels are padded to a multiple of it */
 
+enum {
+    AQLM_TABLE_BYTES = 512,  /* a table of 256 int16 */
+    AQLM_TABLE_BLOCK = 64,   /* tables with a common scale */
+    AQLM_TABLE_OUTPUTS = 256 /* outputs of one table_sums */
+};
+
 /* One group's joint search over a pair of codebooks, see aqlm_kernels.pair_min. */
 typedef struct aqlm_pair {
     const float *m;     /* [n, n]  2 c1_a S c2_b */
@@ -45,6 +51,17 @@ typedef struct aqlm_kernels {
 
     /* sum of x[i] y[i], in AQLM_LANES partial sums added as a tree. */
     float (*dot)(const float *x, const float *y, int64_t n);
+
+    /* tables[t], t < n: 256 integers, the products of group (first + t) / K of x [J, g] with the entries of codebook
+     * (first + t) % K, rounded; ct [K, g, 256]. No product exceeds 32767. A table's bytes are each ISA's own affair. */
+    void (*make_tables)(uint8_t *tables, const float *x, const float *ct, int64_t K, int64_t g, int64_t first,
+                        int64_t n);
+
+    /* y[r, o] += scales[r] * sum_t tables[r, t][codes[o * step + t]] for r < rows, o < outputs, t < n: an exact sum of
+     * integers and one fma. tables [rows, AQLM_TABLE_BLOCK]; outputs <= AQLM_TABLE_OUTPUTS, rounded up to 64: y must
+     * have the room. What is read next lies `ahead` bytes from codes. */
+    void (*table_sums)(float *y, int64_t ldy, const uint8_t *codes, int64_t step, int64_t ahead, const uint8_t *tables,
+                       const float *scales, int64_t rows, int64_t outputs, int64_t n);
 } aqlm_kernels;
 
 extern const aqlm_kernels aqlm_kernels_scalar;

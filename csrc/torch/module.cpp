@@ -23,6 +23,19 @@ PyObject *set_isa(PyObject *, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+PyObject *set_exact(PyObject *, PyObject *exact) {
+    const int yes = exact == Py_None ? 0 : PyObject_IsTrue(exact);
+    if (yes < 0) return nullptr;
+    aqlm_set_exact(exact == Py_None ? -1 : yes);
+    Py_RETURN_NONE;
+}
+
+PyObject *get_exact(PyObject *, PyObject *) {
+    const int exact = aqlm_get_exact();
+    if (exact < 0) Py_RETURN_NONE;
+    return PyBool_FromLong(exact);
+}
+
 int exec_module(PyObject *) {
     aqlm_set_parallel(run_on_torch_threads);
     return 0;
@@ -31,6 +44,9 @@ int exec_module(PyObject *) {
 PyMethodDef methods[] = {
     {"get_isa", get_isa, METH_NOARGS, "get_isa() -> str: the instruction set the ops run on."},
     {"set_isa", set_isa, METH_VARARGS, "set_isa(name): run the ops on another instruction set; ValueError if unknown."},
+    {"set_exact", set_exact, METH_O,
+     "set_exact(exact): True: no tables of rounded products in matmul; None: for 16-bit x alone."},
+    {"get_exact", get_exact, METH_NOARGS, "get_exact() -> bool | None."},
     {nullptr, nullptr, 0, nullptr},
 };
 
