@@ -93,6 +93,12 @@ def quantized_names(model):
     return [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
 
 
+def prefill_and_decode(model, tokens):
+    """Logits of all tokens, and those of the last one after the others are in the cache."""
+    cache = model(tokens[:, :-1], use_cache=True).past_key_values
+    return model(tokens).logits, model(tokens[:, -1:], past_key_values=cache).logits[:, 0]
+
+
 @pytest.mark.parametrize("scheme", [(2, 8, 8, 1), (1, 16, 8, 1)], ids=["2x8g8", "1x16g8"])
 @torch.no_grad()
 def test_a_published_mixtral(tmp_path, scheme):
@@ -108,6 +114,12 @@ def test_a_published_mixtral(tmp_path, scheme):
         end = position + 1 or None
         decoded = model(tokens[:, position:end], past_key_values=cache).logits[:, 0]
         assert (decoded - expected[:, position]).abs().max() <= bound
+
+    errors = []
+    for one in (copy.deepcopy(dense).bfloat16(), load(tmp_path, dtype=torch.bfloat16)):
+        logits, decoded = prefill_and_decode(one, tokens)
+        errors.append(((logits.float() - expected).abs().max(), (decoded.float() - expected[:, -1]).abs().max()))
+    assert all(ours <= 2 * own for own, ours in zip(*errors, strict=True))
 
     model.save_pretrained(tmp_path / "again")
     stored, again = (load_file(path / "model.safetensors") for path in (tmp_path, tmp_path / "again"))
