@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+from pathlib import Path
 
 import _bench
 import numpy as np
@@ -104,7 +105,8 @@ def main() -> None:
             }
         )
     _bench.show(f"{args.model} block {args.block}, {args.scheme}", rows)
-    print(_bench.save("quantize_layer", rows, args.json, arguments=vars(args)))
+    arguments = {**vars(args), "data": [Path(source).name for source in args.data or []]}  # not where they lie
+    print(_bench.save("quantize_layer", rows, args.json, arguments=arguments))
 
 
 if __name__ == "__main__":
