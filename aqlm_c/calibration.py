@@ -7,7 +7,6 @@ import functools
 import logging
 import math
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 
 from . import _core
 from .config import AqlmConfig
+from .report import kind_of
 from .solver import Hessian
 
 log = logging.getLogger("aqlm_c")
@@ -326,7 +326,7 @@ class HessianSums:
         own = self.leader.get(name)
         if own is not None and self.tokens[own] >= self.linears[name].in_features:
             return (own,)
-        kind = [leader for other, leader in self.leader.items() if _kind(other) == _kind(name)]
+        kind = [leader for other, leader in self.leader.items() if kind_of(other) == kind_of(name)]
         return tuple(dict.fromkeys(kind))
 
     def _hessian(self, name: str, leaders: tuple[str, ...]) -> Hessian:
@@ -367,11 +367,6 @@ class HessianSums:
         _core.accumulate_hessian(self.sums[name], rows.numpy())
         self.tokens[name] += rows.shape[0]
         self.seconds += time.perf_counter() - started
-
-
-@functools.cache
-def _kind(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _same_tensor(a: torch.Tensor | None, b: torch.Tensor) -> bool:

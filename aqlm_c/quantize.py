@@ -439,8 +439,7 @@ def _check_targets(
         given = f"layers={layers!r}" + (f" and rules={config.rules!r}" if config.rules else "")
         raise ValueError(f"{given}: matches no linear layer to quantize, expected names such as 'mlp.up_proj'")
     for name, module in (item for block in targets for item in block.items()):
-        part = ends.config(name, config) if name in ends[:2] else config.for_layer(name)
-        part.check_layer(name, *module.weight.shape)
+        ends.config(name, config).check_layer(name, *module.weight.shape)
         if isinstance(module, torch.nn.Embedding):
             QuantizedEmbedding.check(name, module)
     for name, parameter in model.named_parameters():

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from loading import load, prefill_and_decode, quantized_names
 from safetensors.numpy import load_file, save_file
-from tiny import VOCABULARY, encode, random_model, random_tokens
+from tiny import VOCABULARY, encode, quantization_config, random_model, random_tokens
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import aqlm_c.hf  # noqa: F401  (registers)
@@ -17,7 +18,6 @@ from aqlm_c.calibration import HessianSums, Stream, find_blocks, routers, start_
 from aqlm_c.checkpoint import save_quantized
 from aqlm_c.config import AqlmConfig
 from aqlm_c.hf import experts
-from aqlm_c.linear import QuantizedLinear
 from aqlm_c.quantize import quantize_model
 
 EXPERTS = 4
@@ -70,33 +70,10 @@ def write_mixtral(directory, scheme):
     save_file(dense, directory / "model.safetensors", metadata={"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "aqlm",
-        "num_codebooks": scheme[0],
-        "nbits_per_codebook": scheme[1],
-        "in_group_size": scheme[2],
-        "out_group_size": scheme[3],
-        "linear_weights_not_to_quantize": [name for name in tensors if name.endswith("weight")],
-    }
+    config["quantization_config"] = quantization_config(scheme, [name for name in tensors if name.endswith("weight")])
     (directory / "config.json").write_text(json.dumps(config))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return model
-
-
-def load(directory, **options):
-    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
-    assert not any(info.values()), info
-    return model
-
-
-def quantized_names(model):
-    return [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
-
-
-def prefill_and_decode(model, tokens):
-    """Logits of all tokens, and those of the last one after the others are in the cache."""
-    cache = model(tokens[:, :-1], use_cache=True).past_key_values
-    return model(tokens).logits, model(tokens[:, -1:], past_key_values=cache).logits[:, 0]
 
 
 @pytest.mark.parametrize("scheme", [(2, 8, 8, 1), (1, 16, 8, 1)], ids=["2x8g8", "1x16g8"])
@@ -118,7 +95,7 @@ def test_a_published_mixtral(tmp_path, scheme):
     errors = []  # means: the largest is that of a token whose router chose otherwise, near a tie
     for one in (copy.deepcopy(dense).bfloat16(), load(tmp_path, dtype=torch.bfloat16)):
         logits, decoded = prefill_and_decode(one, tokens)
-        errors.append(((logits.float() - expected).abs().mean(), (decoded.float() - expected[:, -1]).abs().mean()))
+        errors.append(((logits - expected).abs().mean(), (decoded - expected[:, -1]).abs().mean()))
     assert all(ours <= 2 * own for own, ours in zip(*errors, strict=True))
 
     model.save_pretrained(tmp_path / "again")

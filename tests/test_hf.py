@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from loading import load, prefill_and_decode, quantized_names
 from safetensors.numpy import load_file
 from tiny import random_tokens, tiny_tokenizer, write_published
 from transformers import AutoModelForCausalLM
@@ -24,17 +25,6 @@ from aqlm_c.linear import QuantizedLinear
 LINEARS = 14  # of the two blocks
 
 
-def load(directory, **options):
-    """The loaded model; fails if any tensor was missing, left over or of another shape."""
-    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
-    assert not any(info.values()), info
-    return model
-
-
-def quantized_names(model):
-    return [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
-
-
 SCHEMES = [
     (1, 16, 8, 1),
     (2, 8, 8, 1),
@@ -45,14 +35,6 @@ SCHEMES = [
     (3, 12, 4, 1),
     (2, 8, 8, 2),
 ]
-
-
-def prefill_and_decode(model, tokens):
-    """Logits of all tokens, and those of the last one after the others are in the cache."""
-    with torch.no_grad():
-        logits = model(tokens).logits.float()
-        cache = model(tokens[:, :-1], use_cache=True).past_key_values
-        return logits, model(tokens[:, -1:], past_key_values=cache).logits[:, 0].float()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: "{}x{}g{}o{}".format(*s))

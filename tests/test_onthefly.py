@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from loading import load, quantized_names
 from safetensors.torch import load_file
-from test_hf import load, quantized_names
 from tiny import byte_tokenizer, random_tokens, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

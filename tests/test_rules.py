@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 import transformers
+from loading import load
 from tiny import VOCABULARY, random_model, random_tokens, tiny_llama
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
@@ -40,12 +41,6 @@ def quantized(tied, **changes):
 def schemes(model):
     kinds = (QuantizedLinear, QuantizedEmbedding)
     return {name: module.scheme for name, module in model.named_modules() if isinstance(module, kinds)}
-
-
-def load(directory, cls=AutoModelForCausalLM):
-    model, info = cls.from_pretrained(directory, output_loading_info=True)
-    assert not any(info.values()), info
-    return model
 
 
 def test_rules_give_each_layer_its_config():

@@ -77,6 +77,18 @@ def encode(rng, out_features, in_features, scheme):
     return stored.astype(np.int8 if B <= 8 else np.int16), codebooks, scales, weight
 
 
+def quantization_config(scheme, not_quantized):
+    """As published models have it in config.json."""
+    return {
+        "quant_method": "aqlm",
+        "num_codebooks": scheme[0],
+        "nbits_per_codebook": scheme[1],
+        "in_group_size": scheme[2],
+        "out_group_size": scheme[3],
+        "linear_weights_not_to_quantize": not_quantized,
+    }
+
+
 def write_published(directory, scheme, keep=(), extra=None, **options):
     """Write a random quantized tiny Llama; returns the dense model of the same weights."""
     rng = np.random.default_rng(0)
@@ -96,15 +108,7 @@ def write_published(directory, scheme, keep=(), extra=None, **options):
             if not (tied and name == "lm_head.weight"):
                 tensors[name] = parameter.detach().numpy().copy()
     config = dense.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
-    config["quantization_config"] = {
-        "quant_method": "aqlm",
-        "num_codebooks": scheme[0],
-        "nbits_per_codebook": scheme[1],
-        "in_group_size": scheme[2],
-        "out_group_size": scheme[3],
-        "linear_weights_not_to_quantize": others,
-        **(extra or {}),
-    }
+    config["quantization_config"] = {**quantization_config(scheme, others), **(extra or {})}
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

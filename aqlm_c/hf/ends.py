@@ -23,10 +23,12 @@ class Ends(NamedTuple):
         return [name for name in names if self.config(name, config)]
 
     def config(self, name: str, config: AqlmConfig, full_name: str = "") -> AqlmConfig | None:
-        """The config of the end `name`, which the rules may call `full_name`: None if it stays dense.
+        """The config of the layer `name`, which the rules may call `full_name`: None if it stays dense.
 
         Only a rule quantizes an end; one for either of two tied ends is for both.
         """
+        if name not in self[:2]:
+            return config.for_layer(full_name or name)
         names = (full_name or name, *((self.head,) if self.tied and name == self.embedding else ()))
         return next((config.for_layer(end) for end in names if config.rule_for(end)), None)
 

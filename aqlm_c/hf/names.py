@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 
 from .. import checkpoint
-from ..linear import QuantizedEmbedding, QuantizedLayer
+from ..linear import WEIGHT, QuantizedEmbedding, QuantizedLayer
 from .ends import find_ends
 
-_PARTS = (".codes", ".codebooks", ".scales")
+_PARTS = tuple(f".{part}" for part in WEIGHT)
 
 
 def taken(model: Any, tensors: Mapping[str, checkpoint.StoredTensor]) -> dict[str, checkpoint.StoredTensor]:

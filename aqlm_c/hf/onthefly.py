@@ -136,7 +136,7 @@ def quantize_data_free(model: Any, config: AqlmConfig, layers: str | None = None
         in_features = module.weight.shape[1]
         if in_features not in white:
             white[in_features] = Hessian(np.eye(in_features, dtype=np.float32))
-        part = ends.config(name, config) if name in ends[:2] else config.for_layer(name)
+        part = ends.config(name, config)
         layer, layer_report = quantize._quantize_layer(name, module, white[in_features], part, phases)
         model.set_submodule(name, layer)
         report.layers.append(layer_report)
