@@ -33,7 +33,7 @@ C_FLAGS = [
 LINK_FLAGS = ["-pthread", "-lm"]
 ISA_FLAGS = {
     "scalar": [],
-    "avx2": ["-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mfma"],
     "neon": [],
 }

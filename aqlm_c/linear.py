@@ -92,6 +92,18 @@ class QuantizedLayer(nn.Module):
         """
         check_code_range(self.codes, self.nbits_per_codebook, name)
 
+    def pack(self) -> None:
+        """Lay codes out for the kernels that run on their device, where these prefer another order in memory.
+
+        Their shape and values stay, only strides change: state_dict has them in the order of the disk layout.
+        """
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = prefix + "codes"
+        if not destination[name].is_contiguous():
+            destination[name] = destination[name].detach().contiguous()
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         name = prefix + "codes"
         if name in state_dict and not self.codes.is_meta:  # else a loader is at work, which knows the layer's name
@@ -117,6 +129,8 @@ class QuantizedLinear(QuantizedLayer):
     Raises:
         ValueError: a size is out of range or a group size does not divide its side.
     """
+
+    tied = False  # to an embedding, which looks up rows of codes
 
     def __init__(
         self,
@@ -155,6 +169,12 @@ class QuantizedLinear(QuantizedLayer):
     ) -> QuantizedLinear:
         sizes = {name: getattr(config, name) for name in FORMAT}
         return cls(in_features, out_features, bias, **sizes, device="meta", dtype=dtype)
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        if self.tied or self.codes.is_meta or not ops.packs(self.codes, self.out_group_size):
+            return
+        self.codes.data = ops.pack(self.codes.data)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], a new tensor of x's dtype."""
@@ -228,6 +248,7 @@ class QuantizedEmbedding(QuantizedLayer):
         )
         for name in WEIGHT:
             setattr(head, name, getattr(self, name))
+        head.tied = True
         if bias is not None:
             head.bias = bias
         return head

@@ -21,7 +21,7 @@ except ImportError as error:
 
 from torch import Tensor
 
-__all__ = ["decode_rows", "get_exact", "get_isa", "matmul", "set_exact", "set_isa"]
+__all__ = ["decode_rows", "get_exact", "get_isa", "matmul", "pack", "packs", "set_exact", "set_isa"]
 
 get_isa, set_isa = _torch.get_isa, _torch.set_isa
 get_exact, set_exact = _torch.get_exact, _torch.set_exact
@@ -30,13 +30,16 @@ get_exact, set_exact = _torch.get_exact, _torch.set_exact
 def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """Product with a quantized weight: ``y = x W^T + bias``, W decoded tile by tile (arXiv 2401.06118, section 3).
 
+    Sums are float32 inside. Up to 16 rows, with B <= 8, og = 1 and out >= 64, look up products with the codebooks,
+    rounded to 23 bits for float32 (an error below 1e-5 of y) and to 16 bits for the others (1e-4; 1e-3 at most).
+    From 32 rows on bfloat16 goes through torch's own product where the CPU has instructions for it, with W's tiles
+    rounded to bfloat16. `set_exact(True)`, or AQLM_C_EXACT=1 before the import, forbids both: every sum is then one of
+    float32 products in order, the same bits however rows are split into calls. `set_exact(False)`, or 0, rounds to 16
+    bits for float32 too.
+
     Args:
-        x: [..., in], float32, float16 or bfloat16; sums are float32 inside. 32 rows or more of bfloat16 go through
-            torch's own product where the CPU has instructions for it, with W's tiles rounded to bfloat16. Up to 16
-            rows of 16-bit floats, with B <= 8, og = 1 and out >= 64, look up products with the codebooks that are
-            rounded to 16 bits: an error of 1e-4 of y, 1e-3 at most. `set_exact(True)`, or AQLM_C_EXACT=1 before the
-            import, forbids it; `set_exact(False)`, or 0, allows it for float32 too.
-        codes: [O, J, K] as stored: int8 for up to 8 bits per codebook, else int16.
+        x: [..., in], float32, float16 or bfloat16.
+        codes: [O, J, K] as stored: int8 for up to 8 bits per codebook, else int16; of any strides, see `pack`.
         codebooks: [K, E, og, g], float32, float16 or bfloat16, whatever x is.
         scales: [O, 1, 1, 1], dtype of codebooks.
         bias: [out], dtype of x.
@@ -54,6 +57,16 @@ def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
 def decode_rows(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     """The weight itself: W [out, in] in the dtype of codebooks. Arguments, gradients and errors as in `matmul`."""
     return torch.ops.aqlm_c.decode_rows(codes, codebooks, scales)
+
+
+def packs(codes: Tensor, out_group_size: int = 1) -> bool:
+    """Whether `matmul` of few rows is faster with `pack`ed codes: int8, on the CPU, of 64 outputs or more."""
+    return codes.device.type == "cpu" and codes.dtype == torch.int8 and out_group_size == 1 and codes.shape[0] >= 64
+
+
+def pack(codes: Tensor) -> Tensor:
+    """The same codes [O, J, K] laid out as [J, K, O]: other strides, the same values. Every op takes both."""
+    return codes.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 @torch.library.register_fake("aqlm_c::matmul")

@@ -68,13 +68,14 @@ aqlm_status aqlm_set_isa(const char *name); /* AQLM_BAD_ARGUMENT if this CPU can
 
 /* ---- the stored weight: decode, matmul and gradients (decode.c, matmul.c, gradient.c, pack.c) */
 
-/* A quantized weight in the published AQLM layout, as it lies on disk and in a loaded model. */
+/* A quantized weight in the published AQLM layout, as it lies on disk, or packed. */
 typedef struct aqlm_weight {
     aqlm_shape shape;
     const void *codes;     /* [O, J, K] int8_t if B <= 8 else int16_t; the low B bits are the code */
     const void *codebooks; /* [K, E, og, g] of dtype */
     const void *scales;    /* [O] of dtype */
     aqlm_dtype dtype;
+    bool packed; /* codes [J, K, O] instead, which aqlm_matmul of few rows reads fastest; B <= 8 alone */
 } aqlm_weight;
 
 /* rows[end - begin, in] = W[begin:end], of row_dtype. */

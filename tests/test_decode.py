@@ -30,7 +30,7 @@ def test_decode_agrees_with_numpy(K, B, g, og):
 @pytest.mark.parametrize("K,B,g,og", FORMATS[::3])
 @pytest.mark.parametrize("rows", [1, 3, 4, 33])
 @pytest.mark.parametrize("bias", [False, True])
-def test_matmul_agrees_with_numpy(isa, K, B, g, og, rows, bias):
+def test_matmul_agrees_with_numpy(isa, K, B, g, og, rows, bias, exact):
     weight = stored(134, 96, K, B, g, og)
     rng = np.random.default_rng(1)
     x = rng.standard_normal((rows, 96)).astype(np.float32)

@@ -65,6 +65,7 @@ class AqlmQuantizer(HfQuantizer):
             names.read_again(model, self._stored)
         for name, linear in checkpoint.quantized_linears(model):
             checkpoint.check_values(name, linear, self._stored)
+            linear.pack()
         self._stored = self._sequences = None
         model.quantization_method = "aqlm"  # by this name PEFT knows that codebooks are not to be cast
         return self.dequantize(model) if self.quantization_config.dequantize else model

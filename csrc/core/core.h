@@ -47,9 +47,32 @@ size_t aqlm_dtype_size(aqlm_dtype dtype);
 /* decode.c: q[rows, in] of working codes, rows begin..end, without scales; og = 1 */
 void aqlm_decode_working(float *q, const uint16_t *codes, const float *codebooks, const aqlm_shape *shape,
                          int64_t begin, int64_t end);
-/* Groups begin..end of one row of a stored weight, codebooks and scales (NULL: all 1) already in f32. */
-void aqlm_decode_row_f32(float *row /* [(end - begin) g] */, const void *codes, const float *codebooks,
-                         const float *scales, const aqlm_shape *shape, int64_t row_index, int64_t begin, int64_t end);
+/* Whether something is wrong with it. */
+static inline bool aqlm_check_weight(const aqlm_weight *w) {
+    return aqlm_check_shape(&w->shape) || (w->packed && w->shape.nbits_per_codebook > 8);
+}
+
+/* The codes of groups (o, j), first <= o < last (at most AQLM_ROWS of them) and begin <= j < end: those of one o lie
+ * together, those of the next `step` bytes further. scratch: aqlm_codes_scratch(w, end - begin) bytes. */
+enum { AQLM_ROWS = 64 };
+int64_t aqlm_codes_scratch(const aqlm_weight *w, int64_t groups);
+const void *aqlm_codes_of(const aqlm_weight *w, int64_t first, int64_t last, int64_t begin, int64_t end,
+                          uint8_t *scratch, int64_t *step);
+
+/* How a row reads its codes [groups, K]: the one numbered `inner` in its group of og outputs. */
+static inline aqlm_entries aqlm_entries_of(const aqlm_weight *w, int64_t inner, int64_t groups) {
+    const aqlm_shape *s = &w->shape;
+    const int64_t g = s->in_group_size;
+    const char *codebooks = (const char *)w->codebooks + (size_t)(inner * g) * aqlm_dtype_size(w->dtype);
+    return (aqlm_entries){codebooks, w->dtype,         s->out_group_size * g, g,
+                          groups,    s->num_codebooks, s->nbits_per_codebook};
+}
+
+/* gather.c: aqlm_matmul for few rows by the entries themselves */
+bool aqlm_gather_fits(const aqlm_weight *w, int64_t n_rows);
+size_t aqlm_gather_workspace(const aqlm_weight *w, int64_t n_rows);
+aqlm_status aqlm_gather_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w, const void *bias,
+                               int64_t n_rows, void *workspace, size_t workspace_size);
 
 /* tables.c: aqlm_matmul for few rows by tables of partial products, where that is allowed and pays */
 bool aqlm_tables_fit(const aqlm_shape *shape, int64_t n_rows);

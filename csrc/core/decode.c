@@ -17,66 +17,68 @@ void aqlm_decode_working(float *q, const uint16_t *codes, const float *codebooks
         sum_entries(q + (i - begin * groups) * s->in_group_size, codes + i * s->num_codebooks, codebooks, s);
 }
 
-static inline void decode_row(float *restrict row, const void *codes, const float *restrict codebooks, float scale,
-                              const aqlm_shape *s, int64_t row_index, int64_t begin, int64_t end, bool wide,
-                              int64_t g) {
-    const int64_t K = s->num_codebooks, og = s->out_group_size;
-    const int64_t entry_size = og * g, stride = entry_size << s->nbits_per_codebook;
-    const int64_t first = row_index / og * (s->in_features / g) * K;
-    const float *inner = codebooks + row_index % og * g;
-    for (int64_t j = begin; j < end; j++, row += g) {
-        float sum[32] = {0};
-        for (int64_t k = 0; k < K; k++) {
-            const float *entry = inner + k * stride + aqlm_stored_code(codes, first + j * K + k, s, wide) * entry_size;
-            for (int64_t d = 0; d < g; d++) sum[d] += entry[d];
-        }
-        for (int64_t d = 0; d < g; d++) row[d] = scale * sum[d];
-    }
+int64_t aqlm_codes_scratch(const aqlm_weight *w, int64_t groups) {
+    return w->packed ? AQLM_ROWS * groups * w->shape.num_codebooks : 0;
 }
 
-void aqlm_decode_row_f32(float *row, const void *codes, const float *codebooks, const float *scales,
-                         const aqlm_shape *s, int64_t r, int64_t begin, int64_t end) {
-    const float scale = scales ? scales[r / s->out_group_size] : 1.0f;
-    AQLM_WITH_FORMAT(s, decode_row, row, codes, codebooks, scale, s, r, begin, end)
+const void *aqlm_codes_of(const aqlm_weight *w, int64_t first, int64_t last, int64_t begin, int64_t end,
+                          uint8_t *scratch, int64_t *step) {
+    const aqlm_shape *s = &w->shape;
+    const int64_t K = s->num_codebooks, J = s->in_features / s->in_group_size, O = s->out_features / s->out_group_size;
+    const int64_t n = (end - begin) * K, size = s->nbits_per_codebook <= 8 ? 1 : 2;
+    *step = w->packed ? n : J * K * size;
+    if (!w->packed) return (const char *)w->codes + (first * J + begin) * K * size;
+    const uint8_t *codes = (const uint8_t *)w->codes + begin * K * O + first;
+    for (int64_t t = 0; t < n; t += 64)
+        aqlm_isa()->transpose(scratch + t, n, codes + t * O, O, aqlm_min(64, n - t), last - first);
+    return scratch;
 }
 
 typedef struct decode_job {
     void *rows;
     aqlm_dtype dtype;
     const aqlm_weight *w;
-    const float *codebooks, *scales;
-    int64_t begin;
+    const float *scales;
+    int64_t first, begin; /* group of outputs scales starts with; row that rows does */
     aqlm_shared_status status;
 } decode_job;
 
 static void decode_range(int64_t begin, int64_t end, void *ctx) {
     decode_job *job = ctx;
     const aqlm_shape *s = &job->w->shape;
-    const int64_t in = s->in_features, groups = in / s->in_group_size;
+    const int64_t in = s->in_features, og = s->out_group_size, groups = in / s->in_group_size;
     const size_t row_bytes = (size_t)in * aqlm_dtype_size(job->dtype);
-    float *row = aqlm_alloc(in, sizeof *row);
+    float *row = aqlm_alloc(in * (int64_t)sizeof *row + aqlm_codes_scratch(job->w, groups), 1);
     if (!row) {
         aqlm_set_status(&job->status, AQLM_NO_MEMORY);
         return;
     }
-    for (int64_t r = begin; r < end && !aqlm_cancelled(); r++) {
-        aqlm_decode_row_f32(row, job->w->codes, job->codebooks, job->scales, s, r, 0, groups);
-        aqlm_from_f32((char *)job->rows + (size_t)(r - job->begin) * row_bytes, job->dtype, row, in);
+    for (int64_t first = begin / og, r = begin; r < end; first += AQLM_ROWS) {
+        const int64_t last = aqlm_min(first + AQLM_ROWS, (end - 1) / og + 1);
+        int64_t step;
+        const void *codes = aqlm_codes_of(job->w, first, last, 0, groups, (uint8_t *)(row + in), &step);
+        for (; r < aqlm_min(end, last * og) && !aqlm_cancelled(); r++) {
+            const int64_t o = r / og;
+            const aqlm_entries entries = aqlm_entries_of(job->w, r % og, groups);
+            aqlm_isa()->decode_row(row, &entries, (const char *)codes + (o - first) * step,
+                                   job->scales[o - job->first]);
+            aqlm_from_f32((char *)job->rows + (size_t)(r - job->begin) * row_bytes, job->dtype, row, in);
+        }
+        if (aqlm_cancelled()) break;
     }
     free(row);
 }
 
 aqlm_status aqlm_decode_rows(void *rows, aqlm_dtype row_dtype, const aqlm_weight *w, int64_t begin, int64_t end) {
     const aqlm_shape *s = &w->shape;
-    if (aqlm_check_shape(s) || begin < 0 || begin > end || end > s->out_features) return AQLM_BAD_ARGUMENT;
-    const int64_t n = (s->num_codebooks << s->nbits_per_codebook) * s->out_group_size * s->in_group_size;
-    const int64_t n_scales = s->out_features / s->out_group_size;
-    float *codebooks = aqlm_alloc(n + n_scales, sizeof *codebooks);
-    if (!codebooks) return AQLM_NO_MEMORY;
-    aqlm_to_f32(codebooks, w->codebooks, w->dtype, n);
-    aqlm_to_f32(codebooks + n, w->scales, w->dtype, n_scales);
-    decode_job job = {rows, row_dtype, w, codebooks, codebooks + n, begin, {AQLM_OK}};
-    aqlm_parallel(begin, end, 16, decode_range, &job);
-    free(codebooks);
+    if (aqlm_check_weight(w) || begin < 0 || begin > end || end > s->out_features) return AQLM_BAD_ARGUMENT;
+    if (begin == end) return AQLM_OK;
+    const int64_t first = begin / s->out_group_size, n = (end - 1) / s->out_group_size + 1 - first;
+    float *scales = aqlm_alloc(n, sizeof *scales);
+    if (!scales) return AQLM_NO_MEMORY;
+    aqlm_to_f32(scales, (const char *)w->scales + (size_t)first * aqlm_dtype_size(w->dtype), w->dtype, n);
+    decode_job job = {rows, row_dtype, w, scales, first, begin, {AQLM_OK}};
+    aqlm_parallel(begin, end, w->packed ? AQLM_ROWS : 16, decode_range, &job);
+    free(scales);
     return aqlm_get_status(&job.status);
 }

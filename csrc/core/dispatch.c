@@ -14,7 +14,8 @@ static void add(const aqlm_kernels *table) {
 __attribute__((constructor)) static void find_isas(void) {
     add(&aqlm_kernels_scalar);
 #ifdef AQLM_HAVE_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add(&aqlm_kernels_avx2);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        add(&aqlm_kernels_avx2);
 #endif
 #ifdef AQLM_HAVE_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

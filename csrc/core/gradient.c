@@ -8,12 +8,13 @@ typedef struct gradient_job {
     const aqlm_weight *w;
     const void *grad_rows; /* [out, in] of row_dtype */
     aqlm_dtype row_dtype;
-    void *grad_codebooks;            /* of w->dtype, or NULL */
-    float *grad_scales;              /* [O], or NULL */
-    const float *codebooks, *scales; /* in f32; for grad_scales, for grad_codebooks */
-    float *rows;                     /* [n_chunks, 2, in] */
-    float *partial;                  /* [n_chunks, K, E, og, g] */
-    int64_t n_chunks, n_entries;     /* n_entries = K * E * og * g floats */
+    void *grad_codebooks;        /* of w->dtype, or NULL */
+    float *grad_scales;          /* [O], or NULL */
+    const float *scales;         /* in f32, for grad_codebooks */
+    float *rows;                 /* [n_chunks, 2, in] */
+    uint8_t *scratch;            /* [n_chunks, aqlm_codes_scratch] */
+    float *partial;              /* [n_chunks, K, E, og, g] */
+    int64_t n_chunks, n_entries; /* n_entries = K * E * og * g floats */
 } gradient_job;
 
 /* Many chunks feed many threads, but each has a table to clear and to add: keep that below half the work. */
@@ -24,17 +25,14 @@ static int64_t count_chunks(const aqlm_shape *s, int64_t n_entries) {
 
 /* sums[k, code] += scale * grad for every group of one row. */
 static inline void add_row(float *restrict sums /* [K, E, og, g] */, const float *restrict grad /* [in] */,
-                           const void *codes, float scale, const aqlm_shape *s, int64_t row_index, bool wide,
-                           int64_t g) {
-    const int64_t K = s->num_codebooks, og = s->out_group_size, groups = s->in_features / g;
-    const int64_t entry_size = og * g, stride = entry_size << s->nbits_per_codebook;
-    const int64_t first = row_index / og * groups * K;
-    float *inner = sums + row_index % og * g;
+                           const void *codes, float scale, const aqlm_shape *s, int64_t inner, bool wide, int64_t g) {
+    const int64_t K = s->num_codebooks, groups = s->in_features / g, entry_size = s->out_group_size * g;
+    const int64_t stride = entry_size << s->nbits_per_codebook;
     for (int64_t j = 0; j < groups; j++) {
         float scaled[32];
         for (int64_t d = 0; d < g; d++) scaled[d] = scale * grad[j * g + d];
         for (int64_t k = 0; k < K; k++) {
-            float *entry = inner + k * stride + aqlm_stored_code(codes, first + j * K + k, s, wide) * entry_size;
+            float *entry = sums + inner * g + k * stride + aqlm_stored_code(codes, j * K + k, s, wide) * entry_size;
             float sum[32];
             for (int64_t d = 0; d < g; d++) sum[d] = entry[d] + scaled[d];
             memcpy(entry, sum, (size_t)g * sizeof *sum); /* all loads before all stores: so it vectorises */
@@ -47,20 +45,32 @@ static void gradient_chunks(int64_t begin, int64_t end, void *ctx) {
     const aqlm_weight *w = job->w;
     const aqlm_shape *s = &w->shape;
     const int64_t in = s->in_features, og = s->out_group_size, O = s->out_features / og;
+    const int64_t groups = in / s->in_group_size;
     for (int64_t chunk = begin; chunk < end; chunk++) {
         float *sums = job->grad_codebooks ? job->partial + chunk * job->n_entries : NULL;
         float *converted = job->rows + chunk * 2 * in, *decoded = converted + in;
         if (sums) memset(sums, 0, (size_t)job->n_entries * sizeof *sums);
         const int64_t last = O * (chunk + 1) / job->n_chunks;
+        int64_t first = 0, ready = 0, step; /* codes are those of outputs first..ready */
+        const void *codes = NULL;
         for (int64_t o = O * chunk / job->n_chunks; o < last && !aqlm_cancelled(); o++) {
+            if (o >= ready) {
+                first = o;
+                ready = aqlm_min(o + AQLM_ROWS, last);
+                codes = aqlm_codes_of(w, first, ready, 0, groups, job->scratch + chunk * aqlm_codes_scratch(w, groups),
+                                      &step);
+            }
             float product = 0.0f;
-            for (int64_t r = o * og; r < (o + 1) * og; r++) {
-                const void *from = (const char *)job->grad_rows + (size_t)(r * in) * aqlm_dtype_size(job->row_dtype);
+            for (int64_t inner = 0; inner < og; inner++) {
+                const void *from =
+                    (const char *)job->grad_rows + (size_t)((o * og + inner) * in) * aqlm_dtype_size(job->row_dtype);
                 const float *grad = job->row_dtype == AQLM_F32 ? from : converted;
                 if (job->row_dtype != AQLM_F32) aqlm_to_f32(converted, from, job->row_dtype, in);
-                if (sums) AQLM_WITH_FORMAT(s, add_row, sums, grad, w->codes, job->scales[o], s, r)
+                const void *own = (const char *)codes + (o - first) * step;
+                if (sums) AQLM_WITH_FORMAT(s, add_row, sums, grad, own, job->scales[o], s, inner)
                 if (!job->grad_scales) continue;
-                aqlm_decode_row_f32(decoded, w->codes, job->codebooks, NULL, s, r, 0, in / s->in_group_size);
+                const aqlm_entries entries = aqlm_entries_of(w, inner, groups);
+                aqlm_isa()->decode_row(decoded, &entries, own, 1.0f);
                 product += aqlm_isa()->dot(grad, decoded, in);
             }
             if (job->grad_scales) job->grad_scales[o] = product;
@@ -83,23 +93,24 @@ static void add_chunks(int64_t begin, int64_t end, void *ctx) {
 aqlm_status aqlm_decode_rows_backward(void *grad_codebooks, void *grad_scales, const void *grad_rows,
                                       aqlm_dtype row_dtype, const aqlm_weight *w) {
     const aqlm_shape *s = &w->shape;
-    if (aqlm_check_shape(s)) return AQLM_BAD_ARGUMENT;
+    if (aqlm_check_weight(w)) return AQLM_BAD_ARGUMENT;
     const int64_t n = (s->num_codebooks << s->nbits_per_codebook) * s->out_group_size * s->in_group_size;
     const int64_t O = s->out_features / s->out_group_size, n_chunks = count_chunks(s, n);
     const int64_t n_rows = n_chunks * 2 * s->in_features;
-    float *memory = aqlm_alloc(n + 2 * O + n_rows + (grad_codebooks ? n_chunks * n : 0), sizeof *memory);
+    const int64_t floats = 2 * O + n_rows + (grad_codebooks ? n_chunks * n : 0);
+    const int64_t scratch = n_chunks * aqlm_codes_scratch(w, s->in_features / s->in_group_size);
+    float *memory = aqlm_alloc(floats * (int64_t)sizeof *memory + scratch, 1);
     if (!memory) return AQLM_NO_MEMORY;
-    float *codebooks = memory, *scales = codebooks + n, *scale_sums = scales + O, *rows = scale_sums + O;
+    float *scales = memory, *scale_sums = scales + O, *rows = scale_sums + O;
     if (grad_codebooks) aqlm_to_f32(scales, w->scales, w->dtype, O);
-    if (grad_scales) aqlm_to_f32(codebooks, w->codebooks, w->dtype, n);
     gradient_job job = {.w = w,
                         .grad_rows = grad_rows,
                         .row_dtype = row_dtype,
                         .grad_codebooks = grad_codebooks,
                         .grad_scales = grad_scales ? scale_sums : NULL,
-                        .codebooks = codebooks,
                         .scales = scales,
                         .rows = rows,
+                        .scratch = (uint8_t *)(memory + floats),
                         .partial = rows + n_rows,
                         .n_chunks = n_chunks,
                         .n_entries = n};

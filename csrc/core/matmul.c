@@ -1,28 +1,28 @@
-/* matmul.c: y = x W^T + b and its gradient to x (y = x W), W decoded tile by tile. Sums run in order for many rows
- * and in AQLM_LANES virtual lanes for few, in fp32, so the result is the same on every ISA and for any threads. */
+/* matmul.c: y = x W^T + b and its gradient to x (y = x W), W decoded tile by tile; few rows go to tables.c or gather.c.
+ * Sums run in order, in fp32: the same on every ISA, for any threads and any number of rows. */
 #include "core.h"
 
 enum {
     TILE = 128,     /* columns of y whose weights are decoded at once; a multiple of every g */
-    FEW = 4,        /* rows of x below which x W^T is cheaper as a dot product an output than packed */
     BLOCK = 512,    /* rows of x a tile is used for */
     MOST_SLOTS = 64 /* pieces that can run at once, each with its own scratch */
 };
 
 typedef struct matmul_job {
     const aqlm_weight *w;
-    const float *codebooks, *scales, *bias, *x;
+    const float *scales, *bias, *x;
     void *y;
     aqlm_dtype dtype;
     bool transposed;                  /* y = x W: x [n_rows, out], y [n_rows, in] */
     int64_t n_rows, depth, width;     /* x [n_rows, depth], y [n_rows, width] */
     int64_t unit, n_slots, slot_size; /* columns of y that stay together; pieces; floats of scratch in each */
+    int64_t codes_at;                 /* where in it unpacked codes lie */
     float *slots;
 } matmul_job;
 
 /* Where the workspace keeps what, in floats. */
 typedef struct layout {
-    int64_t codebooks, scales, bias, x, slots, total;
+    int64_t scales, bias, x, slots, total;
 } layout;
 
 /* Fills the sizes of the job; n_slots is what the threads could use. */
@@ -37,11 +37,11 @@ static layout plan(matmul_job *job, const aqlm_weight *w, int64_t n_rows, bool t
     job->width = width;
     job->unit = transposed ? s->in_group_size : 1;
     job->n_slots = aqlm_min(aqlm_min(aqlm_get_num_threads(), MOST_SLOTS), (width + TILE - 1) / TILE);
-    job->slot_size = aqlm_round_up(TILE * depth + aqlm_min(n_rows, BLOCK) * TILE + aqlm_gemm_workspace(), 16);
-    if (n_rows < FEW && !transposed) job->slot_size = aqlm_round_up(depth, 16);
+    const int64_t scratch = aqlm_codes_scratch(w, transposed ? TILE / s->in_group_size : depth / s->in_group_size);
+    job->codes_at = TILE * depth + aqlm_min(n_rows, BLOCK) * TILE + aqlm_gemm_workspace();
+    job->slot_size = aqlm_round_up(job->codes_at + (scratch + 3) / 4, 16);
     layout l = {0};
-    l.scales = aqlm_round_up((s->num_codebooks << s->nbits_per_codebook) * s->out_group_size * s->in_group_size, 16);
-    l.bias = l.scales + aqlm_round_up(s->out_features / s->out_group_size, 16);
+    l.bias = aqlm_round_up(s->out_features / s->out_group_size, 16);
     l.x = l.bias + (transposed ? 0 : aqlm_round_up(width, 16));
     l.slots = l.x + aqlm_round_up(n_rows * depth, 16);
     l.total = l.slots + job->n_slots * job->slot_size;
@@ -50,16 +50,25 @@ static layout plan(matmul_job *job, const aqlm_weight *w, int64_t n_rows, bool t
 
 static size_t workspace_bytes(const aqlm_weight *w, int64_t n_rows, bool transposed) {
     matmul_job job;
-    if (aqlm_check_shape(&w->shape) || n_rows < 1) return 0;
+    if (aqlm_check_weight(w) || n_rows < 1) return 0;
     return (size_t)plan(&job, w, n_rows, transposed).total * sizeof(float);
 }
 
-/* Enough for either way, whatever aqlm_set_exact says by then. */
-size_t aqlm_matmul_workspace(const aqlm_weight *w, int64_t n_rows) {
-    const size_t tiles = workspace_bytes(w, n_rows, false),
-                 tables = tiles ? aqlm_tables_workspace(&w->shape, n_rows) : 0;
-    return tables > tiles ? tables : tiles;
+typedef enum way { TILES, TABLES, GATHER } way;
+
+static way way_of(const aqlm_weight *w, int64_t n_rows) {
+    if (aqlm_get_exact() > 0 || aqlm_check_weight(w)) return TILES;
+    return aqlm_tables_fit(&w->shape, n_rows) ? TABLES : aqlm_gather_fits(w, n_rows) ? GATHER : TILES;
 }
+
+size_t aqlm_matmul_workspace(const aqlm_weight *w, int64_t n_rows) {
+    switch (way_of(w, n_rows)) {
+    case TABLES: return aqlm_tables_workspace(&w->shape, n_rows);
+    case GATHER: return aqlm_gather_workspace(w, n_rows);
+    default: return workspace_bytes(w, n_rows, false);
+    }
+}
+
 size_t aqlm_matmul_backward_workspace(const aqlm_weight *w, int64_t n_rows) { return workspace_bytes(w, n_rows, true); }
 
 static void store(const matmul_job *job, int64_t row, int64_t first, const float *y, int64_t n) {
@@ -67,40 +76,37 @@ static void store(const matmul_job *job, int64_t row, int64_t first, const float
     aqlm_from_f32((char *)job->y + (size_t)(row * job->width + first) * size, job->dtype, y, n);
 }
 
-static void decode_groups(const matmul_job *job, float *to, int64_t row, int64_t begin, int64_t end) {
-    aqlm_decode_row_f32(to, job->w->codes, job->codebooks, job->scales, &job->w->shape, row, begin, end);
-}
-
-static void few_rows(const matmul_job *job, int64_t begin, int64_t end, float *row) {
-    const aqlm_kernels *isa = aqlm_isa();
-    const int64_t in = job->depth;
-    for (int64_t o = begin; o < end; o++) {
-        decode_groups(job, row, o, 0, in / job->w->shape.in_group_size);
-        for (int64_t r = 0; r < job->n_rows; r++) {
-            float y = isa->dot(job->x + r * in, row, in);
-            if (job->bias) y += job->bias[o];
-            store(job, r, o, &y, 1);
+/* Groups begin..end of rows first..last of W: row r to to[(r - first) * step...]. */
+static void decode_rows(const matmul_job *job, float *to, int64_t step, int64_t first, int64_t last, int64_t begin,
+                        int64_t end, float *scratch) {
+    const aqlm_shape *s = &job->w->shape;
+    const int64_t og = s->out_group_size;
+    for (int64_t o = first / og, r = first; r < last; o += AQLM_ROWS) {
+        const int64_t ready = aqlm_min(o + AQLM_ROWS, (last - 1) / og + 1);
+        int64_t codes_step;
+        const void *codes =
+            aqlm_codes_of(job->w, o, ready, begin, end, (uint8_t *)(scratch + job->codes_at), &codes_step);
+        for (; r < aqlm_min(last, ready * og); r++, to += step) {
+            const aqlm_entries entries = aqlm_entries_of(job->w, r % og, end - begin);
+            aqlm_isa()->decode_row(to, &entries, (const char *)codes + (r / og - o) * codes_step, job->scales[r / og]);
         }
     }
 }
 
 /* The weights of columns first..first + width of y: tile[width, in], or tile[out, width] if transposed. */
-static aqlm_operand decode_tile(const matmul_job *job, float *tile, int64_t first, int64_t width) {
-    const int64_t g = job->w->shape.in_group_size, in = job->w->shape.in_features;
-    if (!job->transposed) {
-        for (int64_t i = 0; i < width; i++) decode_groups(job, tile + i * in, first + i, 0, in / g);
-        return (aqlm_operand){tile, 1, in};
-    }
-    for (int64_t o = 0; o < job->depth; o++) decode_groups(job, tile + o * width, o, first / g, (first + width) / g);
-    return (aqlm_operand){tile, width, 1};
+static aqlm_operand decode_tile(const matmul_job *job, float *scratch, int64_t first, int64_t width) {
+    const int64_t g = job->w->shape.in_group_size, depth = job->depth;
+    if (job->transposed) decode_rows(job, scratch, width, 0, depth, first / g, (first + width) / g, scratch);
+    else decode_rows(job, scratch, depth, first, first + width, 0, depth / g, scratch);
+    return job->transposed ? (aqlm_operand){scratch, width, 1} : (aqlm_operand){scratch, 1, depth};
 }
 
 static void many_rows(const matmul_job *job, int64_t begin, int64_t end, float *scratch) {
     const int64_t depth = job->depth;
-    float *tile = scratch, *y = tile + TILE * depth, *workspace = y + aqlm_min(job->n_rows, BLOCK) * TILE;
+    float *y = scratch + TILE * depth, *workspace = y + aqlm_min(job->n_rows, BLOCK) * TILE;
     for (int64_t first = begin; first < end; first += TILE) {
         const int64_t width = aqlm_min(TILE, end - first);
-        const aqlm_operand weights = decode_tile(job, tile, first, width);
+        const aqlm_operand weights = decode_tile(job, scratch, first, width);
         for (int64_t r = 0; r < job->n_rows; r += BLOCK) {
             const int64_t rows = aqlm_min(BLOCK, job->n_rows - r);
             aqlm_gemm(y, TILE, (aqlm_operand){job->x + r * depth, depth, 1}, weights, rows, width, depth, workspace);
@@ -121,27 +127,23 @@ static void matmul_slots(int64_t begin, int64_t end, void *ctx) {
         const int64_t first = units * slot / job->n_slots * job->unit;
         const int64_t last = units * (slot + 1) / job->n_slots * job->unit;
         float *scratch = job->slots + slot * job->slot_size;
-        if (job->n_rows < FEW && !job->transposed) few_rows(job, first, last, scratch);
-        else many_rows(job, first, last, scratch);
+        many_rows(job, first, last, scratch);
     }
 }
 
 static aqlm_status run(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w, const void *bias, int64_t n_rows,
                        bool transposed, void *workspace, size_t workspace_size) {
     const aqlm_shape *s = &w->shape;
-    if (aqlm_check_shape(s) || n_rows < 0) return AQLM_BAD_ARGUMENT;
+    if (aqlm_check_weight(w) || n_rows < 0) return AQLM_BAD_ARGUMENT;
     if (n_rows == 0) return AQLM_OK;
     matmul_job job;
     const layout l = plan(&job, w, n_rows, transposed);
     job.n_slots = ((int64_t)(workspace_size / sizeof(float)) - l.slots) / job.slot_size;
     if (job.n_slots < 1) return AQLM_BAD_ARGUMENT;
     float *f = workspace;
-    aqlm_to_f32(f + l.codebooks, w->codebooks, w->dtype,
-                (s->num_codebooks << s->nbits_per_codebook) * s->out_group_size * s->in_group_size);
     aqlm_to_f32(f + l.scales, w->scales, w->dtype, s->out_features / s->out_group_size);
     if (bias) aqlm_to_f32(f + l.bias, bias, dtype, job.width);
     if (dtype != AQLM_F32) aqlm_to_f32(f + l.x, x, dtype, n_rows * job.depth);
-    job.codebooks = f + l.codebooks;
     job.scales = f + l.scales;
     job.bias = bias ? f + l.bias : NULL;
     job.x = dtype == AQLM_F32 ? x : f + l.x;
@@ -155,10 +157,11 @@ static aqlm_status run(void *y, const void *x, aqlm_dtype dtype, const aqlm_weig
 
 aqlm_status aqlm_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w, const void *bias,
                         int64_t n_rows, void *workspace, size_t workspace_size) {
-    const int exact = aqlm_get_exact();
-    if (!(exact < 0 ? dtype == AQLM_F32 : exact) && !aqlm_check_shape(&w->shape) && aqlm_tables_fit(&w->shape, n_rows))
-        return aqlm_tables_matmul(y, x, dtype, w, bias, n_rows, workspace, workspace_size);
-    return run(y, x, dtype, w, bias, n_rows, false, workspace, workspace_size);
+    switch (way_of(w, n_rows)) {
+    case TABLES: return aqlm_tables_matmul(y, x, dtype, w, bias, n_rows, workspace, workspace_size);
+    case GATHER: return aqlm_gather_matmul(y, x, dtype, w, bias, n_rows, workspace, workspace_size);
+    default: return run(y, x, dtype, w, bias, n_rows, false, workspace, workspace_size);
+    }
 }
 
 aqlm_status aqlm_matmul_backward(void *grad_x, const void *grad_y, aqlm_dtype dtype, const aqlm_weight *w,

@@ -1,11 +1,12 @@
 /* tables.c: y = x W^T + b for few rows, without W: y_o = scale_o * sum_j sum_k T_jk[codes[o, j, k]] with tables
  * T_jk[e] = <codebooks[k, e], x_j>. Code t = j K + k of an output looks into table t.
  *
- * Tables hold 16-bit integers; AQLM_TABLE_BLOCK of them share a step, |x_j| max_e |codebooks[k, e]| / 32767 at its
- * largest (Cauchy-Schwarz: nothing is clipped). Each rounding is half a step at most, and independent of the others:
- * a block's sum is off by step * sqrt(64 / 12), 3e-4 of it where one group outweighs the rest, and far less elsewhere.
- * A block's integers are summed exactly and the blocks in order by fma: the same bits on every ISA, for any threads,
- * and for any number of rows up to AQLM_TABLE_ROWS. */
+ * Tables hold integers of 16 bits (2 planes) or 23 (3 planes); AQLM_TABLE_BLOCK of them share a step,
+ * |x_j| max_e |codebooks[k, e]| / aqlm_table_largest at its largest (Cauchy-Schwarz: nothing is clipped). Each rounding
+ * is half a step at most, and independent of the others: a block's sum is off by step * sqrt(32 / 12), 2e-4 of it
+ * (3 planes: 2e-6) where one group outweighs the rest, and far less elsewhere. A block's integers are summed exactly
+ * and the blocks in order by fma: the same bits on every ISA, for any threads, and for any number of rows up to
+ * AQLM_TABLE_ROWS. */
 #include "core.h"
 
 #include <math.h>
@@ -13,9 +14,10 @@
 
 enum {
     AQLM_TABLE_ROWS = 16, /* more rows are cheaper decoded */
-    PASS = 4,             /* rows whose tables are made at once: 512 bytes a code and row */
-    CHUNK = 4,            /* blocks taken before going on to the next outputs: 256 bytes of each row of codes */
-    PANEL = 64            /* outputs that stay together; with fewer the tables cost more than they save */
+    PASS = 4,             /* rows whose tables are made at once: 512 or 768 bytes a code and row */
+    PANEL = 64,           /* outputs that stay together; with fewer the tables cost more than they save */
+    CHUNK = 8,            /* even */
+    AHEAD = 1024          /* bytes: the distance at which packed codes are prefetched (measured) */
 };
 
 enum { NOT_ASKED = -2 };
@@ -33,11 +35,12 @@ int aqlm_get_exact(void) {
 
 typedef struct tables_job {
     const aqlm_weight *w;
+    int planes;
     int64_t n_rows, per_row, blocks, padded; /* rows in this pass; codes of an output; blocks of them; outputs */
     const float *x, *ct, *scales, *bias;
     double radius;       /* of the codebooks' longest entry */
     float *steps, *sums; /* [blocks, n_rows]; [n_rows, padded] */
-    uint8_t *tables;     /* [blocks, n_rows, AQLM_TABLE_BLOCK, AQLM_TABLE_BYTES] */
+    uint8_t *tables;     /* [blocks, n_rows, AQLM_TABLE_BLOCK, planes, AQLM_PLANE] */
     void *y;
     aqlm_dtype dtype;
 } tables_job;
@@ -60,7 +63,7 @@ static layout plan(tables_job *job, const aqlm_shape *s, int64_t n_rows) {
     l.steps = l.x + aqlm_round_up(rows * s->in_features, 16);
     l.sums = l.steps + aqlm_round_up(job->blocks * PASS, 16);
     l.tables = l.sums + rows * job->padded;
-    l.total = l.tables + job->blocks * rows * AQLM_TABLE_BLOCK * AQLM_TABLE_BYTES / 4;
+    l.total = l.tables + job->blocks * rows * AQLM_TABLE_BLOCK * job->planes * AQLM_PLANE / 4;
     return l;
 }
 
@@ -70,7 +73,7 @@ bool aqlm_tables_fit(const aqlm_shape *s, int64_t n_rows) {
 }
 
 size_t aqlm_tables_workspace(const aqlm_shape *s, int64_t n_rows) {
-    tables_job job;
+    tables_job job = {.planes = 3};
     return aqlm_tables_fit(s, n_rows) ? (size_t)plan(&job, s, n_rows).total * sizeof(float) : 0;
 }
 
@@ -100,6 +103,7 @@ static void make_blocks(int64_t begin, int64_t end, void *ctx) {
     const aqlm_kernels *isa = aqlm_isa();
     const aqlm_shape *s = &job->w->shape;
     const int64_t g = s->in_group_size, K = s->num_codebooks;
+    const double most = aqlm_table_largest(job->planes) - 1; /* 1 below, for rounding */
     for (int64_t i = begin; i < end && !aqlm_cancelled(); i++) {
         const int64_t first = i / job->n_rows * AQLM_TABLE_BLOCK;
         const int64_t n = aqlm_min(AQLM_TABLE_BLOCK, job->per_row - first);
@@ -113,34 +117,48 @@ static void make_blocks(int64_t begin, int64_t end, void *ctx) {
             if (square > largest || isnan(square)) largest = square; /* NaN stays */
         }
         const double bound = sqrt(largest) * job->radius;
-        const bool usable = bound > 1e-30 && bound < 1e38;              /* else nothing in fp32, or beyond it */
-        const float inverse = usable ? (float)(32766.0 / bound) : 0.0f; /* 1 below, for rounding */
+        const bool usable = bound > 1e-30 && bound < 1e38; /* else nothing in fp32, or beyond it */
+        const float inverse = usable ? (float)(most / bound) : 0.0f;
         for (int64_t v = 0; v < groups * g; v++) scaled[v] = usable ? x[v] * inverse : 0.0f;
-        job->steps[i] = usable ? (float)(bound / 32766.0) : bound <= 1e-30 ? 0.0f : NAN;
-        isa->make_tables(job->tables + i * AQLM_TABLE_BLOCK * AQLM_TABLE_BYTES, scaled, job->ct, K, g, first % K, n);
+        job->steps[i] = usable ? (float)(bound / most) : bound <= 1e-30 ? 0.0f : NAN;
+        isa->make_tables(job->tables + i * AQLM_TABLE_BLOCK * job->planes * AQLM_PLANE, scaled, job->ct, K, g,
+                         first % K, n, job->planes);
     }
 }
 
-/* Panels begin..end of outputs. */
+/* Panels begin..end of outputs. Packed codes are looked up where they lie, block by block; others are transposed, two
+ * blocks at a time, and CHUNK blocks are taken of a row of codes before going on to the next. */
 static void look_up(int64_t begin, int64_t end, void *ctx) {
     const tables_job *job = ctx;
     const aqlm_kernels *isa = aqlm_isa();
+    const bool packed = job->w->packed;
     const int64_t out = job->w->shape.out_features, step = job->per_row, rows = job->n_rows, ldy = job->padded;
-    const int64_t first = begin * PANEL, last = aqlm_min(end * PANEL, out);
-    const uint8_t *codes = job->w->codes;
+    const int64_t first = begin * PANEL, last = aqlm_min(end * PANEL, out), chunk = packed ? 1 : CHUNK;
+    uint8_t scratch[2 * AQLM_TABLE_BLOCK * AQLM_TABLE_OUTPUTS];
     for (int64_t r = 0; r < rows; r++) memset(job->sums + r * ldy + first, 0, (size_t)((end - begin) * PANEL) * 4);
-    for (int64_t chunk = 0; chunk < job->blocks; chunk += CHUNK) {
-        const int64_t chunk_end = aqlm_min(chunk + CHUNK, job->blocks);
+    for (int64_t c = 0; c < job->blocks; c += chunk)
         for (int64_t o = first; o < last && !aqlm_cancelled(); o += AQLM_TABLE_OUTPUTS)
-            for (int64_t b = chunk; b < chunk_end; b++) {
+            for (int64_t b = c; b < aqlm_min(c + chunk, job->blocks); b++) {
                 const int64_t t = b * AQLM_TABLE_BLOCK;
-                const int64_t ahead =
-                    b + 1 < chunk_end ? AQLM_TABLE_BLOCK : AQLM_TABLE_OUTPUTS * step - (b - chunk) * AQLM_TABLE_BLOCK;
-                isa->table_sums(job->sums + o, ldy, codes + o * step + t, step, ahead,
-                                job->tables + b * rows * AQLM_TABLE_BLOCK * AQLM_TABLE_BYTES, job->steps + b * rows,
-                                rows, aqlm_min(AQLM_TABLE_OUTPUTS, last - o), aqlm_min(AQLM_TABLE_BLOCK, step - t));
+                aqlm_codes_block block = {.outputs = aqlm_min(AQLM_TABLE_OUTPUTS, last - o),
+                                          .n = aqlm_min(AQLM_TABLE_BLOCK, step - t)};
+                if (packed) {
+                    block.codes = (const uint8_t *)job->w->codes + t * out + o;
+                    block.step = out;
+                    block.ahead = AHEAD; /* past the end of these outputs: on to the next block */
+                    if (o + AHEAD >= last && b + 1 < job->blocks)
+                        block.ahead += AQLM_TABLE_BLOCK * out - (last - first);
+                } else {
+                    const uint8_t *codes = (const uint8_t *)job->w->codes + o * step + t;
+                    block.codes = scratch + b % 2 * AQLM_TABLE_BLOCK * AQLM_TABLE_OUTPUTS;
+                    block.step = AQLM_TABLE_OUTPUTS;
+                    for (int64_t r = 0; b % 2 == 0 && r < block.outputs; r += 64)
+                        isa->transpose(scratch + r, AQLM_TABLE_OUTPUTS, codes + r * step, step,
+                                       aqlm_min(64, block.outputs - r), aqlm_min(2 * AQLM_TABLE_BLOCK, step - t));
+                }
+                const uint8_t *tables = job->tables + b * rows * AQLM_TABLE_BLOCK * job->planes * AQLM_PLANE;
+                isa->table_sums(job->sums + o, ldy, &block, tables, job->steps + b * rows, rows, job->planes);
             }
-    }
     for (int64_t r = 0; r < rows; r++) {
         float *y = job->sums + r * ldy;
         for (int64_t o = first; o < last; o++) y[o] = y[o] * job->scales[o] + (job->bias ? job->bias[o] : 0.0f);
@@ -153,7 +171,7 @@ aqlm_status aqlm_tables_matmul(void *y, const void *x, aqlm_dtype dtype, const a
                                int64_t n_rows, void *workspace, size_t workspace_size) {
     const aqlm_shape *s = &w->shape;
     if (workspace_size < aqlm_tables_workspace(s, n_rows)) return AQLM_BAD_ARGUMENT;
-    tables_job job = {.w = w, .dtype = dtype};
+    tables_job job = {.w = w, .dtype = dtype, .planes = dtype == AQLM_F32 && aqlm_get_exact() ? 3 : 2};
     const layout l = plan(&job, s, n_rows);
     const size_t size = aqlm_dtype_size(dtype);
     float *f = workspace;

@@ -486,7 +486,8 @@ static bool fill_stored(stored *s, PyObject *codes, PyObject *codebooks, PyObjec
                                  data(s->codes),
                                  data(s->codebooks),
                                  data(s->scales),
-                                 AQLM_F32};
+                                 AQLM_F32,
+                                 false};
             const char *problem = aqlm_check_shape(&s->w.shape);
             if (!problem) return true;
             PyErr_SetString(PyExc_ValueError, problem);

@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <string.h>
 
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define TILE_COLS (TILE_VECS * VF_LANES)
 #define VM_ALL ((uint32_t)((UINT64_C(1) << VF_LANES) - 1))
 
@@ -158,13 +159,206 @@ static float dot(const float *x, const float *y, int64_t n) {
     return lane[0];
 }
 
+/* Branch-free, so that the compiler vectorises the loops. */
+static inline uint16_t float_to_half(float x) {
+    uint32_t u = aqlm_bits_of(x), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+    /* Below 2^-14 the result is denormal: adding 0.5 makes the FPU round at the right bit. */
+    uint32_t small = aqlm_bits_of(aqlm_float_of(magnitude) + 0.5f) - 0x3f000000u;
+    uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1) - 0x38000000u) >> 13;
+    uint32_t result = magnitude < 0x38800000u ? small : normal;
+    result = magnitude >= 0x477ff000u ? 0x7c00u : result; /* rounds to Inf from 65520 up */
+    result = magnitude > 0x7f800000u ? 0x7e00u : result;
+    return (uint16_t)(sign | result);
+}
+
+static inline uint16_t float_to_bfloat(float x) {
+    uint32_t u = aqlm_bits_of(x);
+    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+    return (uint16_t)((u & 0x7fffffff) > 0x7f800000u ? (u >> 16) | 0x40 : rounded);
+}
+
+static void to_f32(float *to, const void *from, int dtype, int64_t n) {
+    const uint16_t *half = from;
+    if (dtype == 0) memcpy(to, from, (size_t)n * 4);
+    else if (dtype == 1)
+        for (int64_t i = 0; i < n; i++) to[i] = aqlm_half_to_float(half[i]);
+    else
+        for (int64_t i = 0; i < n; i++) to[i] = aqlm_float_of((uint32_t)half[i] << 16);
+}
+
+static void from_f32(void *to, int dtype, const float *from, int64_t n) {
+    uint16_t *half = to;
+    if (dtype == 0) memcpy(to, from, (size_t)n * 4);
+    else if (dtype == 1)
+        for (int64_t i = 0; i < n; i++) half[i] = float_to_half(from[i]);
+    else
+        for (int64_t i = 0; i < n; i++) half[i] = float_to_bfloat(from[i]);
+}
+
+/* AQLM_LANES values: eight from each of two entries of one of the dtypes. */
+ALWAYS_INLINE void load_entries(vf *to, const void *a, const void *b, const int dtype) {
+#if VF_LANES == 16
+    *to = dtype == 0 ? vf_load8x2_f32(a, b) : dtype == 1 ? vf_load8x2_f16(a, b) : vf_load8x2_bf16(a, b);
+#else
+    enum { HALF = 8 / VF_LANES };
+    if (dtype == 0)
+        for (int v = 0; v < HALF; v++) {
+            to[v] = vf_load((const float *)a + v * VF_LANES);
+            to[HALF + v] = vf_load((const float *)b + v * VF_LANES);
+        }
+    else if (dtype == 1) {
+        vf_load8_f16(to, a);
+        vf_load8_f16(to + HALF, b);
+    } else {
+        vf_load8_bf16(to, a);
+        vf_load8_bf16(to + HALF, b);
+    }
+#endif
+}
+
+enum { GATHER = 2 * AQLM_LANES }; /* inputs a step, in pieces of 8 */
+
+/* Entries of codebook k for GATHER inputs, of which those from piece `pieces` on are zeros. */
+ALWAYS_INLINE void gather_entries(vf *to, const aqlm_entries *from, int64_t k, const void *codes, int64_t piece,
+                                  int64_t pieces, const int dtype, const int64_t K, const bool wide, const int64_t g,
+                                  const int64_t entry) {
+    static const float nothing[8];
+    const int64_t size = dtype == 0 ? 4 : 2, stride = entry * size;
+    const uint32_t mask = (1u << from->nbits) - 1;
+    const char *book = (const char *)from->codebooks + (k << from->nbits) * stride, *at[4];
+    char quarters[4][32];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        at[i] = (const char *)nothing;
+        if (piece + i >= pieces) continue;
+        for (int64_t h = 0; h < (g == 4 ? 2 : 1); h++) {
+            const int64_t j = g == 4 ? 2 * (piece + i) + h : (piece + i) * 8 / g;
+            if (g == 4 && j >= from->groups) {
+                memcpy(quarters[i] + 4 * size, nothing, (size_t)(4 * size));
+                continue;
+            }
+            const uint32_t code =
+                (wide ? ((const uint16_t *)codes)[j * K + k] : ((const uint8_t *)codes)[j * K + k]) & mask;
+            at[i] = book + code * stride + (g > 8 ? (piece + i) * 8 % g : 0) * size;
+            if (g == 4) memcpy(quarters[i] + h * 4 * size, at[i], (size_t)(4 * size));
+        }
+        if (g == 4) at[i] = quarters[i];
+    }
+    load_entries(to, at[0], at[1], dtype);
+    load_entries(to + AQLM_LANES / VF_LANES, at[2], at[3], dtype);
+}
+
+ALWAYS_INLINE void gather_step(vf *to, const aqlm_entries *from, const void *codes, int64_t piece, int64_t pieces,
+                               const int dtype, const int64_t K, const bool wide, const int64_t g,
+                               const int64_t entry) {
+    gather_entries(to, from, 0, codes, piece, pieces, dtype, K, wide, g, entry);
+    for (int64_t k = 1; k < K; k++) {
+        vf more[GATHER / VF_LANES];
+        gather_entries(more, from, k, codes, piece, pieces, dtype, K, wide, g, entry);
+        for (int v = 0; v < GATHER / VF_LANES; v++) to[v] = vf_add(to[v], more[v]);
+    }
+}
+
+ALWAYS_INLINE void gather_rows(float *sums, const aqlm_entries *from, const void *codes, int64_t ahead, const float *x,
+                               int64_t ldx, const int rows, const int dtype, const int64_t K, const bool wide,
+                               const int64_t g, const int64_t entry) {
+    enum { VECS = GATHER / VF_LANES };
+    const int64_t in = from->groups * g, pieces = (in + 7) / 8;
+    vf acc[8][VECS], entries[VECS];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < VECS; v++) acc[r][v] = vf_set1(0.0f);
+    int64_t i = 0;
+    for (; i + GATHER <= in; i += GATHER) {
+        const int64_t at = i / g * K * (wide ? 2 : 1);
+        if (i % (8 * GATHER) == 0) __builtin_prefetch((const char *)codes + at + ahead, 0, 0);
+        gather_step(entries, from, codes, i / 8, pieces, dtype, K, wide, g, entry);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < VECS; v++)
+                acc[r][v] = vf_fma(vf_load(x + r * ldx + i + v * VF_LANES), entries[v], acc[r][v]);
+    }
+    if (i < in) {
+        gather_step(entries, from, codes, i / 8, pieces, dtype, K, wide, g, entry);
+        for (int r = 0; r < rows; r++) {
+            float rest[GATHER] = {0};
+            memcpy(rest, x + r * ldx + i, (size_t)(in - i) * sizeof *rest);
+            for (int v = 0; v < VECS; v++) acc[r][v] = vf_fma(vf_load(rest + v * VF_LANES), entries[v], acc[r][v]);
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        float lane[GATHER];
+        for (int v = 0; v < VECS; v++) vf_store(lane + v * VF_LANES, acc[r][v]);
+        for (int width = GATHER / 2; width > 0; width /= 2)
+            for (int l = 0; l < width; l++) lane[l] += lane[l + width];
+        sums[r] = lane[0];
+    }
+}
+
+ALWAYS_INLINE void decode_groups(float *row, const aqlm_entries *from, const void *codes, float scale, const int dtype,
+                                 const int64_t K, const bool wide, const int64_t g, const int64_t entry) {
+    const int64_t in = from->groups * g, pieces = (in + 7) / 8;
+    for (int64_t i = 0; i < in; i += GATHER) {
+        vf entries[GATHER / VF_LANES];
+        float rest[GATHER];
+        float *to = i + GATHER <= in ? row + i : rest;
+        gather_step(entries, from, codes, i / 8, pieces, dtype, K, wide, g, entry);
+        for (int v = 0; v < GATHER / VF_LANES; v++) vf_store(to + v * VF_LANES, vf_mul(vf_set1(scale), entries[v]));
+        if (to == rest) memcpy(row + i, rest, (size_t)(in - i) * sizeof *rest);
+    }
+}
+
+/* Usual formats with constants in the place of their sizes. */
+static void decode_row(float *row, const aqlm_entries *from, const void *codes, float scale) {
+    const bool wide = from->nbits > 8;
+    const int64_t K = from->num_codebooks;
+    const int dtype = from->g == 8 && from->size == 8 ? from->dtype : -1;
+    if (dtype == 0 && !wide) decode_groups(row, from, codes, scale, 0, K, false, 8, 8);
+    else if (dtype == 1 && !wide) decode_groups(row, from, codes, scale, 1, K, false, 8, 8);
+    else if (dtype == 2 && !wide) decode_groups(row, from, codes, scale, 2, K, false, 8, 8);
+    else if (dtype == 0) decode_groups(row, from, codes, scale, 0, K, true, 8, 8);
+    else if (dtype == 1) decode_groups(row, from, codes, scale, 1, K, true, 8, 8);
+    else if (dtype == 2) decode_groups(row, from, codes, scale, 2, K, true, 8, 8);
+    else decode_groups(row, from, codes, scale, from->dtype, K, wide, from->g, from->size);
+}
+
+#define GATHER_USUAL(ROWS)                                                                                             \
+    if (from->dtype == 1) gather_rows(sums, from, codes, ahead, x, ldx, ROWS, 1, 1, true, 8, 8);                       \
+    else gather_rows(sums, from, codes, ahead, x, ldx, ROWS, 2, 1, true, 8, 8);
+
+static void gather_sums(float *sums, const aqlm_entries *from, const void *codes, int64_t ahead, const float *x,
+                        int64_t ldx, int64_t rows) {
+    const bool wide = from->nbits > 8;
+    const bool usual = wide && from->g == 8 && from->size == 8 && from->num_codebooks == 1 && from->dtype != 0;
+    for (int64_t n; rows > 0; rows -= n, sums += n, x += n * ldx) {
+        n = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+        if (!usual)
+            gather_rows(sums, from, codes, ahead, x, ldx, (int)n, from->dtype, from->num_codebooks, wide, from->g,
+                        from->size);
+        else if (n == 8) {
+            GATHER_USUAL(8)
+        } else if (n == 4) {
+            GATHER_USUAL(4)
+        } else if (n == 2) {
+            GATHER_USUAL(2)
+        } else {
+            GATHER_USUAL(1)
+        }
+    }
+}
+
 #ifndef AQLM_OWN_TABLES
+static void transpose(uint8_t *to, int64_t to_step, const uint8_t *from, int64_t from_step, int64_t rows,
+                      int64_t columns) {
+    for (int64_t c = 0; c < columns; c += 8)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = c; i < c + 8 && i < columns; i++) to[i * to_step + r] = from[r * from_step + i];
+}
+
 static void make_tables(uint8_t *tables, const float *x, const float *ct, int64_t K, int64_t g, int64_t first,
-                        int64_t n) {
-    const vf magic = vf_set1(0x1.8p23f); /* leaves the rounded integer in the low bits of the sum */
+                        int64_t n, int planes) {
+    const vf magic = vf_set1(aqlm_table_magic(planes));
     for (int64_t t = 0; t < n; t++) {
         const float *group = x + (first + t) / K * g, *c = ct + (first + t) % K * g * 256;
-        int16_t *table = (int16_t *)(void *)(tables + t * AQLM_TABLE_BYTES);
         float sum[256];
         uint32_t bits[256];
         for (int64_t e = 0; e < 256; e += 2 * AQLM_LANES) {
@@ -176,37 +370,24 @@ static void make_tables(uint8_t *tables, const float *x, const float *ct, int64_
             for (int v = 0; v < 2 * AQLM_LANES / VF_LANES; v++) vf_store(sum + e + v * VF_LANES, vf_add(acc[v], magic));
         }
         memcpy(bits, sum, sizeof bits);
-        for (int e = 0; e < 256; e++) table[e] = (int16_t)(uint16_t)bits[e];
+        for (int p = 0; p < planes; p++, tables += AQLM_PLANE)
+            for (int e = 0; e < 256; e++) tables[e] = (uint8_t)(bits[e] >> 8 * p);
     }
 }
 
-static void table_sums(float *y, int64_t ldy, const uint8_t *codes, int64_t step, int64_t ahead, const uint8_t *tables,
-                       const float *scales, int64_t rows, int64_t outputs, int64_t n) {
-    const bool little_endian = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
-    for (int64_t r = 0; r < rows; r++) {
+static void table_sums(float *y, int64_t ldy, const aqlm_codes_block *block, const uint8_t *tables, const float *scales,
+                       int64_t rows, int planes) {
+    for (int64_t r = 0; r < rows; r++, y += ldy) {
+        const uint8_t *T = tables + r * AQLM_TABLE_BLOCK * planes * AQLM_PLANE, *codes = block->codes;
         int32_t sums[AQLM_TABLE_OUTPUTS];
-        for (int64_t o = 0; o < outputs; o++) {
-            const int16_t *T = (const int16_t *)(const void *)tables + r * AQLM_TABLE_BLOCK * 256;
-            const uint8_t *code = codes + o * step;
-            int32_t s0 = 0, s1 = 0;
-            int64_t t = 0;
-            if (r == 0) __builtin_prefetch(code + ahead);
-            for (; little_endian && t + 8 <= n; t += 8, T += 8 * 256) { /* one load of codes for eight */
-                uint64_t c;
-                memcpy(&c, code + t, 8);
-                s0 += T[c & 255];
-                s1 += T[256 + (c >> 8 & 255)];
-                s0 += T[512 + (c >> 16 & 255)];
-                s1 += T[768 + (c >> 24 & 255)];
-                s0 += T[1024 + (c >> 32 & 255)];
-                s1 += T[1280 + (c >> 40 & 255)];
-                s0 += T[1536 + (c >> 48 & 255)];
-                s1 += T[1792 + (c >> 56)];
-            }
-            for (; t < n; t++, T += 256) s0 += T[code[t]];
-            sums[o] = s0 + s1;
+        for (int64_t o = 0; o < block->outputs; o++) sums[o] = -aqlm_table_offset(planes) * (int32_t)block->n;
+        for (int64_t t = 0; t < block->n; t++, codes += block->step, T += planes * AQLM_PLANE) {
+            int32_t entries[AQLM_PLANE];
+            for (int e = 0; e < AQLM_PLANE; e++)
+                entries[e] = T[e] | T[AQLM_PLANE + e] << 8 | (planes == 3 ? T[2 * AQLM_PLANE + e] << 16 : 0);
+            for (int64_t o = 0; o < block->outputs; o++) sums[o] += entries[codes[o]];
         }
-        for (int64_t o = 0; o < outputs; o++) y[r * ldy + o] = fmaf(scales[r], (float)sums[o], y[r * ldy + o]);
+        for (int64_t o = 0; o < block->outputs; o++) y[o] = fmaf(scales[r], (float)sums[o], y[o]);
     }
 }
 #endif
@@ -221,6 +402,11 @@ const aqlm_kernels AQLM_TABLE = {
     .nearest = nearest,
     .pair_min = pair_min,
     .dot = dot,
+    .decode_row = decode_row,
+    .gather_sums = gather_sums,
+    .to_f32 = to_f32,
+    .from_f32 = from_f32,
+    .transpose = transpose,
     .make_tables = make_tables,
     .table_sums = table_sums,
 };

@@ -7,14 +7,55 @@
 #define AQLM_SIMD_H
 
 #include <stdint.h>
+#include <string.h>
 
 #define AQLM_LANES 16 /* virtual lanes; code arrays scanned by kernels are padded to a multiple of it */
 
 enum {
-    AQLM_TABLE_BYTES = 512,  /* a table of 256 int16 */
-    AQLM_TABLE_BLOCK = 64,   /* tables with a common scale */
-    AQLM_TABLE_OUTPUTS = 256 /* outputs of one table_sums */
+    AQLM_TABLE_BLOCK = 32,    /* tables with a common scale */
+    AQLM_TABLE_OUTPUTS = 256, /* outputs of one table_sums */
+    AQLM_PLANE = 256          /* bytes of a plane of a table */
 };
+
+static inline uint32_t aqlm_bits_of(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+static inline float aqlm_float_of(uint32_t u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+static inline float aqlm_half_to_float(uint16_t h) {
+    /* Shifting the half into place leaves an exponent 112 too small; the product restores it, denormals too. */
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = (uint32_t)(h & 0x7fff) << 13;
+    float x = aqlm_float_of(magnitude) * 0x1p112f;
+    uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u; /* Inf and NaN keep their mantissa */
+    return aqlm_float_of(sign | aqlm_bits_of(x) | special);
+}
+
+/* Entries of g values, `size` apart, of codebooks of an aqlm_dtype, and how codes [groups, K] name them. */
+typedef struct aqlm_entries {
+    const void *codebooks; /* [K, 2^nbits, size] */
+    int dtype;
+    int64_t size, g, groups, num_codebooks, nbits; /* codes are of 1 byte for nbits <= 8, else of 2 */
+} aqlm_entries;
+
+/* An entry v of a table of 2 or 3 planes is stored as the bytes of v + aqlm_table_offset, the lowest plane first. */
+static inline int32_t aqlm_table_largest(int planes) { return planes == 2 ? 32767 : 4194303; } /* |v| at most */
+static inline int32_t aqlm_table_offset(int planes) { return aqlm_table_largest(planes) + 1; }
+
+/* sum + this is a float whose low bits are v + aqlm_table_offset, v = sum rounded. */
+static inline float aqlm_table_magic(int planes) { return 0x1.8p23f + (planes == 2 ? 32768.0f : 0.0f); }
+
+/* What table_sums looks up: codes[t * step + o] for tables t < n and outputs o < outputs. */
+typedef struct aqlm_codes_block {
+    const uint8_t *codes;
+    int64_t step, outputs, n; /* outputs <= AQLM_TABLE_OUTPUTS, n <= AQLM_TABLE_BLOCK */
+    int64_t ahead;            /* bytes from a code to what will be read next, 0 if not known */
+} aqlm_codes_block;
 
 /* One group's joint search over a pair of codebooks, see aqlm_kernels.pair_min. */
 typedef struct aqlm_pair {
@@ -52,16 +93,32 @@ typedef struct aqlm_kernels {
     /* sum of x[i] y[i], in AQLM_LANES partial sums added as a tree. */
     float (*dot)(const float *x, const float *y, int64_t n);
 
-    /* tables[t], t < n: 256 integers, the products of group (first + t) / K of x [J, g] with the entries of codebook
-     * (first + t) % K, rounded; ct [K, g, 256]. No product exceeds 32767. A table's bytes are each ISA's own affair. */
-    void (*make_tables)(uint8_t *tables, const float *x, const float *ct, int64_t K, int64_t g, int64_t first,
-                        int64_t n);
+    /* row[j] = scale * sum_k codebooks[k, codes[j, k]], the codebooks in order, for all groups j; row [groups, g] */
+    void (*decode_row)(float *row, const aqlm_entries *from, const void *codes, float scale);
 
-    /* y[r, o] += scales[r] * sum_t tables[r, t][codes[o * step + t]] for r < rows, o < outputs, t < n: an exact sum of
-     * integers and one fma. tables [rows, AQLM_TABLE_BLOCK]; outputs <= AQLM_TABLE_OUTPUTS, rounded up to 64: y must
-     * have the room. What is read next lies `ahead` bytes from codes. */
-    void (*table_sums)(float *y, int64_t ldy, const uint8_t *codes, int64_t step, int64_t ahead, const uint8_t *tables,
-                       const float *scales, int64_t rows, int64_t outputs, int64_t n);
+    /* sums[r] = sum_j <x[r, j], sum_k codebooks[k, codes[j, k]]> for r < rows, x [rows, groups, g] in rows of ldx:
+     * products with each of 32 inputs in a partial sum of its own, these added as a tree. `ahead` bytes from codes lies
+     * what is read next. */
+    void (*gather_sums)(float *sums, const aqlm_entries *from, const void *codes, int64_t ahead, const float *x,
+                        int64_t ldx, int64_t rows);
+
+    /* Between float and an aqlm_dtype, to nearest even. */
+    void (*to_f32)(float *to, const void *from, int dtype, int64_t n);
+    void (*from_f32)(void *to, int dtype, const float *from, int64_t n);
+
+    /* to[c * to_step + r] = from[r * from_step + c] for r < rows, c < columns, both at most 64. */
+    void (*transpose)(uint8_t *to, int64_t to_step, const uint8_t *from, int64_t from_step, int64_t rows,
+                      int64_t columns);
+
+    /* tables [n, planes, AQLM_PLANE], table t: the products of group (first + t) / K of x [J, g] with the entries of
+     * codebook (first + t) % K, rounded; ct [K, g, 256]. None exceeds aqlm_table_largest. */
+    void (*make_tables)(uint8_t *tables, const float *x, const float *ct, int64_t K, int64_t g, int64_t first,
+                        int64_t n, int planes);
+
+    /* y[r, o] += scales[r] * sum_t tables[r, t][codes(t, o)] for r < rows: an exact sum of integers and one fma.
+     * tables [rows, AQLM_TABLE_BLOCK, planes, AQLM_PLANE]; y must have room for outputs rounded up to 64. */
+    void (*table_sums)(float *y, int64_t ldy, const aqlm_codes_block *block, const uint8_t *tables, const float *scales,
+                       int64_t rows, int planes);
 } aqlm_kernels;
 
 extern const aqlm_kernels aqlm_kernels_scalar;

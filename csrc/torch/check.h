@@ -78,5 +78,12 @@ inline aqlm_shape shape_of_weight(const Tensor &codes, const Tensor &codebooks, 
     return shape;
 }
 
+/* Whether codes [O, J, K] lie in memory as [J, K, O] (QuantizedLinear.pack). */
+inline bool is_packed(const Tensor &codes) {
+    const int64_t O = codes.size(0), K = codes.size(2);
+    return codes.scalar_type() == ScalarType::Char && O > 1 && codes.stride(0) == 1 && codes.stride(2) == O &&
+           codes.stride(1) == K * O;
+}
+
 } // namespace aqlm_torch
 #endif

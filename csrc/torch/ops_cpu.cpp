@@ -26,8 +26,10 @@ struct Weight {
     aqlm_weight view;
 
     Weight(const Tensor &codes_in, const Tensor &codebooks_in, const Tensor &scales_in)
-        : codes(contiguous(codes_in)), codebooks(contiguous(codebooks_in)), scales(contiguous(scales_in)) {
+        : codes(codes_in), codebooks(contiguous(codebooks_in)), scales(contiguous(scales_in)) {
         view.shape = shape_of_weight(codes, codebooks, scales);
+        view.packed = is_packed(codes);
+        if (!view.packed) codes = contiguous(codes);
         view.dtype = dtype_of(codebooks, "codebooks");
         view.codes = codes.const_data_ptr();
         view.codebooks = codebooks.const_data_ptr();
@@ -71,7 +73,7 @@ struct Workspace {
  * ISA chosen for the core has no say, so results do not depend on it. */
 bool torch_is_faster(const Product &p) {
 #ifdef __x86_64__
-    return p.dtype == AQLM_BF16 && p.n_rows >= 32 && __builtin_cpu_supports("avx512bf16");
+    return p.dtype == AQLM_BF16 && p.n_rows >= 32 && aqlm_get_exact() <= 0 && __builtin_cpu_supports("avx512bf16");
 #else
     return false;
 #endif
@@ -87,8 +89,6 @@ void torch_product(const Product &p, const Weight &w, const std::optional<Tensor
     const int64_t width = transposed ? s.in_features : s.out_features;
     const int64_t unit = transposed ? s.in_group_size : 1, units = width / unit;
     const int64_t n_tiles = std::max<int64_t>(2, (width + TILE - 1) / TILE); /* of one, torch would use all threads */
-    const Tensor codebooks = torch::stable::to(w.codebooks, ScalarType::Float);
-    const Tensor scales = torch::stable::to(w.scales, ScalarType::Float);
     const auto view = [](const void *data, std::vector<int64_t> sizes, std::vector<int64_t> steps) {
         return torch::stable::from_blob(const_cast<void *>(data), sizes, steps,
                                         torch::stable::Device(torch::headeronly::DeviceType::CPU),
@@ -104,11 +104,12 @@ void torch_product(const Product &p, const Weight &w, const std::optional<Tensor
             const int64_t n = last - first;
             if (n == 0) continue;
             aqlm_weight part = w.view;
-            part.codebooks = codebooks.const_data_ptr();
-            part.scales = scales.const_data_ptr();
-            part.dtype = AQLM_F32;
             std::vector<char> columns; /* the codes of these inputs alone */
-            if (transposed) {
+            if (transposed && w.view.packed) {
+                part.codes = static_cast<const char *>(w.view.codes) +
+                             first / unit * s.num_codebooks * (s.out_features / s.out_group_size);
+                part.shape.in_features = n;
+            } else if (transposed) {
                 const size_t group = s.num_codebooks * (s.nbits_per_codebook <= 8 ? 1 : 2);
                 const size_t row = s.in_features / unit * group, used = n / unit * group;
                 columns.resize(s.out_features / s.out_group_size * used);

@@ -1,0 +1,150 @@
+/* common.cuh: what all kernels share: dtypes as floats, matrix instructions, launches. */
+#ifndef AQLM_CUDA_COMMON_CUH
+#define AQLM_CUDA_COMMON_CUH
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <type_traits>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/aqlm_cuda.h"
+
+namespace aqlm_cuda {
+
+/* Any dtype at run time: for paths that are right rather than fast. */
+__device__ inline float load_float(const void *p, size_t i, aqlm_dtype dtype) {
+    switch (dtype) {
+    case AQLM_F16: return __half2float(static_cast<const __half *>(p)[i]);
+    case AQLM_BF16: return __bfloat162float(static_cast<const __nv_bfloat16 *>(p)[i]);
+    default: return static_cast<const float *>(p)[i];
+    }
+}
+
+__device__ inline void store_float(void *p, size_t i, aqlm_dtype dtype, float value) {
+    switch (dtype) {
+    case AQLM_F16: static_cast<__half *>(p)[i] = __float2half_rn(value); break;
+    case AQLM_BF16: static_cast<__nv_bfloat16 *>(p)[i] = __float2bfloat16_rn(value); break;
+    default: static_cast<float *>(p)[i] = value;
+    }
+}
+
+/* Code i of stored codes. */
+__device__ inline uint32_t load_code(const void *codes, size_t i, bool wide, uint32_t mask) {
+    return (wide ? static_cast<const uint16_t *>(codes)[i] : static_cast<const uint8_t *>(codes)[i]) & mask;
+}
+
+template <class T> struct Pair;
+template <> struct Pair<__half> {
+    using type = __half2;
+    static __device__ float2 to_float2(type v) { return __half22float2(v); }
+    static __device__ type from_floats(float a, float b) { return __floats2half2_rn(a, b); }
+};
+template <> struct Pair<__nv_bfloat16> {
+    using type = __nv_bfloat162;
+    static __device__ float2 to_float2(type v) { return __bfloat1622float2(v); }
+    static __device__ type from_floats(float a, float b) { return __floats2bfloat162_rn(a, b); }
+};
+
+/* c[16, 8] += a[16, 8] b[8, 8] and c[16, 8] += a[16, 16] b[16, 8], fragments as PTX defines them. */
+template <class T> __device__ inline void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+    if constexpr (std::is_same_v<T, __half>)
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(b));
+    else
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(b));
+}
+
+template <class T>
+__device__ inline void mma_k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                               uint32_t b1) {
+    if constexpr (std::is_same_v<T, __half>)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/* Codes are read once: they need no room in L1. */
+__device__ inline uint32_t load_once(const uint32_t *p) {
+    uint32_t v;
+    asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+__device__ inline uint2 load_once(const uint2 *p) {
+    uint2 v;
+    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
+__device__ inline uint4 load_once(const uint4 *p) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(p));
+    return v;
+}
+
+__device__ inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+/* Of a kernel launched with programmatic stream serialization: it may start while those before it end. What they wrote
+ * must be read after this, and the next kernel may start after it. */
+__device__ inline void wait_for_kernels_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/* What the launchers need to know of a device, asked once. */
+struct Device {
+    int index, sms, shared_memory;
+    bool clusters;
+};
+
+inline constexpr int MAX_DEVICES = 64;
+
+inline cudaError_t current_device(Device &device) {
+    static std::atomic<uint64_t> known[MAX_DEVICES];
+    if (const cudaError_t error = cudaGetDevice(&device.index)) return error;
+    if (device.index >= MAX_DEVICES) return cudaErrorInvalidDevice;
+    uint64_t packed = known[device.index].load(std::memory_order_relaxed);
+    if (packed == 0) {
+        int sms, memory, major;
+        if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device.index))
+            return error;
+        if (const cudaError_t error =
+                cudaDeviceGetAttribute(&memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index))
+            return error;
+        if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index))
+            return error;
+        packed = uint64_t(sms) << 32 | uint64_t(major >= 9) << 31 | uint64_t(memory);
+        known[device.index].store(packed, std::memory_order_relaxed);
+    }
+    device.sms = int(packed >> 32);
+    device.clusters = packed >> 31 & 1;
+    device.shared_memory = int(packed & 0x7fffffff);
+    return cudaSuccess;
+}
+
+/* Lets `kernel` use all of the device's shared memory; asks the driver once for each device. */
+template <auto kernel> cudaError_t allow_shared_memory(const Device &device) {
+    static std::atomic<uint64_t> done;
+    const uint64_t bit = uint64_t(1) << device.index;
+    if (done.load(std::memory_order_relaxed) & bit) return cudaSuccess;
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory);
+    if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
+    return error;
+}
+
+__host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+} // namespace aqlm_cuda
+#endif

@@ -1,0 +1,149 @@
+/* matmul.cu: which kernel a product takes, and the one that takes anything. */
+#include "cuda/gather.cuh"
+#include "cuda/tables.cuh"
+
+namespace aqlm_cuda {
+namespace {
+
+constexpr int PLAIN_WARPS = 8;
+
+/* Every format and mix of dtypes: a warp sums one output of up to 8 rows, a lane every 32nd group. */
+__global__ void plain_kernel(void *y, const void *x, const aqlm_weight w, const void *bias, const aqlm_dtype dtype,
+                             const int n_rows) {
+    const int64_t o = static_cast<int64_t>(blockIdx.x) * PLAIN_WARPS + threadIdx.x / 32;
+    if (o >= w.shape.out_features) return;
+    const int g = w.shape.in_group_size, og = w.shape.out_group_size, num_codebooks = w.shape.num_codebooks;
+    const int64_t in = w.shape.in_features, groups = in / g;
+    const size_t entries = size_t(1) << w.shape.nbits_per_codebook;
+    float sums[MAX_ROWS] = {};
+    for (int64_t j = threadIdx.x % 32; j < groups; j += 32)
+        for (int i = 0; i < g; ++i) {
+            float value = 0;
+            for (int k = 0; k < num_codebooks; ++k) {
+                const size_t code = load_code(w.codes, (o / og * groups + j) * num_codebooks + k,
+                                              w.shape.nbits_per_codebook > 8, entries - 1);
+                value += load_float(w.codebooks, ((k * entries + code) * og + o % og) * g + i, w.dtype);
+            }
+#pragma unroll
+            for (int n = 0; n < MAX_ROWS; ++n)
+                if (n < n_rows) sums[n] = fmaf(value, load_float(x, n * in + j * g + i, dtype), sums[n]);
+        }
+#pragma unroll
+    for (int n = 0; n < MAX_ROWS; ++n) {
+        if (n >= n_rows) break;
+        for (int distance = 16; distance; distance /= 2) sums[n] += __shfl_xor_sync(~0u, sums[n], distance);
+        float total = sums[n] * load_float(w.scales, o / og, w.dtype);
+        if (bias) total += load_float(bias, o, dtype);
+        if (threadIdx.x % 32 == 0) store_float(y, n * w.shape.out_features + o, dtype, total);
+    }
+}
+
+struct Problem {
+    void *y;
+    const void *x;
+    aqlm_dtype dtype;
+    const aqlm_weight &w;
+    const void *bias;
+    int n_rows;
+    Device device;
+    cudaStream_t stream;
+};
+
+template <class T> cudaError_t run_tables(const Problem &p) {
+    const aqlm_shape &s = p.w.shape;
+    const TableProblem t = {p.y,
+                            p.x,
+                            static_cast<const uint8_t *>(p.w.codes),
+                            p.w.codebooks,
+                            p.w.scales,
+                            p.bias,
+                            static_cast<int>(s.out_features),
+                            static_cast<int>(s.in_features / s.in_group_size),
+                            static_cast<int>(s.num_codebooks),
+                            1 << s.nbits_per_codebook,
+                            static_cast<int>(s.in_group_size),
+                            0};
+    if (8 % s.num_codebooks == 0) switch (s.in_group_size) {
+        case 4: return launch_table_kernel<T, 4>(t, p.n_rows, p.device, p.stream);
+        case 8: return launch_table_kernel<T, 8>(t, p.n_rows, p.device, p.stream);
+        case 16: return launch_table_kernel<T, 16>(t, p.n_rows, p.device, p.stream);
+        }
+    return launch_table_kernel<T, 0>(t, p.n_rows, p.device, p.stream);
+}
+
+template <class T> cudaError_t run_gather(const Problem &p) {
+    const aqlm_shape &s = p.w.shape;
+    const GatherProblem g = {p.y,
+                             p.x,
+                             static_cast<const unsigned char *>(p.w.codes),
+                             p.w.codebooks,
+                             p.w.scales,
+                             p.bias,
+                             static_cast<int>(s.out_features),
+                             static_cast<int>(s.in_features / s.in_group_size),
+                             1 << s.nbits_per_codebook,
+                             p.n_rows};
+    if (s.nbits_per_codebook > 8)
+        return s.num_codebooks == 1 ? launch_gather_kernel<T, 1, 2>(g, p.device, p.stream)
+                                    : launch_gather_kernel<T, 2, 2>(g, p.device, p.stream);
+    switch (s.num_codebooks) {
+    case 1: return launch_gather_kernel<T, 1, 1>(g, p.device, p.stream);
+    case 2: return launch_gather_kernel<T, 2, 1>(g, p.device, p.stream);
+    case 3: return launch_gather_kernel<T, 3, 1>(g, p.device, p.stream);
+    default: return launch_gather_kernel<T, 4, 1>(g, p.device, p.stream);
+    }
+}
+
+/* Whether the gather kernel can do it: its loads of codes must be whole and aligned, its codebooks fit. */
+bool can_gather(const aqlm_shape &s, const Device &device) {
+    const int64_t K = s.num_codebooks, bytes = s.nbits_per_codebook <= 8 ? 1 : 2;
+    if (s.in_group_size != 8 || s.out_group_size != 1 || K * bytes > 4) return false;
+    if (bytes == 1 && (K + 1) / 2 * BOOK_PAIR_BYTES + PARTS_BYTES + 48 * 1024 > device.shared_memory) return false;
+    return s.in_features / 8 % (K * bytes <= 2 ? 8 : 4) == 0;
+}
+
+bool can_look_up(const aqlm_shape &s, const Device &device) {
+    return s.nbits_per_codebook <= 8 && s.out_group_size == 1 && s.out_features >= BATCH &&
+           s.in_features / s.in_group_size * s.num_codebooks % LANE_CODES == 0 &&
+           device.shared_memory >= TABLE_BYTES + 16 * 1024;
+}
+
+cudaError_t run_plain(const Problem &p) {
+    const auto blocks = static_cast<unsigned>(divide_up(p.w.shape.out_features, PLAIN_WARPS));
+    plain_kernel<<<blocks, 32 * PLAIN_WARPS, 0, p.stream>>>(p.y, p.x, p.w, p.bias, p.dtype, p.n_rows);
+    return cudaGetLastError();
+}
+
+/* Up to 8 rows. */
+cudaError_t run(const Problem &p) {
+    const bool same = p.dtype == p.w.dtype && p.dtype != AQLM_F32, half = p.dtype == AQLM_F16;
+    const bool gather = same && can_gather(p.w.shape, p.device), tables = same && can_look_up(p.w.shape, p.device);
+    if (tables && (p.n_rows == 1 || !gather)) return half ? run_tables<__half>(p) : run_tables<__nv_bfloat16>(p);
+    if (gather) return half ? run_gather<__half>(p) : run_gather<__nv_bfloat16>(p);
+    return run_plain(p);
+}
+
+} // namespace
+} // namespace aqlm_cuda
+
+extern "C" cudaError_t aqlm_cuda_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w,
+                                        const void *bias, int64_t n_rows, cudaStream_t stream) {
+    using namespace aqlm_cuda;
+    const aqlm_shape &s = w->shape;
+    if (s.out_features > INT32_MAX / 2 || s.in_features > INT32_MAX / 16) return cudaErrorInvalidValue;
+    Device device;
+    if (const cudaError_t error = current_device(device)) return error;
+    const size_t bytes = dtype == AQLM_F32 ? 4 : 2;
+    for (int64_t done = 0; done < n_rows; done += MAX_ROWS) {
+        const Problem p = {static_cast<char *>(y) + done * s.out_features * bytes,
+                           static_cast<const char *>(x) + done * s.in_features * bytes,
+                           dtype,
+                           *w,
+                           bias,
+                           static_cast<int>(std::min<int64_t>(MAX_ROWS, n_rows - done)),
+                           device,
+                           stream};
+        if (const cudaError_t error = run(p)) return error;
+    }
+    return cudaSuccess;
+}
