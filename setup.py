@@ -2,14 +2,17 @@
 
 The core is plain C: one static library of csrc/core and one of csrc/simd per instruction set, each with its
 own compiler flags, because a file compiled for AVX-512 must hold nothing that runs before dispatch. Both
-doors, `_core` (NumPy) and `_torch` (torch's stable ABI), link the same libraries.
+doors, `_core` (NumPy) and `_torch` (torch's stable ABI), link the same libraries. `_cuda` holds the kernels for GPUs,
+which nvcc compiles, and links no driver: a wheel with it imports and works without one.
 
-AQLM_C_REQUIRE=torch makes a door that cannot be built an error instead of a printed ✗.
+AQLM_C_REQUIRE=torch,cuda makes a door that cannot be built an error instead of a printed ✗.
 """
 
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
 from glob import glob
 from importlib import metadata, util
@@ -37,6 +40,15 @@ ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mfma"],
     "neon": [],
 }
+
+
+# Machine code for these GPUs, and PTX of the last for later ones. 90a: the kernels are tuned for it.
+GPUS = ["80", "86", "89", "90a", "100", "120"]
+NVCC_FLAGS = [
+    *("-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "--threads=0"),
+    *(f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS),
+    f"-gencode=arch=compute_{GPUS[-1]},code=compute_{GPUS[-1]}",
+]
 
 
 def compiled_isas(machine=None):
@@ -94,40 +106,74 @@ def torch_problem():
     return None
 
 
-def torch_door():
+def cuda_problem():
+    """Why `_cuda` cannot be built here, or None."""
+    return torch_problem() or (None if nvcc() else "nvcc is neither in CUDA_HOME nor on the PATH")
+
+
+def nvcc():
+    """Path of the CUDA compiler, or None."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+
+
+def torch_extension(name, files, include_dirs=(), define_macros=(), library_dirs=(), link=(), **options):
+    """A door by torch's stable ABI."""
     root = Path(util.find_spec("torch").origin).parent  # importing torch would cost seconds
     return Extension(
-        "aqlm_c._torch",
-        sources("csrc/torch/*.cpp"),
-        include_dirs=["csrc"],
+        f"aqlm_c.{name}",
+        files,
+        include_dirs=["csrc", *include_dirs],
         define_macros=[
             LIMITED_API,
             ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*TORCH_OLDEST)),
+            *define_macros,
         ],
         extra_compile_args=[
             *("-std=c++17", "-O2", "-pthread", "-fvisibility=hidden", "-fno-lto", "-Wall", "-Wextra"),
             *("-isystem", str(root / "include")),
         ],
-        libraries=["torch_cpu"],
-        library_dirs=[str(root / "lib")],
-        extra_link_args=LINK_FLAGS,
+        library_dirs=[str(root / "lib"), *library_dirs],
+        extra_link_args=[*LINK_FLAGS, *link],
         language="c++",
         depends=sources("csrc/*.h", "csrc/*/*"),
         py_limited_api=True,
+        **options,
+    )
+
+
+def torch_door():
+    return torch_extension("_torch", ["csrc/torch/module.cpp", "csrc/torch/ops_cpu.cpp"], libraries=["torch_cpu"])
+
+
+def cuda_door():
+    """Torch's CUDA library may be absent where this is built: what it offers is found when the door is loaded."""
+    said = subprocess.run([nvcc(), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    toolkit = Path(re.search(r"TOP=(.*)", said)[1])  # nvcc on the PATH may be a script that calls another
+    return torch_extension(
+        "_cuda",
+        ["csrc/torch/ops_cuda.cpp", *sources("csrc/cuda/*.cu")],
+        include_dirs=[str(toolkit / "include")],
+        define_macros=[("USE_CUDA", "1")],
+        library_dirs=[str(toolkit / "lib64")],
+        libraries=["cudart_static", "dl", "rt"],
+        link=["-Wl,--no-as-needed", "-ltorch"],
     )
 
 
 def doors(required):
     """The extensions that can be built here. SystemExit if one named in `required` cannot."""
-    unknown = set(required) - {"torch"}
+    found = {"torch": (torch_problem(), torch_door), "cuda": (cuda_problem(), cuda_door)}
+    unknown = set(required) - set(found)
     if unknown:
-        sys.exit(f"AQLM_C_REQUIRE: got {', '.join(sorted(unknown))}, expected a comma-separated list of: torch")
-    problem = torch_problem()
+        names = ", ".join(found)
+        sys.exit(f"AQLM_C_REQUIRE: got {', '.join(sorted(unknown))}, expected a comma-separated list of: {names}")
     print("✓ aqlm_c._core")
-    print(f"✗ aqlm_c._torch: {problem}" if problem else "✓ aqlm_c._torch", flush=True)
-    if problem and "torch" in required:
-        sys.exit(f"AQLM_C_REQUIRE=torch, but {problem}")
-    return [core_door()] + ([] if problem else [torch_door()])
+    for name, (problem, _) in found.items():
+        print(f"✗ aqlm_c._{name}: {problem}" if problem else f"✓ aqlm_c._{name}", flush=True)
+        if problem and name in required:
+            sys.exit(f"AQLM_C_REQUIRE={name}, but {problem}")
+    return [core_door()] + [door() for problem, door in found.values() if not problem]
 
 
 class BuildCLib(build_clib):
@@ -147,6 +193,19 @@ class BuildExt(build_ext):
     def run(self):
         self.run_command("build_clib")  # which `build_ext --inplace` alone would skip
         super().run()
+
+    def build_extension(self, ext):
+        """Compiles what is CUDA by nvcc, if it or a header is newer than the object."""
+        kernels = [path for path in ext.sources if path.endswith(".cu")]
+        ext.sources = [path for path in ext.sources if path not in kernels]
+        newest = max(Path(path).stat().st_mtime for path in ["setup.py", *HEADERS, *sources("csrc/cuda/*")])
+        for path in kernels:
+            to = Path(self.build_temp, path).with_suffix(".o")
+            if not to.exists() or to.stat().st_mtime < newest:
+                to.parent.mkdir(parents=True, exist_ok=True)
+                self.spawn([nvcc(), *NVCC_FLAGS, "-c", path, "-o", str(to)])
+            ext.extra_objects.append(str(to))
+        super().build_extension(ext)
 
 
 if __name__ == "__main__":

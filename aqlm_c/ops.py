@@ -19,6 +19,13 @@ except ImportError as error:
         "aqlm_c where torch can be seen: AQLM_C_REQUIRE=torch pip install --no-build-isolation <aqlm_c's folder>"
     ) from error
 
+try:
+    from . import _cuda  # noqa: F401 (registers the ops for GPUs)
+except ImportError:  # built without it, or a torch without CUDA
+    has_cuda = False
+else:
+    has_cuda = True
+
 from torch import Tensor
 
 __all__ = ["decode_rows", "get_exact", "get_isa", "matmul", "pack", "packs", "set_exact", "set_isa"]

@@ -33,6 +33,8 @@ def random_weight(out, in_features, config):
     size = (out, in_features // config.in_group_size, config.num_codebooks)
     codes = torch.randint(-half, half, size, dtype=dtype)
     codebooks = torch.randn(config.num_codebooks, 2 * half, 1, config.in_group_size).half()
+    if ops.packs(codes):
+        codes = ops.pack(codes)  # as a loaded model has them
     return codes, codebooks, (torch.rand(out, 1, 1, 1) + 0.5).half()
 
 
@@ -71,22 +73,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", metavar="OUTxIN")
     parser.add_argument("--schemes", nargs="+")
     parser.add_argument("--rows", nargs="+", type=int)
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="of x for ours")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of x for ours")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--isa", help="the instruction set for ours")
     parser.add_argument("--cache", type=float, default=64.0, help="MB; weights that take turns fill twice as much")
     parser.add_argument("--seconds", type=float, default=0.2, help="least time for one median")
     parser.add_argument("--json")
     args = parser.parse_args()
-    exact = ops.get_exact()
-    ops.set_exact(False)  # float32 by tables too
-    try:
-        run(args)
-    finally:
-        ops.set_exact(exact)
-
-
-def run(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     if args.isa:

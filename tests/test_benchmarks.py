@@ -1,11 +1,12 @@
 """The benchmarks run on a tiny model, and write what they show."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from tiny import BYTES, byte_tokenizer, tiny_llama
+from tiny import BYTES, byte_tokenizer, tiny_llama, write_published
 
 import aqlm_c
 
@@ -92,3 +93,106 @@ def test_matmul(monkeypatch, tmp_path, capsys):
     ]  # fmt: skip
     assert all(row["x fp32"] > 0 and row["error"] <= 1e-3 for row in written["rows"])
     assert written["read_bandwidth"] > 0 and "quantized weight" in capsys.readouterr().out
+
+
+@pytest.fixture
+def generate(monkeypatch, tmp_path):
+    """benchmarks/generate.py as a module, whose main takes its arguments and gives the JSON it writes."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import generate
+
+    def main(*arguments):
+        out = tmp_path / "out.json"
+        sizes = ["--prompt-tokens", 5, "--new-tokens", 6, "--prefill-tokens", 24, "--repeats", 1, "--threads", 1]
+        monkeypatch.setattr(sys, "argv", ["generate", *map(str, [*arguments, *sizes, "--json", out])])
+        run_as_script()
+        return json.loads(out.read_text())
+
+    run_as_script, generate.main = generate.main, main
+    yield generate
+    generate.main = run_as_script
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Directories of a quantized tiny model and of the dense one."""
+    ours, dense = tmp_path / "ours", tmp_path / "dense"
+    write_published(ours, (2, 8, 8, 1), vocab_size=BYTES).save_pretrained(dense)
+    for directory in (ours, dense):
+        byte_tokenizer().save_pretrained(directory)
+    return ours, dense
+
+
+LLAMA = """
+import os
+LLAMA_FTYPE_MOSTLY_Q4_1, LLAMA_FTYPE_MOSTLY_Q2_K = 3, 10
+class Params: pass
+def llama_model_quantize_default_params(): return Params()
+def llama_model_quantize(source, target, params):
+    assert params.allow_requantize and params.nthread == 1
+    open(target, "wb").write(bytes(params.ftype))
+    return 0
+class Llama:
+    def __init__(self, path, n_ctx, n_batch, n_threads, n_threads_batch, verbose):
+        assert n_ctx > 24 and n_batch >= 24 and n_threads == n_threads_batch == 1
+        self.metadata = {"general.file_type": {100: "3", 10: "10"}[os.path.getsize(path)]}
+    def n_vocab(self): return 50
+    def reset(self): self.n = 0
+    def eval(self, tokens): self.n += len(tokens)
+    def generate(self, tokens, temp):
+        assert self.n == temp == 0
+        self.eval(tokens)
+        while self.n < 5 + 6:
+            self.n += 1
+            yield 1
+"""
+
+
+def test_generate(generate, models, capsys):
+    written = generate.main(models[0], "--dense", models[1], "--dtypes", "float32")
+    ours, dense = written["rows"]
+    assert (ours["contender"], dense["contender"], ours["format"]) == ("ours", "dense", "float32")
+    assert dense["x dense"] == 1.0 and ours["x dense"] == ours["tokens/s"] / dense["tokens/s"]
+    assert 0 < ours["outside %"] < 100 and dense["outside %"] is None
+    sizes = [sum(p.stat().st_size for p in d.glob("*.safetensors")) / 1e6 for d in models]
+    assert ours["model MB"] == pytest.approx(sizes[0], rel=0.3) and dense["model MB"] == pytest.approx(
+        sizes[1], rel=0.3
+    )
+    for r in written["rows"]:
+        assert r["prefill/s"] > 0 and 0 < r["bare MB"] < r["resident MB"] <= r["peak MB"]
+        assert r["x model"] == pytest.approx((r["resident MB"] - r["bare MB"]) / r["model MB"])
+    assert written["arguments"]["new_tokens"] == 6 and str(models[0]) not in json.dumps(written)
+    stdout = capsys.readouterr().out
+    assert "6 new tokens" in stdout and "x the checkpoint" in stdout
+
+
+def test_generate_beside_llama(generate, monkeypatch, tmp_path, capsys):
+    (tmp_path / "llama_cpp.py").write_text(LLAMA)
+    (tmp_path / "model.gguf").write_bytes(bytes(100))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    args = argparse.Namespace(llama=sys.executable, llama_formats=["Q2_K", "IQ9"])
+    common = {"prompt_tokens": 5, "new_tokens": 6, "prefill_tokens": 24, "repeats": 2, "threads": 1}
+    rows = generate.llama_rows(args, common, str(tmp_path / "model.gguf"))
+    assert [(r["format"], r["model MB"]) for r in rows] == [("Q4_1", 1e-4), ("Q2_K", 1e-5)]
+    assert all(r["tokens/s"] > 0 and r["resident MB"] > 0 for r in rows)
+    assert "no IQ9: AttributeError" in capsys.readouterr().err
+
+
+def test_generate_compares_alike(generate):
+    rows = [
+        {"contender": contender, "compiled": compiled, "tokens/s": speed}
+        for contender, compiled, speed in [
+            ("ours", "no", 3.0), ("dense", "no", 1.0), ("dense", "no", 2.0),
+            ("ours", "yes", 12.0), ("dense", "yes", 8.0), ("llama.cpp", "no", 16.0),
+        ]
+    ]  # fmt: skip
+    generate.against_dense(rows)
+    assert [row["x dense"] for row in rows] == [1.5, 0.5, 1.0, 1.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("swap, named", [(True, "no quantized layer"), (False, "expected a GGUF file")])
+def test_generate_names_what_is_wrong(generate, models, swap, named):
+    model, dense = reversed(models) if swap else models
+    options = [] if swap else ["--llama", "python"]
+    with pytest.raises(SystemExit, match=named):
+        generate.main(model, "--dense", dense, "--dtypes", "float32", *options)

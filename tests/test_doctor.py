@@ -1,5 +1,6 @@
 """`aqlm-c doctor`: exit codes, and a cure for each thing that is missing."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -48,7 +49,8 @@ def test_all_is_well_here(capsys):
     assert f"{_core.get_isa()} in use, of {', '.join(_core.available_isas())}" in line(stdout, "_core")
     for door in ("_core", "_torch"):
         assert line(stdout, f"{door} test") == f"✓ {door} test".ljust(17) + "decode_rows and matmul agree with NumPy"
-    assert line(stdout, "_cuda").startswith("- _cuda          not built")
+    built = importlib.util.find_spec("aqlm_c._cuda") is not None
+    assert line(stdout, "_cuda").startswith("✓ _cuda          built" if built else "- _cuda          not built")
     for name in ("GPU", "machine", "AQLM_C_ISA", "numpy", "transformers", "safetensors"):
         assert line(stdout, name)
 

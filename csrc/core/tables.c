@@ -17,6 +17,8 @@ enum {
     PASS = 4,             /* rows whose tables are made at once: 512 or 768 bytes a code and row */
     PANEL = 64,           /* outputs that stay together; with fewer the tables cost more than they save */
     CHUNK = 8,            /* even */
+    LEAST_BLOCKS = 8,     /* worth a thread: about 10 microseconds of making tables, */
+    LEAST_CODES = 4096,   /* and of looking up panels, in codes of a row */
     AHEAD = 1024          /* bytes: the distance at which packed codes are prefetched (measured) */
 };
 
@@ -192,8 +194,9 @@ aqlm_status aqlm_tables_matmul(void *y, const void *x, aqlm_dtype dtype, const a
         job.x = dtype == AQLM_F32 ? (const float *)(const void *)rows : f + l.x;
         job.y = (char *)y + (size_t)(r * s->out_features) * size;
         const int64_t items = job.blocks * job.n_rows, panels = job.padded / PANEL;
-        aqlm_parallel(0, items, aqlm_even_grain(items, 1), make_blocks, &job);
-        aqlm_parallel(0, panels, aqlm_even_grain(panels, 1), look_up, &job);
+        aqlm_parallel(0, items, aqlm_even_grain(items, LEAST_BLOCKS), make_blocks, &job);
+        aqlm_parallel(0, panels, aqlm_even_grain(panels, aqlm_max(1, LEAST_CODES / (job.per_row * job.n_rows))),
+                      look_up, &job);
     }
     aqlm_shared_status status = {AQLM_OK};
     return aqlm_get_status(&status);

@@ -17,12 +17,27 @@ extern "C" {
 /* y[n_rows, out] = x[n_rows, in] W^T + bias; x, y and bias of dtype. Codes are read once for up to 8 rows (fp16 and
  * bf16 of the codebooks' dtype, g = 8, og = 1, K <= 4), else once for each. */
 cudaError_t aqlm_cuda_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w,
-                             const void *bias /* [out] or NULL */, int64_t n_rows, cudaStream_t stream);
+                             const void *bias /* [out] or NULL */, int64_t n_rows,
+                             void *workspace /* of aqlm_cuda_matmul_workspace bytes */, cudaStream_t stream);
+size_t aqlm_cuda_matmul_workspace(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows);
+
+/* The most rows for which that is faster than decoding W and a dense product. */
+int64_t aqlm_cuda_matmul_rows(const aqlm_weight *w, aqlm_dtype dtype);
 
 /* rows[outs, groups * g] = W[first_out : first_out + outs, first_group * g : (first_group + groups) * g], of row_dtype.
  */
 cudaError_t aqlm_cuda_decode_rows(void *rows, aqlm_dtype row_dtype, const aqlm_weight *w, int64_t first_out,
                                   int64_t outs, int64_t first_group, int64_t groups, cudaStream_t stream);
+
+/* The gradients of that from those to W, grad_rows[out, in] of row_dtype, codes held (aqlm_decode_rows_backward):
+ * keys[O * J] = the codes of codebook k; with them sorted, and order[O * J] the places they come from,
+ * grad_codebooks[k], of grad_codebooks[K, E, og, g]; grad_scales[O]. Both of w->dtype. */
+cudaError_t aqlm_cuda_codes_of(int32_t *keys, const aqlm_weight *w, int64_t k, cudaStream_t stream);
+cudaError_t aqlm_cuda_codebook_gradient(void *grad_codebooks, const int32_t *sorted, const int64_t *order,
+                                        const void *grad_rows, aqlm_dtype row_dtype, const aqlm_weight *w, int64_t k,
+                                        cudaStream_t stream);
+cudaError_t aqlm_cuda_scale_gradient(void *grad_scales, const void *grad_rows, aqlm_dtype row_dtype,
+                                     const aqlm_weight *w, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

@@ -133,13 +133,15 @@ inline cudaError_t current_device(Device &device) {
     return cudaSuccess;
 }
 
-/* Lets `kernel` use all of the device's shared memory; asks the driver once for each device. */
+/* Lets `kernel` use all of the device's shared memory, and clusters of 16 blocks; tells the driver once for a device.
+ */
 template <auto kernel> cudaError_t allow_shared_memory(const Device &device) {
     static std::atomic<uint64_t> done;
     const uint64_t bit = uint64_t(1) << device.index;
     if (done.load(std::memory_order_relaxed) & bit) return cudaSuccess;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory);
+    if (error == cudaSuccess && device.clusters)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
     return error;
 }

@@ -4,7 +4,7 @@
 namespace aqlm_cuda {
 namespace {
 
-constexpr int THREADS = 512, COPIES = 8, AHEAD = 4; /* groups a thread has on their way */
+constexpr int THREADS = 512, AHEAD = 4; /* groups a thread has on their way */
 
 /* The part of W that is decoded: outputs from first_out, groups from first_group. */
 struct Part {
@@ -12,9 +12,9 @@ struct Part {
     int groups, first_group, part_groups, entries; /* groups: of a whole row */
 };
 
-/* g = 8, og = 1: a thread decodes groups of 16 bytes. For B <= 8 codebooks lie in shared memory eight times, each lane
- * reading its own banks; larger ones are read through L2. Sums are fp32, in the order of the codebooks. */
-template <class T, int K, int CODE>
+/* g = 8, og = 1: a thread decodes groups of 16 bytes. For B <= 8 codebooks lie in shared memory up to eight times, each
+ * lane reading its own banks; larger ones are read through L2. Sums are fp32, in the order of the codebooks. */
+template <class T, int K, int CODE, int COPIES = (K > 6 ? 4 : 8)>
 __global__ void __launch_bounds__(THREADS)
     decode_kernel(uint4 *rows, const unsigned char *codes, const uint4 *books, const T *scales, const Part p) {
     extern __shared__ uint4 copies[]; /* [K][entries][COPIES] */
@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(THREADS)
         __syncthreads();
     }
     using Vector = typename std::conditional_t<
-        K * CODE == 1, uint8_t, std::conditional_t<K * CODE == 2, uint16_t,
-                                                   std::conditional_t<K * CODE == 4, uint32_t, uint2>>>;
+        K * CODE == 1, uint8_t,
+        std::conditional_t<K * CODE == 2, uint16_t, std::conditional_t<K * CODE == 4, uint32_t, uint2>>>;
     union Codes {
         Vector vector;
         std::conditional_t<CODE == 1, uint8_t, uint16_t> code[K];
@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(THREADS)
             if (const int j = group + a * THREADS; j < p.part_groups) {
                 if constexpr (K == 3 || K > 4)
                     for (int k = 0; k < K; ++k) c[a].code[k] = from[j * K + k];
-                else
-                    c[a].vector = __ldcs(reinterpret_cast<const Vector *>(from) + j);
+                else c[a].vector = __ldcs(reinterpret_cast<const Vector *>(from) + j);
             }
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
@@ -91,8 +90,9 @@ __global__ void plain_kernel(void *rows, const aqlm_dtype row_dtype, const aqlm_
 
 template <class T, int K, int CODE>
 cudaError_t launch(void *rows, const aqlm_weight &w, const Part &p, const Device &device, cudaStream_t stream) {
+    constexpr int COPIES = K > 6 ? 4 : 8;
     const size_t memory = CODE == 1 ? size_t(K) * p.entries * COPIES * 16 : 0;
-    if (const cudaError_t error = allow_shared_memory<decode_kernel<T, K, CODE>>(device)) return error;
+    if (const cudaError_t error = allow_shared_memory<decode_kernel<T, K, CODE, COPIES>>(device)) return error;
     const int64_t resident = memory > 0 ? std::max<int64_t>(1, std::min<int64_t>(4, 220 * 1024 / memory)) : 4;
     const int64_t steps = divide_up(p.part_groups, THREADS * AHEAD) * p.outs;
     const auto blocks = static_cast<unsigned>(std::min<int64_t>(steps, device.sms * resident));
@@ -107,12 +107,14 @@ cudaError_t run(void *rows, const aqlm_weight &w, const Part &p, const Device &d
                 bool &possible) {
     possible = w.shape.in_group_size == 8 && w.shape.out_group_size == 1;
     if (possible && w.shape.nbits_per_codebook <= 8 &&
-        w.shape.num_codebooks * p.entries * COPIES * 16 <= device.shared_memory)
+        w.shape.num_codebooks * p.entries * (w.shape.num_codebooks > 6 ? 4 : 8) * 16 <= device.shared_memory)
         switch (w.shape.num_codebooks) {
         case 1: return launch<T, 1, 1>(rows, w, p, device, stream);
         case 2: return launch<T, 2, 1>(rows, w, p, device, stream);
         case 3: return launch<T, 3, 1>(rows, w, p, device, stream);
         case 4: return launch<T, 4, 1>(rows, w, p, device, stream);
+        case 6: return launch<T, 6, 1>(rows, w, p, device, stream);
+        case 8: return launch<T, 8, 1>(rows, w, p, device, stream);
         }
     if (possible && w.shape.nbits_per_codebook > 8) switch (w.shape.num_codebooks) {
         case 1: return launch<T, 1, 2>(rows, w, p, device, stream);

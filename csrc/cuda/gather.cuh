@@ -5,12 +5,11 @@
  * same inputs of 8 rows of x. Sums over codebooks and groups are fp32 inside the instruction. For B <= 8 codebooks lie
  * in shared memory eight times, one copy for each eighth of the banks, so that gathers never conflict; larger ones are
  * gathered from L2. A warp owns a slice of groups, keeps x for it in registers and runs through the block's outputs.
- * After each tile of 16 outputs four of the warps, by turns, add up all; the others only announce their part and go on,
- * so that no gather waits for a sum. */
+ * After every second tile of 16 outputs the block adds up its warps. */
 #ifndef AQLM_CUDA_GATHER_CUH
 #define AQLM_CUDA_GATHER_CUH
 
-#include "cuda/common.cuh"
+#include "cuda/cluster.cuh"
 
 namespace aqlm_cuda {
 
@@ -23,11 +22,8 @@ struct GatherProblem {
 };
 
 constexpr int GATHER_WARPS = 16, TILE = 16, MAX_ROWS = 8;
-constexpr int TURNS = 4; /* the warps that add up tile t are those of turn t % TURNS */
-/* Parts of a tile are kept in one of DEPTH places. A warp that writes those of tile t has seen, in its turn at one of the
- * tiles t - TURNS .. t - 1, that all warps were done with tile t - DEPTH. */
-constexpr int DEPTH = TURNS + 1;
-constexpr int PARTS_BYTES = DEPTH * GATHER_WARPS * 32 * 16;
+constexpr int SUM_TILES = 2; /* tiles between two sums over the warps, whose parts lie in one of two places by turns */
+constexpr int PARTS_BYTES = 2 * SUM_TILES * GATHER_WARPS * 32 * 16;
 constexpr int BOOK_PAIR_BYTES = 256 * 256; /* [256 entries][2 codebooks][8 copies][16 bytes] */
 
 /* K codes of CODE bytes; a lane takes GROUPS groups at a time, WORDS words of codes. */
@@ -59,14 +55,6 @@ template <int WORDS> __device__ inline void load_words(uint32_t (&to)[WORDS], co
         for (int i = 0; i < WORDS; ++i) to[i] = load_once(reinterpret_cast<const uint32_t *>(from + i * 4));
 }
 
-/* Named barriers of all threads of a block: to wait for the others, and to only let them know. */
-__device__ inline void barrier_sync(int id) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(32 * GATHER_WARPS) : "memory");
-}
-__device__ inline void barrier_arrive(int id) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(32 * GATHER_WARPS) : "memory");
-}
-
 template <class T, int K, int CODE>
 __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const GatherProblem p) {
     using L = Lane<K, CODE>;
@@ -74,11 +62,13 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const Gath
     constexpr int BLOCK_GROUPS = GATHER_WARPS * 4 * L::GROUPS;
     constexpr int BOOKS = CODE == 1 ? (K + 1) / 2 * BOOK_PAIR_BYTES : 0;
     extern __shared__ __align__(1024) unsigned char shared[];
-    auto *const parts = reinterpret_cast<float4 *>(shared + BOOKS); /* [DEPTH][GATHER_WARPS][32] */
+    auto *const parts = reinterpret_cast<float4 *>(shared + BOOKS);             /* [2][SUM_TILES][GATHER_WARPS][32] */
     auto *const slab = reinterpret_cast<uint4 *>(shared + BOOKS + PARTS_BYTES); /* [GATHER_WARPS][n_rows][SLAB] of x */
-    auto *const sums = reinterpret_cast<float *>(slab + GATHER_WARPS * p.n_rows * L::SLAB); /* [tiles of the block][128] */
+    auto *const sums =
+        reinterpret_cast<float *>(slab + GATHER_WARPS * p.n_rows * L::SLAB); /* [tiles of the block][128] */
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
 
+    wait_for_kernels_before();
     const auto *books = static_cast<const uint4 *>(p.codebooks);
     if constexpr (CODE == 1)
         for (int i = threadIdx.x; i < K * p.entries * 8; i += 32 * GATHER_WARPS) {
@@ -94,7 +84,7 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const Gath
     const uint32_t mask = CODE == 1 ? (p.entries - 1) * 0x01010101u : (p.entries - 1) * 0x00010001u;
     const uint32_t bank = lane % 8 * 16;
     bool first_round = true;
-    int turn = 0, place = 0;
+    int turn = 0;
 
     for (int block_group = 0; block_group < p.groups; block_group += BLOCK_GROUPS, first_round = false) {
         const bool last_round = block_group + BLOCK_GROUPS >= p.groups;
@@ -115,7 +105,7 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const Gath
         const unsigned char *codes = p.codes + (group < p.groups ? group * K * CODE : 0);
         const bool idle = block_group + warp * 4 * L::GROUPS >= p.groups; /* this warp has no groups */
         uint32_t next[AHEAD][2][L::WORDS];
-        const auto load = [&](uint32_t(&to)[2][L::WORDS], int tile) {
+        const auto load = [&](uint32_t (&to)[2][L::WORDS], int tile) {
 #pragma unroll
             for (int half = 0; half < 2; ++half)
                 load_words(to[half], codes + min(tile * TILE + 8 * half + row, p.out - 1) * row_bytes);
@@ -146,11 +136,10 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const Gath
                             const int at = (i * K + k) * CODE;
                             const uint32_t w = word[half][at / 4];
                             if constexpr (CODE == 1)
-                                entry[half] = *reinterpret_cast<const uint4 *>(
-                                    shared + k / 2 * BOOK_PAIR_BYTES + k % 2 * 128 +
-                                    __byte_perm(w, bank, 0x7604 | at % 4 << 4));
-                            else
-                                entry[half] = __ldg(books + k * p.entries + (at % 4 ? w >> 16 : w & 0xffff));
+                                entry[half] =
+                                    *reinterpret_cast<const uint4 *>(shared + k / 2 * BOOK_PAIR_BYTES + k % 2 * 128 +
+                                                                     __byte_perm(w, bank, 0x7604 | at % 4 << 4));
+                            else entry[half] = __ldg(books + k * p.entries + (at % 4 ? w >> 16 : w & 0xffff));
                         }
                         const int s = (i * K + k) % 2 * 2;
                         mma_k16<T>(c[s], entry[0].x, entry[1].x, entry[0].y, entry[1].y, x[i].x, x[i].y);
@@ -160,28 +149,31 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const Gath
             float part[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) part[i] = (c[0][i] + c[1][i]) + (c[2][i] + c[3][i]);
-            float4 *const to = parts + place * GATHER_WARPS * 32;
-            to[threadIdx.x] = {part[0], part[1], part[2], part[3]};
-            if (turn == warp / (GATHER_WARPS / TURNS)) {
-                const int slot = threadIdx.x % 128; /* of the tile's 16 outputs by 8 rows */
-                const int o = tile * TILE + slot / 16 + slot % 4 / 2 * 8, n = slot / 4 % 4 * 2 + slot % 2;
+            const int place = (tile - first) % SUM_TILES;
+            float4 *const to = parts + turn * SUM_TILES * GATHER_WARPS * 32;
+            to[place * GATHER_WARPS * 32 + threadIdx.x] = {part[0], part[1], part[2], part[3]};
+            if (place < SUM_TILES - 1 && tile < last - 1) continue;
+            __syncthreads();
+            const int of = threadIdx.x / 128, slot = threadIdx.x % 128; /* of a tile's 16 outputs by 8 rows */
+            const int summed = tile - place + of;
+            if (of <= place) {
+                const int o = summed * TILE + slot / 16 + slot % 4 / 2 * 8, n = slot / 4 % 4 * 2 + slot % 2;
                 const bool writes = last_round && o < p.out && n < p.n_rows;
                 float total = 0, scale = 0, bias = 0;
                 if (writes) {
                     scale = static_cast<float>(static_cast<const T *>(p.scales)[o]);
                     if (p.bias) bias = static_cast<float>(static_cast<const T *>(p.bias)[o]);
                 }
-                barrier_sync(1 + place);
 #pragma unroll
-                for (int w = 0; w < GATHER_WARPS; ++w) total += reinterpret_cast<const float *>(to + w * 32)[slot];
-                float *const kept = sums + (tile - first) * 128 + slot;
+                for (int w = 0; w < GATHER_WARPS; ++w)
+                    total += reinterpret_cast<const float *>(to + (of * GATHER_WARPS + w) * 32)[slot];
+                float *const kept = sums + (summed - first) * 128 + slot;
                 if (!first_round) total += *kept;
                 if (!last_round) *kept = total;
-                if (writes) static_cast<T *>(p.y)[static_cast<size_t>(n) * p.out + o] = static_cast<T>(total * scale + bias);
-            } else
-                barrier_arrive(1 + place);
-            turn = turn + 1 < TURNS ? turn + 1 : 0;
-            place = place + 1 < DEPTH ? place + 1 : 0;
+                if (writes)
+                    static_cast<T *>(p.y)[static_cast<size_t>(n) * p.out + o] = static_cast<T>(total * scale + bias);
+            }
+            turn ^= 1;
         }
     }
 }
@@ -194,9 +186,8 @@ cudaError_t launch_gather_kernel(const GatherProblem &p, const Device &device, c
     const size_t fixed = BOOKS + PARTS_BYTES + size_t(GATHER_WARPS) * p.n_rows * Lane<K, CODE>::SLAB * 16;
     const int64_t most = (device.shared_memory - static_cast<int64_t>(fixed)) / (128 * 4); /* tiles of one block */
     const int64_t blocks = std::max(std::min<int64_t>(tiles, device.sms), divide_up(tiles, most));
-    gather_kernel<T, K, CODE><<<static_cast<unsigned>(blocks), 32 * GATHER_WARPS,
-                                fixed + static_cast<size_t>(divide_up(tiles, blocks)) * 128 * 4, stream>>>(p);
-    return cudaGetLastError();
+    return launch_early<gather_kernel<T, K, CODE>>(p, dim3(static_cast<unsigned>(blocks)), 1, 32 * GATHER_WARPS,
+                                                   fixed + divide_up(tiles, blocks) * 128 * 4, device, stream);
 }
 
 } // namespace aqlm_cuda

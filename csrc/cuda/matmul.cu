@@ -1,5 +1,6 @@
 /* matmul.cu: which kernel a product takes, and the one that takes anything. */
 #include "cuda/gather.cuh"
+#include "cuda/shards.cuh"
 #include "cuda/tables.cuh"
 
 namespace aqlm_cuda {
@@ -45,9 +46,15 @@ struct Problem {
     const aqlm_weight &w;
     const void *bias;
     int n_rows;
+    float *workspace;
     Device device;
     cudaStream_t stream;
 };
+
+/* Whether a product by gathers takes shards: a codebook that L1 cannot hold. */
+bool takes_shards(const aqlm_shape &s, int64_t n_rows, const Device &device) {
+    return n_rows == 1 && s.num_codebooks == 1 && s.nbits_per_codebook > 13 && device.shared_memory > 200 * 1024;
+}
 
 template <class T> cudaError_t run_tables(const Problem &p) {
     const aqlm_shape &s = p.w.shape;
@@ -57,18 +64,21 @@ template <class T> cudaError_t run_tables(const Problem &p) {
                             p.w.codebooks,
                             p.w.scales,
                             p.bias,
+                            p.dtype,
+                            p.w.dtype,
                             static_cast<int>(s.out_features),
                             static_cast<int>(s.in_features / s.in_group_size),
                             static_cast<int>(s.num_codebooks),
                             1 << s.nbits_per_codebook,
                             static_cast<int>(s.in_group_size),
                             0};
-    if (8 % s.num_codebooks == 0) switch (s.in_group_size) {
-        case 4: return launch_table_kernel<T, 4>(t, p.n_rows, p.device, p.stream);
-        case 8: return launch_table_kernel<T, 8>(t, p.n_rows, p.device, p.stream);
-        case 16: return launch_table_kernel<T, 16>(t, p.n_rows, p.device, p.stream);
-        }
-    return launch_table_kernel<T, 0>(t, p.n_rows, p.device, p.stream);
+    if constexpr (!std::is_same_v<T, float>)
+        if (8 % s.num_codebooks == 0) switch (s.in_group_size) {
+            case 4: return launch_table_kernel<T, 4>(t, p.n_rows, p.device, p.stream);
+            case 8: return launch_table_kernel<T, 8>(t, p.n_rows, p.device, p.stream);
+            case 16: return launch_table_kernel<T, 16>(t, p.n_rows, p.device, p.stream);
+            }
+    return launch_table_kernel<float, 0>(t, p.n_rows, p.device, p.stream);
 }
 
 template <class T> cudaError_t run_gather(const Problem &p) {
@@ -83,6 +93,7 @@ template <class T> cudaError_t run_gather(const Problem &p) {
                              static_cast<int>(s.in_features / s.in_group_size),
                              1 << s.nbits_per_codebook,
                              p.n_rows};
+    if (takes_shards(s, p.n_rows, p.device)) return launch_shard_kernel<T>(g, p.workspace, p.device, p.stream);
     if (s.nbits_per_codebook > 8)
         return s.num_codebooks == 1 ? launch_gather_kernel<T, 1, 2>(g, p.device, p.stream)
                                     : launch_gather_kernel<T, 2, 2>(g, p.device, p.stream);
@@ -104,7 +115,7 @@ bool can_gather(const aqlm_shape &s, const Device &device) {
 
 bool can_look_up(const aqlm_shape &s, const Device &device) {
     return s.nbits_per_codebook <= 8 && s.out_group_size == 1 && s.out_features >= BATCH &&
-           s.in_features / s.in_group_size * s.num_codebooks % LANE_CODES == 0 &&
+           s.in_features / s.in_group_size * s.num_codebooks % 4 == 0 &&
            device.shared_memory >= TABLE_BYTES + 16 * 1024;
 }
 
@@ -117,8 +128,9 @@ cudaError_t run_plain(const Problem &p) {
 /* Up to 8 rows. */
 cudaError_t run(const Problem &p) {
     const bool same = p.dtype == p.w.dtype && p.dtype != AQLM_F32, half = p.dtype == AQLM_F16;
-    const bool gather = same && can_gather(p.w.shape, p.device), tables = same && can_look_up(p.w.shape, p.device);
-    if (tables && (p.n_rows == 1 || !gather)) return half ? run_tables<__half>(p) : run_tables<__nv_bfloat16>(p);
+    const bool gather = same && can_gather(p.w.shape, p.device), tables = can_look_up(p.w.shape, p.device);
+    if (tables && (p.n_rows == 1 || !gather))
+        return !same ? run_tables<float>(p) : half ? run_tables<__half>(p) : run_tables<__nv_bfloat16>(p);
     if (gather) return half ? run_gather<__half>(p) : run_gather<__nv_bfloat16>(p);
     return run_plain(p);
 }
@@ -127,7 +139,7 @@ cudaError_t run(const Problem &p) {
 } // namespace aqlm_cuda
 
 extern "C" cudaError_t aqlm_cuda_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w,
-                                        const void *bias, int64_t n_rows, cudaStream_t stream) {
+                                        const void *bias, int64_t n_rows, void *workspace, cudaStream_t stream) {
     using namespace aqlm_cuda;
     const aqlm_shape &s = w->shape;
     if (s.out_features > INT32_MAX / 2 || s.in_features > INT32_MAX / 16) return cudaErrorInvalidValue;
@@ -141,9 +153,28 @@ extern "C" cudaError_t aqlm_cuda_matmul(void *y, const void *x, aqlm_dtype dtype
                            *w,
                            bias,
                            static_cast<int>(std::min<int64_t>(MAX_ROWS, n_rows - done)),
+                           static_cast<float *>(workspace),
                            device,
                            stream};
         if (const cudaError_t error = run(p)) return error;
     }
     return cudaSuccess;
+}
+
+extern "C" int64_t aqlm_cuda_matmul_rows(const aqlm_weight *w, aqlm_dtype dtype) {
+    using namespace aqlm_cuda;
+    Device device;
+    if (current_device(device) != cudaSuccess) return INT64_MAX; /* aqlm_cuda_matmul will say why */
+    const bool gathers = dtype == w->dtype && dtype != AQLM_F32 && can_gather(w->shape, device);
+    return gathers && w->shape.nbits_per_codebook <= 8 ? 3 * MAX_ROWS : gathers ? MAX_ROWS : MAX_ROWS / 2;
+}
+
+extern "C" size_t aqlm_cuda_matmul_workspace(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows) {
+    using namespace aqlm_cuda;
+    const aqlm_shape &s = w->shape;
+    Device device;
+    if (current_device(device) != cudaSuccess) return 0; /* aqlm_cuda_matmul will say why */
+    const bool needed =
+        dtype == w->dtype && dtype != AQLM_F32 && can_gather(s, device) && takes_shards(s, n_rows % MAX_ROWS, device);
+    return needed ? number_of_shards(int64_t{1} << s.nbits_per_codebook, device) * s.out_features * sizeof(float) : 0;
 }

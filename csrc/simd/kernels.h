@@ -216,9 +216,7 @@ ALWAYS_INLINE void load_entries(vf *to, const void *a, const void *b, const int 
 #endif
 }
 
-enum { GATHER = 2 * AQLM_LANES }; /* inputs a step, in pieces of 8 */
-
-/* Entries of codebook k for GATHER inputs, of which those from piece `pieces` on are zeros. */
+/* Entries of codebook k for AQLM_GATHER inputs, of which those from piece `pieces` on are zeros. */
 ALWAYS_INLINE void gather_entries(vf *to, const aqlm_entries *from, int64_t k, const void *codes, int64_t piece,
                                   int64_t pieces, const int dtype, const int64_t K, const bool wide, const int64_t g,
                                   const int64_t entry) {
@@ -253,42 +251,34 @@ ALWAYS_INLINE void gather_step(vf *to, const aqlm_entries *from, const void *cod
                                const int64_t entry) {
     gather_entries(to, from, 0, codes, piece, pieces, dtype, K, wide, g, entry);
     for (int64_t k = 1; k < K; k++) {
-        vf more[GATHER / VF_LANES];
+        vf more[AQLM_GATHER / VF_LANES];
         gather_entries(more, from, k, codes, piece, pieces, dtype, K, wide, g, entry);
-        for (int v = 0; v < GATHER / VF_LANES; v++) to[v] = vf_add(to[v], more[v]);
+        for (int v = 0; v < AQLM_GATHER / VF_LANES; v++) to[v] = vf_add(to[v], more[v]);
     }
 }
 
 ALWAYS_INLINE void gather_rows(float *sums, const aqlm_entries *from, const void *codes, int64_t ahead, const float *x,
-                               int64_t ldx, const int rows, const int dtype, const int64_t K, const bool wide,
-                               const int64_t g, const int64_t entry) {
-    enum { VECS = GATHER / VF_LANES };
+                               const int rows, const int dtype, const int64_t K, const bool wide, const int64_t g,
+                               const int64_t entry) {
+    enum { VECS = AQLM_GATHER / VF_LANES };
     const int64_t in = from->groups * g, pieces = (in + 7) / 8;
     vf acc[8][VECS], entries[VECS];
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < VECS; v++) acc[r][v] = vf_set1(0.0f);
-    int64_t i = 0;
-    for (; i + GATHER <= in; i += GATHER) {
+    for (int64_t i = 0; i < in; i += AQLM_GATHER) {
         const int64_t at = i / g * K * (wide ? 2 : 1);
-        if (i % (8 * GATHER) == 0) __builtin_prefetch((const char *)codes + at + ahead, 0, 0);
+        if (i % (8 * AQLM_GATHER) == 0) __builtin_prefetch((const char *)codes + at + ahead, 0, 0);
         gather_step(entries, from, codes, i / 8, pieces, dtype, K, wide, g, entry);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < VECS; v++)
-                acc[r][v] = vf_fma(vf_load(x + r * ldx + i + v * VF_LANES), entries[v], acc[r][v]);
+        for (int r = 0; r < rows; r++, x += AQLM_GATHER)
+            for (int v = 0; v < VECS; v++) acc[r][v] = vf_fma(vf_load(x + v * VF_LANES), entries[v], acc[r][v]);
     }
-    if (i < in) {
-        gather_step(entries, from, codes, i / 8, pieces, dtype, K, wide, g, entry);
-        for (int r = 0; r < rows; r++) {
-            float rest[GATHER] = {0};
-            memcpy(rest, x + r * ldx + i, (size_t)(in - i) * sizeof *rest);
-            for (int v = 0; v < VECS; v++) acc[r][v] = vf_fma(vf_load(rest + v * VF_LANES), entries[v], acc[r][v]);
-        }
-    }
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        float lane[GATHER];
+        float lane[AQLM_GATHER];
         for (int v = 0; v < VECS; v++) vf_store(lane + v * VF_LANES, acc[r][v]);
-        for (int width = GATHER / 2; width > 0; width /= 2)
+        for (int width = AQLM_GATHER / 2; width > 0; width /= 2)
             for (int l = 0; l < width; l++) lane[l] += lane[l + width];
         sums[r] = lane[0];
     }
@@ -297,12 +287,13 @@ ALWAYS_INLINE void gather_rows(float *sums, const aqlm_entries *from, const void
 ALWAYS_INLINE void decode_groups(float *row, const aqlm_entries *from, const void *codes, float scale, const int dtype,
                                  const int64_t K, const bool wide, const int64_t g, const int64_t entry) {
     const int64_t in = from->groups * g, pieces = (in + 7) / 8;
-    for (int64_t i = 0; i < in; i += GATHER) {
-        vf entries[GATHER / VF_LANES];
-        float rest[GATHER];
-        float *to = i + GATHER <= in ? row + i : rest;
+    for (int64_t i = 0; i < in; i += AQLM_GATHER) {
+        vf entries[AQLM_GATHER / VF_LANES];
+        float rest[AQLM_GATHER];
+        float *to = i + AQLM_GATHER <= in ? row + i : rest;
         gather_step(entries, from, codes, i / 8, pieces, dtype, K, wide, g, entry);
-        for (int v = 0; v < GATHER / VF_LANES; v++) vf_store(to + v * VF_LANES, vf_mul(vf_set1(scale), entries[v]));
+        for (int v = 0; v < AQLM_GATHER / VF_LANES; v++)
+            vf_store(to + v * VF_LANES, vf_mul(vf_set1(scale), entries[v]));
         if (to == rest) memcpy(row + i, rest, (size_t)(in - i) * sizeof *rest);
     }
 }
@@ -321,37 +312,43 @@ static void decode_row(float *row, const aqlm_entries *from, const void *codes, 
     else decode_groups(row, from, codes, scale, from->dtype, K, wide, from->g, from->size);
 }
 
-#define GATHER_USUAL(ROWS)                                                                                             \
-    if (from->dtype == 1) gather_rows(sums, from, codes, ahead, x, ldx, ROWS, 1, 1, true, 8, 8);                       \
-    else gather_rows(sums, from, codes, ahead, x, ldx, ROWS, 2, 1, true, 8, 8);
+#define USUAL_ROWS(ROWS)                                                                                               \
+    case ROWS:                                                                                                         \
+        if (from->dtype == 1) gather_rows(sums, from, codes, ahead, x, ROWS, 1, 1, true, 8, 8);                        \
+        else gather_rows(sums, from, codes, ahead, x, ROWS, 2, 1, true, 8, 8);                                         \
+        break;
 
 static void gather_sums(float *sums, const aqlm_entries *from, const void *codes, int64_t ahead, const float *x,
-                        int64_t ldx, int64_t rows) {
+                        int64_t rows) {
     const bool wide = from->nbits > 8;
     const bool usual = wide && from->g == 8 && from->size == 8 && from->num_codebooks == 1 && from->dtype != 0;
-    for (int64_t n; rows > 0; rows -= n, sums += n, x += n * ldx) {
-        n = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
-        if (!usual)
-            gather_rows(sums, from, codes, ahead, x, ldx, (int)n, from->dtype, from->num_codebooks, wide, from->g,
-                        from->size);
-        else if (n == 8) {
-            GATHER_USUAL(8)
-        } else if (n == 4) {
-            GATHER_USUAL(4)
-        } else if (n == 2) {
-            GATHER_USUAL(2)
-        } else {
-            GATHER_USUAL(1)
-        }
+    switch (usual ? rows : 0) {
+        USUAL_ROWS(1)
+        USUAL_ROWS(2)
+        USUAL_ROWS(4)
+        USUAL_ROWS(8)
+    default:
+        gather_rows(sums, from, codes, ahead, x, (int)rows, from->dtype, from->num_codebooks, wide, from->g,
+                    from->size);
     }
 }
 
 #ifndef AQLM_OWN_TABLES
+/* In the words of tables_*.h: transpose_16 transposes 16 x 16 bytes, finish_plane changes a plane of a table into what
+ * sum_planes looks up: sums[p][o] = sum_t plane p of table t[codes(t, o)] for a full panel of outputs and p < planes,
+ * 2 at most. */
 static void transpose(uint8_t *to, int64_t to_step, const uint8_t *from, int64_t from_step, int64_t rows,
                       int64_t columns) {
-    for (int64_t c = 0; c < columns; c += 8)
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = c; i < c + 8 && i < columns; i++) to[i * to_step + r] = from[r * from_step + i];
+    for (int64_t c = 0; c < columns; c += 16)
+        for (int64_t r = 0; r < rows; r += 16) {
+            const int64_t height = rows - r < 16 ? rows - r : 16, width = columns - c < 16 ? columns - c : 16;
+            if (height == 16 && width == 16) {
+                transpose_16(to + c * to_step + r, to_step, from + r * from_step + c, from_step);
+                continue;
+            }
+            for (int64_t i = 0; i < width; i++)
+                for (int64_t j = 0; j < height; j++) to[(c + i) * to_step + r + j] = from[(r + j) * from_step + c + i];
+        }
 }
 
 static void make_tables(uint8_t *tables, const float *x, const float *ct, int64_t K, int64_t g, int64_t first,
@@ -370,25 +367,33 @@ static void make_tables(uint8_t *tables, const float *x, const float *ct, int64_
             for (int v = 0; v < 2 * AQLM_LANES / VF_LANES; v++) vf_store(sum + e + v * VF_LANES, vf_add(acc[v], magic));
         }
         memcpy(bits, sum, sizeof bits);
-        for (int p = 0; p < planes; p++, tables += AQLM_PLANE)
+        for (int p = 0; p < planes; p++, tables += AQLM_PLANE) {
             for (int e = 0; e < 256; e++) tables[e] = (uint8_t)(bits[e] >> 8 * p);
+            finish_plane(tables);
+        }
     }
 }
 
 static void table_sums(float *y, int64_t ldy, const aqlm_codes_block *block, const uint8_t *tables, const float *scales,
                        int64_t rows, int planes) {
-    for (int64_t r = 0; r < rows; r++, y += ldy) {
-        const uint8_t *T = tables + r * AQLM_TABLE_BLOCK * planes * AQLM_PLANE, *codes = block->codes;
-        int32_t sums[AQLM_TABLE_OUTPUTS];
-        for (int64_t o = 0; o < block->outputs; o++) sums[o] = -aqlm_table_offset(planes) * (int32_t)block->n;
-        for (int64_t t = 0; t < block->n; t++, codes += block->step, T += planes * AQLM_PLANE) {
-            int32_t entries[AQLM_PLANE];
-            for (int e = 0; e < AQLM_PLANE; e++)
-                entries[e] = T[e] | T[AQLM_PLANE + e] << 8 | (planes == 3 ? T[2 * AQLM_PLANE + e] << 16 : 0);
-            for (int64_t o = 0; o < block->outputs; o++) sums[o] += entries[codes[o]];
+    const int32_t offset = aqlm_table_offset(planes) * (int32_t)block->n;
+    const int64_t left = block->outputs % AQLM_PANEL, full = block->outputs - left;
+    uint8_t last[AQLM_TABLE_BLOCK * AQLM_PANEL]; /* codes of a panel that is not full: none beyond them may be read */
+    if (left) memset(last, 0, sizeof last);
+    for (int64_t t = 0; left && t < block->n; t++)
+        memcpy(last + t * AQLM_PANEL, block->codes + t * block->step + full, (size_t)left);
+    for (int64_t r = 0; r < rows; r++, y += ldy, tables += AQLM_TABLE_BLOCK * planes * AQLM_PLANE)
+        for (int64_t o = 0; o < block->outputs; o += AQLM_PANEL) {
+            aqlm_codes_block panel = {last, AQLM_PANEL, left, block->n, 0};
+            if (o < full) panel = (aqlm_codes_block){block->codes + o, block->step, AQLM_PANEL, block->n, block->ahead};
+            uint16_t sums[3][AQLM_PANEL] = {{0}};
+            sum_planes(sums, &panel, tables, planes * AQLM_PLANE, 2);
+            if (planes == 3) sum_planes(sums + 2, &panel, tables + 2 * AQLM_PLANE, planes * AQLM_PLANE, 1);
+            for (int i = 0; i < AQLM_PANEL; i++) {
+                const int32_t sum = sums[0][i] + (sums[1][i] << 8) + (sums[2][i] << 16) - offset;
+                y[o + i] = fmaf(scales[r], (float)sum, y[o + i]);
+            }
         }
-        for (int64_t o = 0; o < block->outputs; o++) y[o] = fmaf(scales[r], (float)sums[o], y[o]);
-    }
 }
 #endif
 

@@ -14,7 +14,9 @@
 enum {
     AQLM_TABLE_BLOCK = 32,    /* tables with a common scale */
     AQLM_TABLE_OUTPUTS = 256, /* outputs of one table_sums */
-    AQLM_PLANE = 256          /* bytes of a plane of a table */
+    AQLM_PANEL = 64,          /* outputs looked up together */
+    AQLM_PLANE = 256,         /* bytes of a plane of a table */
+    AQLM_GATHER = 32          /* inputs that gather_sums takes at once */
 };
 
 static inline uint32_t aqlm_bits_of(float x) {
@@ -96,11 +98,11 @@ typedef struct aqlm_kernels {
     /* row[j] = scale * sum_k codebooks[k, codes[j, k]], the codebooks in order, for all groups j; row [groups, g] */
     void (*decode_row)(float *row, const aqlm_entries *from, const void *codes, float scale);
 
-    /* sums[r] = sum_j <x[r, j], sum_k codebooks[k, codes[j, k]]> for r < rows, x [rows, groups, g] in rows of ldx:
-     * products with each of 32 inputs in a partial sum of its own, these added as a tree. `ahead` bytes from codes lies
-     * what is read next. */
+    /* sums[r] = sum_j <x[r, j], sum_k codebooks[k, codes[j, k]]> for r < rows (1..8): the products with each of
+     * AQLM_GATHER inputs in a partial sum of its own, these added as a tree. x: inputs in blocks of AQLM_GATHER, each
+     * [rows, AQLM_GATHER], the last one filled up with zeros. `ahead` bytes from codes lies what is read next. */
     void (*gather_sums)(float *sums, const aqlm_entries *from, const void *codes, int64_t ahead, const float *x,
-                        int64_t ldx, int64_t rows);
+                        int64_t rows);
 
     /* Between float and an aqlm_dtype, to nearest even. */
     void (*to_f32)(float *to, const void *from, int dtype, int64_t n);

@@ -17,7 +17,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 /* STD_TORCH_CHECK would put the C++ file and line in front of a message meant for the caller. */
-template <class... Parts> void check(bool ok, const Parts &...parts) {
+template <class... Parts> inline void check(bool ok, const Parts &...parts) {
     if (ok) return;
     std::ostringstream text;
     (text << ... << parts);
@@ -28,11 +28,15 @@ inline void check(aqlm_status status, const char *what) {
     check(status == AQLM_OK, what, ": ", aqlm_status_text(status));
 }
 
-inline std::string shape_of(const Tensor &t) {
-    std::ostringstream text;
-    for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "[") << t.size(i);
-    text << (t.dim() ? "]" : "[]");
-    return text.str();
+/* Printed only where a check fails: text costs microseconds. */
+struct shape_of {
+    const Tensor &t;
+    explicit shape_of(const Tensor &tensor) : t(tensor) {}
+};
+
+inline std::ostream &operator<<(std::ostream &text, const shape_of &shape) {
+    for (int64_t i = 0; i < shape.t.dim(); ++i) text << (i ? ", " : "[") << shape.t.size(i);
+    return text << (shape.t.dim() ? "]" : "[]");
 }
 
 inline aqlm_dtype dtype_of(const Tensor &t, const char *name) {

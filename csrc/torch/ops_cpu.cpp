@@ -18,7 +18,8 @@
 namespace aqlm_torch {
 namespace {
 
-using torch::stable::contiguous;
+/* torch's own goes through the dispatcher even if there is nothing to do. */
+Tensor as_contiguous(const Tensor &t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 /* Contiguous tensors and the core's view of them, which borrows their memory. */
 struct Weight {
@@ -26,10 +27,10 @@ struct Weight {
     aqlm_weight view;
 
     Weight(const Tensor &codes_in, const Tensor &codebooks_in, const Tensor &scales_in)
-        : codes(codes_in), codebooks(contiguous(codebooks_in)), scales(contiguous(scales_in)) {
+        : codes(codes_in), codebooks(as_contiguous(codebooks_in)), scales(as_contiguous(scales_in)) {
         view.shape = shape_of_weight(codes, codebooks, scales);
         view.packed = is_packed(codes);
-        if (!view.packed) codes = contiguous(codes);
+        if (!view.packed) codes = as_contiguous(codes);
         view.dtype = dtype_of(codebooks, "codebooks");
         view.codes = codes.const_data_ptr();
         view.codebooks = codebooks.const_data_ptr();
@@ -47,7 +48,7 @@ struct Product {
         check(x_in.dim() >= 1 && x_in.size(x_in.dim() - 1) == from, name, ": got shape ", shape_of(x_in),
               ", expected [..., ", from, "]");
         dtype = dtype_of(x_in, name);
-        x = contiguous(x_in);
+        x = as_contiguous(x_in);
         std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
         size.back() = to;
         y = torch::stable::new_empty(x, size);
@@ -69,11 +70,11 @@ struct Workspace {
     }
 };
 
-/* Whether torch's product, which has the CPU's bf16 instructions, beats the core's (measured: by 2 to 3 times). The
- * ISA chosen for the core has no say, so results do not depend on it. */
-bool torch_is_faster(const Product &p) {
+/* Whether torch's product, which has the CPU's bf16 instructions, beats the core's from n_rows on (measured). The ISA
+ * chosen for the core has no say, so results do not depend on it. */
+bool torch_is_faster(const Product &p, int64_t n_rows) {
 #ifdef __x86_64__
-    return p.dtype == AQLM_BF16 && p.n_rows >= 32 && aqlm_get_exact() <= 0 && __builtin_cpu_supports("avx512bf16");
+    return p.dtype == AQLM_BF16 && p.n_rows >= n_rows && aqlm_get_exact() <= 0 && __builtin_cpu_supports("avx512bf16");
 #else
     return false;
 #endif
@@ -83,7 +84,7 @@ bool torch_is_faster(const Product &p) {
  * tile, and tiles are cut alike for any number of them. Threads make tensors of bare memory: what autograd knows
  * about p.x, it would not know there. */
 void torch_product(const Product &p, const Weight &w, const std::optional<Tensor> &bias, bool transposed) {
-    constexpr int64_t TILE = 192;
+    constexpr int64_t TILE = 512;
     const aqlm_shape &s = w.view.shape;
     const int64_t depth = transposed ? s.out_features : s.in_features;
     const int64_t width = transposed ? s.in_features : s.out_features;
@@ -150,10 +151,10 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
         check(bias_in->scalar_type() == x.scalar_type(), "bias: got dtype ",
               torch::headeronly::toString(bias_in->scalar_type()), ", expected that of x, ",
               torch::headeronly::toString(x.scalar_type()));
-        bias = contiguous(*bias_in);
+        bias = as_contiguous(*bias_in);
     }
     if (p.n_rows == 0) return p.y;
-    if (torch_is_faster(p)) {
+    if (torch_is_faster(p, w.view.shape.nbits_per_codebook <= 8 ? 32 : 12)) {
         torch_product(p, w, bias, false);
         return p.y;
     }
@@ -169,7 +170,7 @@ Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &
     const Weight w(codes, codebooks, scales);
     Product p(grad_y, "grad_y", w.view.shape.out_features, w.view.shape.in_features);
     if (p.n_rows == 0) return p.y;
-    if (torch_is_faster(p)) {
+    if (torch_is_faster(p, 32)) {
         torch_product(p, w, std::nullopt, true);
         return p.y;
     }
@@ -197,7 +198,7 @@ std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows_in, cons
     const int64_t in_features = w.view.shape.in_features, out_features = w.view.shape.out_features;
     check(grad_rows_in.dim() == 2 && grad_rows_in.size(0) == out_features && grad_rows_in.size(1) == in_features,
           "grad_rows: got shape ", shape_of(grad_rows_in), ", expected [", out_features, ", ", in_features, "]");
-    const Tensor grad_rows = contiguous(grad_rows_in);
+    const Tensor grad_rows = as_contiguous(grad_rows_in);
     const aqlm_dtype dtype = dtype_of(grad_rows, "grad_rows");
     const auto gradient_of = [](const Tensor &t, bool needed) {
         return needed ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0});

@@ -1,0 +1,306 @@
+"""Tokens per second, bytes and memory of a whole quantized model beside the dense one and llama.cpp.
+
+    aqlm-c quantize smollm2 OUT --scheme 2x8g8 --preset fast
+    python benchmarks/generate.py OUT --compile --llama /elsewhere/bin/python
+
+One sequence, greedy. Each contender has a process of its own, so that its memory is its own. llama.cpp runs the GGUF
+file that the dense model came from, as it is and requantized: --llama is the interpreter of an environment with the
+package llama-cpp-python. The columns:
+
+    tokens/s     new tokens by the time of the whole call, prompt included; the median of --repeats
+    x dense      tokens/s by those of the fastest dense row, eager or compiled as this one is (llama.cpp: of any)
+    outside %    ours: share of the time outside of our operators (torch.profiler, 32 tokens)
+    prefill/s    tokens of a prompt of --prefill-tokens by the time of one forward
+    model MB     ours: the checkpoint's tensors; dense: its parameters in that dtype; llama.cpp: the file
+    bare MB      resident memory with all imports, a tokenizer and torch's first product, before the model
+    resident MB  resident memory after the first forward
+    x model      (resident - bare) / model: 1 where nothing but the model is in memory
+    peak MB      the most that was resident, loading and compiling included
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# llama.cpp's environment has neither torch nor this package: they are imported where they are needed.
+
+
+def resident(field: str) -> int:
+    """Bytes: VmRSS, what is in memory now, or VmHWM, the most that ever was."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status: no {field}")
+
+
+def prompt(n: int, vocabulary: int) -> list[int]:
+    return random.Random(0).choices(range(vocabulary), k=n)
+
+
+def seconds(call: Callable[[], Any], repeats: int) -> float:
+    """The median of `repeats` calls, after as many as it takes for them to stop getting faster: torch.compile works in
+    the first three."""
+
+    def once() -> float:
+        begun = time.perf_counter()
+        call()
+        return time.perf_counter() - begun
+
+    last, this = float("inf"), once()
+    while this < 0.8 * last:
+        last, this = this, once()
+    return statistics.median(once() for _ in range(repeats))
+
+
+def torch_worker(job: dict[str, Any]) -> dict[str, Any]:
+    """A model of transformers, ours or dense."""
+    import torch
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from aqlm_c.models import load_model
+
+    torch.set_num_threads(job["threads"])
+    if Path(job["model"], "config.json").exists():  # else a hub name or a GGUF file
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers.AutoConfig.from_pretrained(job["model"]))]  # imports its code
+        transformers.AutoTokenizer.from_pretrained(job["model"])  # memory that the model's own then takes
+    torch.nn.functional.linear(*torch.ones(2, 64, 64, dtype=getattr(torch, job["dtype"])))  # starts torch's library
+    bare = resident("VmRSS")
+    model, _, source = load_model(job["model"], getattr(torch, job["dtype"]))
+    if job["contender"] == "ours" and not source.quantized:
+        raise ValueError(f"MODEL={job['model']!r}: no quantized layer, expected a directory of `aqlm-c quantize`")
+    bytes_of = source.total_bytes if source.quantized else sum(p.nbytes for p in model.parameters())
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+    if job["compiled"]:
+        options["compile_config"] = transformers.CompileConfig(mode="default", fullgraph=True)
+        options["compile_config"]._compile_all_devices = True  # else only accelerators compile
+        options["cache_implementation"] = "static"
+
+    def forward(tokens: torch.Tensor) -> Any:
+        return model(tokens, use_cache=True, logits_to_keep=1)
+
+    def generate(n: int) -> None:
+        lengths = {"min_new_tokens": n, "max_new_tokens": n}
+        tokens = model.generate(short, attention_mask=torch.ones_like(short), **lengths, **options)
+        if tokens.shape[1] != short.shape[1] + n:
+            raise RuntimeError(f"got {tokens.shape[1] - short.shape[1]} new tokens, expected {n}")
+
+    vocabulary = model.config.vocab_size
+    short, long = (torch.tensor([prompt(job[n], vocabulary)]) for n in ("prompt_tokens", "prefill_tokens"))
+    with torch.inference_mode():
+        forward(short)
+        after = resident("VmRSS")
+        generation = seconds(lambda: generate(job["new_tokens"]), job["repeats"])
+        prefill = seconds(lambda: forward(long), job["repeats"])
+        outside = share_outside(lambda: generate(min(32, job["new_tokens"]))) if source.quantized else None
+    return {
+        "source": source.path,
+        "generation": generation,
+        "prefill": prefill,
+        "outside": outside,
+        "bytes": bytes_of,
+        "bare": bare,
+        "resident": after,
+    }
+
+
+def share_outside(generate: Callable[[], None]) -> float:
+    """Share of a call's time that is not spent in our operators; the call is timed without the profiler, which slows
+    the rest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    whole = seconds(generate, 3)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        generate()
+    events = [event for event in profiler.key_averages() if event.key.startswith("aqlm_c::")]
+    return 1 - sum(event.self_cpu_time_total for event in events) * 1e-6 / whole
+
+
+def llama_worker(job: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp on a GGUF file."""
+    import llama_cpp
+
+    bare = resident("VmRSS")
+    llama = llama_cpp.Llama(
+        job["model"],
+        n_ctx=max(job["prompt_tokens"] + job["new_tokens"], job["prefill_tokens"]) + 1,
+        n_batch=max(512, job["prefill_tokens"]),
+        n_threads=job["threads"],
+        n_threads_batch=job["threads"],
+        verbose=False,
+    )
+    short, long = (prompt(job[n], llama.n_vocab()) for n in ("prompt_tokens", "prefill_tokens"))
+
+    def forward(tokens: list[int]) -> None:
+        llama.reset()
+        llama.eval(tokens)
+
+    def generate() -> None:
+        llama.reset()  # else it goes on from the prompt that it remembers
+        tokens = llama.generate(short, temp=0.0)
+        for _ in range(job["new_tokens"]):
+            next(tokens)
+
+    forward(short)
+    after = resident("VmRSS")
+    prefix = "LLAMA_FTYPE_MOSTLY_"
+    formats = {value: name.removeprefix(prefix) for name, value in vars(llama_cpp).items() if name.startswith(prefix)}
+    return {
+        "format": formats.get(int(llama.metadata.get("general.file_type", -1)), "GGUF"),
+        "generation": seconds(generate, job["repeats"]),
+        "prefill": seconds(lambda: forward(long), job["repeats"]),
+        "outside": None,
+        "bytes": os.path.getsize(job["model"]),
+        "bare": bare,
+        "resident": after,
+    }
+
+
+def quantize_worker(job: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp requantizes a GGUF file."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{job['format']}")
+    params.nthread, params.allow_requantize = job["threads"], True
+    if status := llama_cpp.llama_model_quantize(job["model"].encode(), job["out"].encode(), params):
+        raise RuntimeError(f"llama_model_quantize: status {status}")
+    return {}
+
+
+WORKERS = {"ours": torch_worker, "dense": torch_worker, "llama.cpp": llama_worker, "requantize": quantize_worker}
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """In the process of one contender."""
+    return {**WORKERS[job["contender"]](job), "peak": resident("VmHWM")}
+
+
+def run(interpreter: str, job: dict[str, Any]) -> dict[str, Any]:
+    """What `work` gives in a process of its own; RuntimeError with its last words if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "result.json")
+        command = [interpreter, __file__, "--worker", json.dumps(job), str(out)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode or not out.exists():
+            raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+        return json.loads(out.read_text())
+
+
+def row(job: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "contender": job["contender"],
+        "format": result.get("format") or job["dtype"],
+        "compiled": "yes" if job["compiled"] else "no",
+        "tokens/s": job["new_tokens"] / result["generation"],
+        "x dense": None,
+        "outside %": result["outside"] and 100 * result["outside"],
+        "prefill/s": job["prefill_tokens"] / result["prefill"],
+        "model MB": result["bytes"] / 1e6,
+        "bare MB": result["bare"] / 1e6,
+        "resident MB": result["resident"] / 1e6,
+        "x model": (result["resident"] - result["bare"]) / result["bytes"],
+        "peak MB": result["peak"] / 1e6,
+    }
+
+
+def torch_rows(args: argparse.Namespace, common: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """The rows of ours and of the dense model, and the file or directory that the dense one came from."""
+    rows, source = [], ""
+    for compiled in (False, True) if args.compile else (False,):
+        for dtype in args.dtypes:
+            for contender, model in (("ours", args.model), ("dense", args.dense)):
+                job = {**common, "contender": contender, "model": model, "dtype": dtype, "compiled": compiled}
+                result = run(sys.executable, job)
+                source = result["source"]
+                rows.append(row(job, result))
+    return rows, source
+
+
+def llama_rows(args: argparse.Namespace, common: dict[str, Any], gguf: str) -> list[dict[str, Any]]:
+    """The rows of llama.cpp: the file as it is, and requantized as far as llama.cpp can."""
+    job = {**common, "contender": "llama.cpp", "model": gguf, "dtype": "", "compiled": False}
+    rows = [row(job, run(args.llama, job))]
+    for name in args.llama_formats:
+        with tempfile.TemporaryDirectory() as folder:
+            made = {"model": os.path.join(folder, f"{name}.gguf")}
+            try:
+                run(args.llama, {**job, "contender": "requantize", "format": name, "out": made["model"]})
+                rows.append(row(job, run(args.llama, job | made)))
+            except RuntimeError as error:
+                print(f"llama.cpp: no {name}: {error}", file=sys.stderr)
+    return rows
+
+
+def against_dense(rows: list[dict[str, Any]]) -> None:
+    """Fills "x dense"."""
+    for this in rows:
+        peers = [
+            r["tokens/s"]
+            for r in rows
+            if r["contender"] == "dense" and (this["contender"] == "llama.cpp" or r["compiled"] == this["compiled"])
+        ]
+        this["x dense"] = this["tokens/s"] / max(peers)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        job, out = sys.argv[2:]
+        Path(out).write_text(json.dumps(work(json.loads(job))))
+        return
+    import _bench
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="directory of a quantized model: `aqlm-c quantize smollm2 OUT --scheme 2x8g8 --preset fast`",
+    )
+    parser.add_argument("--dense", default="smollm2", metavar="MODEL", help="the same model, not quantized")
+    parser.add_argument("--device", default="cpu", choices=["cpu"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true", help="also with static cache and torch.compile")
+    parser.add_argument("--llama", metavar="PYTHON", help="interpreter that can import llama_cpp")
+    parser.add_argument("--llama-formats", nargs="*", default=["Q2_K"], help="what llama.cpp requantizes its file to")
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--prefill-tokens", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    common = {k: getattr(args, k) for k in ("prompt_tokens", "new_tokens", "prefill_tokens", "repeats", "threads")}
+    try:
+        rows, source = torch_rows(args, common)
+        if args.llama:
+            if not source.endswith(".gguf"):
+                raise RuntimeError(f"--llama: --dense={args.dense!r} came from {source!r}, expected a GGUF file")
+            rows += llama_rows(args, common, source)
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
+    against_dense(rows)
+    _bench.show(f"{args.new_tokens} new tokens, {args.threads} threads", rows)
+    for r in rows:
+        if r["contender"] == "ours":
+            print(
+                f"ours, {r['format']}, compiled: {r['compiled']}: resident after the first forward minus the bare "
+                f"interpreter is {r['x model']:.3f} x the checkpoint of {r['model MB']:.1f} MB"
+            )
+    arguments = {k: v for k, v in vars(args).items() if k not in ("model", "dense", "llama", "json")}
+    exact = os.environ.get("AQLM_C_EXACT")
+    print(_bench.save("generate", rows, args.json, arguments=arguments, AQLM_C_EXACT=exact))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+/* cluster.cuh: blocks that run at the same time and write to each other's shared memory (sm_90 and later; before that,
+ * a cluster is one block). */
+#ifndef AQLM_CUDA_CLUSTER_CUH
+#define AQLM_CUDA_CLUSTER_CUH
+
+#include "cuda/common.cuh"
+
+namespace aqlm_cuda {
+
+constexpr int MAX_CLUSTER = 16;
+
+__device__ inline int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+#else
+    return 0;
+#endif
+}
+
+__device__ inline int cluster_index() {
+#if __CUDA_ARCH__ >= 900
+    int index;
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+    return index;
+#else
+    return blockIdx.x;
+#endif
+}
+
+/* Sums of a cluster's blocks go to the block that finishes those outputs: each block has a mailbox of 4-byte values and
+ * a barrier in shared memory that counts the bytes which arrived. */
+struct Mailbox {
+    uint32_t barrier, values; /* addresses in shared memory */
+
+    /* One thread; `bytes` will come. */
+    __device__ void open(int bytes) const {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("mbarrier.init.shared.b64 [%0], 1;\n"
+                     "fence.mbarrier_init.release.cluster;\n"
+                     "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier),
+                     "r"(bytes)
+                     : "memory");
+#endif
+    }
+    /* All threads: after open, and before the first send. */
+    static __device__ void announce() {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+    }
+    static __device__ void await_others() {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+    }
+    __device__ void send(float value, int rank, int index) const {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{ .reg .u32 to, at;\n"
+                     "mapa.shared::cluster.u32 to, %0, %3;\n"
+                     "mapa.shared::cluster.u32 at, %1, %3;\n"
+                     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %2, [at]; }" ::"r"(
+                         values + index * 4),
+                     "r"(barrier), "r"(__float_as_uint(value)), "r"(rank)
+                     : "memory");
+#endif
+    }
+    __device__ void wait() const {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{ .reg .pred done;\n"
+                     "again: mbarrier.try_wait.parity.shared.b64 done, [%0], 0;\n"
+                     "@!done bra again; }" ::"r"(barrier)
+                     : "memory");
+#endif
+    }
+};
+
+/* How many clusters of `size` blocks run at a time; asks the driver once for each device and size. */
+template <auto kernel> cudaError_t resident_clusters(int &clusters, int size, int threads, const Device &device) {
+    static std::atomic<int> known[MAX_DEVICES][MAX_CLUSTER + 1];
+    clusters = size == 1 ? device.sms : known[device.index][size].load(std::memory_order_relaxed);
+    if (clusters) return cudaSuccess;
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(size);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = device.shared_memory;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    if (const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return error;
+    known[device.index][size].store(clusters, std::memory_order_relaxed);
+    return cudaSuccess;
+}
+
+/* A launch of clusters of `size` blocks which may start while the kernel before it ends (wait_for_kernels_before). */
+template <auto kernel, class Problem>
+cudaError_t launch_early(const Problem &p, dim3 grid, unsigned size, unsigned threads, size_t shared_memory,
+                         const Device &device, cudaStream_t stream) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_memory;
+    config.stream = stream;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {size, 1, 1};
+    config.attrs = attributes;
+    config.numAttrs = !device.clusters ? 0 : size > 1 ? 2 : 1;
+    return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+} // namespace aqlm_cuda
+#endif

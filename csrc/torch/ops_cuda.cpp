@@ -1,0 +1,216 @@
+/* ops_cuda.cpp: door 3, torch tensors on a GPU -> aqlm_cuda.h, by torch's stable ABI. A library of its own, since torch
+ * without CUDA lacks what it links to. Schemas: ops_cpu.cpp; fake kernels and gradients: aqlm_c/ops.py. */
+#include <Python.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "check.h"
+#include "cuda/aqlm_cuda.h"
+
+namespace aqlm_torch {
+namespace {
+
+using torch::stable::narrow;
+
+void check(cudaError_t error, const char *what) {
+    aqlm_torch::check(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+/* t, dense and 16-byte aligned, as the kernels load it. */
+Tensor ready(const Tensor &t) {
+    Tensor dense = t.is_contiguous() ? t : torch::stable::contiguous(t);
+    return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
+}
+
+/* Tensors of one GPU, which is the current device while this lives, and the kernels' view of them. */
+struct Weight {
+    Tensor codes, codebooks, scales;
+    aqlm_weight view = {};
+    std::optional<torch::stable::accelerator::DeviceGuard> guard;
+    cudaStream_t stream;
+
+    Weight(const Tensor &first, const char *name, const Tensor &codes_in, const Tensor &codebooks_in,
+           const Tensor &scales_in)
+        : codes(ready(codes_in)), codebooks(ready(codebooks_in)), scales(ready(scales_in)) {
+        view.shape = shape_of_weight(codes, codebooks, scales);
+        view.dtype = dtype_of(codebooks, "codebooks");
+        view.codes = codes.const_data_ptr();
+        view.codebooks = codebooks.const_data_ptr();
+        view.scales = scales.const_data_ptr();
+        const int32_t device = codes.get_device_index();
+        for (const auto &[tensor, what] : {std::pair{&first, name}, {&codebooks, "codebooks"}, {&scales, "scales"}})
+            aqlm_torch::check(tensor->is_cuda() && tensor->get_device_index() == device, what,
+                              ": got a tensor elsewhere, expected it on cuda:", device, " as codes");
+        int current;
+        check(cudaGetDevice(&current), "cudaGetDevice");
+        if (current != device) guard.emplace(device);
+        void *handle;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &handle));
+        stream = static_cast<cudaStream_t>(handle);
+    }
+
+    /* W[first_out : first_out + outs, first_group * g : (first_group + groups) * g], of like's dtype. */
+    Tensor decode(const Tensor &like, int64_t first_out, int64_t outs, int64_t first_group, int64_t groups) const {
+        Tensor rows = torch::stable::new_empty(like, {outs, groups * view.shape.in_group_size});
+        check(aqlm_cuda_decode_rows(rows.mutable_data_ptr(), dtype_of(like, "x"), &view, first_out, outs, first_group,
+                                    groups, stream),
+              "decode_rows");
+        return rows;
+    }
+};
+
+/* The rows of x, [..., from], and as many new ones, y [..., to], of x's dtype. */
+struct Product {
+    Tensor x, y;
+    aqlm_dtype dtype;
+    int64_t n_rows;
+
+    Product(const Tensor &x_in, const char *name, int64_t from, int64_t to) : x(x_in), y(x_in) {
+        aqlm_torch::check(x_in.dim() >= 1 && x_in.size(x_in.dim() - 1) == from, name, ": got shape ", shape_of(x_in),
+                          ", expected [..., ", from, "]");
+        dtype = dtype_of(x_in, name);
+        x = ready(x_in);
+        std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
+        size.back() = to;
+        y = torch::stable::new_empty(x, size);
+        n_rows = x.numel() / from;
+    }
+};
+
+/* Entries of W that are dense at a time: room for a GPU to be busy, little beside a model. */
+constexpr int64_t SLICE = int64_t{1} << 26;
+
+/* name(arguments...), an ATen operator whose first Results results are tensors. */
+template <size_t Results = 1, class... Arguments>
+std::array<Tensor, Results> call(const char *name, const char *overload, const Arguments &...arguments) {
+    namespace detail = torch::stable::detail;
+    std::array<StableIValue, sizeof...(Arguments)> stack{detail::from(arguments)...};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+    if constexpr (Results == 1) return {detail::to<Tensor>(stack[0])};
+    else return {detail::to<Tensor>(stack[0]), detail::to<Tensor>(stack[1])};
+}
+
+/* y [..., out] = x [..., in] W^T + bias, of x's dtype. Many rows: W is decoded slice by slice for torch's product. */
+Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, const Tensor &scales,
+              const std::optional<Tensor> &bias_in) {
+    const Weight w(x, "x", codes, codebooks, scales);
+    const aqlm_shape &s = w.view.shape;
+    Product p(x, "x", s.in_features, s.out_features);
+    std::optional<Tensor> bias;
+    if (bias_in) {
+        aqlm_torch::check(bias_in->dim() == 1 && bias_in->size(0) == s.out_features, "bias: got shape ",
+                          shape_of(*bias_in), ", expected [", s.out_features, "]");
+        aqlm_torch::check(bias_in->scalar_type() == x.scalar_type(), "bias: got dtype ",
+                          torch::headeronly::toString(bias_in->scalar_type()), ", expected that of x, ",
+                          torch::headeronly::toString(x.scalar_type()));
+        aqlm_torch::check(bias_in->is_cuda() && bias_in->get_device_index() == x.get_device_index(),
+                          "bias: got a tensor elsewhere, expected it on cuda:", x.get_device_index(), " as x");
+        bias = ready(*bias_in);
+    }
+    if (p.n_rows == 0) return p.y;
+    if (p.n_rows <= aqlm_cuda_matmul_rows(&w.view, p.dtype)) {
+        std::optional<Tensor> workspace;
+        if (const size_t bytes = aqlm_cuda_matmul_workspace(&w.view, p.dtype, p.n_rows))
+            workspace = torch::stable::new_empty(p.x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+        check(aqlm_cuda_matmul(p.y.mutable_data_ptr(), p.x.const_data_ptr(), p.dtype, &w.view,
+                               bias ? bias->const_data_ptr() : nullptr, p.n_rows,
+                               workspace ? workspace->mutable_data_ptr() : nullptr, w.stream),
+              "matmul");
+        return p.y;
+    }
+    const int64_t groups = s.in_features / s.in_group_size;
+    const int64_t slice = std::max<int64_t>(1, SLICE / s.in_features);
+    if (slice >= s.out_features)
+        return call("aten::linear", "", p.x, w.decode(p.x, 0, s.out_features, 0, groups), bias)[0];
+    for (int64_t o = 0; o < s.out_features; o += slice) {
+        const int64_t n = std::min(slice, s.out_features - o);
+        std::optional<Tensor> part;
+        if (bias) part = narrow(*bias, 0, o, n);
+        Tensor to = narrow(p.y, p.y.dim() - 1, o, n);
+        torch::stable::copy_(to, call("aten::linear", "", p.x, w.decode(p.x, o, n, 0, groups), part)[0]);
+    }
+    return p.y;
+}
+
+/* grad_x [..., in] = grad_y [..., out] W, of grad_y's dtype; W is decoded slice by slice of its columns. */
+Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &codebooks, const Tensor &scales) {
+    const Weight w(grad_y, "grad_y", codes, codebooks, scales);
+    const aqlm_shape &s = w.view.shape;
+    Product p(grad_y, "grad_y", s.out_features, s.in_features);
+    const int64_t groups = s.in_features / s.in_group_size;
+    const int64_t slice = std::max<int64_t>(1, SLICE / (s.out_features * s.in_group_size));
+    if (p.n_rows == 0) return p.y;
+    if (slice >= groups) return torch::stable::matmul(p.x, w.decode(p.x, 0, s.out_features, 0, groups));
+    for (int64_t j = 0; j < groups; j += slice) {
+        const int64_t n = std::min(slice, groups - j);
+        Tensor to = narrow(p.y, p.y.dim() - 1, j * s.in_group_size, n * s.in_group_size);
+        torch::stable::copy_(to, torch::stable::matmul(p.x, w.decode(p.x, 0, s.out_features, j, n)));
+    }
+    return p.y;
+}
+
+/* W [out, in], of the codebooks' dtype. */
+Tensor decode_rows(const Tensor &codes, const Tensor &codebooks, const Tensor &scales) {
+    const Weight w(codes, "codes", codes, codebooks, scales);
+    const aqlm_shape &s = w.view.shape;
+    return w.decode(w.codebooks, 0, s.out_features, 0, s.in_features / s.in_group_size);
+}
+
+/* The gradients to codebooks and scales, of their shapes and dtype, from that to W; [0] where not needed. Groups are
+ * sorted by code for sums of a fixed order. */
+std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows_in, const Tensor &codes,
+                                                const Tensor &codebooks, const Tensor &scales, bool need_codebooks,
+                                                bool need_scales) {
+    const Weight w(grad_rows_in, "grad_rows", codes, codebooks, scales);
+    const aqlm_shape &s = w.view.shape;
+    aqlm_torch::check(
+        grad_rows_in.dim() == 2 && grad_rows_in.size(0) == s.out_features && grad_rows_in.size(1) == s.in_features,
+        "grad_rows: got shape ", shape_of(grad_rows_in), ", expected [", s.out_features, ", ", s.in_features, "]");
+    const Tensor grad_rows = ready(grad_rows_in);
+    const aqlm_dtype dtype = dtype_of(grad_rows, "grad_rows");
+    const auto gradient_of = [](const Tensor &t, bool needed) {
+        return needed ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0});
+    };
+    Tensor grad_codebooks = gradient_of(w.codebooks, need_codebooks), grad_scales = gradient_of(w.scales, need_scales);
+    for (int64_t k = 0; need_codebooks && k < s.num_codebooks; ++k) {
+        Tensor keys = torch::stable::new_empty(w.codes, {w.codes.size(0) * w.codes.size(1)}, ScalarType::Int);
+        check(aqlm_cuda_codes_of(static_cast<int32_t *>(keys.mutable_data_ptr()), &w.view, k, w.stream),
+              "decode_rows_backward");
+        const auto [sorted, order] =
+            call<2>("aten::sort", "stable", keys, std::optional<bool>(true), int64_t{0}, false);
+        check(aqlm_cuda_codebook_gradient(grad_codebooks.mutable_data_ptr(),
+                                          static_cast<const int32_t *>(sorted.const_data_ptr()),
+                                          static_cast<const int64_t *>(order.const_data_ptr()),
+                                          grad_rows.const_data_ptr(), dtype, &w.view, k, w.stream),
+              "decode_rows_backward");
+    }
+    if (need_scales)
+        check(aqlm_cuda_scale_gradient(grad_scales.mutable_data_ptr(), grad_rows.const_data_ptr(), dtype, &w.view,
+                                       w.stream),
+              "decode_rows_backward");
+    return {grad_codebooks, grad_scales};
+}
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_cuda", "The CUDA door of aqlm_c.", 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CUDA, m) {
+    m.impl("matmul", TORCH_BOX(&matmul));
+    m.impl("matmul_backward", TORCH_BOX(&matmul_backward));
+    m.impl("decode_rows", TORCH_BOX(&decode_rows));
+    m.impl("decode_rows_backward", TORCH_BOX(&decode_rows_backward));
+}
+
+} // namespace aqlm_torch
+
+PyMODINIT_FUNC PyInit__cuda() { return PyModuleDef_Init(&aqlm_torch::module); }
