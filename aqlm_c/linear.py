@@ -172,9 +172,23 @@ class QuantizedLinear(QuantizedLayer):
 
     @torch.no_grad()
     def pack(self) -> None:
-        if self.tied or self.codes.is_meta or not ops.packs(self.codes, self.out_group_size):
+        codes = self.codes.data
+        if self.tied or codes.is_meta:
             return
-        self.codes.data = ops.pack(self.codes.data)
+        if not ops.packs(codes, self.out_group_size):
+            self.codes.data = codes.contiguous()
+        elif codes.is_contiguous():
+            packed, storage = ops.pack(codes), codes.untyped_storage()
+            if storage.nbytes() > codes.nbytes and storage.filename is None:
+                # Part of a file's private mapping, whose pages would stay in memory beside a copy: written over.
+                codes.view(-1).copy_(packed.permute(1, 2, 0).reshape(-1))
+                packed = codes.view(packed.permute(1, 2, 0).shape).permute(2, 0, 1)
+            self.codes.data = packed
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.pack()  # for the device it may be on now
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], a new tensor of x's dtype."""

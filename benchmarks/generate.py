@@ -9,7 +9,7 @@ package llama-cpp-python. The columns:
 
     tokens/s     new tokens by the time of the whole call, prompt included; the median of --repeats
     x dense      tokens/s by those of the fastest dense row, eager or compiled as this one is (llama.cpp: of any)
-    outside %    ours: share of the time outside of our operators (torch.profiler, 32 tokens)
+    outside %    ours: share of the time outside of our operators (torch.profiler, a pass of its own)
     prefill/s    tokens of a prompt of --prefill-tokens by the time of one forward
     model MB     ours: the checkpoint's tensors; dense: its parameters in that dtype; llama.cpp: the file
     bare MB      resident memory with all imports, a tokenizer and torch's first product, before the model
@@ -49,18 +49,13 @@ def prompt(n: int, vocabulary: int) -> list[int]:
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """The median of `repeats` calls, after as many as it takes for them to stop getting faster: torch.compile works in
-    the first three."""
-
-    def once() -> float:
+    """The median of `repeats` calls after one that is not timed."""
+    times = []
+    for _ in range(repeats + 1):
         begun = time.perf_counter()
         call()
-        return time.perf_counter() - begun
-
-    last, this = float("inf"), once()
-    while this < 0.8 * last:
-        last, this = this, once()
-    return statistics.median(once() for _ in range(repeats))
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[1:])
 
 
 def torch_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +76,8 @@ def torch_worker(job: dict[str, Any]) -> dict[str, Any]:
     if job["contender"] == "ours" and not source.quantized:
         raise ValueError(f"MODEL={job['model']!r}: no quantized layer, expected a directory of `aqlm-c quantize`")
     bytes_of = source.total_bytes if source.quantized else sum(p.nbytes for p in model.parameters())
-    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+    options = {f"{end}_new_tokens": job["new_tokens"] for end in ("min", "max")}
+    options |= {"do_sample": False, "pad_token_id": 0}
     if job["compiled"]:
         options["compile_config"] = transformers.CompileConfig(mode="default", fullgraph=True)
         options["compile_config"]._compile_all_devices = True  # else only accelerators compile
@@ -90,20 +86,23 @@ def torch_worker(job: dict[str, Any]) -> dict[str, Any]:
     def forward(tokens: torch.Tensor) -> Any:
         return model(tokens, use_cache=True, logits_to_keep=1)
 
-    def generate(n: int) -> None:
-        lengths = {"min_new_tokens": n, "max_new_tokens": n}
-        tokens = model.generate(short, attention_mask=torch.ones_like(short), **lengths, **options)
-        if tokens.shape[1] != short.shape[1] + n:
-            raise RuntimeError(f"got {tokens.shape[1] - short.shape[1]} new tokens, expected {n}")
+    def generate() -> None:
+        tokens = model.generate(short, attention_mask=torch.ones_like(short), **options)
+        if tokens.shape[1] != job["prompt_tokens"] + job["new_tokens"]:
+            got = tokens.shape[1] - job["prompt_tokens"]
+            raise RuntimeError(f"got {got} new tokens, expected {job['new_tokens']}")
 
     vocabulary = model.config.vocab_size
     short, long = (torch.tensor([prompt(job[n], vocabulary)]) for n in ("prompt_tokens", "prefill_tokens"))
     with torch.inference_mode():
         forward(short)
         after = resident("VmRSS")
-        generation = seconds(lambda: generate(job["new_tokens"]), job["repeats"])
+        for _ in range(3 * job["compiled"]):  # torch.compile works in each of them
+            generate()
+        generation = seconds(generate, job["repeats"])
         prefill = seconds(lambda: forward(long), job["repeats"])
-        outside = share_outside(lambda: generate(min(32, job["new_tokens"]))) if source.quantized else None
+        peak = resident("VmHWM")  # the profiler takes gigabytes
+        outside = 1 - seconds_in_ours(generate) / generation if source.quantized else None
     return {
         "source": source.path,
         "generation": generation,
@@ -112,19 +111,18 @@ def torch_worker(job: dict[str, Any]) -> dict[str, Any]:
         "bytes": bytes_of,
         "bare": bare,
         "resident": after,
+        "peak": peak,
     }
 
 
-def share_outside(generate: Callable[[], None]) -> float:
-    """Share of a call's time that is not spent in our operators; the call is timed without the profiler, which slows
-    the rest."""
+def seconds_in_ours(call: Callable[[], None]) -> float:
+    """The time that a call spends in our operators."""
     from torch.profiler import ProfilerActivity, profile
 
-    whole = seconds(generate, 3)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        generate()
-    events = [event for event in profiler.key_averages() if event.key.startswith("aqlm_c::")]
-    return 1 - sum(event.self_cpu_time_total for event in events) * 1e-6 / whole
+        call()
+    events = [event for event in profiler.events() if event.name.startswith("aqlm_c::")]
+    return sum(event.cpu_time_total for event in events) * 1e-6
 
 
 def llama_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -164,6 +162,7 @@ def llama_worker(job: dict[str, Any]) -> dict[str, Any]:
         "bytes": os.path.getsize(job["model"]),
         "bare": bare,
         "resident": after,
+        "peak": resident("VmHWM"),
     }
 
 
@@ -182,13 +181,8 @@ def quantize_worker(job: dict[str, Any]) -> dict[str, Any]:
 WORKERS = {"ours": torch_worker, "dense": torch_worker, "llama.cpp": llama_worker, "requantize": quantize_worker}
 
 
-def work(job: dict[str, Any]) -> dict[str, Any]:
-    """In the process of one contender."""
-    return {**WORKERS[job["contender"]](job), "peak": resident("VmHWM")}
-
-
 def run(interpreter: str, job: dict[str, Any]) -> dict[str, Any]:
-    """What `work` gives in a process of its own; RuntimeError with its last words if it fails."""
+    """What the job's worker gives in a process of its own; RuntimeError with its last words if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
         command = [interpreter, __file__, "--worker", json.dumps(job), str(out)]
@@ -256,8 +250,8 @@ def against_dense(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
-        job, out = sys.argv[2:]
-        Path(out).write_text(json.dumps(work(json.loads(job))))
+        job, out = json.loads(sys.argv[2]), Path(sys.argv[3])
+        out.write_text(json.dumps(WORKERS[job["contender"]](job)))
         return
     import _bench
 

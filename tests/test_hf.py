@@ -301,3 +301,30 @@ aqlm_c.load_model("saved2")
     logits = torch.load(tmp_path / "logits.pt", weights_only=True)
     torch.testing.assert_close(logits, dense(torch.arange(8)[None]).logits, rtol=1e-5, atol=1e-5)
     assert (tmp_path / "saved" / "config.json").is_file() and (tmp_path / "saved2" / "config.json").is_file()
+
+
+def test_loaded_codes_are_packed_and_saved_as_on_disk(tmp_path):
+    """In memory in the order the CPU reads fastest; as on disk for everybody else."""
+    write_published(tmp_path, (2, 8, 8, 1))
+    model = load(tmp_path)
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear) and layer.codes.shape[0] >= 64]
+    assert layers and all(layer.codes.stride(0) == 1 for layer in layers)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, codes in model.state_dict().items():
+        if name.endswith(".codes"):
+            assert codes.is_contiguous() and np.array_equal(codes.numpy(), stored[name])
+    model.to("meta")
+    assert model.to_empty(device="cpu") is model
+    assert all(layer.codes.stride(0) == 1 for layer in layers)
+
+
+def test_packing_part_of_a_file_copies_nothing(tmp_path):
+    """Codes that lie in a larger storage, such as a mapped file, are rearranged where they lie."""
+    layer = QuantizedLinear(64, 128, False, 8, 1, 2, 8)
+    codes = torch.randint(-128, 128, layer.codes.shape, dtype=torch.int8)
+    whole = torch.zeros(codes.numel() + 100, dtype=torch.int8)
+    part = whole[:-100].view_as(codes).copy_(codes)
+    layer.codes.data = part
+    layer.pack()
+    assert layer.codes.data_ptr() == whole.data_ptr() and layer.codes.stride(0) == 1
+    assert torch.equal(layer.codes, codes) and not whole[-100:].any()

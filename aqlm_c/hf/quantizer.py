@@ -24,6 +24,7 @@ class AqlmQuantizer(HfQuantizer):
     _stored: dict[str, tuple[str, checkpoint.StoredTensor]] | None = None  # while loading: `check_names`
     _rounded = False  # while loading: transformers 4 gives codebooks the model's dtype
     _sequences: torch.Tensor | None = None  # while loading: to quantize with
+    _loading: Any = None  # the model, while loading
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -43,6 +44,7 @@ class AqlmQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        self._loading = model
         config = self.quantization_config
         files = checkpoint_files or names.files_being_loaded()
         self._rounded = files is not checkpoint_files
@@ -66,7 +68,7 @@ class AqlmQuantizer(HfQuantizer):
         for name, linear in checkpoint.quantized_linears(model):
             checkpoint.check_values(name, linear, self._stored)
             linear.pack()
-        self._stored = self._sequences = None
+        self._stored = self._sequences = self._loading = None
         model.quantization_method = "aqlm"  # by this name PEFT knows that codebooks are not to be cast
         return self.dequantize(model) if self.quantization_config.dequantize else model
 
@@ -85,8 +87,9 @@ class AqlmQuantizer(HfQuantizer):
         experts.fuse(model)
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        return super().update_weight_conversions(experts.without_fusion(weight_conversions, model), model)
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        own = model[0] if model else self._loading  # transformers passes it from 5.18 or later on
+        return super().update_weight_conversions(experts.without_fusion(weight_conversions, own), *model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
