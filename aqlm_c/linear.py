@@ -181,8 +181,7 @@ class QuantizedLinear(QuantizedLayer):
             packed, storage = ops.pack(codes), codes.untyped_storage()
             if storage.nbytes() > codes.nbytes and storage.filename is None:
                 # Part of a file's private mapping, whose pages would stay in memory beside a copy: written over.
-                codes.view(-1).copy_(packed.permute(1, 2, 0).reshape(-1))
-                packed = codes.view(packed.permute(1, 2, 0).shape).permute(2, 0, 1)
+                packed = codes.as_strided(packed.shape, packed.stride()).copy_(packed)
             self.codes.data = packed
 
     def _apply(self, fn, recurse=True):

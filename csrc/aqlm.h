@@ -81,18 +81,19 @@ typedef struct aqlm_weight {
 /* rows[end - begin, in] = W[begin:end], of row_dtype. */
 aqlm_status aqlm_decode_rows(void *rows, aqlm_dtype row_dtype, const aqlm_weight *w, int64_t begin, int64_t end);
 
-/* y[n_rows, out] = x[n_rows, in] W^T + bias; x, y and bias of dtype; W is decoded tile by tile, never
- * whole. For up to 16 rows of 16-bit floats, B <= 8, og = 1 and out >= 64 it is not decoded at all: products of x with
- * the codebooks are rounded to 16 bits and looked up (tables.c), which adds an error of at most 1e-3 of y (of |y| over
- * the outputs; 1e-4 on usual inputs). Otherwise sums are fp32 throughout, within 1e-5. See aqlm_set_exact. workspace:
- * 64-byte aligned, of workspace_size = aqlm_matmul_workspace(w, n_rows) bytes, which grows with the number of threads
- * (a smaller one is used by fewer of them). */
+/* y[n_rows, out] = x[n_rows, in] W^T + bias; x, y and bias of dtype; W is decoded tile by tile, never whole. Up to 16
+ * rows do not decode it: with B <= 8, og = 1 and out >= 64 products of x with the codebooks are rounded, to 23 bits for
+ * fp32 (an error below 1e-5 of |y| over the outputs) and to 16 bits for 16-bit floats (1e-4, 1e-3 at most), and looked
+ * up (tables.c); otherwise entries are multiplied where they lie (gather.c). See aqlm_set_exact. workspace: 64-byte
+ * aligned, of workspace_size = aqlm_matmul_workspace(w, n_rows) bytes, which depends on aqlm_set_exact and grows with
+ * the number of threads (a smaller one is used by fewer of them). */
 size_t aqlm_matmul_workspace(const aqlm_weight *w, int64_t n_rows);
 aqlm_status aqlm_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w,
                         const void *bias /* [out] or NULL */, int64_t n_rows, void *workspace, size_t workspace_size);
 
-/* 1: no tables; 0: tables for fp32 too; -1: tables for 16-bit floats alone. At first -1, unless the environment
- * variable AQLM_C_EXACT is set: "0" is 0, anything else 1. */
+/* 1: W is decoded for any number of rows and sums run in order, so that no result depends on the split of a batch;
+ * 0: tables of 16 bits for fp32 too; -1: of 23. At first -1, unless the environment variable AQLM_C_EXACT is set: "0"
+ * is 0, anything else 1. */
 void aqlm_set_exact(int choice);
 int aqlm_get_exact(void);
 

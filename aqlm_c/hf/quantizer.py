@@ -88,7 +88,7 @@ class AqlmQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
-        own = model[0] if model else self._loading  # transformers passes it from 5.18 or later on
+        own = model[0] if model else self._loading  # transformers 5.17 does not pass it, 5.23 does
         return super().update_weight_conversions(experts.without_fusion(weight_conversions, own), *model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

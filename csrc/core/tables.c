@@ -15,7 +15,6 @@
 enum {
     AQLM_TABLE_ROWS = 16, /* more rows are cheaper decoded */
     PASS = 4,             /* rows whose tables are made at once: 512 or 768 bytes a code and row */
-    PANEL = 64,           /* outputs that stay together; with fewer the tables cost more than they save */
     CHUNK = 8,            /* even */
     LEAST_BLOCKS = 8,     /* worth a thread: about 10 microseconds of making tables, */
     LEAST_CODES = 4096,   /* and of looking up panels, in codes of a row */
@@ -56,7 +55,7 @@ static layout plan(tables_job *job, const aqlm_shape *s, int64_t n_rows) {
     const int64_t K = s->num_codebooks, rows = aqlm_min(n_rows, PASS);
     job->per_row = s->in_features / s->in_group_size * K;
     job->blocks = (job->per_row + AQLM_TABLE_BLOCK - 1) / AQLM_TABLE_BLOCK;
-    job->padded = aqlm_round_up(s->out_features, PANEL);
+    job->padded = aqlm_round_up(s->out_features, AQLM_PANEL);
     layout l = {0};
     l.ct = aqlm_round_up((K << s->nbits_per_codebook) * s->in_group_size, 16); /* after the codebooks in fp32 */
     l.scales = l.ct + K * s->in_group_size * 256;
@@ -71,7 +70,7 @@ static layout plan(tables_job *job, const aqlm_shape *s, int64_t n_rows) {
 
 bool aqlm_tables_fit(const aqlm_shape *s, int64_t n_rows) {
     return n_rows >= 1 && n_rows <= AQLM_TABLE_ROWS && s->nbits_per_codebook <= 8 && s->out_group_size == 1 &&
-           s->out_features >= PANEL;
+           s->out_features >= AQLM_PANEL; /* with fewer the tables cost more than they save */
 }
 
 size_t aqlm_tables_workspace(const aqlm_shape *s, int64_t n_rows) {
@@ -135,9 +134,9 @@ static void look_up(int64_t begin, int64_t end, void *ctx) {
     const aqlm_kernels *isa = aqlm_isa();
     const bool packed = job->w->packed;
     const int64_t out = job->w->shape.out_features, step = job->per_row, rows = job->n_rows, ldy = job->padded;
-    const int64_t first = begin * PANEL, last = aqlm_min(end * PANEL, out), chunk = packed ? 1 : CHUNK;
+    const int64_t first = begin * AQLM_PANEL, last = aqlm_min(end * AQLM_PANEL, out), chunk = packed ? 1 : CHUNK;
     uint8_t scratch[2 * AQLM_TABLE_BLOCK * AQLM_TABLE_OUTPUTS];
-    for (int64_t r = 0; r < rows; r++) memset(job->sums + r * ldy + first, 0, (size_t)((end - begin) * PANEL) * 4);
+    for (int64_t r = 0; r < rows; r++) memset(job->sums + r * ldy + first, 0, (size_t)((end - begin) * AQLM_PANEL) * 4);
     for (int64_t c = 0; c < job->blocks; c += chunk)
         for (int64_t o = first; o < last && !aqlm_cancelled(); o += AQLM_TABLE_OUTPUTS)
             for (int64_t b = c; b < aqlm_min(c + chunk, job->blocks); b++) {
@@ -193,7 +192,7 @@ aqlm_status aqlm_tables_matmul(void *y, const void *x, aqlm_dtype dtype, const a
         if (dtype != AQLM_F32) aqlm_to_f32(f + l.x, rows, dtype, job.n_rows * s->in_features);
         job.x = dtype == AQLM_F32 ? (const float *)(const void *)rows : f + l.x;
         job.y = (char *)y + (size_t)(r * s->out_features) * size;
-        const int64_t items = job.blocks * job.n_rows, panels = job.padded / PANEL;
+        const int64_t items = job.blocks * job.n_rows, panels = job.padded / AQLM_PANEL;
         aqlm_parallel(0, items, aqlm_even_grain(items, LEAST_BLOCKS), make_blocks, &job);
         aqlm_parallel(0, panels, aqlm_even_grain(panels, aqlm_max(1, LEAST_CODES / (job.per_row * job.n_rows))),
                       look_up, &job);

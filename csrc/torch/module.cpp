@@ -45,7 +45,7 @@ PyMethodDef methods[] = {
     {"get_isa", get_isa, METH_NOARGS, "get_isa() -> str: the instruction set the ops run on."},
     {"set_isa", set_isa, METH_VARARGS, "set_isa(name): run the ops on another instruction set; ValueError if unknown."},
     {"set_exact", set_exact, METH_O,
-     "set_exact(exact): True: no tables of rounded products in matmul; None: for 16-bit x alone."},
+     "set_exact(exact): True: matmul without rounded products; None: 16 bits, 23 for float32; False: 16."},
     {"get_exact", get_exact, METH_NOARGS, "get_exact() -> bool | None."},
     {nullptr, nullptr, 0, nullptr},
 };
