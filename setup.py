@@ -39,6 +39,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mfma"],
     "neon": [],
+    "bfloat": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"],
 }
 
 
@@ -55,7 +56,7 @@ def compiled_isas(machine=None):
     """Names of the instruction sets compiled for `machine` (as platform.machine() says it)."""
     machine = (machine or platform.machine()).lower()
     if machine in ("x86_64", "amd64"):
-        return ["scalar", "avx2", "avx512"]
+        return ["scalar", "avx2", "avx512", "bfloat"]
     return ["scalar", "neon"] if machine in ("aarch64", "arm64") else ["scalar"]
 
 

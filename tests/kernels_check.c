@@ -180,7 +180,7 @@ static void *run(const call *c, const char *isa, int threads) {
     aqlm_set_parallel(threads == MOST_THREADS ? run_pieces : NULL);
     aqlm_set_exact(c->exact);
     const size_t size = decode    ? 0
-                        : forward ? aqlm_matmul_workspace(w, c->n_rows)
+                        : forward ? aqlm_matmul_workspace(w, c->dtype, c->n_rows)
                                   : aqlm_matmul_backward_workspace(w, c->n_rows);
     void *y = take_bytes((size_t)c->n * size_of(c->dtype)), *workspace = take(size + !size, 64);
     const aqlm_status status =
@@ -217,7 +217,8 @@ static void check(call c, const double *truth, int64_t width, double most) {
     void *y = run(&c, "scalar", 1);
     if (!y) return;
     check_error(&c, truth, width, most, y);
-    add_to_hash(y, size);
+    /* Last bits of what the CPU's bfloat16 instructions may do depend on whether it has them. */
+    if (c.dtype != AQLM_BF16 || strcmp(c.what, "matmul") || c.exact > 0 || c.n_rows < 3) add_to_hash(y, size);
     for (int packed = 0; packed <= packs; packed++)
         for (const char *const *isa = aqlm_available_isas(); *isa; isa++)
             for (int threads = 1; threads <= MOST_THREADS; threads++) {

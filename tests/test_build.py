@@ -63,17 +63,18 @@ def test_only_isa_libraries_use_isa_flags():
         flags = info["cflags"]
         assert "-ffp-contract=off" in flags and "-fno-lto" in flags and "-ffast-math" not in flags
         machine = [flag for flag in flags if flag.startswith("-m")]
-        assert bool(machine) == (name in ("aqlm_avx2", "aqlm_avx512")), (name, machine)
+        assert bool(machine) == (name in ("aqlm_avx2", "aqlm_avx512", "aqlm_bfloat")), (name, machine)
     assert {name for name, _ in LIBRARIES["aqlm_core"]["macros"]} == {
         "AQLM_HAVE_AVX2",
         "AQLM_HAVE_AVX512",
+        "AQLM_HAVE_BFLOAT",
         "AQLM_HAVE_NEON",
     }
 
 
 def test_every_machine_has_scalar():
     compiled = BUILD.compiled_isas
-    assert compiled("x86_64") == ["scalar", "avx2", "avx512"]
+    assert compiled("x86_64") == ["scalar", "avx2", "avx512", "bfloat"]
     assert compiled("arm64") == compiled("aarch64") == ["scalar", "neon"]
     assert compiled("riscv64") == ["scalar"]
     assert set(_core.available_isas()) <= set(compiled())

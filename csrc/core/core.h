@@ -74,6 +74,13 @@ size_t aqlm_gather_workspace(const aqlm_weight *w, int64_t n_rows);
 aqlm_status aqlm_gather_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w, const void *bias,
                                int64_t n_rows, void *workspace, size_t workspace_size);
 
+/* bfloat.c: aqlm_matmul for rows of bfloat16, where the CPU has instructions for it; dispatch.c: those, or NULL */
+const struct aqlm_bfloat *aqlm_bfloat_isa(void);
+bool aqlm_bfloat_fits(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows);
+size_t aqlm_bfloat_workspace(const aqlm_weight *w, int64_t n_rows);
+aqlm_status aqlm_bfloat_matmul(void *y, const void *x, const aqlm_weight *w, const void *bias, int64_t n_rows,
+                               void *workspace, size_t workspace_size);
+
 /* tables.c: aqlm_matmul for few rows by tables of partial products, where that is allowed and pays */
 bool aqlm_tables_fit(const aqlm_shape *shape, int64_t n_rows);
 size_t aqlm_tables_workspace(const aqlm_weight *w, int64_t n_rows); /* 0 where they do not fit */

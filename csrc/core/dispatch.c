@@ -1,10 +1,12 @@
 /* dispatch.c: asks the CPU once, then every call goes through one table of kernels. */
+#include "../simd/bfloat.h"
 #include "core.h"
 
 static const aqlm_kernels *chosen;
 static const char *names[5];
 static const aqlm_kernels *tables[4];
 static int count;
+static const aqlm_bfloat *bfloat;
 
 static void add(const aqlm_kernels *table) {
     tables[count] = table;
@@ -22,6 +24,11 @@ __attribute__((constructor)) static void find_isas(void) {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi"))
         add(&aqlm_kernels_avx512);
 #endif
+#ifdef AQLM_HAVE_BFLOAT
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16"))
+        bfloat = &aqlm_kernels_bfloat;
+#endif
 #ifdef AQLM_HAVE_NEON
     add(&aqlm_kernels_neon); /* every AArch64 CPU has it */
 #endif
@@ -31,6 +38,7 @@ __attribute__((constructor)) static void find_isas(void) {
 }
 
 const aqlm_kernels *aqlm_isa(void) { return chosen; }
+const aqlm_bfloat *aqlm_bfloat_isa(void) { return bfloat; }
 const char *aqlm_get_isa(void) { return chosen->name; }
 const char *const *aqlm_available_isas(void) { return names; }
 

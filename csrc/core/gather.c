@@ -5,8 +5,7 @@
 enum {
     MOST_ROWS = 16, /* more are cheaper decoded (measured) */
     PASS = 8,       /* rows taken at once */
-    MIN_OUT = 64,   /* outputs worth a thread */
-    AHEAD = 2048    /* bytes: the distance at which codes are prefetched, past the caches that codebooks fill */
+    PIECE = 64      /* outputs that are worth a thread */
 };
 
 typedef struct gather_job {
@@ -38,6 +37,18 @@ size_t aqlm_gather_workspace(const aqlm_weight *w, int64_t n_rows) {
     return (size_t)plan(&w->shape, n_rows).total * sizeof(float);
 }
 
+/* Fetches the codebooks in the order of memory, each thread from another place on: entries one by one would come late.
+ */
+static void fetch_codebooks(const aqlm_weight *w, int64_t begin) {
+    const aqlm_shape *s = &w->shape;
+    const int64_t line = 64, lines = (s->num_codebooks << s->nbits_per_codebook) * s->out_group_size *
+                                     s->in_group_size * (int64_t)aqlm_dtype_size(w->dtype) / line;
+    const int64_t from = lines * begin / s->out_features;
+    const char *codebooks = w->codebooks;
+    for (int64_t i = from; i < lines; i++) __builtin_prefetch(codebooks + i * line, 0, 2);
+    for (int64_t i = 0; i < from; i++) __builtin_prefetch(codebooks + i * line, 0, 2);
+}
+
 static void gather_range(int64_t begin, int64_t end, void *ctx) {
     const gather_job *job = ctx;
     const aqlm_kernels *isa = aqlm_isa();
@@ -45,15 +56,17 @@ static void gather_range(int64_t begin, int64_t end, void *ctx) {
     const int64_t rows = job->n_rows, out = s->out_features, og = s->out_group_size;
     const int64_t groups = s->in_features / s->in_group_size;
     const int64_t row_bytes = groups * s->num_codebooks * (s->nbits_per_codebook <= 8 ? 1 : 2);
-    for (int64_t o = begin; o < end && !aqlm_cancelled(); o++) {
+    fetch_codebooks(job->w, begin);
+    const int64_t at_once = og == 1 ? PIECE : 1;
+    for (int64_t o = begin; o < end && !aqlm_cancelled(); o += at_once) {
         const aqlm_entries entries = aqlm_entries_of(job->w, o % og, groups);
-        isa->gather_sums(job->sums + o * rows, &entries, (const char *)job->w->codes + o / og * row_bytes, AHEAD,
-                         job->x, rows);
+        isa->gather_sums(job->sums + o * rows, &entries, (const char *)job->w->codes + o / og * row_bytes, row_bytes,
+                         aqlm_min(at_once, end - o), job->x, rows);
     }
-    for (int64_t o = begin; o < end; o += 64)
+    for (int64_t o = begin; o < end; o += PIECE)
         for (int64_t r = 0; r < rows; r++) {
-            const int64_t n = aqlm_min(64, end - o);
-            float y[64];
+            const int64_t n = aqlm_min(PIECE, end - o);
+            float y[PIECE];
             for (int64_t i = 0; i < n; i++)
                 y[i] =
                     job->sums[(o + i) * rows + r] * job->scales[(o + i) / og] + (job->bias ? job->bias[o + i] : 0.0f);
@@ -83,7 +96,7 @@ aqlm_status aqlm_gather_matmul(void *y, const void *x, aqlm_dtype dtype, const a
                 memcpy(blocks + i * job.n_rows + r * AQLM_GATHER, row + i, AQLM_GATHER * sizeof *row);
         }
         job.y = (char *)y + (size_t)(first * s->out_features) * size;
-        aqlm_parallel(0, s->out_features, aqlm_even_grain(s->out_features, MIN_OUT), gather_range, &job);
+        aqlm_parallel(0, s->out_features, aqlm_even_grain(s->out_features, PIECE), gather_range, &job);
     }
     aqlm_shared_status status = {AQLM_OK};
     return aqlm_get_status(&status);

@@ -54,17 +54,20 @@ static size_t workspace_bytes(const aqlm_weight *w, int64_t n_rows, bool transpo
     return (size_t)plan(&job, w, n_rows, transposed).total * sizeof(float);
 }
 
-typedef enum way { TILES, TABLES, GATHER } way;
+typedef enum way { TILES, TABLES, GATHER, BFLOAT } way;
 
-static way way_of(const aqlm_weight *w, int64_t n_rows) {
+static way way_of(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows) {
     if (aqlm_get_exact() > 0 || aqlm_check_weight(w)) return TILES;
+    if (aqlm_bfloat_fits(w, dtype, n_rows)) return BFLOAT;
     return aqlm_tables_fit(&w->shape, n_rows) ? TABLES : aqlm_gather_fits(w, n_rows) ? GATHER : TILES;
 }
 
-size_t aqlm_matmul_workspace(const aqlm_weight *w, int64_t n_rows) {
-    switch (way_of(w, n_rows)) {
+size_t aqlm_matmul_workspace(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows) {
+    if (aqlm_check_weight(w) || n_rows < 1) return 0;
+    switch (way_of(w, dtype, n_rows)) {
     case TABLES: return aqlm_tables_workspace(w, n_rows);
     case GATHER: return aqlm_gather_workspace(w, n_rows);
+    case BFLOAT: return aqlm_bfloat_workspace(w, n_rows);
     default: return workspace_bytes(w, n_rows, false);
     }
 }
@@ -157,7 +160,8 @@ static aqlm_status run(void *y, const void *x, aqlm_dtype dtype, const aqlm_weig
 
 aqlm_status aqlm_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w, const void *bias,
                         int64_t n_rows, void *workspace, size_t workspace_size) {
-    switch (way_of(w, n_rows)) {
+    switch (way_of(w, dtype, n_rows)) {
+    case BFLOAT: return aqlm_bfloat_matmul(y, x, w, bias, n_rows, workspace, workspace_size);
     case TABLES: return aqlm_tables_matmul(y, x, dtype, w, bias, n_rows, workspace, workspace_size);
     case GATHER: return aqlm_gather_matmul(y, x, dtype, w, bias, n_rows, workspace, workspace_size);
     default: return run(y, x, dtype, w, bias, n_rows, false, workspace, workspace_size);

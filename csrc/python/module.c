@@ -526,7 +526,7 @@ static PyObject *matmul(PyObject *self, PyObject *args, PyObject *kwargs) {
     aqlm_status status = AQLM_NO_MEMORY;
     if (rows && (b == Py_None || (bias = array_of(b, "bias", NPY_FLOAT, 1, out)))) {
         npy_intp dims[2] = {in[0], out[0]};
-        const size_t size = aqlm_matmul_workspace(&s.w, in[0] ? in[0] : 1);
+        const size_t size = aqlm_matmul_workspace(&s.w, AQLM_F32, in[0] ? in[0] : 1);
         void *workspace = aligned_alloc(64, (size + 63) / 64 * 64);
         y = new_array(NPY_FLOAT, 2, dims);
         if (workspace && y)

@@ -246,6 +246,19 @@ ALWAYS_INLINE void gather_entries(vf *to, const aqlm_entries *from, int64_t k, c
     load_entries(to + AQLM_LANES / VF_LANES, at[2], at[3], dtype);
 }
 
+/* The same for AQLM_GATHER inputs of one codebook of 2-byte codes and g = 8 that are all there: codes in one load. */
+ALWAYS_INLINE void gather_whole(vf *to, const aqlm_entries *from, const void *codes, int64_t piece, const int dtype) {
+    const int64_t stride = 8 * (dtype == 0 ? 4 : 2);
+    const uint64_t mask = ((UINT64_C(1) << from->nbits) - 1) * UINT64_C(0x0001000100010001);
+    const char *book = from->codebooks;
+    uint64_t four;
+    memcpy(&four, (const uint16_t *)codes + piece, sizeof four);
+    four &= mask;
+    load_entries(to, book + (four & 0xffff) * stride, book + (four >> 16 & 0xffff) * stride, dtype);
+    load_entries(to + AQLM_LANES / VF_LANES, book + (four >> 32 & 0xffff) * stride, book + (four >> 48) * stride,
+                 dtype);
+}
+
 ALWAYS_INLINE void gather_step(vf *to, const aqlm_entries *from, const void *codes, int64_t piece, int64_t pieces,
                                const int dtype, const int64_t K, const bool wide, const int64_t g,
                                const int64_t entry) {
@@ -257,30 +270,45 @@ ALWAYS_INLINE void gather_step(vf *to, const aqlm_entries *from, const void *cod
     }
 }
 
-ALWAYS_INLINE void gather_rows(float *sums, const aqlm_entries *from, const void *codes, int64_t ahead, const float *x,
-                               const int rows, const int dtype, const int64_t K, const bool wide, const int64_t g,
-                               const int64_t entry) {
-    enum { VECS = AQLM_GATHER / VF_LANES };
-    const int64_t in = from->groups * g, pieces = (in + 7) / 8;
-    vf acc[8][VECS], entries[VECS];
+/* Outputs that x is loaded for once, if it is one row: entries drive x out of the first cache. */
+enum { GATHER_OUTPUTS = VF_LANES == 16 ? 8 : 2 };
+
+/* `outputs` outputs, whose codes are `step` bytes apart; what is not a parameter is constant at the usual call sites.
+ */
+ALWAYS_INLINE void gather_rows(float *sums, const aqlm_entries *from, const void *codes, int64_t step, const float *x,
+                               const int outputs, const int rows, const int dtype, const int64_t K, const bool wide,
+                               const int64_t g, const int64_t entry) {
+    enum { VECS = AQLM_GATHER / VF_LANES, LINE = 64, AHEAD = 2 * LINE };
+    const int64_t in = from->groups * g, pieces = (in + 7) / 8, whole = wide && K == 1 && g == 8 && entry == 8 ? in : 0;
+    vf acc[8][VECS], entries[VECS], inputs[VECS];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < VECS; v++) acc[r][v] = vf_set1(0.0f);
+    for (int i = 0; i < 8; i++)
+        for (int v = 0; v < VECS; v++) acc[i][v] = vf_set1(0.0f);
     for (int64_t i = 0; i < in; i += AQLM_GATHER) {
         const int64_t at = i / g * K * (wide ? 2 : 1);
-        if (i % (8 * AQLM_GATHER) == 0) __builtin_prefetch((const char *)codes + at + ahead, 0, 0);
-        gather_step(entries, from, codes, i / 8, pieces, dtype, K, wide, g, entry);
+        const bool fetches = at % LINE < AQLM_GATHER / g * K * (wide ? 2 : 1);
+        const int64_t ahead = at + AHEAD + (i + AHEAD * 4 < in ? 0 : (outputs - 1) * step); /* on to the next ones */
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++, x += AQLM_GATHER)
-            for (int v = 0; v < VECS; v++) acc[r][v] = vf_fma(vf_load(x + v * VF_LANES), entries[v], acc[r][v]);
+        for (int o = 0; o < outputs; o++) {
+            const char *row = (const char *)codes + o * step;
+            if (fetches) __builtin_prefetch(row + ahead, 0, 0);
+            if (i + AQLM_GATHER <= whole) gather_whole(entries, from, row, i / 8, dtype);
+            else gather_step(entries, from, row, i / 8, pieces, dtype, K, wide, g, entry);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++)
+                for (int v = 0; v < VECS; v++) {
+                    if (o == 0 || rows > 1) inputs[v] = vf_load(x + i * rows + r * AQLM_GATHER + v * VF_LANES);
+                    acc[o * rows + r][v] = vf_fma(inputs[v], entries[v], acc[o * rows + r][v]);
+                }
+        }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
+    for (int i = 0; i < outputs * rows; i++) {
         float lane[AQLM_GATHER];
-        for (int v = 0; v < VECS; v++) vf_store(lane + v * VF_LANES, acc[r][v]);
+        for (int v = 0; v < VECS; v++) vf_store(lane + v * VF_LANES, acc[i][v]);
         for (int width = AQLM_GATHER / 2; width > 0; width /= 2)
             for (int l = 0; l < width; l++) lane[l] += lane[l + width];
-        sums[r] = lane[0];
+        sums[i] = lane[0];
     }
 }
 
@@ -312,25 +340,29 @@ static void decode_row(float *row, const aqlm_entries *from, const void *codes, 
     else decode_groups(row, from, codes, scale, from->dtype, K, wide, from->g, from->size);
 }
 
-#define USUAL_ROWS(ROWS)                                                                                               \
+#define USUAL_ROWS(ROWS, OUTPUTS)                                                                                      \
     case ROWS:                                                                                                         \
-        if (from->dtype == 1) gather_rows(sums, from, codes, ahead, x, ROWS, 1, 1, true, 8, 8);                        \
-        else gather_rows(sums, from, codes, ahead, x, ROWS, 2, 1, true, 8, 8);                                         \
+        for (; o + OUTPUTS <= outputs; o += OUTPUTS)                                                                   \
+            if (from->dtype == 1)                                                                                      \
+                gather_rows(sums + o * ROWS, from, at + o * step, step, x, OUTPUTS, ROWS, 1, 1, true, 8, 8);           \
+            else gather_rows(sums + o * ROWS, from, at + o * step, step, x, OUTPUTS, ROWS, 2, 1, true, 8, 8);          \
         break;
 
-static void gather_sums(float *sums, const aqlm_entries *from, const void *codes, int64_t ahead, const float *x,
-                        int64_t rows) {
+static void gather_sums(float *sums, const aqlm_entries *from, const void *codes, int64_t step, int64_t outputs,
+                        const float *x, int64_t rows) {
     const bool wide = from->nbits > 8;
     const bool usual = wide && from->g == 8 && from->size == 8 && from->num_codebooks == 1 && from->dtype != 0;
+    const char *at = codes;
+    int64_t o = 0;
     switch (usual ? rows : 0) {
-        USUAL_ROWS(1)
-        USUAL_ROWS(2)
-        USUAL_ROWS(4)
-        USUAL_ROWS(8)
-    default:
-        gather_rows(sums, from, codes, ahead, x, (int)rows, from->dtype, from->num_codebooks, wide, from->g,
-                    from->size);
+        USUAL_ROWS(1, GATHER_OUTPUTS)
+        USUAL_ROWS(2, GATHER_OUTPUTS / 2)
+        USUAL_ROWS(4, (GATHER_OUTPUTS > 4 ? GATHER_OUTPUTS / 4 : 1))
+        USUAL_ROWS(8, 1)
     }
+    for (; o < outputs; o++)
+        gather_rows(sums + o * rows, from, at + o * step, step, x, 1, (int)rows, from->dtype, from->num_codebooks, wide,
+                    from->g, from->size);
 }
 
 #ifndef AQLM_OWN_TABLES

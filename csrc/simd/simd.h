@@ -105,11 +105,12 @@ typedef struct aqlm_kernels {
     /* row[j] = scale * sum_k codebooks[k, codes[j, k]], the codebooks in order, for all groups j; row [groups, g] */
     void (*decode_row)(float *row, const aqlm_entries *from, const void *codes, float scale);
 
-    /* sums[r] = sum_j <x[r, j], sum_k codebooks[k, codes[j, k]]> for r < rows (1..8): the products with each of
-     * AQLM_GATHER inputs in a partial sum of its own, these added as a tree. x: inputs in blocks of AQLM_GATHER, each
-     * [rows, AQLM_GATHER], the last one filled up with zeros. `ahead` bytes from codes lies what is read next. */
-    void (*gather_sums)(float *sums, const aqlm_entries *from, const void *codes, int64_t ahead, const float *x,
-                        int64_t rows);
+    /* sums[o, r] = sum_j <x[r, j], sum_k codebooks[k, codes[o, j, k]]> for rows r < rows (1..8): the products with each
+     * of AQLM_GATHER inputs in a partial sum of its own, these added as a tree. Codes of an output lie `step` bytes
+     * after those of the one before. x: inputs in blocks of AQLM_GATHER, each [rows, AQLM_GATHER], the last one filled
+     * up with zeros. */
+    void (*gather_sums)(float *sums, const aqlm_entries *from, const void *codes, int64_t step, int64_t outputs,
+                        const float *x, int64_t rows);
 
     /* Between float and an aqlm_dtype, to nearest even. */
     void (*to_f32)(float *to, const void *from, int dtype, int64_t n);

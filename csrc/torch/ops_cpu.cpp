@@ -56,17 +56,32 @@ struct Product {
     }
 };
 
-/* 64-byte aligned, of size_of(w, n_rows) bytes. */
+/* 64-byte aligned, of size_of() bytes. What few rows need is kept for the thread's next call: malloc would cut
+ * tensors that stay, such as a cache's, out of freed ones, and be left with as many holes as there are layers. */
 struct Workspace {
+    using Memory = std::unique_ptr<void, decltype(&std::free)>;
     size_t bytes;
-    std::unique_ptr<void, decltype(&std::free)> memory{nullptr, std::free};
+    Memory own{nullptr, std::free};
+    void *memory;
 
-    Workspace(size_t (*size_of)(const aqlm_weight *, int64_t), const Weight &w, int64_t n_rows) {
-        constexpr size_t line = 64;
+    template <class SizeOf> explicit Workspace(SizeOf size_of) {
+        constexpr size_t line = 64, most_kept = size_t{4} << 20;
+        thread_local Memory kept{nullptr, std::free};
+        thread_local size_t n_kept = 0;
         aqlm_set_num_threads(static_cast<int>(torch::stable::get_num_threads())); /* follows torch.set_num_threads */
-        bytes = size_of(&w.view, n_rows);
-        memory.reset(std::aligned_alloc(line, (bytes / line + 1) * line));
+        bytes = size_of();
+        const size_t n = (bytes / line + 1) * line;
+        if (n <= n_kept) {
+            memory = kept.get();
+            return;
+        }
+        Memory &place = n <= most_kept ? kept : own;
+        place.reset(); /* first, so that they are not in memory together */
+        if (n <= most_kept) n_kept = 0;
+        place.reset(std::aligned_alloc(line, n));
+        memory = place.get();
         check(memory != nullptr, "matmul: no memory for ", bytes, " bytes of workspace");
+        if (n <= most_kept) n_kept = n;
     }
 };
 
@@ -154,13 +169,9 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
         bias = as_contiguous(*bias_in);
     }
     if (p.n_rows == 0) return p.y;
-    if (torch_is_faster(p, w.view.shape.nbits_per_codebook <= 8 ? 32 : 12)) {
-        torch_product(p, w, bias, false);
-        return p.y;
-    }
-    const Workspace space(aqlm_matmul_workspace, w, p.n_rows);
+    const Workspace space([&] { return aqlm_matmul_workspace(&w.view, p.dtype, p.n_rows); });
     check(aqlm_matmul(p.y.mutable_data_ptr(), p.x.const_data_ptr(), p.dtype, &w.view,
-                      bias ? bias->const_data_ptr() : nullptr, p.n_rows, space.memory.get(), space.bytes),
+                      bias ? bias->const_data_ptr() : nullptr, p.n_rows, space.memory, space.bytes),
           "matmul");
     return p.y;
 }
@@ -174,9 +185,9 @@ Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &
         torch_product(p, w, std::nullopt, true);
         return p.y;
     }
-    const Workspace space(aqlm_matmul_backward_workspace, w, p.n_rows);
-    check(aqlm_matmul_backward(p.y.mutable_data_ptr(), p.x.const_data_ptr(), p.dtype, &w.view, p.n_rows,
-                               space.memory.get(), space.bytes),
+    const Workspace space([&] { return aqlm_matmul_backward_workspace(&w.view, p.n_rows); });
+    check(aqlm_matmul_backward(p.y.mutable_data_ptr(), p.x.const_data_ptr(), p.dtype, &w.view, p.n_rows, space.memory,
+                               space.bytes),
           "matmul_backward");
     return p.y;
 }
