@@ -69,6 +69,7 @@ class AqlmQuantizer(HfQuantizer):
             self.quantization_config.on_the_fly.quantize(model, self._sequences)
         if self._rounded and self._stored:
             names.read_again(model, self._stored)
+        memory.give_back(self._files or ())  # what was read ahead, and what was freed since the process began
         self._copy(model, memory.MappedFiles(self._files or ()))
         memory.give_back(self._files or ())
         self._stored = self._sequences = self._loading = self._files = self._dtypes = None
