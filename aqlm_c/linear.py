@@ -178,11 +178,7 @@ class QuantizedLinear(QuantizedLayer):
         if not ops.packs(codes, self.out_group_size):
             self.codes.data = codes.contiguous()
         elif codes.is_contiguous():
-            packed, storage = ops.pack(codes), codes.untyped_storage()
-            if storage.nbytes() > codes.nbytes and storage.filename is None:
-                # Part of a file's private mapping, whose pages would stay in memory beside a copy: written over.
-                packed = codes.as_strided(packed.shape, packed.stride()).copy_(packed)
-            self.codes.data = packed
+            self.codes.data = ops.pack(codes)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

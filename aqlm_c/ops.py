@@ -30,6 +30,7 @@ from torch import Tensor
 
 __all__ = ["decode_rows", "get_exact", "get_isa", "matmul", "pack", "packs", "set_exact", "set_isa"]
 
+_matmul = torch.ops.aqlm_c.matmul.default
 get_isa, set_isa = _torch.get_isa, _torch.set_isa
 get_exact, set_exact = _torch.get_exact, _torch.set_exact
 
@@ -58,7 +59,10 @@ def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     Raises:
         RuntimeError: a shape or dtype is not as above; the message names the argument.
     """
-    return torch.ops.aqlm_c.matmul(x, codes, codebooks, scales, bias)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return _matmul(x, codes, codebooks, scales, bias)
+    with torch._C._AutoDispatchBelowAutograd():  # what `register_autograd` comes to without gradients, in Python: 3 us
+        return _matmul(x, codes, codebooks, scales, bias)
 
 
 def decode_rows(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ package llama-cpp-python. The columns:
     outside %    ours: share of the time outside of our operators (torch.profiler, a pass of its own)
     prefill/s    tokens of a prompt of --prefill-tokens by the time of one forward
     model MB     ours: the checkpoint's tensors; dense: its parameters in that dtype; llama.cpp: the file
-    bare MB      resident memory with all imports, a tokenizer and torch's first product, before the model
+    bare MB      resident memory before the model, with all that any model needs: imports, a tokenizer, what torch and
+                 transformers read of their libraries for the first forward of a tiny dense Llama. What malloc keeps of
+                 freed memory is given back first: the model would move into it unseen
     resident MB  resident memory after the first forward
     x model      (resident - bare) / model: 1 where nothing but the model is in memory
     peak MB      the most that was resident, loading and compiling included
@@ -64,15 +66,23 @@ def torch_worker(job: dict[str, Any]) -> dict[str, Any]:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    from aqlm_c.hf.memory import give_back
     from aqlm_c.models import load_model
 
     torch.set_num_threads(job["threads"])
+    dtype, tokenizer = getattr(torch, job["dtype"]), None
     if Path(job["model"], "config.json").exists():  # else a hub name or a GGUF file
         MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers.AutoConfig.from_pretrained(job["model"]))]  # imports its code
-        transformers.AutoTokenizer.from_pretrained(job["model"])  # memory that the model's own then takes
-    torch.nn.functional.linear(*torch.ones(2, 64, 64, dtype=getattr(torch, job["dtype"])))  # starts torch's library
+        tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
+    torch.nn.functional.linear(*torch.ones(2, 64, 64, dtype=dtype))
+    sizes = {"vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    tiny = transformers.LlamaConfig(hidden_size=16, intermediate_size=16, **sizes)
+    with torch.inference_mode():
+        transformers.LlamaForCausalLM(tiny).to(dtype)(torch.zeros(1, 2, dtype=torch.long), logits_to_keep=1)
+    give_back()
     bare = resident("VmRSS")
-    model, _, source = load_model(job["model"], getattr(torch, job["dtype"]))
+    del tokenizer  # the model brings its own
+    model, _, source = load_model(job["model"], dtype)
     if job["contender"] == "ours" and not source.quantized:
         raise ValueError(f"MODEL={job['model']!r}: no quantized layer, expected a directory of `aqlm-c quantize`")
     bytes_of = source.total_bytes if source.quantized else sum(p.nbytes for p in model.parameters())

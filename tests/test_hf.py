@@ -318,15 +318,3 @@ def test_loaded_codes_are_packed_and_saved_as_on_disk(tmp_path):
     model.to("meta")
     assert model.to_empty(device="cpu") is model
     assert all(layer.codes.stride(0) == 1 for layer in layers)
-
-
-def test_packing_part_of_a_file_copies_nothing(tmp_path):
-    """Codes that lie in a larger storage, such as a mapped file, are rearranged where they lie."""
-    layer = QuantizedLinear(64, 128, False, 8, 1, 2, 8)
-    codes = torch.randint(-128, 128, layer.codes.shape, dtype=torch.int8)
-    whole = torch.zeros(codes.numel() + 100, dtype=torch.int8)
-    part = whole[:-100].view_as(codes).copy_(codes)
-    layer.codes.data = part
-    layer.pack()
-    assert layer.codes.data_ptr() == whole.data_ptr() and layer.codes.stride(0) == 1
-    assert torch.equal(layer.codes, codes) and not whole[-100:].any()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import error_budget, max_error
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aqlm_c import ops
 from aqlm_c.linear import QuantizedLinear
@@ -223,6 +224,24 @@ def test_layer_trains_codebooks_and_scales_but_not_codes():
     layer = make_layer()
     layer(torch.randn(4, SMALL[1])).square().sum().backward()
     assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"codebooks", "scales", "bias"}
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_product_and_its_name_are_the_same(without):
+    """Without autograd's Python, yet through the dispatcher: profilers and modes see the op."""
+    weight = [t.requires_grad_(t.is_floating_point()) for t in random_weight(SMALL)]
+    x = torch.randn(3, SMALL[1])
+    with_gradient = ops.matmul(x, *weight)
+    with without(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        y = ops.matmul(x, *weight)
+    assert torch.equal(y, with_gradient) and with_gradient.requires_grad and not y.requires_grad
+    assert [event.name for event in profiler.events()].count("aqlm_c::matmul") == 1
+    with without(), FakeTensorMode() as fake:
+        assert ops.matmul(*map(fake.from_tensor, (x, *weight))).shape == y.shape
+    if without is torch.no_grad:  # elsewhere it is no tensor for autograd
+        bias = torch.zeros((), requires_grad=True)
+        (y + bias).sum().backward()
+        assert bias.grad == y.numel()
 
 
 def test_layer_compiles_whole():

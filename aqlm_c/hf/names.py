@@ -170,6 +170,6 @@ def read_again(model: Any, stored: Mapping[str, tuple[str, checkpoint.StoredTens
             elif label in stored and part != ".codes":
                 key, tensor = stored[label]
                 with safe_open(tensor.file, framework="pt") as file:
-                    parameter.data = file.get_tensor(key)
+                    parameter.data = file.get_tensor(key).clone()  # else each would keep a mapping of the file
         for parameter in layer.parameters():
             parameter.requires_grad_(parameter.is_floating_point())

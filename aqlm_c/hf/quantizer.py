@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from .. import checkpoint
 from ..config import AqlmConfig as LayerConfig
 from ..linear import QuantizedEmbedding, QuantizedLinear
-from . import experts, names
+from . import experts, memory, names
 from .config import AqlmConfig
 from .ends import Ends, find_ends, tie, untie
 from .onthefly import check_device_map
@@ -25,6 +25,8 @@ class AqlmQuantizer(HfQuantizer):
     _rounded = False  # while loading: transformers 4 gives codebooks the model's dtype
     _sequences: torch.Tensor | None = None  # while loading: to quantize with
     _loading: Any = None  # the model, while loading
+    _files: Sequence[str] | None = None  # while loading
+    _dtypes: dict[str, torch.dtype] | None = None  # while loading: of tensors that are cast afterwards
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -42,12 +44,14 @@ class AqlmQuantizer(HfQuantizer):
             check_device_map(device_map)
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> None:
         self._loading = model
+        places = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
+        self._dtypes = {} if set(map(str, places)) == {"cpu"} else None
         config = self.quantization_config
         files = checkpoint_files or names.files_being_loaded()
-        self._rounded = files is not checkpoint_files
+        self._files, self._rounded = files, files is not checkpoint_files
         tensors = names.taken(model, checkpoint.read_headers(files)) if files else None
         if self.pre_quantized:
             dense = config.linear_weights_not_to_quantize and [
@@ -65,12 +69,24 @@ class AqlmQuantizer(HfQuantizer):
             self.quantization_config.on_the_fly.quantize(model, self._sequences)
         if self._rounded and self._stored:
             names.read_again(model, self._stored)
+        memory.give_back(self._files or ())  # what was read ahead, and what was freed since the process began
+        self._copy(model, memory.MappedFiles(self._files or ()))
+        memory.give_back(self._files or ())
+        self._stored = self._sequences = self._loading = self._files = self._dtypes = None
+        model.quantization_method = "aqlm"  # by this name PEFT knows that codebooks are not to be cast
+        return self.dequantize(model) if self.quantization_config.dequantize else model
+
+    def _copy(self, model: Any, files: memory.MappedFiles) -> None:
+        """Cast and pack what was loaded, little by little, since it lies in mapped files."""
+        for name, dtype in (self._dtypes or {}).items():
+            module, _, part = name.rpartition(".")
+            tensor = getattr(model.get_submodule(module), part)
+            if tensor.dtype != dtype:
+                tensor.data = files.cast(tensor.data, dtype)
         for name, linear in checkpoint.quantized_linears(model):
             checkpoint.check_values(name, linear, self._stored)
             linear.pack()
-        self._stored = self._sequences = self._loading = None
-        model.quantization_method = "aqlm"  # by this name PEFT knows that codebooks are not to be cast
-        return self.dequantize(model) if self.quantization_config.dequantize else model
+            files.copied(linear.codes.nbytes)
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """The model with dense layers of `dtype` (its own if None), in place; it is then as never quantized."""
@@ -90,6 +106,17 @@ class AqlmQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         own = model[0] if model else self._loading  # transformers 5.17 does not pass it, 5.23 does
         return super().update_weight_conversions(experts.without_fusion(weight_conversions, own), *model)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype that transformers 5.24 gives a tensor as it loads it; None for that of the file.
+
+        It loads all of them before it uses the first, so what is cast would be in memory twice.
+        """
+        dtype = super().get_new_dtype(converter, param, dtype)
+        if dtype is None or self._dtypes is None or hasattr(converter, "operations"):
+            return dtype
+        self._dtypes |= dict.fromkeys(converter.target_patterns, dtype)
+        return None
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

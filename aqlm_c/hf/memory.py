@@ -1,0 +1,72 @@
+"""Memory while loading. A tensor that is copied out of a mapped file, packed or to another dtype, would be in memory
+twice for as long as any other tensor lies in that file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+_MADV_DONTNEED = 4  # of Linux
+_LEAST, _PARTS = 16 << 20, 16
+
+
+class MappedFiles:
+    """The files that a model's tensors are copied out of, of which 16 MiB or a sixteenth may be in memory twice."""
+
+    def __init__(self, files: Iterable[str | os.PathLike[str]]) -> None:
+        self._files = list(files)
+        self._most = max(_LEAST, sum(map(os.path.getsize, self._files)) // _PARTS)
+        self._copied = 0
+
+    def copied(self, n_bytes: int) -> None:
+        """So many bytes of the files are in memory as a copy, too."""
+        self._copied += n_bytes
+        if self._copied >= self._most:
+            give_back(self._files)
+            self._copied = 0
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy in another dtype."""
+        if tensor.ndim == 0:
+            return tensor.to(dtype)
+        result = torch.empty_like(tensor, dtype=dtype)
+        rows = max(1, self._most * len(tensor) // max(1, tensor.nbytes))
+        for to, part in zip(result.split(rows), tensor.split(rows), strict=True):
+            to.copy_(part)
+            self.copied(part.nbytes)
+        return result
+
+
+def give_back(files: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Give back the pages of mapped `files`, to be read again where tensors still lie in them, and what malloc keeps.
+
+    A mapping that was ever written to stays as it is, and so does everything on other systems than Linux.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.PyDLL(None)  # holds the GIL, so that nobody unmaps a file meanwhile
+    paths = {os.path.realpath(file) for file in files}
+    for begin, end in list(_unwritten(paths)):
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def _unwritten(paths: set[str]) -> Iterator[tuple[int, int]]:
+    """Addresses of this process's mappings of `paths` that hold no page but the file's own."""
+    place = None
+    with contextlib.suppress(OSError), open("/proc/self/smaps", "rb") as smaps:
+        for line in smaps:
+            first, *fields = line.rstrip(b"\n").split(maxsplit=5)
+            if not first.endswith(b":"):  # of a mapping: addresses, permissions, offset, device, inode and path
+                found = len(fields) == 5 and os.fsdecode(fields[4]) in paths
+                place = tuple(int(address, 16) for address in first.split(b"-")) if found else None
+            elif place and first == b"Anonymous:" and fields[0] == b"0":
+                yield place
