@@ -277,3 +277,56 @@ def test_generate_names_what_is_wrong(generate, models, swap, named):
     options = [] if swap else ["--llama", "python"]
     with pytest.raises(SystemExit, match=named):
         generate.main(model, "--dense", dense, "--dtypes", "float32", *options)
+
+
+def test_generate_on_a_gpu(generate, capsys):
+    """Where there is none, that is said."""
+    import torch
+
+    from aqlm_c import ops
+
+    options = ["--device", "cuda", "--shape", "tiny", "--compile"]
+    if not (torch.cuda.is_available() and ops.has_cuda):
+        with pytest.raises(SystemExit):
+            generate.main(*options)
+        assert "--device=cuda: expected a GPU" in capsys.readouterr().err
+        pytest.skip("needs a GPU that torch can use, and aqlm_c built with _cuda")
+    rows = generate.main(*options)["rows"]
+    assert [(row["format"], row["compiled"]) for row in rows] == [
+        (name, compiled) for name in ("2x8g8", "1x16g8", "float16") for compiled in ("no", "yes")
+    ]
+    for row in rows:
+        assert row["tokens/s"] > 0 and row["peak GiB"] > 0 and row["context"] == 11
+        assert row["x dense"] > 0 and 0 < row["outside %"] < 100
+        assert any(kernel["launches"] >= 1 for kernel in row["kernels"])
+
+
+@pytest.mark.parametrize("scheme", ["2x8g8", None])
+def test_generate_decodes_as_transformers_does(generate, scheme):
+    """The loop around the layers of Llama, which is that of the GPU, without a graph."""
+    import _llama
+    import torch
+
+    torch.manual_seed(0)
+    model = _llama.build("tiny", scheme, torch.float32, "cpu")
+    prompt = torch.randint(model.config.vocab_size, (1, 5))
+    expected = model.generate(prompt, min_new_tokens=6, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    decoder = _llama.Decoder(model, 11)
+    with torch.inference_mode():
+        decoder.prefill(prompt)
+        tokens = [int(decoder.token)]
+        for _ in range(5):
+            decoder.step()
+            tokens.append(int(decoder.token))
+    assert tokens == expected[0, 5:].tolist() and len(set(tokens)) > 1
+
+
+def test_generate_times_a_shape(generate):
+    import _llama
+
+    job = {"device": "cpu", "shape": "tiny", "dtype": "float32", "prompt_tokens": 5, "new_tokens": 6, "repeats": 1}
+    ours, dense = (_llama.worker({**job, "scheme": s, "compile": False})[0] for s in ("2x8g8", None))
+    generate.against_dense([ours, dense])
+    assert (ours["contender"], dense["contender"], ours["context"]) == ("ours", "dense", 11)
+    assert ours["x dense"] == ours["tokens/s"] / dense["tokens/s"] and dense["x dense"] == 1
+    assert ours["outside %"] < 100 and 0 < ours["model GB"] < dense["model GB"]
