@@ -35,10 +35,12 @@ class Upstream:
             raise SystemExit(f"--upstream={command}: {answer}, expected an interpreter that imports torch and aqlm")
 
     def ask(self, job: Any) -> dict[str, Any]:
-        self.worker.stdin.write(json.dumps(job) + "\n")
-        self.worker.stdin.flush()
-        line = self.worker.stdout.readline()
-        return json.loads(line) if line else {"error": "ended early"}
+        try:
+            self.worker.stdin.write(json.dumps(job) + "\n")
+            self.worker.stdin.flush()
+            return json.loads(self.worker.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            return {"error": "ended early"}
 
     def times(self, shape: tuple[int, int], fmt: tuple[int, int, int], n_rows: list[int]) -> dict[int, list[float]]:
         """[ms, spread] by rows, as far as upstream's kernels do them in bearable time."""

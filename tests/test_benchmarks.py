@@ -145,6 +145,7 @@ def test_matmul_beside_upstream(matmul, monkeypatch, tmp_path, capsys):
     [
         (["--upstream", sys.executable], "No module named 'aqlm', expected an interpreter that imports"),
         (["--upstream", "/nowhere/python"], "No such file or directory, expected a Python interpreter"),
+        (["--upstream", "true"], "ended early, expected an interpreter that imports"),
         (["--shapes", "4096"], "--shapes: got 4096, expected OUTxIN"),
         (["--schemes", "2y8"], "2y8"),
     ],
