@@ -140,8 +140,11 @@ def seconds(call: Callable[[], Any], times: int, repeats: int, device: str, befo
     return statistics.median(found)
 
 
-def kernels(call: Callable[[], Any], times: int = 3) -> list[dict[str, Any]]:
-    """The kernels that a call launches, longest first: name, launches and microseconds in one call."""
+def kernels(call: Callable[[], Any], times: int = 3, most: int = 12) -> list[dict[str, Any]]:
+    """The kernels that a call launches, longest first: name, launches and microseconds in one call.
+
+    Kernels that wait for the one before them count that time too.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -153,7 +156,9 @@ def kernels(call: Callable[[], Any], times: int = 3) -> list[dict[str, Any]]:
         if event.device_type == torch.autograd.DeviceType.CUDA:
             time_of[event.name[:100]] += event.self_device_time_total / times
             launches[event.name[:100]] += 1 / times
-    return [{"kernel": name, "launches": launches[name], "us": us} for name, us in time_of.most_common()]
+    found = [(name, launches[name], us) for name, us in time_of.most_common()]
+    found[most:] = [("all others", sum(n for _, n, _ in found[most:]), sum(us for _, _, us in found[most:]))]
+    return [{"kernel": name, "launches": round(n, 2), "us": round(us, 2)} for name, n, us in found]
 
 
 def worker(job: dict[str, Any]) -> list[dict[str, Any]]:

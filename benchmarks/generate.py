@@ -20,7 +20,8 @@ package llama-cpp-python. The columns:
     python benchmarks/generate.py --device cuda --compile
 
 On a GPU the models have Llama's shapes and random weights (_llama.py): --shape, in --schemes beside the dense one where
-the GPU holds it. The cache is static, a step one CUDA graph; with --compile a second row has the layers compiled. The columns:
+the GPU holds it. The cache is static, a step one CUDA graph; with --compile a second row has the layers compiled. The
+JSON also has the kernels of a step. The columns:
 
     context      tokens, prompt included, that the cache has room for, and attention reads
     in products  ms a token of the products with the layers' weights, by themselves; "outside %" is all the rest

@@ -14,7 +14,7 @@ Writes JSON and, from it, a roofline plot. The columns:
     % of peak  multiplications and additions of the dense product by the time, of those of a large dense product
     bound      the part that would take the largest share of the time by itself: reading codes (the weight's bytes at
                that bandwidth); lookups and setup, tables above all (what the same product with codes in the cache
-               takes for more outputs, and for none; GPU: lookups are both); arithmetic
+               takes for more outputs, and for none; GPU: lookups are both, and several launches where that is too large)
     error      |y - truth| / |truth|
 """
 
@@ -84,8 +84,10 @@ def parts(
     few = n <= FEW  # codes are looked up, else decoded
     if device.name == "cuda" or not few:
         found["arithmetic"] = 2 * n * out * in_features / ceilings.peak[x.dtype] * 1e-9
-    if device.name == "cuda" and few and 4 * nbytes < device.cache:
-        found["lookups"] = device.time(call, [weight] * 16).ms
+    if device.name == "cuda" and few:
+        pieces = -(-4 * nbytes // int(device.cache))  # of its outputs, to fit the cache twice
+        piece = quantized_weight(out // pieces, in_features, config, "cuda")
+        found["lookups"] = device.time(call, [piece] * 16).ms * pieces
     if device.name == "cpu" and few and out >= 128:
         more = max(128, min(out, WARM * out // weight[0].nbytes // 64 * 64))
         less = max(64, more // 256 * 64)
@@ -193,7 +195,7 @@ def call_rows(calls: int = 2000) -> list[dict[str, Any]]:
             medians = []
             for call in pair:
                 times = []
-                for _ in range(5):
+                for _ in range(9):
                     with torch.inference_mode(mode == "inference"):
                         call(given)
                         torch.cuda.synchronize()
