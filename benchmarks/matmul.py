@@ -12,9 +12,9 @@ Writes JSON and, from it, a roofline plot. The columns:
     x PEER     times faster than torch with a dense weight of that dtype, or than upstream with the same format
     GB/s       bytes of codes, codebooks and scales by the time, and its share of the bandwidth that was measured here
     % of peak  multiplications and additions of the dense product by the time, of those of a large dense product
-    bound      the part that would take the largest share of the time by itself: reading codes (the weight's bytes at
-               that bandwidth); lookups and setup, tables above all (what the same product with codes in the cache
-               takes for more outputs, and for none; GPU: lookups are both, and several launches where that is too large)
+    bound      the part that alone would take the largest share of the time: reading codes (the weight's bytes at that
+               bandwidth); arithmetic (at the peak); lookups, and setup, tables above all (CPU: the product with codes
+               in the cache, for every output and for none; GPU: lookups are that whole product, in pieces that fit)
     error      |y - truth| / |truth|
 """
 
