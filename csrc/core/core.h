@@ -76,7 +76,7 @@ aqlm_status aqlm_gather_matmul(void *y, const void *x, aqlm_dtype dtype, const a
 
 /* tables.c: aqlm_matmul for few rows by tables of partial products, where that is allowed and pays */
 bool aqlm_tables_fit(const aqlm_shape *shape, int64_t n_rows);
-size_t aqlm_tables_workspace(const aqlm_shape *shape, int64_t n_rows); /* 0 where they do not fit */
+size_t aqlm_tables_workspace(const aqlm_weight *w, int64_t n_rows); /* 0 where they do not fit */
 aqlm_status aqlm_tables_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w, const void *bias,
                                int64_t n_rows, void *workspace, size_t workspace_size);
 

@@ -63,7 +63,7 @@ static way way_of(const aqlm_weight *w, int64_t n_rows) {
 
 size_t aqlm_matmul_workspace(const aqlm_weight *w, int64_t n_rows) {
     switch (way_of(w, n_rows)) {
-    case TABLES: return aqlm_tables_workspace(&w->shape, n_rows);
+    case TABLES: return aqlm_tables_workspace(w, n_rows);
     case GATHER: return aqlm_gather_workspace(w, n_rows);
     default: return workspace_bytes(w, n_rows, false);
     }

@@ -14,11 +14,13 @@
 
 enum {
     AQLM_TABLE_ROWS = 16, /* more rows are cheaper decoded */
-    PASS = 4,             /* rows whose tables are made at once: 512 or 768 bytes a code and row */
-    CHUNK = 8,            /* even */
-    LEAST_BLOCKS = 8,     /* worth a thread: about 10 microseconds of making tables, */
-    LEAST_CODES = 4096,   /* and of looking up panels, in codes of a row */
-    AHEAD = 1024          /* bytes: the distance at which packed codes are prefetched (measured) */
+    PASS = 8,             /* rows whose codes are read once */
+    CHUNKS = 8,           /* pieces that a row is cut into, each with sums of its own */
+    GROUP = 4,            /* even: blocks of codes in the disk layout that are taken at a time */
+    MOST_SLOTS = 64,      /* pieces that can run at once, each with its own tables */
+    MOST_ITEMS = CHUNKS * MOST_SLOTS,
+    LEAST_CODES = 1 << 18, /* worth a thread: about 10 microseconds of lookups */
+    LEAD = 1024            /* outputs: how far ahead of lookups packed codes are fetched (measured) */
 };
 
 enum { NOT_ASKED = -2 };
@@ -38,33 +40,43 @@ typedef struct tables_job {
     const aqlm_weight *w;
     int planes;
     int64_t n_rows, per_row, blocks, padded; /* rows in this pass; codes of an output; blocks of them; outputs */
+    int64_t chunks, parts, group;            /* items of work: chunks of blocks, by parts of the outputs */
+    int64_t n_slots, slot_size;              /* in bytes */
     const float *x, *ct, *scales, *bias;
-    double radius;       /* of the codebooks' longest entry */
-    float *steps, *sums; /* [blocks, n_rows]; [n_rows, padded] */
-    uint8_t *tables;     /* [blocks, n_rows, AQLM_TABLE_BLOCK, planes, AQLM_PLANE] */
+    double radius;  /* of the codebooks' longest entry */
+    float *sums;    /* [chunks, n_rows, padded] */
+    uint8_t *slots; /* each: tables [group, n_rows, AQLM_TABLE_BLOCK, planes, AQLM_PLANE] */
+    _Atomic bool begun[MOST_ITEMS];
     void *y;
     aqlm_dtype dtype;
 } tables_job;
 
 /* Where the workspace keeps what, in floats. */
 typedef struct layout {
-    int64_t ct, scales, bias, x, steps, sums, tables, total;
+    int64_t ct, scales, bias, x, sums, slots, total;
 } layout;
 
-static layout plan(tables_job *job, const aqlm_shape *s, int64_t n_rows) {
+static layout plan(tables_job *job, const aqlm_weight *w, int64_t n_rows) {
+    const aqlm_shape *s = &w->shape;
     const int64_t K = s->num_codebooks, rows = aqlm_min(n_rows, PASS);
     job->per_row = s->in_features / s->in_group_size * K;
     job->blocks = (job->per_row + AQLM_TABLE_BLOCK - 1) / AQLM_TABLE_BLOCK;
     job->padded = aqlm_round_up(s->out_features, AQLM_PANEL);
+    job->chunks = aqlm_min(CHUNKS, job->blocks);
+    job->group = w->packed ? 1 : GROUP;
+    const int64_t worth = 1 + job->per_row * job->padded * rows / LEAST_CODES;
+    const int64_t threads = aqlm_min(aqlm_get_num_threads(), aqlm_min(worth, MOST_SLOTS));
+    job->parts = aqlm_max(1, aqlm_min(threads / (job->chunks / 2 + 1), job->padded / AQLM_TABLE_OUTPUTS));
+    job->n_slots = aqlm_min(threads, job->chunks * job->parts);
+    job->slot_size = job->group * rows * AQLM_TABLE_BLOCK * job->planes * AQLM_PLANE;
     layout l = {0};
     l.ct = aqlm_round_up((K << s->nbits_per_codebook) * s->in_group_size, 16); /* after the codebooks in fp32 */
     l.scales = l.ct + K * s->in_group_size * 256;
     l.bias = l.scales + job->padded;
     l.x = l.bias + job->padded;
-    l.steps = l.x + aqlm_round_up(rows * s->in_features, 16);
-    l.sums = l.steps + aqlm_round_up(job->blocks * PASS, 16);
-    l.tables = l.sums + rows * job->padded;
-    l.total = l.tables + job->blocks * rows * AQLM_TABLE_BLOCK * job->planes * AQLM_PLANE / 4;
+    l.sums = l.x + aqlm_round_up(rows * s->in_features, 16);
+    l.slots = l.sums + job->chunks * rows * job->padded;
+    l.total = l.slots + job->n_slots * job->slot_size / 4;
     return l;
 }
 
@@ -73,9 +85,9 @@ bool aqlm_tables_fit(const aqlm_shape *s, int64_t n_rows) {
            s->out_features >= AQLM_PANEL; /* with fewer the tables cost more than they save */
 }
 
-size_t aqlm_tables_workspace(const aqlm_shape *s, int64_t n_rows) {
+size_t aqlm_tables_workspace(const aqlm_weight *w, int64_t n_rows) {
     tables_job job = {.planes = 3};
-    return aqlm_tables_fit(s, n_rows) ? (size_t)plan(&job, s, n_rows).total * sizeof(float) : 0;
+    return aqlm_tables_fit(&w->shape, n_rows) ? (size_t)plan(&job, w, n_rows).total * sizeof(float) : 0;
 }
 
 /* ct[k, d, e] = codebooks[k, e % E, d], so that codes need no mask. Returns the largest |codebooks[k, e]|. */
@@ -98,70 +110,131 @@ static double transpose_codebooks(float *ct, const float *codebooks, const aqlm_
     return sqrt(largest);
 }
 
-/* Items begin..end of [blocks, n_rows]: the tables of one block for one row, and their step. */
-static void make_blocks(int64_t begin, int64_t end, void *ctx) {
-    const tables_job *job = ctx;
-    const aqlm_kernels *isa = aqlm_isa();
+/* The order in which a slot reads packed codes: tiles of AQLM_TABLE_BLOCK tables and AQLM_TABLE_OUTPUTS outputs. */
+typedef struct cursor {
+    const tables_job *job;
+    int64_t block, last_block, output, first, last; /* outputs first..last of each block */
+    int64_t lead;                                   /* outputs that it is ahead of the lookups, over all blocks */
+} cursor;
+
+/* Goes on by `width` outputs, unless that is too far. */
+static aqlm_ahead advance(cursor *c, int64_t width) {
+    const int64_t out = c->job->w->shape.out_features;
+    if (c->block >= c->last_block || c->lead > LEAD) return (aqlm_ahead){(const uint8_t *)c->job->w->codes, 0};
+    const aqlm_ahead ahead = {(const uint8_t *)c->job->w->codes + c->block * AQLM_TABLE_BLOCK * out + c->output, out};
+    c->output += width;
+    c->lead += width;
+    if (c->output >= c->last) {
+        c->lead -= c->output - c->last;
+        c->output = c->first;
+        c->block++;
+    }
+    return ahead;
+}
+
+/* The tables of one block for one row of x; returns their step. */
+static float make_block(cursor *c, uint8_t *tables, int64_t block, int64_t row) {
+    const tables_job *job = c->job;
     const aqlm_shape *s = &job->w->shape;
     const int64_t g = s->in_group_size, K = s->num_codebooks;
     const double most = aqlm_table_largest(job->planes) - 1; /* 1 below, for rounding */
-    for (int64_t i = begin; i < end && !aqlm_cancelled(); i++) {
-        const int64_t first = i / job->n_rows * AQLM_TABLE_BLOCK;
-        const int64_t n = aqlm_min(AQLM_TABLE_BLOCK, job->per_row - first);
-        const int64_t groups = (first + n - 1) / K - first / K + 1;
-        const float *x = job->x + i % job->n_rows * s->in_features + first / K * g;
-        float scaled[AQLM_TABLE_BLOCK * 32];
-        double largest = 0.0, square;
-        for (int64_t j = 0; j < groups; j++) {
-            square = 0.0;
-            for (int64_t d = 0; d < g; d++) square += (double)x[j * g + d] * x[j * g + d];
-            if (square > largest || isnan(square)) largest = square; /* NaN stays */
+    const int64_t first = block * AQLM_TABLE_BLOCK, n = aqlm_min(AQLM_TABLE_BLOCK, job->per_row - first);
+    const int64_t groups = (first + n - 1) / K - first / K + 1;
+    const float *x = job->x + row * s->in_features + first / K * g;
+    float scaled[AQLM_TABLE_BLOCK * 32];
+    double largest = 0.0, square;
+    for (int64_t j = 0; j < groups; j++) {
+        square = 0.0;
+        for (int64_t d = 0; d < g; d++) square += (double)x[j * g + d] * x[j * g + d];
+        if (square > largest || isnan(square)) largest = square; /* NaN stays */
+    }
+    const double bound = sqrt(largest) * job->radius;
+    const bool usable = bound > 1e-30 && bound < 1e38; /* else nothing in fp32, or beyond it */
+    const float inverse = usable ? (float)(most / bound) : 0.0f;
+    for (int64_t v = 0; v < groups * g; v++) scaled[v] = usable ? x[v] * inverse : 0.0f;
+    aqlm_isa()->make_tables(tables, scaled, job->ct, K, g, first % K, n, job->planes,
+                            advance(c, 2 * AQLM_TABLE_OUTPUTS));
+    return usable ? (float)(bound / most) : bound <= 1e-30 ? 0.0f : NAN;
+}
+
+/* Blocks begin..end of a row (at most GROUP) for the cursor's outputs: their tables, looked up and added to sums.
+ * Packed codes are looked up where they lie; others are transposed, two blocks at a time. */
+static void look_up(cursor *c, float *sums, uint8_t *tables, int64_t begin, int64_t end) {
+    const tables_job *job = c->job;
+    const aqlm_kernels *isa = aqlm_isa();
+    const bool packed = job->w->packed;
+    const int64_t out = job->w->shape.out_features, step = job->per_row, rows = job->n_rows;
+    const int64_t table_bytes = AQLM_TABLE_BLOCK * job->planes * AQLM_PLANE;
+    uint8_t scratch[2 * AQLM_TABLE_BLOCK * AQLM_TABLE_OUTPUTS];
+    float steps[GROUP][PASS];
+    for (int64_t b = begin; b < end; b++)
+        for (int64_t r = 0; r < rows; r++)
+            steps[b - begin][r] = make_block(c, tables + ((b - begin) * rows + r) * table_bytes, b, r);
+    for (int64_t o = c->first; o < c->last; o += AQLM_TABLE_OUTPUTS)
+        for (int64_t b = begin; b < end; b++) {
+            const int64_t t = b * AQLM_TABLE_BLOCK;
+            aqlm_codes_block block = {.outputs = aqlm_min(AQLM_TABLE_OUTPUTS, c->last - o),
+                                      .n = aqlm_min(AQLM_TABLE_BLOCK, step - t)};
+            if (packed) {
+                block.codes = (const uint8_t *)job->w->codes + t * out + o;
+                block.step = out;
+                c->lead -= block.outputs;
+                block.ahead = advance(c, AQLM_TABLE_OUTPUTS);
+            } else {
+                const uint8_t *codes = (const uint8_t *)job->w->codes + o * step + t;
+                block.codes = scratch + (b - begin) % 2 * AQLM_TABLE_BLOCK * AQLM_TABLE_OUTPUTS;
+                block.step = AQLM_TABLE_OUTPUTS;
+                block.ahead.at = block.codes;
+                for (int64_t r = 0; (b - begin) % 2 == 0 && r < block.outputs; r += 64)
+                    isa->transpose(scratch + r, AQLM_TABLE_OUTPUTS, codes + r * step, step,
+                                   aqlm_min(64, block.outputs - r), aqlm_min(2 * AQLM_TABLE_BLOCK, step - t));
+            }
+            isa->table_sums(sums + o, job->padded, &block, tables + (b - begin) * rows * table_bytes, steps[b - begin],
+                            rows, job->planes);
         }
-        const double bound = sqrt(largest) * job->radius;
-        const bool usable = bound > 1e-30 && bound < 1e38; /* else nothing in fp32, or beyond it */
-        const float inverse = usable ? (float)(most / bound) : 0.0f;
-        for (int64_t v = 0; v < groups * g; v++) scaled[v] = usable ? x[v] * inverse : 0.0f;
-        job->steps[i] = usable ? (float)(bound / most) : bound <= 1e-30 ? 0.0f : NAN;
-        isa->make_tables(job->tables + i * AQLM_TABLE_BLOCK * job->planes * AQLM_PLANE, scaled, job->ct, K, g,
-                         first % K, n, job->planes);
+}
+
+/* Items first..last of work, in order, unless another slot has begun them. */
+static void run_items(tables_job *job, int64_t first, int64_t last, uint8_t *tables) {
+    cursor c = {.job = job, .block = -1};
+    for (int64_t item = first; item < last && !aqlm_cancelled(); item++) {
+        if (atomic_exchange(&job->begun[item], true)) continue;
+        const int64_t chunk = item % job->chunks, part = item / job->chunks, panels = job->padded / AQLM_PANEL;
+        const int64_t begin = job->blocks * chunk / job->chunks, end = job->blocks * (chunk + 1) / job->chunks;
+        const int64_t to = aqlm_min(panels * (part + 1) / job->parts * AQLM_PANEL, job->w->shape.out_features);
+        const int64_t from = panels * part / job->parts * AQLM_PANEL;
+        if (c.block < begin || c.first != from) {
+            c.block = begin, c.output = c.first = from, c.last = to, c.lead = 0;
+            c.last_block = job->blocks * aqlm_min(job->chunks, chunk + last - item) / job->chunks;
+        }
+        float *sums = job->sums + chunk * job->n_rows * job->padded;
+        for (int64_t r = 0; r < job->n_rows; r++)
+            memset(sums + r * job->padded + from, 0, (size_t)(aqlm_round_up(to, AQLM_PANEL) - from) * sizeof *sums);
+        for (int64_t b = begin; b < end; b += job->group) look_up(&c, sums, tables, b, aqlm_min(b + job->group, end));
     }
 }
 
-/* Panels begin..end of outputs. Packed codes are looked up where they lie, block by block; others are transposed, two
- * blocks at a time, and CHUNK blocks are taken of a row of codes before going on to the next. */
-static void look_up(int64_t begin, int64_t end, void *ctx) {
+/* A slot does its own items and then what is left of the others'. */
+static void run_slots(int64_t begin, int64_t end, void *ctx) {
+    tables_job *job = ctx;
+    const int64_t items = job->chunks * job->parts, slots = job->n_slots;
+    for (int64_t slot = begin; slot < end; slot++) {
+        uint8_t *tables = job->slots + slot * job->slot_size;
+        run_items(job, items * slot / slots, items * (slot + 1) / slots, tables);
+        for (int64_t item = items - 1; item >= 0; item--) run_items(job, item, item + 1, tables);
+    }
+}
+
+/* y of panels begin..end from the sums of the chunks, in order. */
+static void finish(int64_t begin, int64_t end, void *ctx) {
     const tables_job *job = ctx;
-    const aqlm_kernels *isa = aqlm_isa();
-    const bool packed = job->w->packed;
-    const int64_t out = job->w->shape.out_features, step = job->per_row, rows = job->n_rows, ldy = job->padded;
-    const int64_t first = begin * AQLM_PANEL, last = aqlm_min(end * AQLM_PANEL, out), chunk = packed ? 1 : CHUNK;
-    uint8_t scratch[2 * AQLM_TABLE_BLOCK * AQLM_TABLE_OUTPUTS];
-    for (int64_t r = 0; r < rows; r++) memset(job->sums + r * ldy + first, 0, (size_t)((end - begin) * AQLM_PANEL) * 4);
-    for (int64_t c = 0; c < job->blocks; c += chunk)
-        for (int64_t o = first; o < last && !aqlm_cancelled(); o += AQLM_TABLE_OUTPUTS)
-            for (int64_t b = c; b < aqlm_min(c + chunk, job->blocks); b++) {
-                const int64_t t = b * AQLM_TABLE_BLOCK;
-                aqlm_codes_block block = {.outputs = aqlm_min(AQLM_TABLE_OUTPUTS, last - o),
-                                          .n = aqlm_min(AQLM_TABLE_BLOCK, step - t)};
-                if (packed) {
-                    block.codes = (const uint8_t *)job->w->codes + t * out + o;
-                    block.step = out;
-                    block.ahead = AHEAD; /* past the end of these outputs: on to the next block */
-                    if (o + AHEAD >= last && b + 1 < job->blocks)
-                        block.ahead += AQLM_TABLE_BLOCK * out - (last - first);
-                } else {
-                    const uint8_t *codes = (const uint8_t *)job->w->codes + o * step + t;
-                    block.codes = scratch + b % 2 * AQLM_TABLE_BLOCK * AQLM_TABLE_OUTPUTS;
-                    block.step = AQLM_TABLE_OUTPUTS;
-                    for (int64_t r = 0; b % 2 == 0 && r < block.outputs; r += 64)
-                        isa->transpose(scratch + r, AQLM_TABLE_OUTPUTS, codes + r * step, step,
-                                       aqlm_min(64, block.outputs - r), aqlm_min(2 * AQLM_TABLE_BLOCK, step - t));
-                }
-                const uint8_t *tables = job->tables + b * rows * AQLM_TABLE_BLOCK * job->planes * AQLM_PLANE;
-                isa->table_sums(job->sums + o, ldy, &block, tables, job->steps + b * rows, rows, job->planes);
-            }
-    for (int64_t r = 0; r < rows; r++) {
-        float *y = job->sums + r * ldy;
+    const int64_t out = job->w->shape.out_features, first = begin * AQLM_PANEL, last = aqlm_min(end * AQLM_PANEL, out);
+    for (int64_t r = 0; r < job->n_rows; r++) {
+        float *y = job->sums + r * job->padded;
+        for (int64_t c = 1; c < job->chunks; c++) {
+            const float *more = y + c * job->n_rows * job->padded;
+            for (int64_t o = first; o < last; o++) y[o] += more[o];
+        }
         for (int64_t o = first; o < last; o++) y[o] = y[o] * job->scales[o] + (job->bias ? job->bias[o] : 0.0f);
         aqlm_from_f32((char *)job->y + (size_t)(r * out + first) * aqlm_dtype_size(job->dtype), job->dtype, y + first,
                       last - first);
@@ -171,9 +244,11 @@ static void look_up(int64_t begin, int64_t end, void *ctx) {
 aqlm_status aqlm_tables_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w, const void *bias,
                                int64_t n_rows, void *workspace, size_t workspace_size) {
     const aqlm_shape *s = &w->shape;
-    if (workspace_size < aqlm_tables_workspace(s, n_rows)) return AQLM_BAD_ARGUMENT;
     tables_job job = {.w = w, .dtype = dtype, .planes = dtype == AQLM_F32 && aqlm_get_exact() ? 3 : 2};
-    const layout l = plan(&job, s, n_rows);
+    const layout l = plan(&job, w, n_rows);
+    const int64_t room = (int64_t)workspace_size - l.slots * (int64_t)sizeof(float);
+    job.n_slots = aqlm_min(job.n_slots, room / job.slot_size);
+    if (room < 0 || job.n_slots < 1) return AQLM_BAD_ARGUMENT;
     const size_t size = aqlm_dtype_size(dtype);
     float *f = workspace;
     aqlm_to_f32(f, w->codebooks, w->dtype, (s->num_codebooks << s->nbits_per_codebook) * s->in_group_size);
@@ -183,19 +258,18 @@ aqlm_status aqlm_tables_matmul(void *y, const void *x, aqlm_dtype dtype, const a
     job.ct = f + l.ct;
     job.scales = f + l.scales;
     job.bias = bias ? f + l.bias : NULL;
-    job.steps = f + l.steps;
     job.sums = f + l.sums;
-    job.tables = (uint8_t *)(f + l.tables);
+    job.slots = (uint8_t *)(f + l.slots);
     for (int64_t r = 0; r < n_rows; r += PASS) {
         const char *rows = (const char *)x + (size_t)(r * s->in_features) * size;
         job.n_rows = aqlm_min(PASS, n_rows - r);
         if (dtype != AQLM_F32) aqlm_to_f32(f + l.x, rows, dtype, job.n_rows * s->in_features);
         job.x = dtype == AQLM_F32 ? (const float *)(const void *)rows : f + l.x;
         job.y = (char *)y + (size_t)(r * s->out_features) * size;
-        const int64_t items = job.blocks * job.n_rows, panels = job.padded / AQLM_PANEL;
-        aqlm_parallel(0, items, aqlm_even_grain(items, LEAST_BLOCKS), make_blocks, &job);
-        aqlm_parallel(0, panels, aqlm_even_grain(panels, aqlm_max(1, LEAST_CODES / (job.per_row * job.n_rows))),
-                      look_up, &job);
+        for (int64_t i = 0; i < job.chunks * job.parts; i++) job.begun[i] = false;
+        aqlm_parallel(0, job.n_slots, 1, run_slots, &job);
+        const int64_t panels = job.padded / AQLM_PANEL;
+        aqlm_parallel(0, panels, aqlm_max((panels + job.n_slots - 1) / job.n_slots, 1), finish, &job);
     }
     aqlm_shared_status status = {AQLM_OK};
     return aqlm_get_status(&status);

@@ -352,7 +352,8 @@ static void transpose(uint8_t *to, int64_t to_step, const uint8_t *from, int64_t
 }
 
 static void make_tables(uint8_t *tables, const float *x, const float *ct, int64_t K, int64_t g, int64_t first,
-                        int64_t n, int planes) {
+                        int64_t n, int planes, aqlm_ahead ahead) {
+    (void)ahead;
     const vf magic = vf_set1(aqlm_table_magic(planes));
     for (int64_t t = 0; t < n; t++) {
         const float *group = x + (first + t) / K * g, *c = ct + (first + t) % K * g * 256;
@@ -384,8 +385,11 @@ static void table_sums(float *y, int64_t ldy, const aqlm_codes_block *block, con
         memcpy(last + t * AQLM_PANEL, block->codes + t * block->step + full, (size_t)left);
     for (int64_t r = 0; r < rows; r++, y += ldy, tables += AQLM_TABLE_BLOCK * planes * AQLM_PLANE)
         for (int64_t o = 0; o < block->outputs; o += AQLM_PANEL) {
-            aqlm_codes_block panel = {last, AQLM_PANEL, left, block->n, 0};
-            if (o < full) panel = (aqlm_codes_block){block->codes + o, block->step, AQLM_PANEL, block->n, block->ahead};
+            aqlm_codes_block panel = {last, AQLM_PANEL, left, block->n, {last, 0}};
+            if (o < full) {
+                panel = *block;
+                panel.codes += o, panel.ahead.at += o, panel.outputs = AQLM_PANEL;
+            }
             uint16_t sums[3][AQLM_PANEL] = {{0}};
             sum_planes(sums, &panel, tables, planes * AQLM_PLANE, 2);
             if (planes == 3) sum_planes(sums + 2, &panel, tables + 2 * AQLM_PLANE, planes * AQLM_PLANE, 1);

@@ -52,11 +52,18 @@ static inline int32_t aqlm_table_offset(int planes) { return aqlm_table_largest(
 /* sum + this is a float whose low bits are v + aqlm_table_offset, v = sum rounded. */
 static inline float aqlm_table_magic(int planes) { return 0x1.8p23f + (planes == 2 ? 32768.0f : 0.0f); }
 
+/* What a kernel fetches to the second level for those after it: `width` bytes at at + t * step as table t has its turn.
+ */
+typedef struct aqlm_ahead {
+    const uint8_t *at;
+    int64_t step;
+} aqlm_ahead;
+
 /* What table_sums looks up: codes[t * step + o] for tables t < n and outputs o < outputs. */
 typedef struct aqlm_codes_block {
     const uint8_t *codes;
     int64_t step, outputs, n; /* outputs <= AQLM_TABLE_OUTPUTS, n <= AQLM_TABLE_BLOCK */
-    int64_t ahead;            /* bytes from a code to what will be read next, 0 if not known */
+    aqlm_ahead ahead;         /* AQLM_TABLE_OUTPUTS wide */
 } aqlm_codes_block;
 
 /* One group's joint search over a pair of codebooks, see aqlm_kernels.pair_min. */
@@ -113,9 +120,10 @@ typedef struct aqlm_kernels {
                       int64_t columns);
 
     /* tables [n, planes, AQLM_PLANE], table t: the products of group (first + t) / K of x [J, g] with the entries of
-     * codebook (first + t) % K, rounded; ct [K, g, 256]. None exceeds aqlm_table_largest. */
+     * codebook (first + t) % K, rounded; ct [K, g, 256]. None exceeds aqlm_table_largest. ahead is
+     * 2 * AQLM_TABLE_OUTPUTS wide. */
     void (*make_tables)(uint8_t *tables, const float *x, const float *ct, int64_t K, int64_t g, int64_t first,
-                        int64_t n, int planes);
+                        int64_t n, int planes, aqlm_ahead ahead);
 
     /* y[r, o] += scales[r] * sum_t tables[r, t][codes(t, o)] for r < rows: an exact sum of integers and one fma.
      * tables [rows, AQLM_TABLE_BLOCK, planes, AQLM_PLANE]; y must have room for outputs rounded up to 64. */

@@ -33,10 +33,10 @@ static inline __m256i part_of(const uint8_t *plane, int i) {
 static inline void sum_planes(uint16_t (*sums)[AQLM_PANEL], const aqlm_codes_block *block, const uint8_t *tables,
                               int64_t table_step, const int planes) {
     const __m256i low_bits = _mm256_set1_epi8(127), next = _mm256_set1_epi8(16), zero = _mm256_setzero_si256();
-    const uint8_t *codes = block->codes;
+    const uint8_t *codes = block->codes, *ahead = block->ahead.at;
     __m256i all[2][2] = {{zero, zero}, {zero, zero}}, odd[2][2] = {{zero, zero}, {zero, zero}}; /* vector, plane */
-    for (int64_t t = 0; t < block->n; t++, codes += block->step, tables += table_step) {
-        _mm_prefetch((const char *)(codes + block->ahead), _MM_HINT_T1); /* tables fill the first level */
+    for (int64_t t = 0; t < block->n; t++, codes += block->step, ahead += block->ahead.step, tables += table_step) {
+        _mm_prefetch((const char *)ahead, _MM_HINT_T1); /* tables fill the first level */
         __m256i x[2], lower[2][2] = {{zero, zero}, {zero, zero}}, upper[2][2] = {{zero, zero}, {zero, zero}};
 #pragma GCC unroll 2
         for (int v = 0; v < 2; v++)

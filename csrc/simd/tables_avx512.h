@@ -2,7 +2,7 @@
  * codes at a time by vpermi2b. */
 
 static void make_tables(uint8_t *tables, const float *x, const float *ct, int64_t K, int64_t g, int64_t first,
-                        int64_t n, int planes) {
+                        int64_t n, int planes, aqlm_ahead ahead) {
     const __m512 magic = _mm512_set1_ps(aqlm_table_magic(planes));
     uint8_t index[128];
     for (int i = 0; i < 32; i++)
@@ -18,6 +18,7 @@ static void make_tables(uint8_t *tables, const float *x, const float *ct, int64_
             }
             for (int64_t t = (k - first % K + K) % K; t < n; t += K) {
                 const float *group = x + (first + t) / K * g;
+                _mm_prefetch((const char *)(ahead.at + t * ahead.step + 2 * e), _MM_HINT_T1);
                 __m512 a0 = _mm512_setzero_ps(), a1 = a0;
                 if (g == 8) {
 #pragma GCC unroll 8
@@ -118,12 +119,13 @@ static inline void sum_panels(float *y, const aqlm_codes_block *block, int64_t f
     const uint8_t *codes = block->codes + from;
     const int64_t left = block->outputs - from - 64 * (panels - 1);
     const __mmask64 have = left < 64 ? (UINT64_C(1) << left) - 1 : ~UINT64_C(0); /* of the last panel */
+    const uint8_t *next = block->ahead.at + from;
     __m512i all[4][3], odd[4][3];
 #pragma GCC unroll 4
     for (int i = 0; i < panels; i++)
 #pragma GCC unroll 3
         for (int p = 0; p < planes; p++) all[i][p] = odd[i][p] = _mm512_setzero_si512();
-    for (int64_t t = 0; t < block->n; t++, codes += block->step) {
+    for (int64_t t = 0; t < block->n; t++, codes += block->step, next += block->ahead.step) {
         __m512i T[3][4];
 #pragma GCC unroll 3
         for (int p = 0; p < planes; p++)
@@ -133,7 +135,7 @@ static inline void sum_panels(float *y, const aqlm_codes_block *block, int64_t f
         for (int i = 0; i < panels; i++) {
             const uint8_t *at = codes + 64 * i;
             const __m512i c = i == panels - 1 ? _mm512_maskz_loadu_epi8(have, at) : _mm512_loadu_si512(at);
-            _mm_prefetch((const char *)(at + block->ahead), _MM_HINT_T1); /* tables fill the first level */
+            _mm_prefetch((const char *)(next + 64 * i), _MM_HINT_T1); /* tables fill the first level */
             const __mmask64 upper = _mm512_movepi8_mask(c), lower = _knot_mask64(upper);
 #pragma GCC unroll 3
             for (int p = 0; p < planes; p++) {

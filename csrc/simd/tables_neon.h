@@ -24,11 +24,12 @@ static inline void sum_planes(uint16_t (*sums)[AQLM_PANEL], const aqlm_codes_blo
     const uint8x16_t next = vdupq_n_u8(64);
     for (int p = 0; p < planes; p++) { /* one at a time: its part of a table and the sums fill the registers */
         const uint8_t *codes = block->codes, *plane = tables + p * AQLM_PLANE;
+        const uint8_t *ahead = block->ahead.at;
         uint16x8_t sum[8];
 #pragma GCC unroll 8
         for (int v = 0; v < 8; v++) sum[v] = vdupq_n_u16(0);
         for (int64_t t = 0; t < block->n; t++, codes += block->step, plane += table_step) {
-            if (p == 0) __builtin_prefetch(codes + block->ahead, 0, 2); /* tables fill the first level */
+            if (p == 0) __builtin_prefetch(ahead + t * block->ahead.step, 0, 2); /* tables fill the first level */
             uint8x16_t x[4], found[4];
 #pragma GCC unroll 4
             for (int v = 0; v < 4; v++) {
