@@ -128,7 +128,7 @@ class Bench:
         more = max(128, min(out, WARM * out // weight[0].nbytes // 64 * 64))
         less = max(64, more // 256 * 64)
         more_ms, less_ms = warm(more), warm(less)
-        each = (more_ms - less_ms) / (more - less)
+        each = max(0.0, (more_ms - less_ms) / (more - less))
         return {"lookups": each * out, "setup": more_ms - each * more}
 
     def decoding(self, shape: tuple[int, int], weights: list[Weight]) -> Row:
