@@ -61,12 +61,14 @@ class Bench:
             weights = [first] + [quantized_weight(shape, config, self.device.name) for _ in range(copies - 1)]
             peers = dense | {"upstream": self.upstream.times(shape, format_of(config), n_rows)}
             about = {"shape": f"{shape[0]}x{shape[1]}", "scheme": scheme}
+            to_dense = self.decoding(shape, weights) if self.device.name == "cuda" else {}
+            if to_dense:
+                decoding.append({**about, **to_dense})
             for n, dtype in ((n, dtype) for n in n_rows for dtype in self.dtypes):
                 others = {peer: times[n][0] if n in times else None for peer, times in peers.items()}
-                row = self.product(inputs[n].to(getattr(torch, dtype)), dtype, weights, config, others)
+                x = inputs[n].to(getattr(torch, dtype))
+                row = self.product(x, dtype, weights, config, others, to_dense.get("ours ms"))
                 products.append({**about, "rows": n, "dtype": dtype, **row})
-            if self.device.name == "cuda":
-                decoding.append({**about, **self.decoding(shape, weights)})
         return products, decoding
 
     def dense_times(self, shape: tuple[int, int], inputs: dict[int, Tensor], name: str) -> dict[int, _cold.Timing]:
@@ -78,9 +80,15 @@ class Bench:
         return {n: self.device.time(lambda w, x=x: linear(x, w), weights) for n, x in inputs.items()}
 
     def product(
-        self, x: Tensor, dtype: str, weights: list[Weight], config: AqlmConfig, others: dict[str, float | None]
+        self,
+        x: Tensor,
+        dtype: str,
+        weights: list[Weight],
+        config: AqlmConfig,
+        others: dict[str, float | None],
+        to_dense: float | None,
     ) -> Row:
-        """`others`: milliseconds by peer."""
+        """Milliseconds: `others`, by peer; `to_dense`, of decoding, which many rows on a GPU begin with."""
         wrong = error(x, weights[0])
         if not wrong <= LARGEST_ERROR[dtype]:
             limit = LARGEST_ERROR[dtype]
@@ -98,6 +106,8 @@ class Bench:
             if self.device.name == "cpu":
                 del parts["arithmetic"]  # is not what tables do
             parts |= self.without_reading(call, weights[0], config)
+        elif to_dense:
+            parts["decoding"] = to_dense
         most = max(parts, key=parts.get)
         return {
             "ours ms": ours.ms,
@@ -120,15 +130,16 @@ class Bench:
         def warm(outs: int) -> float:
             return self.device.time(call, [quantized_weight((outs, in_features), config, self.device.name)] * 16).ms
 
-        if self.device.name == "cuda":
-            pieces = -(-4 * weight[0].nbytes // int(self.device.cache))
-            return {"lookups": warm(out // pieces) * pieces}
         if out < 128:
             return {}
-        more = max(128, min(out, WARM * out // weight[0].nbytes // 64 * 64))
+        gpu = self.device.name == "cuda"
+        fits = int(self.device.cache) // 4 if gpu else WARM
+        more = max(128, min(out, fits * out // weight[0].nbytes // 64 * 64))
         less = max(64, more // 256 * 64)
         more_ms, less_ms = warm(more), warm(less)
         each = max(0.0, (more_ms - less_ms) / (more - less))
+        if gpu:  # outputs are spread over all of it: no time is that of one
+            return {"lookups": more_ms + each * (out - more)}
         return {"lookups": each * out, "setup": more_ms - each * more}
 
     def decoding(self, shape: tuple[int, int], weights: list[Weight]) -> Row:

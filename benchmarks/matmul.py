@@ -13,8 +13,8 @@ Writes JSON and, from it, a roofline plot. The columns:
     GB/s       bytes of codes, codebooks and scales by the time, and its share of the bandwidth that was measured here
     % of peak  multiplications and additions of the dense product by the time, of those of a large dense product
     bound      the part that alone would take the largest share of the time: reading codes (the weight's bytes at that
-               bandwidth); arithmetic (at the peak); lookups, and setup, tables above all (CPU: the product with codes
-               in the cache, for every output and for none; GPU: lookups are that whole product, in pieces that fit)
+               bandwidth); arithmetic (at the peak); decoding (to dense); lookups, and setup, tables above all: the
+               product with codes in the cache, for every output and for none, scaled up where they do not fit
     error      |y - truth| / |truth|
 """
 
