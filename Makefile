@@ -35,7 +35,8 @@ build: $(VENV)/.built
 # What is built now alone: the objects are kept, an older build's files are not packed.
 wheel: $(VENV)/.tools
 	rm -rf build/lib.* build/bdist.* dist/aqlm_c-*.whl
-	AQLM_C_REQUIRE=torch $(BIN)/python setup.py -q bdist_wheel
+	AQLM_C_REQUIRE=torch $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	@$(BIN)/python -m zipfile -l dist/aqlm_c-*.whl | grep '\.so' && ls dist/aqlm_c-*.whl
 
 audit: wheel $(VENV)/audit
 	PYTHONPATH=$(VENV)/audit $(BIN)/python -m abi3audit --strict dist/aqlm_c-*.whl
