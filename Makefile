@@ -14,6 +14,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_CODE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c csrc/*/*.cpp)
+CUDA   := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh)
 
 # Tests of what transformers does with our models.
 HF_TESTS := $(addprefix tests/test_,$(addsuffix .py,hf checkpoint rules experts families malformed upstream onthefly \
@@ -85,6 +86,6 @@ $(VENV)/audit:
 	mv $@.new $@
 
 # Editable: Python edits need nothing, C edits this rule. pip asks no index for what is already there.
-$(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py $(C_CODE)
+$(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py $(C_CODE) $(CUDA)
 	AQLM_C_REQUIRE=torch $(PIP) install --no-build-isolation --editable '.[hf,plot,dev]'
 	touch $@
