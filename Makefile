@@ -1,6 +1,8 @@
 # make demo    quantize a real Llama model to 2 bits and print what it costs
 # make test    build, install into .venv and run every test
 # make test-oldest   the tests that load models, with the oldest transformers that is supported
+# make wheel   one wheel for every Python and machine, in dist/; with the kernels for GPUs where nvcc is found
+# make audit   that wheel: its ABIs, its libraries, its imports without torch
 #
 # The first run downloads packages with pip; later ones need no network. Variables:
 # PYTHON (>= 3.10), TORCH (what pip is to install: torch==2.11.0, or the path of a wheel, such as one built
@@ -12,12 +14,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_CODE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c csrc/*/*.cpp)
+CUDA   := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh)
 
 # Tests of what transformers does with our models.
 HF_TESTS := $(addprefix tests/test_,$(addsuffix .py,hf checkpoint rules experts families malformed upstream onthefly \
 	card training compile quantize_model))
 
-.PHONY: demo test test-oldest build lint format bench clean
+.PHONY: demo test test-oldest build wheel audit lint format bench clean
 
 demo: build
 	HF_HUB_OFFLINE=1 $(BIN)/python -m aqlm_c.demo --out demo_out $(ARGS)
@@ -29,6 +32,18 @@ test-oldest: build $(VENV)/oldest
 	PYTHONPATH=$(abspath $(VENV)/oldest) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS) $(HF_TESTS)
 
 build: $(VENV)/.built
+
+# What is built now alone: the objects are kept, an older build's files are not packed.
+wheel: $(VENV)/.tools
+	rm -rf build/lib.* build/bdist.* dist/aqlm_c-*.whl
+	AQLM_C_REQUIRE=torch $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	@$(BIN)/python -m zipfile -l dist/aqlm_c-*.whl | grep '\.so' && ls dist/aqlm_c-*.whl
+
+audit: wheel $(VENV)/audit
+	PYTHONPATH=$(VENV)/audit $(BIN)/python -m abi3audit --strict dist/aqlm_c-*.whl
+	rm -rf build/audit && $(BIN)/python -m zipfile -e dist/aqlm_c-*.whl build/audit
+	PYTHONPATH=$(VENV)/audit $(BIN)/python $(VENV)/audit/bin/torch-abi-audit --check both build/audit/aqlm_c
+	$(BIN)/python tests/wheel_check.py dist/aqlm_c-*.whl
 
 lint: build
 	$(BIN)/ruff check .
@@ -66,7 +81,11 @@ $(VENV)/oldest:
 	$(PIP) install --target $@.new 'transformers==4.56.*' 'datasets<4.5'
 	mv $@.new $@
 
+$(VENV)/audit:
+	$(PIP) install --target $@.new abi3audit torch-abi-audit
+	mv $@.new $@
+
 # Editable: Python edits need nothing, C edits this rule. pip asks no index for what is already there.
-$(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py $(C_CODE)
+$(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py $(C_CODE) $(CUDA)
 	AQLM_C_REQUIRE=torch $(PIP) install --no-build-isolation --editable '.[hf,plot,dev]'
 	touch $@

@@ -195,6 +195,13 @@ class BuildExt(build_ext):
         self.run_command("build_clib")  # which `build_ext --inplace` alone would skip
         super().run()
 
+    def build_extensions(self):
+        """Without the path of this machine's Python in what is linked: a wheel is for others."""
+        for name in ("linker_so", "linker_so_cxx"):
+            command = getattr(self.compiler, name, None) or []
+            setattr(self.compiler, name, [part for part in command if not part.startswith("-Wl,-rpath")])
+        super().build_extensions()
+
     def build_extension(self, ext):
         """Compiles what is CUDA by nvcc, if it or a header is newer than the object."""
         kernels = [path for path in ext.sources if path.endswith(".cu")]

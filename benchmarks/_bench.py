@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from rich.table import Table
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine() -> dict[str, Any]:
-    """CPU, cores, instruction set, versions and commit, for the JSON."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """CPU, cores, instruction set, GPU if it is the device, versions and commit, for the JSON."""
     from aqlm_c import _core
     from aqlm_c.report import versions
 
@@ -26,32 +27,57 @@ def machine() -> dict[str, Any]:
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = models[0].split(":", 1)[1].strip() if models else cpu
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    gpu = {}
+    if device == "cuda":
+        import torch
+
+        gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return {
+        **gpu,
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": _core.get_num_threads(),
         "isa": _core.get_isa(),
         "versions": versions(),
-        "commit": commit.stdout.strip() or None,
+        "commit": os.environ.get("AQLM_C_COMMIT") or commit.stdout.strip() or None,  # of a copy without history
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows as a table; all have the same keys."""
+def text(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def show(title: str, rows: list[dict[str, Any]], hidden: Collection[str] = ()) -> None:
+    """Print rows as a table, without the columns `hidden`; all have the same keys."""
+    shown = [{name: value for name, value in row.items() if name not in hidden} for row in rows]
     table = Table(title=title, title_justify="left")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=True)
+    for name in shown[0]:
+        table.add_column(name, justify="left" if isinstance(shown[0][name], str) else "right", no_wrap=True)
+    for row in shown:
+        table.add_row(*map(text, row.values()))
+    Console(width=max(Console().width, 170)).print(table)  # wide enough for every name, in a pipe too
+
+
+def pivot(rows: list[dict[str, Any]], lines: Sequence[str], column: str, values: Sequence[str]) -> str:
+    """A Markdown table, for the README: a line for each value of `lines`, a column for each of `column`."""
+    columns = dict.fromkeys(row[column] for row in rows)
+    cells: dict[tuple, dict[str, str]] = {}
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=max(Console().width, 150)).print(table)  # wide enough for every name, in a pipe too
+        said = [f"{row[value]:.3g}" for value in values if row[value] is not None]
+        cells.setdefault(tuple(row[line] for line in lines), {})[row[column]] = " / ".join(said)
+    table = [[*lines, *columns], ["---"] * (len(lines) + len(columns))]
+    table += [[*map(str, line), *(found.get(name, "") for name in columns)] for line, found in cells.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
 
 
-def save(name: str, rows: list[dict[str, Any]], path: str | None = None, **more: Any) -> Path:
+def save(name: str, rows: list[dict[str, Any]], path: str | None = None, device: str = "cpu", **more: Any) -> Path:
     """Write rows and the machine to results/<name>.json, or to `path`."""
     target = Path(path) if path else RESULTS / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"benchmark": name, "machine": machine(), **more, "rows": rows}, indent=1) + "\n")
+    temporary.write_text(
+        json.dumps({"benchmark": name, "machine": machine(device), **more, "rows": rows}, indent=1) + "\n"
+    )
     os.replace(temporary, target)
     return target

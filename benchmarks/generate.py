@@ -18,6 +18,16 @@ package llama-cpp-python. The columns:
     resident MB  resident memory after the first forward
     x model      (resident - bare) / model: 1 where nothing but the model is in memory
     peak MB      the most that was resident, loading and compiling included
+
+    python benchmarks/generate.py --device cuda --compile
+
+On a GPU the models have Llama's shapes and random weights (_llama.py): --shape, in --schemes beside the dense one where
+the GPU holds it. The cache is static, a step one CUDA graph; with --compile a second row has the layers compiled. The
+JSON also has the kernels of a step. The columns:
+
+    context      tokens, prompt included, that the cache has room for, and attention reads
+    in products  ms a token of the products with the layers' weights, by themselves; "outside %" is all the rest
+    peak GiB     the most that the GPU held, with CUDA's own share, from building the model to its last token
 """
 
 from __future__ import annotations
@@ -188,10 +198,23 @@ def quantize_worker(job: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-WORKERS = {"ours": torch_worker, "dense": torch_worker, "llama.cpp": llama_worker, "requantize": quantize_worker}
+def gpu_worker(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """A model of Llama's shape with random weights, ours or dense."""
+    import _llama
+
+    return _llama.worker(job)
 
 
-def run(interpreter: str, job: dict[str, Any]) -> dict[str, Any]:
+WORKERS = {
+    "gpu": gpu_worker,
+    "ours": torch_worker,
+    "dense": torch_worker,
+    "llama.cpp": llama_worker,
+    "requantize": quantize_worker,
+}
+
+
+def run(interpreter: str, job: dict[str, Any]) -> Any:
     """What the job's worker gives in a process of its own; RuntimeError with its last words if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
@@ -247,15 +270,36 @@ def llama_rows(args: argparse.Namespace, common: dict[str, Any], gguf: str) -> l
     return rows
 
 
+PROMPT = {"llama-2-7b": 128, "llama-2-70b": 1920}  # with 128 new tokens a context of 256 and of 2,048
+DENSE = ("llama-2-7b", "tiny")  # in fp16 the others fill more than a GPU
+
+
+def gpu_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A process for each model; one that fails is named, the others go on."""
+    rows = []
+    for shape in args.shape:
+        for scheme in [*args.schemes[shape], *([None] if shape in DENSE else [])]:
+            job = {"contender": "gpu", "shape": shape, "scheme": scheme, "dtype": "float16", "compile": args.compile}
+            job |= {name: getattr(args, name) for name in ("device", "new_tokens", "repeats")}
+            job["prompt_tokens"] = args.prompt_tokens or PROMPT.get(shape, 16)
+            try:
+                rows += run(sys.executable, job)
+            except RuntimeError as error:
+                print(f"{shape}, {scheme or 'dense'}: {error}", file=sys.stderr)
+    return rows
+
+
 def against_dense(rows: list[dict[str, Any]]) -> None:
-    """Fills "x dense"."""
+    """Fills "x dense" where there is a dense model of that shape."""
     for this in rows:
         peers = [
             r["tokens/s"]
             for r in rows
-            if r["contender"] == "dense" and (this["contender"] == "llama.cpp" or r["compiled"] == this["compiled"])
+            if r["contender"] == "dense"
+            and r.get("shape") == this.get("shape")
+            and (this["contender"] == "llama.cpp" or r["compiled"] == this["compiled"])
         ]
-        this["x dense"] = this["tokens/s"] / max(peers)
+        this["x dense"] = this["tokens/s"] / max(peers) if peers else None
 
 
 def main() -> None:
@@ -263,27 +307,38 @@ def main() -> None:
         job, out = json.loads(sys.argv[2]), Path(sys.argv[3])
         out.write_text(json.dumps(WORKERS[job["contender"]](job)))
         return
-    import _bench
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "model",
         metavar="MODEL",
+        nargs="?",
         help="directory of a quantized model: `aqlm-c quantize smollm2 OUT --scheme 2x8g8 --preset fast`",
     )
     parser.add_argument("--dense", default="smollm2", metavar="MODEL", help="the same model, not quantized")
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shape", nargs="+", choices=["llama-2-7b", "llama-2-70b", "tiny"], help="on a GPU")
+    parser.add_argument("--schemes", nargs="+", help="on a GPU (default: 2x8g8 1x16g8; 70B: 2x8g8)")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="on the CPU")
     parser.add_argument("--compile", action="store_true", help="also with static cache and torch.compile")
     parser.add_argument("--llama", metavar="PYTHON", help="interpreter that can import llama_cpp")
     parser.add_argument("--llama-formats", nargs="*", default=["Q2_K"], help="what llama.cpp requantizes its file to")
-    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int, help="default: 16; on a GPU as many as make 256, 70B 2,048 in all")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--prefill-tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json")
     args = parser.parse_args()
+    main_on = main_gpu if args.device == "cuda" else main_cpu
+    main_on(parser, args)
+
+
+def main_cpu(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    import _bench
+
+    if not args.model:
+        parser.error("MODEL: got none, expected the directory of a quantized model")
+    args.prompt_tokens = args.prompt_tokens or 16
     common = {k: getattr(args, k) for k in ("prompt_tokens", "new_tokens", "prefill_tokens", "repeats", "threads")}
     try:
         rows, source = torch_rows(args, common)
@@ -301,9 +356,31 @@ def main() -> None:
                 f"ours, {r['format']}, compiled: {r['compiled']}: resident after the first forward minus the bare "
                 f"interpreter is {r['x model']:.3f} x the checkpoint of {r['model MB']:.1f} MB"
             )
-    arguments = {k: v for k, v in vars(args).items() if k not in ("model", "dense", "llama", "json")}
     exact = os.environ.get("AQLM_C_EXACT")
+    names = ("device", "dtypes", "compile", "llama_formats", *common)
+    arguments = {name: getattr(args, name) for name in names}
     print(_bench.save("generate", rows, args.json, arguments=arguments, AQLM_C_EXACT=exact))
+
+
+def main_gpu(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    import _bench
+    import torch
+
+    from aqlm_c import ops
+
+    if not (torch.cuda.is_available() and ops.has_cuda):
+        parser.error("--device=cuda: expected a GPU that torch can use, and aqlm_c built with _cuda")
+    args.shape = args.shape or ["llama-2-7b", "llama-2-70b"]
+    args.schemes = {s: args.schemes or ["2x8g8", *(["1x16g8"] if s != "llama-2-70b" else [])] for s in args.shape}
+    rows = gpu_rows(args)
+    if not rows:
+        raise SystemExit("no model was timed")
+    against_dense(rows)
+    _bench.show(f"{args.new_tokens} new tokens, {torch.cuda.get_device_name()}", rows, hidden={"kernels"})
+    arguments = {
+        name: getattr(args, name) for name in ("device", "shape", "schemes", "compile", "new_tokens", "repeats")
+    }
+    print(_bench.save("generate_cuda", rows, args.json, "cuda", arguments=arguments))
 
 
 if __name__ == "__main__":

@@ -1,140 +1,133 @@
-"""Time of the product with a quantized weight beside torch's with the dense one, cold: weights take turns.
+"""Time of the product with a quantized weight beside torch's with the dense one and upstream's, cold.
 
-    python benchmarks/matmul.py --device cpu --core
+    python benchmarks/matmul.py --device cpu --core --upstream /elsewhere/bin/python
+    python benchmarks/matmul.py --device cuda --core
 
---core: one row, 2x8g8 1x8g8 4x8g8 8x8g8 1x16g8 and the three shapes of the acceptance lines alone. Every timing is the
-median over weights that together are larger than the cache. Ours is verified against float64 before it is timed.
+Every timing is the median over weights that take turns and together exceed the cache (_cold.py); on a GPU the calls
+are one CUDA graph. Ours is verified against float64 before it is timed. --core: the rows, shapes and schemes that the
+README shows. --upstream is the interpreter of an environment with torch, `aqlm`, numba and scipy (_upstream.py).
+Writes JSON and, from it, a roofline plot. The columns:
+
+    ±%         half the distance between the quartiles of the times
+    x PEER     times faster than torch with a dense weight of that dtype, or than upstream with the same format
+    GB/s       bytes of codes, codebooks and scales by the time, and its share of the bandwidth that was measured here
+    % of peak  multiplications and additions of the dense product by the time, of those of a large dense product
+    bound      the part that alone would take the largest share of the time: reading codes (the weight's bytes at that
+               bandwidth); arithmetic (at the peak); decoding (to dense); lookups, and setup, tables above all: the
+               product with codes in the cache, for every output and for none, scaled up where they do not fit
+    error      |y - truth| / |truth|
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 
 import _bench
+import _cold
 import torch
+from _product import SHORT, Bench, call_rows
+from _roofline import plot
+from _upstream import Upstream
 
 from aqlm_c import AqlmConfig, ops
 
-CORE = [(4096, 4096), (11008, 4096), (4096, 11008)]
+LLAMA_7B = [(4096, 4096), (11008, 4096), (4096, 11008)]
+LLAMA_70B = [(8192, 8192), (28672, 8192), (8192, 28672)]
 SMOLLM2 = [(576, 576), (192, 576), (1536, 576), (576, 1536)]
-SHAPES = [*CORE, (8192, 8192), (28672, 8192), *SMOLLM2]
 SCHEMES = ["1x16g8", "2x8g8", "1x8g8", "4x8g8", "8x8g8", "1x12g8", "3x8g8"]
+SHAPES = {"cpu": [*LLAMA_7B, *LLAMA_70B[:2], *SMOLLM2], "cuda": [*LLAMA_7B, *LLAMA_70B, (1024, 8192)]}
+ROWS = {"cpu": [1, 2, 4, 8, 16, 64, 512], "cuda": [2**i for i in range(13)]}
+CORE_SHAPES = {"cpu": LLAMA_7B, "cuda": [*LLAMA_7B, *LLAMA_70B]}
+CORE = {  # rows by scheme
+    "cpu": {"2x8g8": [1, 16, 512], "1x8g8": [1, 16, 512], "4x8g8": [1], "8x8g8": [1], "1x16g8": [1, 16, 512]},
+    "cuda": {"2x8g8": [1, 2, 4, 8], "1x8g8": [1], "4x8g8": [1], "8x8g8": [1], "1x16g8": [1]},
+}
+DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["float16"]}  # of ours and of torch's product
+CACHE = {"cpu": 64.0, "cuda": 120.0}  # MB
+SECONDS = {"cpu": 0.2, "cuda": 0.05}
 
 
-def copies(nbytes, cache):
-    """How many weights of this size are needed for none to be in the cache when its turn comes."""
-    return int(max(2, min(200, -(-2 * cache // nbytes))))
-
-
-def random_weight(out, in_features, config):
-    half, dtype = 2 ** (config.nbits_per_codebook - 1), torch.int8 if config.nbits_per_codebook <= 8 else torch.int16
-    size = (out, in_features // config.in_group_size, config.num_codebooks)
-    codes = torch.randint(-half, half, size, dtype=dtype)
-    codebooks = torch.randn(config.num_codebooks, 2 * half, 1, config.in_group_size).half()
-    if ops.packs(codes):
-        codes = ops.pack(codes)  # as a loaded model has them
-    return codes, codebooks, (torch.rand(out, 1, 1, 1) + 0.5).half()
-
-
-def median_ms(function, weights, least):
-    """Milliseconds of function(weight), each weight in turn, for at least `least` seconds after one round."""
-    seconds, started = [], time.perf_counter()
-    while len(seconds) < 2 * len(weights) or time.perf_counter() - started < least:
-        for weight in weights:
-            begun = time.perf_counter()
-            function(weight)
-            seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds[len(weights) :]) * 1e3
-
-
-def read_bandwidth(cache):
-    """GB/s at which all threads read: the sum of a buffer larger than the cache, the best of a few."""
-    buffer, best = torch.ones(4 * cache // 4), float("inf")
-    for _ in range(7):
-        begun = time.perf_counter()
-        buffer.sum()
-        best = min(best, time.perf_counter() - begun)
-    return buffer.numel() * 4 / best * 1e-9
-
-
-def error(x, weight):
-    """|y - truth| / |truth| over all outputs, against float64."""
-    codes, codebooks, scales = weight
-    truth = x.double() @ ops.decode_rows(codes, codebooks.float(), scales.float()).double().T
-    return float((ops.matmul(x, *weight).double() - truth).norm() / truth.norm())
-
-
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
-    parser.add_argument("--core", action="store_true", help="the acceptance lines alone")
+    parser.add_argument("--device", default="cpu", choices=list(_cold.DEVICES))
+    parser.add_argument("--core", action="store_true", help="what the README shows, in a few minutes")
     parser.add_argument("--shapes", nargs="+", metavar="OUTxIN")
     parser.add_argument("--schemes", nargs="+")
     parser.add_argument("--rows", nargs="+", type=int)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of x for ours")
+    parser.add_argument("--dtypes", nargs="+", choices=list(SHORT), help="of x for ours")
+    parser.add_argument(
+        "--upstream", metavar="PYTHON", help="interpreter that can import aqlm (default: this one if it can)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--isa", help="the instruction set for ours")
-    parser.add_argument("--cache", type=float, default=64.0, help="MB; weights that take turns fill twice as much")
-    parser.add_argument("--seconds", type=float, default=0.2, help="least time for one median")
+    parser.add_argument("--cache", type=float, help="MB; weights that take turns fill twice as much")
+    parser.add_argument("--seconds", type=float, help="least time for one median")
     parser.add_argument("--json")
     args = parser.parse_args()
+    if args.device == "cuda" and not (torch.cuda.is_available() and ops.has_cuda):
+        parser.error("--device=cuda: expected a GPU that torch can use, and aqlm_c built with _cuda")
+    try:
+        given = [tuple(map(int, shape.split("x"))) for shape in args.shapes or []]
+        assert all(len(shape) == 2 for shape in given)
+    except (ValueError, AssertionError):
+        parser.error(f"--shapes: got {' '.join(args.shapes)}, expected OUTxIN, such as 4096x4096")
+    try:
+        for scheme in args.schemes or []:
+            AqlmConfig.from_scheme(scheme)
+    except ValueError as error:
+        parser.error(str(error))
+    args.shapes = given or (CORE_SHAPES if args.core else SHAPES)[args.device]
+    args.dtypes = args.dtypes or DTYPES[args.device]
+    args.cache = args.cache or CACHE[args.device]
+    args.seconds = SECONDS[args.device] if args.seconds is None else args.seconds
+    return args
+
+
+def main() -> None:
+    args = arguments()
     torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
     if args.isa:
         ops.set_isa(args.isa)
-    cache = int(args.cache * 1e6)
-    shapes = [tuple(map(int, s.split("x"))) for s in args.shapes or []] or (CORE if args.core else SHAPES)
-    schemes = args.schemes or (["2x8g8", "1x8g8", "4x8g8", "8x8g8", "1x16g8"] if args.core else SCHEMES)
-    n_rows = args.rows or ([1] if args.core else [1, 2, 4, 8, 16, 64, 512])
-    bandwidth = read_bandwidth(cache)
+    core = CORE[args.device]
+    schemes = args.schemes or (list(core) if args.core else SCHEMES)
+    plan = {s: args.rows or (core.get(s, [1]) if args.core else ROWS[args.device]) for s in schemes}
+    timer = {"cache": args.cache * 1e6, "least": args.seconds, "threads": args.threads}
+    upstream = Upstream(args.upstream, device=args.device, **timer)
+    products, decoding, calls = [], [], []
+    with torch.inference_mode():
+        bench = Bench(_cold.DEVICES[args.device](**timer), upstream, args.dtypes, DTYPES[args.device])
+        for shape in args.shapes:
+            more = bench.rows_of(shape, plan)
+            products += more[0]
+            decoding += more[1]
+    upstream.close()
+    if args.device == "cuda":
+        calls = call_rows()
 
-    rows = []
-    for out, in_features in shapes:
-        inputs = {n: torch.randn(n, in_features) for n in n_rows}
-        peer = {}
-        for dtype in (torch.float32, torch.bfloat16):
-            dense = [
-                torch.randn(out, in_features, dtype=dtype)
-                for _ in range(copies(out * in_features * dtype.itemsize, cache))
-            ]
-            for n, x in inputs.items():
-                x = x.to(dtype)
-                peer[n, dtype] = median_ms(lambda W, x=x: torch.nn.functional.linear(x, W), dense, args.seconds)
-            del dense
-        for scheme in schemes:
-            config = AqlmConfig.from_scheme(scheme)
-            first = random_weight(out, in_features, config)
-            nbytes = sum(t.nbytes for t in first)
-            weights = [first] + [random_weight(out, in_features, config) for _ in range(copies(nbytes, cache) - 1)]
-            for n, name in ((n, d) for n in n_rows for d in args.dtypes):
-                x = inputs[n].to(getattr(torch, name))
-                wrong = error(x, first)
-                if not wrong <= (1e-3 if name == "float32" else 1e-2):
-                    raise SystemExit(f"{scheme} {out}x{in_features}: error {wrong:.2g}, expected at most 1e-3")
-                ours = median_ms(lambda w, x=x: ops.matmul(x, *w), weights, args.seconds)
-                rate = nbytes / ours * 1e-6
-                rows.append(
-                    {
-                        "shape": f"{out}x{in_features}",
-                        "scheme": scheme,
-                        "rows": n,
-                        "dtype": name,
-                        "isa": ops.get_isa(),
-                        "ours ms": ours,
-                        "fp32 ms": peer[n, torch.float32],
-                        "bf16 ms": peer[n, torch.bfloat16],
-                        "x fp32": peer[n, torch.float32] / ours,
-                        "x bf16": peer[n, torch.bfloat16] / ours,
-                        "GB/s": rate,
-                        "% of read": 100 * rate / bandwidth,
-                        "error": wrong,
-                    }
-                )
-            del weights
-    _bench.show(f"product with a quantized weight, {args.threads} threads, read {bandwidth:.1f} GB/s", rows)
-    print(_bench.save("matmul", rows, args.json, arguments=vars(args), read_bandwidth=bandwidth))
+    on = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} threads, {ops.get_isa()}"
+    peak = ", ".join(f"{SHORT[name]} {tera:.3g} TFLOP/s" for name, tera in bench.peak.items())
+    title = f"product with a quantized weight, {on}: {bench.device.moved} {bench.bandwidth:.4g} GB/s, {peak}"
+    peers = [name.removeprefix("x ") for name in products[0] if name.startswith("x ")]
+    _bench.show(title, products, hidden={"parts ms", "weight bytes", *(f"{peer} ms" for peer in peers)})
+    for name, rows in (("decoding to dense", decoding), ("eager calls, 4096x4096, one row", calls)):
+        if rows:
+            _bench.show(name, rows)
+    print(f"\ntimes faster than {', '.join(peers)}:\n")
+    print(_bench.pivot(products, ["rows", "scheme", "dtype"], "shape", [f"x {peer}" for peer in peers]))
+    written = _bench.save(
+        "matmul_cuda" if args.device == "cuda" else "matmul",
+        products,
+        args.json,
+        args.device,
+        arguments={name: value for name, value in vars(args).items() if name not in ("json", "upstream")},  # no paths
+        isa=ops.get_isa(),
+        bandwidth=bench.bandwidth,
+        peak=bench.peak,
+        decode_rows=decoding,
+        eager_calls=calls,
+    )
+    print(written)
+    print(plot(written))
 
 
 if __name__ == "__main__":

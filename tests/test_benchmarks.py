@@ -74,26 +74,107 @@ def test_lora_step(monkeypatch, tmp_path, capsys):
     assert "LoRA step" in capsys.readouterr().out
 
 
-def test_matmul(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def matmul(monkeypatch, tmp_path):
+    """Runs benchmarks/matmul.py on a tiny layer; gives the JSON it writes."""
     torch = pytest.importorskip("torch")
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     import matmul
 
-    arguments = ["--shapes", "96x64", "--rows", 1, 3, "--schemes", "2x8g8", "1x9g8", "--cache", 0.02]
-    arguments += ["--seconds", 0, "--json", tmp_path / "out.json"]
-    monkeypatch.setattr(sys, "argv", ["matmul", *map(str, arguments)])
-    threads = torch.get_num_threads()
-    try:
+    def run(*options):
+        arguments = ["--shapes", "192x64", "--cache", 0.02, "--seconds", 0, "--json", tmp_path / "out.json", *options]
+        monkeypatch.setattr(sys, "argv", ["matmul", *map(str, arguments)])
         matmul.main()
-    finally:
-        torch.set_num_threads(threads)
-    written = json.loads((tmp_path / "out.json").read_text())
+        return json.loads((tmp_path / "out.json").read_text())
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_matmul(matmul, tmp_path, capsys):
+    written = matmul("--rows", 1, 40, "--schemes", "2x8g8", "1x9g8")
     most = {"float32": 1e-5, "bfloat16": 4e-3}
     assert [(row["scheme"], row["rows"], row["dtype"]) for row in written["rows"]] == [
-        (scheme, rows, dtype) for scheme in ("2x8g8", "1x9g8") for rows in (1, 3) for dtype in most
+        (scheme, rows, dtype) for scheme in ("2x8g8", "1x9g8") for rows in (1, 40) for dtype in most
     ]
-    assert all(row["x fp32"] > 0 and row["error"] <= most[row["dtype"]] for row in written["rows"])
-    assert written["read_bandwidth"] > 0 and "quantized weight" in capsys.readouterr().out
+    assert written["bandwidth"] > 0 and all(written["peak"][dtype] > 0 for dtype in most)
+    for row in written["rows"]:
+        assert row["error"] <= most[row["dtype"]] and row["x upstream"] is None
+        assert row["x fp32"] == row["fp32 ms"] / row["ours ms"] > 0
+        assert row["GB/s"] == pytest.approx(row["weight bytes"] / row["ours ms"] * 1e-6)
+        assert row["% of read"] == pytest.approx(100 * row["GB/s"] / written["bandwidth"])
+        assert set(row["parts ms"]) == {"reading codes"} | (
+            {"arithmetic"} if row["rows"] == 40 else {"lookups", "setup"}
+        )
+        most_of_it = max(row["parts ms"], key=row["parts ms"].get)
+        assert row["bound"].startswith(most_of_it) and row["bound"].endswith("%")
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    assert str(tmp_path) not in json.dumps(written)
+    stdout = capsys.readouterr().out
+    assert "quantized weight" in stdout and "| 40 | 1x9g8 | bfloat16 | " in stdout and "…" not in stdout
+
+
+UPSTREAM = """
+import torch
+class QuantizedLinear(torch.nn.Module):
+    def __init__(self, in_features, out, g, og, K, B, bias, device):
+        super().__init__()
+        assert (in_features, out, g, og, bias, device) == (64, 192, 8, 1, False, "meta")
+        self.K = K
+    def forward(self, x):
+        assert self.K < 3, "no kernel"
+        assert self.codes.shape == (192, 8, self.K) and self.codebooks.dtype == self.scales.dtype == torch.float32
+        print("compiling")
+        return x @ torch.zeros(64, 192)
+"""
+
+
+def test_matmul_beside_upstream(matmul, monkeypatch, tmp_path, capsys):
+    (tmp_path / "aqlm.py").write_text(UPSTREAM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    written = matmul("--rows", 1, 2, "--schemes", "2x8g8", "3x8g8", "--upstream", sys.executable)
+    assert all(row["x upstream"] == row["upstream ms"] / row["ours ms"] for row in written["rows"][:4])
+    assert all(row["x upstream"] is None for row in written["rows"][4:])
+    assert "upstream: 3x8g8, 192x64: no kernel" in capsys.readouterr().err
+    assert sys.executable not in json.dumps(written)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--upstream", sys.executable], "No module named 'aqlm', expected an interpreter that imports"),
+        (["--upstream", "/nowhere/python"], "No such file or directory, expected a Python interpreter"),
+        (["--upstream", "true"], "ended early, expected an interpreter that imports"),
+        (["--shapes", "4096"], "--shapes: got 4096, expected OUTxIN"),
+        (["--schemes", "2y8"], "2y8"),
+    ],
+)
+def test_matmul_names_what_is_wrong(matmul, capsys, options, named):
+    with pytest.raises(SystemExit) as raised:
+        matmul("--rows", 1, *options)
+    assert named in f"{raised.value}{capsys.readouterr().err}"
+
+
+def test_matmul_on_a_gpu(matmul, capsys):
+    """Where there is none, that is said."""
+    import torch
+
+    from aqlm_c import ops
+
+    options = ["--device", "cuda", "--rows", 1, 40, "--schemes", "2x8g8"]
+    if not (torch.cuda.is_available() and ops.has_cuda):
+        with pytest.raises(SystemExit):
+            matmul(*options)
+        assert "--device=cuda: expected a GPU" in capsys.readouterr().err
+        pytest.skip("needs a GPU that torch can use, and aqlm_c built with _cuda")
+    written = matmul(*options)
+    assert [row["rows"] for row in written["rows"]] == [1, 40] and written["machine"]["gpu"]
+    assert all(row["x fp16"] > 0 and row["% of copy"] > 0 for row in written["rows"])
+    assert written["decode_rows"][0]["% of copy"] > 0
+    assert {(row["call"], row["mode"]) for row in written["eager_calls"]} == {
+        (call, mode) for call in ("op", "module") for mode in ("inference", "grad", "grad to x")
+    }
 
 
 @pytest.fixture
@@ -197,3 +278,56 @@ def test_generate_names_what_is_wrong(generate, models, swap, named):
     options = [] if swap else ["--llama", "python"]
     with pytest.raises(SystemExit, match=named):
         generate.main(model, "--dense", dense, "--dtypes", "float32", *options)
+
+
+def test_generate_on_a_gpu(generate, capsys):
+    """Where there is none, that is said."""
+    import torch
+
+    from aqlm_c import ops
+
+    options = ["--device", "cuda", "--shape", "tiny", "--compile"]
+    if not (torch.cuda.is_available() and ops.has_cuda):
+        with pytest.raises(SystemExit):
+            generate.main(*options)
+        assert "--device=cuda: expected a GPU" in capsys.readouterr().err
+        pytest.skip("needs a GPU that torch can use, and aqlm_c built with _cuda")
+    rows = generate.main(*options)["rows"]
+    assert [(row["format"], row["compiled"]) for row in rows] == [
+        (name, compiled) for name in ("2x8g8", "1x16g8", "float16") for compiled in ("no", "yes")
+    ]
+    for row in rows:
+        assert row["tokens/s"] > 0 and row["peak GiB"] > 0 and row["context"] == 11
+        assert row["x dense"] > 0 and 0 < row["outside %"] < 100
+        assert any(kernel["launches"] >= 1 for kernel in row["kernels"])
+
+
+@pytest.mark.parametrize("scheme", ["2x8g8", None])
+def test_generate_decodes_as_transformers_does(generate, scheme):
+    """The loop around the layers of Llama, which is that of the GPU, without a graph."""
+    import _llama
+    import torch
+
+    torch.manual_seed(0)
+    model = _llama.build("tiny", scheme, torch.float32, "cpu")
+    prompt = torch.randint(model.config.vocab_size, (1, 5))
+    expected = model.generate(prompt, min_new_tokens=6, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    decoder = _llama.Decoder(model, 11)
+    with torch.inference_mode():
+        decoder.prefill(prompt)
+        tokens = [int(decoder.token)]
+        for _ in range(5):
+            decoder.step()
+            tokens.append(int(decoder.token))
+    assert tokens == expected[0, 5:].tolist() and len(set(tokens)) > 1
+
+
+def test_generate_times_a_shape(generate):
+    import _llama
+
+    job = {"device": "cpu", "shape": "tiny", "dtype": "float32", "prompt_tokens": 5, "new_tokens": 6, "repeats": 1}
+    ours, dense = (_llama.worker({**job, "scheme": s, "compile": False})[0] for s in ("2x8g8", None))
+    generate.against_dense([ours, dense])
+    assert (ours["contender"], dense["contender"], ours["context"]) == ("ours", "dense", 11)
+    assert ours["x dense"] == ours["tokens/s"] / dense["tokens/s"] and dense["x dense"] == 1
+    assert ours["outside %"] < 100 and 0 < ours["model GB"] < dense["model GB"]
