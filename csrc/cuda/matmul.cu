@@ -53,7 +53,8 @@ struct Problem {
 
 /* Whether a product by gathers takes shards: a codebook that L1 cannot hold. */
 bool takes_shards(const aqlm_shape &s, int64_t n_rows, const Device &device) {
-    return n_rows == 1 && s.num_codebooks == 1 && s.nbits_per_codebook > 13 && device.shared_memory > 200 * 1024;
+    return n_rows == 1 && s.num_codebooks == 1 && s.nbits_per_codebook > 13 && device.clusters &&
+           device.shared_memory > 200 * 1024 && units_fit(s.out_features, s.in_features / 8, device);
 }
 
 template <class T> cudaError_t run_tables(const Problem &p) {
@@ -174,7 +175,12 @@ extern "C" size_t aqlm_cuda_matmul_workspace(const aqlm_weight *w, aqlm_dtype dt
     const aqlm_shape &s = w->shape;
     Device device;
     if (current_device(device) != cudaSuccess) return 0; /* aqlm_cuda_matmul will say why */
-    const bool needed =
-        dtype == w->dtype && dtype != AQLM_F32 && can_gather(s, device) && takes_shards(s, n_rows % MAX_ROWS, device);
-    return needed ? number_of_shards(int64_t{1} << s.nbits_per_codebook, device) * s.out_features * sizeof(float) : 0;
+    if (dtype != w->dtype || dtype == AQLM_F32 || !can_gather(s, device) || !takes_shards(s, n_rows % MAX_ROWS, device))
+        return 0;
+    GatherProblem g = {};
+    g.out = static_cast<int>(s.out_features), g.groups = static_cast<int>(s.in_features / 8);
+    g.entries = 1 << s.nbits_per_codebook;
+    size_t memory, bytes;
+    plan_shards(g, device, memory, bytes);
+    return bytes;
 }
