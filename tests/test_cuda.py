@@ -1,5 +1,9 @@
 """The ops on a GPU: against float64, by torch's own error in the same dtype; the same bits every time."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import error_budget, max_error
@@ -11,7 +15,9 @@ if not torch.cuda.is_available():
 if not ops.has_cuda:
     pytest.skip("aqlm_c was built without _cuda", allow_module_level=True)
 
-# out, in, K, B, og, g: each kernel (tables, gathers, both from L2, plain) and sizes around its tiles.
+ROOT = Path(__file__).resolve().parent.parent
+
+# out, in, K, B, og, g: each kernel (tables, gathers, both from L2, planes, plain) and sizes around its tiles.
 SHAPES = [
     (4096, 4096, 2, 8, 1, 8),
     (1000, 4096, 4, 8, 1, 8),
@@ -25,6 +31,8 @@ SHAPES = [
     (300, 512, 2, 2, 1, 32),
     (300, 512, 2, 6, 1, 8),
     (1031, 2048, 1, 16, 1, 8),
+    (70, 16640, 1, 16, 1, 8),
+    (203, 1088, 1, 14, 1, 8),
     (515, 768, 2, 12, 1, 8),
     (128, 264, 1, 16, 1, 8),
     (128, 512, 3, 10, 1, 16),
@@ -97,7 +105,7 @@ def test_decode_rows(shape, name):
     assert torch.equal(ops.decode_rows(*weight), dense(*weight, dtype=torch.float32).to(weight[1].dtype))
 
 
-@pytest.mark.parametrize("shape", SHAPES[:1] + SHAPES[11:13], ids=IDS[:1] + IDS[11:13])
+@pytest.mark.parametrize("shape", SHAPES[:1] + SHAPES[11:15], ids=IDS[:1] + IDS[11:15])
 @pytest.mark.parametrize("size", [1e-4, 1e2])
 def test_magnitudes(shape, size):
     """Activations and codebooks far from one, and a few outliers."""
@@ -258,3 +266,14 @@ def test_errors():
         ops.matmul(x, codes, codebooks.cpu(), scales)
     with pytest.raises(RuntimeError, match=r"x: got shape \[1, 127\], expected \[..., 128\]"):
         ops.matmul(x[:, 1:], codes, codebooks, scales)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on the PATH")
+def test_without_torch(tmp_path):
+    """cuda_check.cu, which is also what compute-sanitizer runs."""
+    program = tmp_path / "cuda_check"
+    kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    flags = ["-std=c++17", "-O3", "-arch=native", "--threads=0", f"-I{ROOT / 'csrc'}"]
+    subprocess.run(["nvcc", *flags, ROOT / "tests/cuda_check.cu", *kernels, "-o", program], check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
