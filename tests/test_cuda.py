@@ -31,13 +31,14 @@ SHAPES = [
     (300, 512, 2, 2, 1, 32),
     (300, 512, 2, 6, 1, 8),
     (1031, 2048, 1, 16, 1, 8),
-    (70, 16640, 1, 16, 1, 8),
-    (203, 1088, 1, 14, 1, 8),
     (515, 768, 2, 12, 1, 8),
     (128, 264, 1, 16, 1, 8),
     (128, 512, 3, 10, 1, 16),
     (128, 520, 2, 8, 2, 8),
     (100, 8, 1, 8, 1, 8),
+    (300, 11008, 2, 8, 1, 8),
+    (70, 16640, 1, 16, 1, 8),
+    (203, 1088, 1, 14, 1, 8),
 ]
 IDS = ["{2}x{3}g{5}-og{4}-{0}x{1}".format(*s) for s in SHAPES]
 DTYPES = ["float16", "bfloat16", "float32"]
@@ -105,7 +106,7 @@ def test_decode_rows(shape, name):
     assert torch.equal(ops.decode_rows(*weight), dense(*weight, dtype=torch.float32).to(weight[1].dtype))
 
 
-@pytest.mark.parametrize("shape", SHAPES[:1] + SHAPES[11:15], ids=IDS[:1] + IDS[11:15])
+@pytest.mark.parametrize("shape", SHAPES[:1] + SHAPES[11:13], ids=IDS[:1] + IDS[11:13])
 @pytest.mark.parametrize("size", [1e-4, 1e2])
 def test_magnitudes(shape, size):
     """Activations and codebooks far from one, and a few outliers."""

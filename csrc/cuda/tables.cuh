@@ -20,7 +20,7 @@ struct TableProblem {
     const void *scales;    /* [out] */
     const void *bias;      /* [out] or NULL */
     aqlm_dtype dtype, weight_dtype;
-    int out, groups, num_codebooks, entries, in_group_size;
+    int out, groups, num_codebooks, entries, in_group_size, codebook_bytes;
     int size, share; /* blocks of a cluster; outputs that each finishes */
     /* A last round with fewer slices than blocks: each slice is looked up by several, for last_outs outputs each. */
     int last_outs;
@@ -35,13 +35,6 @@ __device__ inline int table_at(int i, int entry, int lane) {
     return (i >> 1) * (TABLE_BYTES / 2) + entry * 256 + (i & 1) * 128 + lane * 4;
 }
 
-/* A load that the compiler leaves where it stands. */
-__device__ inline uint32_t load_in_order(const unsigned char *from) {
-    uint32_t v;
-    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-    return v;
-}
-
 /* Tables by matrix instructions: rows are the groups of x, columns entries. K divides 8. Warp w makes the tables of
  * code w % 4 of every lane, 8 entries at a time. Lanes of one quarter of a warp hold the same rows for different
  * entries, that is the same bank, so each stores its four rows in another order. */
@@ -52,7 +45,7 @@ template <class T, int G> struct TableBuilder {
     int mask, first_tile, group, groups, row_groups, log_k, second_book;
     bool has_words, one, two;
     uint32_t tables[ROWS]; /* where entries of the rows start, in the order of storing */
-    uint32_t a[ROWS][STEPS], b[TILES][2][STEPS];
+    uint32_t a[ROWS][STEPS];
 
     __device__ TableBuilder(const TableProblem &p, int warp, int lane, size_t x_row) {
         const int i = warp % 4, row = lane / 4, quad = lane % 4;
@@ -87,23 +80,21 @@ template <class T, int G> struct TableBuilder {
         }
     }
 
-    /* Entries, the same for all slices: in time for store, which would wait for each. */
-    __device__ void fetch() {
-        int tile = first_tile;
-        asm volatile("" : "+r"(tile)); /* addresses are made anew: there is no room to keep them */
+    __device__ void store(unsigned char *to) const {
+        uint32_t b[TILES][2][STEPS];
 #pragma unroll
         for (int t = 0; t < TILES; ++t) {
             /* fewer than 256 entries recur, so that the unused high bits of a code do not matter */
-            const int offset = ((tile + t * WARPS_APART) * 8 & mask) * G * 2;
+            const int offset = ((first_tile + t * WARPS_APART) * 8 & mask) * G * 2;
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
-                b[t][0][step] = has_words ? load_in_order(entries + offset + step * 16) : 0;
-                b[t][1][step] = has_words && log_k == 3 ? load_in_order(entries + offset + second_book + step * 16) : 0;
+                const auto word = [&](int book) {
+                    return __ldg(reinterpret_cast<const uint32_t *>(entries + offset + book + step * 16));
+                };
+                b[t][0][step] = has_words ? word(0) : 0;
+                b[t][1][step] = has_words && log_k == 3 ? word(second_book) : b[t][0][step];
             }
         }
-    }
-
-    __device__ void store(unsigned char *to) const {
 #pragma unroll
         for (int t = 0; t < TILES; ++t) {
             float c[2][4] = {};
@@ -111,8 +102,7 @@ template <class T, int G> struct TableBuilder {
             for (int m = 0; m < 2; ++m)
 #pragma unroll
                 for (int step = 0; step < STEPS; ++step)
-                    mma_k8<T>(c[m], a[2 * m][step], a[2 * m + 1][step],
-                              m && log_k == 3 ? b[t][1][step] : b[t][0][step]);
+                    mma_k8<T>(c[m], a[2 * m][step], a[2 * m + 1][step], b[t][m][step]);
 #pragma unroll
             for (int column = 0; column < 2; ++column) {
                 const float v[ROWS] = {c[0][column], c[0][2 + column], c[1][column], c[1][2 + column]};
@@ -146,7 +136,6 @@ template <> struct TableBuilder<float, 0> {
         : p(p), warp(warp), lane(lane), x_row(x_row) {}
 
     __device__ void load(int code) { first_code = code; }
-    __device__ void fetch() {}
 
     __device__ void store(unsigned char *tables) const {
         const int g = p.in_group_size;
@@ -207,6 +196,12 @@ template <class T, int G> __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
         if (threadIdx.x == 0) mailbox.open(own * size * 4);
         announce();
     }
+    /* While kernels before end: what their ends do not change, or L2 alone sees. */
+    const auto first_row = static_cast<size_t>(min(first_out + warp * BATCH + lane % BATCH, p.out - 1));
+    prefetch(p.codes + first_row * row_codes + min(rank * TABLE_CODES, row_codes - 1));
+    if (const size_t at = threadIdx.x * size_t{128}; at < static_cast<size_t>(p.codebook_bytes))
+        prefetch(static_cast<const unsigned char *>(p.codebooks) + at);
+    TableBuilder<T, G> builder(p, warp, lane, blockIdx.y);
     wait_for_kernels_before();
 
     /* Batches of outputs are dealt out to the warps. The codes of one are loaded while the one before is looked up, of
@@ -256,7 +251,6 @@ template <class T, int G> __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     };
     uint32_t words[2][BATCH];
     if (from < n_outs) load(words[0], rank, from); /* on their way while tables are made */
-    TableBuilder<T, G> builder(p, warp, lane, blockIdx.y);
     builder.load(rank * TABLE_CODES);
     const auto scale_of = [&](int o) { return load_as<T>(p.scales, first_own + o, p.weight_dtype); };
     const auto bias_of = [&](int o) { return p.bias ? load_as<T>(p.bias, first_own + o, p.dtype) : 0; };
@@ -264,7 +258,6 @@ template <class T, int G> __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     if (static_cast<int>(threadIdx.x) < own) scale = scale_of(threadIdx.x), bias = bias_of(threadIdx.x);
     bool odd = false;
     for (int next_slice = size; now.slice < slices; now = then, then = round_at(next_slice)) {
-        builder.fetch();
         if (!first_round) __syncthreads(); /* the last lookups in the tables before */
         builder.store(tables);
         builder.load(then.slice * TABLE_CODES);
