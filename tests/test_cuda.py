@@ -191,9 +191,9 @@ def test_graph_and_streams(shape, rows):
         assert torch.equal(captured, expected)
 
 
-def test_kernels_in_a_row():
+@pytest.mark.parametrize("shape", [(1024, 1024, 2, 8, 1, 8), (1024, 1024, 1, 16, 1, 8)], ids=["2x8g8", "1x16g8"])
+def test_kernels_in_a_row(shape):
     """Each may start before the last ends: chains whose every input is the output before, 100 times."""
-    shape = (1024, 1024, 2, 8, 1, 8)
     codes, codebooks, scales = random_weight(shape, torch.float16)
     weight = codes, codebooks, scales * 0.02
     first = None

@@ -278,7 +278,7 @@ inline ShardProblem plan_shards(const GatherProblem &g, const Device &device, si
     const int x_groups = static_cast<int>(divide_up(p.slabs, p.panels)) * UNIT_GROUPS;
     p.in_planes = std::min(g.entries, (device.shared_memory / 4 - x_groups - 8) / 8 * 8);
     const int rest = g.entries - p.in_planes, pairs = device.sms / PAIR / p.panels;
-    /* for each unit a block with the rest takes 1.5 times as long as one with a plane (H100) */
+    /* 24 blocks a plane and 36 with the rest: faster than 22 or 26 (H100) */
     p.plane.blocks = std::max(1, rest ? pairs * 2 / 11 : pairs / PLANES) * PAIR;
     p.rest.blocks = rest ? std::max(1, pairs - PLANES * p.plane.blocks / PAIR) * PAIR : 0;
     const auto slots = [&](int blocks) {
