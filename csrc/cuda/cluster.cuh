@@ -83,15 +83,20 @@ struct Mailbox {
     __device__ void wait() const { wait_for_bytes(barrier); }
 };
 
-/* One thread of each block: bytes [begin, end) of `from`, multiples of 16, to the same place after `to` in the shared
- * memory of all `size` blocks, where `barrier` counts them. */
-__device__ inline void send_to_all(uint32_t to, const void *from, uint32_t begin, uint32_t end, int size,
-                                   uint32_t barrier) {
-#if __CUDA_ARCH__ >= 900
+/* One thread of each of a cluster's `size` blocks, when all have opened their `barrier`, which counts the bytes: a
+ * multiple of 16 * size of them from `from` to `to` in the shared memory of every block. sm_90: each fetches a part for
+ * all, which is slow on later GPUs. */
+__device__ inline void fetch_into_all(uint32_t to, const void *from, uint32_t bytes, int size, uint32_t barrier) {
+#if __CUDA_ARCH__ == 900
+    const uint32_t part = bytes / size, begin = part * cluster_rank();
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
                  "[%0], [%1], %2, [%3], %4;" ::"r"(to + begin),
-                 "l"(static_cast<const char *>(from) + begin), "r"(end - begin), "r"(barrier),
+                 "l"(static_cast<const char *>(from) + begin), "r"(part), "r"(barrier),
                  "h"(static_cast<uint16_t>((1 << size) - 1))
+                 : "memory");
+#elif __CUDA_ARCH__ > 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
 #endif
 }

@@ -22,7 +22,7 @@
 namespace aqlm_cuda {
 
 constexpr int PLANES = 4, SHARD_WARPS = 32;
-constexpr int PAIR = 2; /* blocks of a cluster, which hold the same and fetch half of it each */
+constexpr int PAIR = 2; /* blocks of a cluster, which hold the same */
 constexpr int UNIT_OUTS = 8, UNIT_GROUPS = 64;
 constexpr int MAX_PANEL = 2048 / UNIT_GROUPS; /* slabs of groups whose x lies in shared memory */
 
@@ -144,9 +144,8 @@ template <class T> __global__ void __launch_bounds__(32 * SHARD_WARPS, 1) shard_
         await_others();
         __syncthreads(); /* which that is too, but for racecheck */
         if (threadIdx.x > 0) return;
-        const uint32_t half = entry_bytes / PAIR, begin = half * cluster_rank();
         expect_bytes(barrier, entry_bytes);
-        send_to_all(base, from, begin, begin + half, PAIR, barrier);
+        fetch_into_all(base, from, entry_bytes, PAIR, barrier);
     };
 
     if (is_plane) {
