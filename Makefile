@@ -17,7 +17,7 @@ C_CODE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c csrc/*/*.cpp)
 CUDA   := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh)
 
 # Tests of what transformers does with our models.
-HF_TESTS := $(addprefix tests/test_,$(addsuffix .py,hf checkpoint rules experts families malformed upstream onthefly \
+HF_TESTS := $(addprefix tests/test_,$(addsuffix .py,hf memory checkpoint rules experts families malformed upstream onthefly \
 	card training compile quantize_model))
 
 .PHONY: demo test test-oldest build wheel audit lint format bench clean

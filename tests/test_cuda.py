@@ -1,5 +1,9 @@
 """The ops on a GPU: against float64, by torch's own error in the same dtype; the same bits every time."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import error_budget, max_error
@@ -11,7 +15,9 @@ if not torch.cuda.is_available():
 if not ops.has_cuda:
     pytest.skip("aqlm_c was built without _cuda", allow_module_level=True)
 
-# out, in, K, B, og, g: each kernel (tables, gathers, both from L2, plain) and sizes around its tiles.
+ROOT = Path(__file__).resolve().parent.parent
+
+# out, in, K, B, og, g: each kernel (tables, gathers, both from L2, planes, plain) and sizes around its tiles.
 SHAPES = [
     (4096, 4096, 2, 8, 1, 8),
     (1000, 4096, 4, 8, 1, 8),
@@ -30,6 +36,9 @@ SHAPES = [
     (128, 512, 3, 10, 1, 16),
     (128, 520, 2, 8, 2, 8),
     (100, 8, 1, 8, 1, 8),
+    (300, 11008, 2, 8, 1, 8),
+    (70, 16640, 1, 16, 1, 8),
+    (203, 1088, 1, 14, 1, 8),
 ]
 IDS = ["{2}x{3}g{5}-og{4}-{0}x{1}".format(*s) for s in SHAPES]
 DTYPES = ["float16", "bfloat16", "float32"]
@@ -182,9 +191,9 @@ def test_graph_and_streams(shape, rows):
         assert torch.equal(captured, expected)
 
 
-def test_kernels_in_a_row():
+@pytest.mark.parametrize("shape", [(1024, 1024, 2, 8, 1, 8), (1024, 1024, 1, 16, 1, 8)], ids=["2x8g8", "1x16g8"])
+def test_kernels_in_a_row(shape):
     """Each may start before the last ends: chains whose every input is the output before, 100 times."""
-    shape = (1024, 1024, 2, 8, 1, 8)
     codes, codebooks, scales = random_weight(shape, torch.float16)
     weight = codes, codebooks, scales * 0.02
     first = None
@@ -258,3 +267,14 @@ def test_errors():
         ops.matmul(x, codes, codebooks.cpu(), scales)
     with pytest.raises(RuntimeError, match=r"x: got shape \[1, 127\], expected \[..., 128\]"):
         ops.matmul(x[:, 1:], codes, codebooks, scales)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on the PATH")
+def test_without_torch(tmp_path):
+    """cuda_check.cu, which is also what compute-sanitizer runs."""
+    program = tmp_path / "cuda_check"
+    kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    flags = ["-std=c++17", "-O3", "-arch=native", "--threads=0", f"-I{ROOT / 'csrc'}"]
+    subprocess.run(["nvcc", *flags, ROOT / "tests/cuda_check.cu", *kernels, "-o", program], check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

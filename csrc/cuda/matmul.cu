@@ -17,7 +17,8 @@ __global__ void plain_kernel(void *y, const void *x, const aqlm_weight w, const 
     const int64_t in = w.shape.in_features, groups = in / g;
     const size_t entries = size_t(1) << w.shape.nbits_per_codebook;
     float sums[MAX_ROWS] = {};
-    for (int64_t j = threadIdx.x % 32; j < groups; j += 32)
+    for (int64_t j = threadIdx.x % 32; j < groups; j += 32) {
+        float of_group[MAX_ROWS] = {}; /* long rows would lose bits in one sum */
         for (int i = 0; i < g; ++i) {
             float value = 0;
             for (int k = 0; k < num_codebooks; ++k) {
@@ -27,8 +28,11 @@ __global__ void plain_kernel(void *y, const void *x, const aqlm_weight w, const 
             }
 #pragma unroll
             for (int n = 0; n < MAX_ROWS; ++n)
-                if (n < n_rows) sums[n] = fmaf(value, load_float(x, n * in + j * g + i, dtype), sums[n]);
+                if (n < n_rows) of_group[n] = fmaf(value, load_float(x, n * in + j * g + i, dtype), of_group[n]);
         }
+#pragma unroll
+        for (int n = 0; n < MAX_ROWS; ++n) sums[n] += of_group[n];
+    }
 #pragma unroll
     for (int n = 0; n < MAX_ROWS; ++n) {
         if (n >= n_rows) break;
@@ -53,7 +57,8 @@ struct Problem {
 
 /* Whether a product by gathers takes shards: a codebook that L1 cannot hold. */
 bool takes_shards(const aqlm_shape &s, int64_t n_rows, const Device &device) {
-    return n_rows == 1 && s.num_codebooks == 1 && s.nbits_per_codebook > 13 && device.shared_memory > 200 * 1024;
+    return n_rows == 1 && s.num_codebooks == 1 && s.nbits_per_codebook > 13 && device.clusters &&
+           device.shared_memory > 200 * 1024 && units_fit(s.out_features, s.in_features / 8, device);
 }
 
 template <class T> cudaError_t run_tables(const Problem &p) {
@@ -71,7 +76,8 @@ template <class T> cudaError_t run_tables(const Problem &p) {
                             static_cast<int>(s.num_codebooks),
                             1 << s.nbits_per_codebook,
                             static_cast<int>(s.in_group_size),
-                            0};
+                            static_cast<int>((s.num_codebooks << s.nbits_per_codebook) * s.in_group_size *
+                                             (p.w.dtype == AQLM_F32 ? 4 : 2))};
     if constexpr (!std::is_same_v<T, float>)
         if (8 % s.num_codebooks == 0) switch (s.in_group_size) {
             case 4: return launch_table_kernel<T, 4>(t, p.n_rows, p.device, p.stream);
@@ -174,7 +180,12 @@ extern "C" size_t aqlm_cuda_matmul_workspace(const aqlm_weight *w, aqlm_dtype dt
     const aqlm_shape &s = w->shape;
     Device device;
     if (current_device(device) != cudaSuccess) return 0; /* aqlm_cuda_matmul will say why */
-    const bool needed =
-        dtype == w->dtype && dtype != AQLM_F32 && can_gather(s, device) && takes_shards(s, n_rows % MAX_ROWS, device);
-    return needed ? number_of_shards(int64_t{1} << s.nbits_per_codebook, device) * s.out_features * sizeof(float) : 0;
+    if (dtype != w->dtype || dtype == AQLM_F32 || !can_gather(s, device) || !takes_shards(s, n_rows % MAX_ROWS, device))
+        return 0;
+    GatherProblem g = {};
+    g.out = static_cast<int>(s.out_features), g.groups = static_cast<int>(s.in_features / 8);
+    g.entries = 1 << s.nbits_per_codebook;
+    size_t memory, bytes;
+    plan_shards(g, device, memory, bytes);
+    return bytes;
 }

@@ -1,10 +1,18 @@
 /* shards.cuh: a row of x by a codebook too large for one block's shared memory (16-bit floats, K = 1, B > 13, g = 8,
  * og = 1).
  *
- * Gathered from L2, each entry of 16 bytes moves a sector of 32, and that is the bound. Here each block holds a
- * shard of the codebook in shared memory and reads all codes of its outputs, as the blocks with the other shards do.
- * Only the lanes whose code lies in the shard load (a gather of few lanes costs few cycles); the others hold zeros. A
- * second kernel adds up the shards. Fragments and warps as in gather.cuh. */
+ * Gathered from L2, each entry of 16 bytes moves a sector of 32, and that is the bound. Here the codebook lies in the
+ * shared memory of five kinds of blocks, which all read the codes: four hold a plane each, two of the eight inputs of
+ * nearly all entries, so that a gather is a word and one matrix instruction takes four codes of a lane; the fifth holds
+ * the rest of the entries, whole, and only the lanes whose code is one of them load. What bounds it then is shared
+ * memory, 32 words from random banks. A kernel before cuts the codebook into planes.
+ *
+ * Work is cut into units, 8 outputs by 64 groups, in the order of codes in memory, and each warp takes as many of them
+ * in a row. What it sums of a tile of 8 outputs goes to a slot of its own, and a kernel behind adds up the slots.
+ *
+ * A lane loads 8 codes, and 8 lanes a line of 128 bytes, of outputs lane / 8 and lane / 8 + 4. They are the A fragment
+ * of gather.cuh, whose even rows hold groups of the first half of the line, odd rows of the second: their x are the
+ * first and the second column of B, and the sum of an output is in two places of C. */
 #ifndef AQLM_CUDA_SHARDS_CUH
 #define AQLM_CUDA_SHARDS_CUH
 
@@ -13,139 +21,294 @@
 
 namespace aqlm_cuda {
 
-struct ShardProblem {
-    GatherProblem g;
-    float *workspace;  /* [shards, out] */
-    int shards, shard; /* their number; entries of each */
+constexpr int PLANES = 4, SHARD_WARPS = 32;
+constexpr int PAIR = 2; /* blocks of a cluster, which hold the same */
+constexpr int UNIT_OUTS = 8, UNIT_GROUPS = 64;
+constexpr int MAX_PANEL = 2048 / UNIT_GROUPS; /* slabs of groups whose x lies in shared memory */
+
+/* Blocks of one kind with one panel of the groups; slots of each output. */
+struct Share {
+    int blocks, slots;
 };
 
-constexpr int SHARD_TILES = 16;                                /* tiles of 16 outputs between two sums over the warps */
-constexpr int SHARD_PARTS = SHARD_TILES * GATHER_WARPS * TILE; /* floats */
+struct ShardProblem {
+    GatherProblem g;
+    uint32_t *planes;  /* [PLANES][in_planes] */
+    float *sums;       /* [panels][PLANES][plane.slots][out], then [panels][rest.slots][out] */
+    int in_planes;     /* entries that lie in planes, a multiple of 8 */
+    int barrier;       /* its offset in shared memory */
+    int slabs, panels; /* of UNIT_GROUPS groups; they are cut into */
+    Share plane, rest; /* rest.blocks = 0: all entries lie in planes */
 
-/* Entry e of the `count` at `base` in shared memory, zeros if it has none. */
-__device__ inline uint4 load_if_below(uint32_t e, uint32_t count, uint32_t base) {
-    uint4 v = {0, 0, 0, 0};
-    asm volatile("{ .reg .pred below;\n"
-                 "setp.lt.u32 below, %4, %5;\n"
-                 "@below ld.shared.v4.u32 {%0,%1,%2,%3}, [%6]; }"
-                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-                 : "r"(e), "r"(count), "r"(base + e * 16));
-    return v;
+    __host__ __device__ int first_slab(int panel) const { return slabs * panel / panels; }
+};
+
+/* Units of a panel dealt out to warps, at least one to each. */
+struct Deal {
+    uint32_t units, warps;
+    __device__ Deal(const Share &share, int tiles, int slabs)
+        : units(tiles * slabs), warps(min(share.blocks * SHARD_WARPS, tiles * slabs)) {}
+    __device__ int first_of(int warp) const { return units * warp / warps; }
+    __device__ int owner_of(int unit) const { return ((unit + 1) * warps - 1) / units; }
+};
+
+static __global__ void cut_into_planes_kernel(const ShardProblem problem) {
+    const int e = min(blockIdx.x * blockDim.x + threadIdx.x, problem.in_planes - 1);
+    const uint4 *const from = static_cast<const uint4 *>(problem.g.codebooks) + e;
+    prefetch(from);
+    wait_for_kernels_before();
+    const uint4 v = __ldg(from);
+    uint32_t *const to = problem.planes + e;
+    to[0] = v.x, to[problem.in_planes] = v.y, to[2 * problem.in_planes] = v.z, to[3 * problem.in_planes] = v.w;
 }
 
-template <class T> __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) shard_kernel(const ShardProblem problem) {
-    using L = Lane<1, 2>;
-    constexpr int BLOCK_GROUPS = GATHER_WARPS * L::SLAB;
+/* v = the 16 bytes at `from` in shared memory, where `if_so`. */
+__device__ inline void load_if(uint4 &v, bool if_so, uint32_t from) {
+    asm volatile("{ .reg .pred p;\n"
+                 "setp.ne.b32 p, %4, 0;\n"
+                 "@p ld.shared.v4.u32 {%0,%1,%2,%3}, [%5]; }"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+                 : "r"(static_cast<int>(if_so)), "r"(from));
+}
+
+/* All units of one warp. prepare() runs when the first codes are on their way; multiply(c, word, slab) adds the
+ * products of a unit's codes, word[half] those of outputs lane / 8 + 4 half, to the fragments c. */
+template <class Prepare, class Multiply>
+__device__ inline void run_units(const ShardProblem &problem, const Deal &deal, int warp, int first, int slabs,
+                                 float *sums, const Prepare &prepare, const Multiply &multiply) {
     const GatherProblem &p = problem.g;
-    const int shard = problem.shard, first_entry = blockIdx.y * shard;
-    extern __shared__ __align__(1024) unsigned char shared[];
-    auto *const parts = reinterpret_cast<float *>(shared + shard * 16); /* [SHARD_TILES][GATHER_WARPS][TILE] */
-    float *const sums = problem.workspace + static_cast<size_t>(blockIdx.y) * p.out;
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
-    wait_for_kernels_before();
-
-    const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)), mask = p.entries - 1;
-    for (int i = threadIdx.x; i < shard; i += 32 * GATHER_WARPS)
-        if (first_entry + i < p.entries)
-            reinterpret_cast<uint4 *>(shared)[i] = __ldg(static_cast<const uint4 *>(p.codebooks) + first_entry + i);
-
-    const int all = (p.out + TILE - 1) / TILE;
-    const int first = static_cast<int>(static_cast<int64_t>(all) * blockIdx.x / gridDim.x);
-    const int tiles = static_cast<int>(static_cast<int64_t>(all) * (blockIdx.x + 1) / gridDim.x) - first;
+    const int lane = threadIdx.x % 32;
     const size_t row_bytes = static_cast<size_t>(p.groups) * 2;
-    for (int block_group = 0; block_group < p.groups; block_group += BLOCK_GROUPS) {
-        const int group = block_group + (warp * 4 + quad) * L::GROUPS;
-        const bool idle = block_group + warp * L::SLAB >= p.groups; /* this warp has no groups */
-        uint4 x[L::GROUPS];
+    const bool idle = warp >= static_cast<int>(deal.warps);
+    const int begin = idle ? 0 : deal.first_of(warp);
+    int left = idle ? 0 : deal.first_of(warp + 1) - begin, tile = begin / slabs, slab = begin - tile * slabs;
+    int slot = warp - deal.owner_of(begin - slab); /* 0 of all tiles but the first, which others may have begun */
+    const unsigned char *from[2];
+    const auto go_to = [&](int to_tile) {
 #pragma unroll
-        for (int i = 0; i < L::GROUPS; ++i)
-            x[i] =
-                row == 0 && group < p.groups ? __ldg(static_cast<const uint4 *>(p.x) + group + i) : uint4{0, 0, 0, 0};
-        const unsigned char *codes = p.codes + (group < p.groups ? group * 2 : 0);
-        uint32_t next[2][2][L::WORDS];
-        const auto load = [&](uint32_t (&to)[2][L::WORDS], int tile) {
+        for (int half = 0; half < 2; ++half)
+            from[half] = p.codes + min(to_tile * UNIT_OUTS + 4 * half + lane / 8, p.out - 1) * row_bytes;
+    };
+    uint4 next[2] = {};
+    const auto load = [&](int of_slab) {
+        const int group = (first + of_slab) * UNIT_GROUPS + lane % 8 * 8; /* 8 or none of a lane's groups exist */
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-                load_words(to[half], codes + min((first + tile) * TILE + 8 * half + row, p.out - 1) * row_bytes);
-        };
-        load(next[0], 0), load(next[1], 1);
-        if (block_group == 0) __syncthreads(); /* codebooks */
-        for (int tile = 0; tile < tiles; ++tile) {
-            uint32_t word[2][L::WORDS];
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-#pragma unroll
-                for (int i = 0; i < L::WORDS; ++i)
-                    word[half][i] = next[0][half][i], next[0][half][i] = next[1][half][i];
-            load(next[1], tile + 2);
-            float c[4][4] = {};
-            if (!idle) {
-#pragma unroll
-                for (int i = 0; i < L::GROUPS; ++i) {
-                    uint4 entry[2];
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const uint32_t w = word[half][i / 2];
-                        const uint32_t e = ((i % 2 ? w >> 16 : w) & mask) - first_entry;
-                        entry[half] = load_if_below(e, shard, base);
-                    }
-                    const int s = i % 2 * 2;
-                    mma_k16<T>(c[s], entry[0].x, entry[1].x, entry[0].y, entry[1].y, x[i].x, x[i].y);
-                    mma_k16<T>(c[s + 1], entry[0].z, entry[1].z, entry[0].w, entry[1].w, x[i].z, x[i].w);
-                }
-            }
-            const int place = tile % SHARD_TILES;
-            if (quad == 0) {
-                float *const mine = parts + (place * GATHER_WARPS + warp) * TILE + row;
-                mine[0] = (c[0][0] + c[1][0]) + (c[2][0] + c[3][0]);
-                mine[8] = (c[0][2] + c[1][2]) + (c[2][2] + c[3][2]);
-            }
-            if (place == SHARD_TILES - 1 || tile == tiles - 1) {
-                __syncthreads();
-                const int of = threadIdx.x / TILE, o = (first + tile - place + of) * TILE + threadIdx.x % TILE;
-                if (of <= place && o < p.out) {
-                    float total = block_group > 0 ? sums[o] : 0;
-#pragma unroll
-                    for (int w = 0; w < GATHER_WARPS; ++w)
-                        total += parts[(of * GATHER_WARPS + w) * TILE + threadIdx.x % TILE];
-                    sums[o] = total;
-                }
-                __syncthreads();
-            }
+        for (int half = 0; half < 2; ++half)
+            next[half] = load_once(reinterpret_cast<const uint4 *>(from[half] + (group < p.groups ? group * 2 : 0)));
+    };
+    if (left > 0) go_to(tile), load(slab);
+    prepare();
+    float c[2][4] = {};
+    for (; left > 0; --left) {
+        const uint4 word[2] = {next[0], next[1]};
+        const int of_slab = slab, o = tile * UNIT_OUTS + lane / 8;
+        if (++slab == slabs) slab = 0, go_to(++tile);
+        if (left > 1) load(slab);
+        multiply(c, word, of_slab);
+        if (slab > 0 && left > 1) continue;
+        const bool odd = lane & 4;
+        float low = odd ? c[0][1] + c[1][1] : c[0][0] + c[1][0], high = odd ? c[0][3] + c[1][3] : c[0][2] + c[1][2];
+        low += __shfl_xor_sync(~0u, low, 4), high += __shfl_xor_sync(~0u, high, 4);
+        if (lane % 8 == 0) {
+            float *const to = sums + static_cast<size_t>(slot) * p.out + o;
+            if (o < p.out) to[0] = low;
+            if (o + 4 < p.out) to[4] = high;
         }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c[0][i] = c[1][i] = 0;
+        slot = 0;
     }
 }
 
-template <class T> __global__ void sum_shards_kernel(const ShardProblem problem) {
+__device__ inline uint32_t word_of(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+/* The kernel before waited for those before it: all but the planes can be read at once. */
+template <class T> __global__ void __launch_bounds__(32 * SHARD_WARPS, 1) shard_kernel(const ShardProblem problem) {
     const GatherProblem &p = problem.g;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)), barrier = base + problem.barrier;
+    const int plane_pairs = problem.panels * PLANES * problem.plane.blocks / PAIR, pair = cluster_index();
+    const bool is_plane = pair < plane_pairs;
+    const int plane = pair % PLANES, index = is_plane ? pair / PLANES : pair - plane_pairs;
+    const int panel = index % problem.panels, first = problem.first_slab(panel);
+    const int slabs = problem.first_slab(panel + 1) - first, part = index / problem.panels * PAIR + cluster_rank();
+    const int warp = part * SHARD_WARPS + __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const int tiles = (p.out + UNIT_OUTS - 1) / UNIT_OUTS;
+    float *sums = problem.sums;
+    const int in_planes = problem.in_planes, rest = p.entries - in_planes;
+
+    const uint32_t entry_bytes = is_plane ? in_planes * 4 : rest * 16;
+    if (threadIdx.x == 0) open_barrier(barrier);
+    announce();
+    const auto fetch_entries = [&](const void *from) {
+        await_others();
+        __syncthreads(); /* which that is too, but for racecheck */
+        if (threadIdx.x > 0) return;
+        expect_bytes(barrier, entry_bytes);
+        fetch_into_all(base, from, entry_bytes, PAIR, barrier);
+    };
+
+    if (is_plane) {
+        /* a word of all entries, one of zeros, words of x */
+        auto *const words = reinterpret_cast<uint32_t *>(shared), *const x = words + in_planes + 4;
+        for (int j = threadIdx.x; j < slabs * UNIT_GROUPS; j += 32 * SHARD_WARPS) {
+            const int group = first * UNIT_GROUPS + j;
+            x[j / UNIT_GROUPS * UNIT_GROUPS + j / 4 % 2 * 32 + j / 8 % 8 * 4 + j % 4] =
+                group < p.groups ? __ldg(static_cast<const uint32_t *>(p.x) + group * 4 + plane) : 0;
+        }
+        if (threadIdx.x == 0) words[in_planes] = 0;
+        const uint32_t x_base = static_cast<uint32_t>(__cvta_generic_to_shared(x)) + lane % 8 * 16;
+        const uint32_t limit = in_planes * 0x00010001u, mask = (p.entries - 1) * 0x00010001u;
+        uint4 low = {}, high = {}; /* the other lanes' would be columns of B that are not used */
+        sums += static_cast<size_t>(panel * PLANES + plane) * problem.plane.slots * p.out;
+        run_units(
+            problem, Deal(problem.plane, tiles, slabs), warp, first, slabs, sums,
+            [&] {
+                wait_for_kernels_before();
+                fetch_entries(problem.planes + static_cast<size_t>(plane) * in_planes);
+                __syncthreads();
+                wait_for_bytes(barrier);
+            },
+            [&](float (&c)[2][4], const uint4(&word)[2], int slab) {
+                load_if(low, lane < 8, x_base + slab * (UNIT_GROUPS * 4));
+                load_if(high, lane < 8, x_base + slab * (UNIT_GROUPS * 4) + UNIT_GROUPS * 2);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    uint32_t a[2][2];
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        /* entries of the rest read as zeros */
+                        const uint32_t e = __vminu2(word_of(word[half], i) & mask, limit);
+                        a[half][0] = *reinterpret_cast<const uint32_t *>(shared + (e << 2 & 0x3fffc));
+                        a[half][1] = *reinterpret_cast<const uint32_t *>(shared + (e >> 14 & 0x3fffc));
+                    }
+                    const uint4 &x = i < 2 ? low : high;
+                    mma_k16<T>(c[i % 2], a[0][0], a[1][0], a[0][1], a[1][1], i % 2 ? x.z : x.x, i % 2 ? x.w : x.y);
+                }
+            });
+    } else {
+        /* entries, x; B = 16 here, so that codes need no mask */
+        auto *const x = reinterpret_cast<uint4 *>(shared) + rest;
+        for (int j = threadIdx.x; j < slabs * UNIT_GROUPS; j += 32 * SHARD_WARPS) {
+            const int group = first * UNIT_GROUPS + j;
+            x[j / UNIT_GROUPS * UNIT_GROUPS + j % 8 * 8 + j / 8 % 8] =
+                group < p.groups ? __ldg(static_cast<const uint4 *>(p.x) + group) : uint4{0, 0, 0, 0};
+        }
+        const uint32_t x_base = base + (rest + lane % 8) * 16;
+        uint4 of_group = {};
+        sums += (static_cast<size_t>(problem.panels) * PLANES * problem.plane.slots +
+                 static_cast<size_t>(panel) * problem.rest.slots) *
+                p.out;
+        run_units(
+            problem, Deal(problem.rest, tiles, slabs), warp, first, slabs, sums,
+            [&] {
+                fetch_entries(static_cast<const uint4 *>(p.codebooks) + in_planes);
+                wait_for_kernels_before();
+                __syncthreads();
+                wait_for_bytes(barrier);
+            },
+            [&](float (&c)[2][4], const uint4(&word)[2], int slab) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    load_if(of_group, lane < 8, x_base + (slab * UNIT_GROUPS + i * 8) * 16);
+                    uint4 entry[2];
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const uint32_t w = word_of(word[half], i / 2), e = (i % 2 ? w >> 16 : w & 0xffff) - in_planes;
+                        entry[half] = uint4{0, 0, 0, 0};
+                        load_if(entry[half], e < static_cast<uint32_t>(rest), base + e * 16);
+                    }
+                    mma_k16<T>(c[0], entry[0].x, entry[1].x, entry[0].y, entry[1].y, of_group.x, of_group.y);
+                    mma_k16<T>(c[1], entry[0].z, entry[1].z, entry[0].w, entry[1].w, of_group.z, of_group.w);
+                }
+            });
+    }
+}
+
+/* SUMMED outputs a block; each warp adds up the slots of some kinds of blocks. */
+constexpr int SUMMED = 32, SUM_WARPS = 8;
+
+template <class T> __global__ void __launch_bounds__(SUMMED *SUM_WARPS) sum_shards_kernel(const ShardProblem problem) {
+    const GatherProblem &p = problem.g;
+    __shared__ float parts[SUM_WARPS][SUMMED];
+    const int warp = threadIdx.x / SUMMED, lane = threadIdx.x % SUMMED, o = blockIdx.x * SUMMED + lane;
+    const int tiles = (p.out + UNIT_OUTS - 1) / UNIT_OUTS, planes = problem.panels * PLANES;
+    const int kinds = planes + (problem.rest.blocks ? problem.panels : 0);
+    if (warp == 0 && o < p.out) {
+        prefetch(static_cast<const T *>(p.scales) + o);
+        if (p.bias) prefetch(static_cast<const T *>(p.bias) + o);
+    }
     wait_for_kernels_before();
-    const int o = blockIdx.x * blockDim.x + threadIdx.x;
-    if (o >= p.out) return;
     float total = 0;
-    for (int shard = 0; shard < problem.shards; ++shard)
-        total += problem.workspace[static_cast<size_t>(shard) * p.out + o];
+    if (o < p.out)
+        for (int kind = warp; kind < kinds; kind += SUM_WARPS) {
+            const bool is_plane = kind < planes;
+            const int panel = is_plane ? kind / PLANES : kind - planes;
+            const int slabs = problem.first_slab(panel + 1) - problem.first_slab(panel);
+            const Deal deal(is_plane ? problem.plane : problem.rest, tiles, slabs);
+            const int unit = o / UNIT_OUTS * slabs;
+            const int slots = deal.owner_of(unit + slabs - 1) - deal.owner_of(unit) + 1;
+            const int first = is_plane ? kind * problem.plane.slots
+                                       : planes * problem.plane.slots + (kind - planes) * problem.rest.slots;
+            const float *from = problem.sums + static_cast<size_t>(first) * p.out + o;
+#pragma unroll 4
+            for (int slot = 0; slot < slots; ++slot, from += p.out) total += *from;
+        }
+    parts[warp][lane] = total;
+    __syncthreads();
+    if (warp > 0 || o >= p.out) return;
+    for (int other = 1; other < SUM_WARPS; ++other) total += parts[other][lane];
     total *= static_cast<float>(static_cast<const T *>(p.scales)[o]);
     if (p.bias) total += static_cast<float>(static_cast<const T *>(p.bias)[o]);
     static_cast<T *>(p.y)[o] = static_cast<T>(total);
 }
 
-inline int number_of_shards(int64_t entries, const Device &device) {
-    return static_cast<int>(divide_up(entries * 16, device.shared_memory - SHARD_PARTS * 4));
+/* Whether products of units and warps fit in 32 bits. */
+inline bool units_fit(int64_t out, int64_t groups, const Device &device) {
+    const int64_t units = (out / UNIT_OUTS + 1) * (groups / UNIT_GROUPS + 1);
+    return units < UINT32_MAX / (int64_t{device.sms} * SHARD_WARPS + 1);
+}
+
+/* How the work is cut; bytes of shared memory and workspace. */
+inline ShardProblem plan_shards(const GatherProblem &g, const Device &device, size_t &memory, size_t &workspace) {
+    ShardProblem p = {g};
+    p.slabs = static_cast<int>(divide_up(g.groups, UNIT_GROUPS));
+    p.panels = static_cast<int>(divide_up(p.slabs, MAX_PANEL));
+    const int x_groups = static_cast<int>(divide_up(p.slabs, p.panels)) * UNIT_GROUPS;
+    p.in_planes = std::min(g.entries, (device.shared_memory / 4 - x_groups - 8) / 8 * 8);
+    const int rest = g.entries - p.in_planes, pairs = device.sms / PAIR / p.panels;
+    /* 24 blocks a plane and 36 with the rest: faster than 22 or 26 (H100) */
+    p.plane.blocks = std::max(1, rest ? pairs * 2 / 11 : pairs / PLANES) * PAIR;
+    p.rest.blocks = rest ? std::max(1, pairs - PLANES * p.plane.blocks / PAIR) * PAIR : 0;
+    const auto slots = [&](int blocks) {
+        return static_cast<int>(divide_up(int64_t{blocks} * SHARD_WARPS, divide_up(g.out, UNIT_OUTS))) + 1;
+    };
+    p.plane.slots = slots(p.plane.blocks), p.rest.slots = rest ? slots(p.rest.blocks) : 0;
+    p.barrier = std::max(p.in_planes + 4 + x_groups, (rest ? rest + x_groups : 0) * 4) * 4;
+    memory = p.barrier + 8;
+    workspace = (size_t(PLANES) * p.in_planes + size_t(p.panels) * (PLANES * p.plane.slots + p.rest.slots) * g.out) * 4;
+    return p;
 }
 
 template <class T>
-cudaError_t launch_shard_kernel(const GatherProblem &g, float *workspace, const Device &device, cudaStream_t stream) {
+cudaError_t launch_shard_kernel(const GatherProblem &g, void *workspace, const Device &device, cudaStream_t stream) {
     constexpr auto kernel = shard_kernel<T>;
     if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
-    const int shards = number_of_shards(g.entries, device);
-    const ShardProblem p = {g, workspace, shards, static_cast<int>(divide_up(g.entries, shards))};
-    const auto parts = static_cast<unsigned>(std::min<int64_t>(device.sms / shards, divide_up(g.out, TILE)));
-    if (const cudaError_t error = launch_early<kernel>(p, dim3(parts, shards), 1, 32 * GATHER_WARPS,
-                                                       p.shard * 16 + SHARD_PARTS * 4, device, stream))
+    size_t memory, bytes;
+    ShardProblem p = plan_shards(g, device, memory, bytes);
+    p.planes = static_cast<uint32_t *>(workspace);
+    p.sums = static_cast<float *>(workspace) + size_t(PLANES) * p.in_planes;
+    constexpr int THREADS = 128;
+    const auto blocks = [](int items, int of_a_block) {
+        return dim3(static_cast<unsigned>(divide_up(items, of_a_block)));
+    };
+    if (const cudaError_t error =
+            launch_early<cut_into_planes_kernel>(p, blocks(p.in_planes, THREADS), 1, THREADS, 0, device, stream))
         return error;
-    constexpr int THREADS = 256;
-    return launch_early<sum_shards_kernel<T>>(p, dim3(static_cast<unsigned>(divide_up(g.out, THREADS))), 1, THREADS, 0,
-                                              device, stream);
+    const dim3 grid(static_cast<unsigned>(p.panels * (PLANES * p.plane.blocks + p.rest.blocks)));
+    if (const cudaError_t error = launch_early<kernel>(p, grid, PAIR, 32 * SHARD_WARPS, memory, device, stream))
+        return error;
+    return launch_early<sum_shards_kernel<T>>(p, blocks(g.out, SUMMED), 1, SUMMED * SUM_WARPS, 0, device, stream);
 }
 
 } // namespace aqlm_cuda

@@ -20,12 +20,15 @@ struct TableProblem {
     const void *scales;    /* [out] */
     const void *bias;      /* [out] or NULL */
     aqlm_dtype dtype, weight_dtype;
-    int out, groups, num_codebooks, entries, in_group_size;
+    int out, groups, num_codebooks, entries, in_group_size, codebook_bytes;
     int size, share; /* blocks of a cluster; outputs that each finishes */
+    /* A last round with fewer slices than blocks: each slice is looked up by several, for last_outs outputs each. */
+    int last_outs;
+    uint64_t last_part; /* which of them a block looks up, four bits for each block of the cluster */
 };
 
-constexpr int TABLE_WARPS = 32, TABLE_CODES = 128, TABLE_BYTES = TABLE_CODES * 256 * 4;
-constexpr int BATCH = 8; /* outputs a warp sums at a time */
+constexpr int TABLE_WARPS = 16, TABLE_CODES = 128, TABLE_BYTES = TABLE_CODES * 256 * 4;
+constexpr int BATCH = 16; /* outputs a warp sums at a time */
 
 /* Where entry e of the table of code 4 lane + i starts, in bytes. */
 __device__ inline int table_at(int i, int entry, int lane) {
@@ -78,42 +81,37 @@ template <class T, int G> struct TableBuilder {
     }
 
     __device__ void store(unsigned char *to) const {
-        constexpr int AHEAD = STEPS > 2 ? 1 : STEPS > 1 ? 2 : 4; /* tiles whose entries are loaded at a time */
+        uint32_t b[TILES][2][STEPS];
 #pragma unroll
-        for (int first = 0; first < TILES; first += AHEAD) {
-            uint32_t b[AHEAD][2][STEPS];
+        for (int t = 0; t < TILES; ++t) {
+            /* fewer than 256 entries recur, so that the unused high bits of a code do not matter */
+            const int offset = ((first_tile + t * WARPS_APART) * 8 & mask) * G * 2;
 #pragma unroll
-            for (int t = 0; t < AHEAD; ++t) {
-                /* fewer than 256 entries recur, so that the unused high bits of a code do not matter */
-                const int offset = ((first_tile + (first + t) * WARPS_APART) * 8 & mask) * G * 2;
-#pragma unroll
-                for (int step = 0; step < STEPS; ++step) {
-                    const auto word = [&](int book) {
-                        const auto *from = reinterpret_cast<const uint32_t *>(entries + offset + book + step * 16);
-                        return has_words ? __ldg(from) : 0;
-                    };
-                    b[t][0][step] = word(0);
-                    b[t][1][step] = log_k < 3 ? b[t][0][step] : word(second_book);
-                }
+            for (int step = 0; step < STEPS; ++step) {
+                const auto word = [&](int book) {
+                    return __ldg(reinterpret_cast<const uint32_t *>(entries + offset + book + step * 16));
+                };
+                b[t][0][step] = has_words ? word(0) : 0;
+                b[t][1][step] = has_words && log_k == 3 ? word(second_book) : b[t][0][step];
             }
+        }
 #pragma unroll
-            for (int t = 0; t < AHEAD; ++t) {
-                float c[2][4] = {};
+        for (int t = 0; t < TILES; ++t) {
+            float c[2][4] = {};
 #pragma unroll
-                for (int m = 0; m < 2; ++m)
+            for (int m = 0; m < 2; ++m)
 #pragma unroll
-                    for (int step = 0; step < STEPS; ++step)
-                        mma_k8<T>(c[m], a[2 * m][step], a[2 * m + 1][step], b[t][m][step]);
+                for (int step = 0; step < STEPS; ++step)
+                    mma_k8<T>(c[m], a[2 * m][step], a[2 * m + 1][step], b[t][m][step]);
 #pragma unroll
-                for (int column = 0; column < 2; ++column) {
-                    const float v[ROWS] = {c[0][column], c[0][2 + column], c[1][column], c[1][2 + column]};
-                    float stored[ROWS];
-                    rotate(stored, v);
-                    const int entry = (first + t) * WARPS_APART * 8 + column;
+            for (int column = 0; column < 2; ++column) {
+                const float v[ROWS] = {c[0][column], c[0][2 + column], c[1][column], c[1][2 + column]};
+                float stored[ROWS];
+                rotate(stored, v);
+                const int entry = t * WARPS_APART * 8 + column;
 #pragma unroll
-                    for (int s = 0; s < ROWS; ++s)
-                        *reinterpret_cast<float *>(to + tables[s] + table_at(0, entry, 0)) = stored[s];
-                }
+                for (int s = 0; s < ROWS; ++s)
+                    *reinterpret_cast<float *>(to + tables[s] + table_at(0, entry, 0)) = stored[s];
             }
         }
     }
@@ -157,19 +155,20 @@ template <> struct TableBuilder<float, 0> {
 };
 
 /* sum over lanes of v[BATCH]: lane r * 32 / BATCH gets that of v[r]. */
-__device__ inline float reduce_batch(float (&v)[BATCH], int lane) {
-    int distance = 16;
+template <int WIDTH = BATCH / 2> __device__ inline float reduce_batch(float (&v)[BATCH], int lane) {
+    constexpr int DISTANCE = 32 / BATCH * WIDTH;
+    const bool upper = lane & DISTANCE;
 #pragma unroll
-    for (int width = BATCH / 2; width >= 1; width /= 2, distance /= 2) {
-        const bool upper = lane & distance;
-#pragma unroll
-        for (int r = 0; r < width; ++r) {
-            const float keep = upper ? v[r + width] : v[r], send = upper ? v[r] : v[r + width];
-            v[r] = keep + __shfl_xor_sync(~0u, send, distance);
-        }
+    for (int r = 0; r < WIDTH; ++r) {
+        const float keep = upper ? v[r + WIDTH] : v[r], send = upper ? v[r] : v[r + WIDTH];
+        v[r] = keep + __shfl_xor_sync(~0u, send, DISTANCE);
     }
-    for (; distance >= 1; distance /= 2) v[0] += __shfl_xor_sync(~0u, v[0], distance);
-    return v[0];
+    if constexpr (WIDTH > 1) return reduce_batch<WIDTH / 2>(v, lane);
+    else {
+#pragma unroll
+        for (int distance = DISTANCE / 2; distance >= 1; distance /= 2) v[0] += __shfl_xor_sync(~0u, v[0], distance);
+        return v[0];
+    }
 }
 
 /* A scale or bias; T float: of any dtype. */
@@ -195,14 +194,15 @@ template <class T, int G> __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     const Mailbox mailbox = {address + cluster_outs * 4, address};
     if (size > 1) {
         if (threadIdx.x == 0) mailbox.open(own * size * 4);
-        Mailbox::announce();
+        announce();
     }
+    /* While kernels before end: what their ends do not change, or L2 alone sees. */
+    const auto first_row = static_cast<size_t>(min(first_out + warp * BATCH + lane % BATCH, p.out - 1));
+    prefetch(p.codes + first_row * row_codes + min(rank * TABLE_CODES, row_codes - 1));
+    if (const size_t at = threadIdx.x * size_t{128}; at < static_cast<size_t>(p.codebook_bytes))
+        prefetch(static_cast<const unsigned char *>(p.codebooks) + at);
+    TableBuilder<T, G> builder(p, warp, lane, blockIdx.y);
     wait_for_kernels_before();
-    if (threadIdx.x < own) {
-        const size_t weight_size = p.weight_dtype == AQLM_F32 ? 4 : 2, size = p.dtype == AQLM_F32 ? 4 : 2;
-        prefetch(static_cast<const char *>(p.scales) + (first_own + threadIdx.x) * weight_size);
-        if (p.bias) prefetch(static_cast<const char *>(p.bias) + (first_own + threadIdx.x) * size);
-    }
 
     /* Batches of outputs are dealt out to the warps. The codes of one are loaded while the one before is looked up, of
      * the next slice if need be; near the end of W it starts earlier and sums some outputs for nothing. */
@@ -214,10 +214,26 @@ template <class T, int G> __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
         for (int r = 0; r < BATCH; ++r, codes += row_codes)
             to[r] = load_once(reinterpret_cast<const uint32_t *>(codes));
     };
-    int slice = rank, from = warp * BATCH;
+    /* Slices are dealt out by rounds. */
+    struct Round {
+        int slice, begin, end;
+    };
+    const auto round_at = [&](int first_slice) -> Round {
+        const int left = slices - first_slice;
+        if (left >= size) return {first_slice + rank, 0, n_outs};
+        if (left <= 0) return {slices, 0, 0};
+        const int part = p.last_part >> 4 * rank & 15, begin = part * p.last_outs,
+                  end = min(begin + p.last_outs, n_outs);
+        if (begin >= end) return {slices, 0, 0};
+        return {first_slice + rank - part * left, begin, end};
+    };
+    Round now = {rank, 0, n_outs}, then = round_at(size);
+    int from = warp * BATCH;
+    bool first_round = true;
     const auto step = [&](const uint32_t (&word)[BATCH], uint32_t (&next)[BATCH]) {
-        const bool more = from + TABLE_WARPS * BATCH < n_outs, again = slice + size < slices;
-        if (more || again) load(next, more ? slice : slice + size, more ? from + TABLE_WARPS * BATCH : warp * BATCH);
+        const bool more = from + TABLE_WARPS * BATCH < now.end;
+        if (more || then.slice < slices)
+            load(next, more ? now.slice : then.slice, more ? from + TABLE_WARPS * BATCH : then.begin + warp * BATCH);
         float sum[BATCH];
 #pragma unroll
         for (int r = 0; r < BATCH; ++r) {
@@ -230,27 +246,31 @@ template <class T, int G> __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
         }
         const float total = reduce_batch(sum, lane);
         const int o = min(from, p.out - BATCH - first_out) + lane / (32 / BATCH);
-        if (lane % (32 / BATCH) == 0 && o >= from && o < n_outs) sums[o] = slice == rank ? total : sums[o] + total;
+        if (lane % (32 / BATCH) == 0 && o >= from && o < now.end) sums[o] = first_round ? total : sums[o] + total;
         from += TABLE_WARPS * BATCH;
     };
     uint32_t words[2][BATCH];
     if (from < n_outs) load(words[0], rank, from); /* on their way while tables are made */
-    TableBuilder<T, G> builder(p, warp, lane, blockIdx.y);
     builder.load(rank * TABLE_CODES);
+    const auto scale_of = [&](int o) { return load_as<T>(p.scales, first_own + o, p.weight_dtype); };
+    const auto bias_of = [&](int o) { return p.bias ? load_as<T>(p.bias, first_own + o, p.dtype) : 0; };
+    float scale = 0, bias = 0; /* of the first output that this thread finishes */
+    if (static_cast<int>(threadIdx.x) < own) scale = scale_of(threadIdx.x), bias = bias_of(threadIdx.x);
     bool odd = false;
-    for (; slice < slices; slice += size) {
-        if (slice != rank) __syncthreads(); /* the last lookups in the tables before */
+    for (int next_slice = size; now.slice < slices; now = then, then = round_at(next_slice)) {
+        if (!first_round) __syncthreads(); /* the last lookups in the tables before */
         builder.store(tables);
-        builder.load((slice + size) * TABLE_CODES);
+        builder.load(then.slice * TABLE_CODES);
         __syncthreads();
-        for (from = warp * BATCH; from < n_outs; odd = !odd)
+        for (from = now.begin + warp * BATCH; from < now.end; odd = !odd)
             if (odd) step(words[1], words[0]);
             else step(words[0], words[1]);
+        first_round = false, next_slice += size;
     }
 
     __syncthreads();
     if (size > 1) {
-        Mailbox::await_others();
+        await_others();
         const int to = warp % size, turn = warp / size, turns = TABLE_WARPS / size; /* some warps may be left over */
         for (int o = turn * 32 + lane; o < min(share, n_outs - to * share) && turn < turns; o += turns * 32)
             mailbox.send(sums[to * share + o], to, rank * share + o);
@@ -261,9 +281,8 @@ template <class T, int G> __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
         if (size == 1) total = sums[o];
         else
             for (int other = 0; other < size; ++other) total += inbox[other * share + o];
-        total *= load_as<T>(p.scales, first_own + o, p.weight_dtype);
-        if (p.bias) total += load_as<T>(p.bias, first_own + o, p.dtype);
-        store_float(p.y, static_cast<size_t>(blockIdx.y) * p.out + first_own + o, p.dtype, total);
+        if (o >= 32 * TABLE_WARPS) scale = scale_of(o), bias = bias_of(o);
+        store_float(p.y, static_cast<size_t>(blockIdx.y) * p.out + first_own + o, p.dtype, total * scale + bias);
     }
 }
 
@@ -280,11 +299,16 @@ cudaError_t launch_table_kernel(TableProblem p, int n_rows, const Device &device
         if (clusters == 0) continue;
         const int64_t most = (device.shared_memory - TABLE_BYTES - 8) / 8 / size / 2 * 2; /* even: the barrier behind */
         const int64_t share = std::min(divide_up(p.out, int64_t(2) * clusters * size) * 2, most); /* them is aligned */
-        const int64_t waves = divide_up(p.out, share * size * clusters), rounds = divide_up(slices, size);
-        const int64_t cost = waves * rounds * (TABLES_COST + share * size);
-        if (cost < least) least = cost, p.size = size, p.share = static_cast<int>(share);
+        const int64_t waves = divide_up(p.out, share * size * clusters), left = slices % size;
+        const int64_t parts = left ? size / left : 1, last = left ? TABLES_COST + divide_up(share * size, parts) : 0;
+        const int64_t cost = waves * (slices / size * (TABLES_COST + share * size) + last);
+        if (cost >= least) continue;
+        least = cost, p.size = size, p.share = static_cast<int>(share);
+        p.last_outs = static_cast<int>(divide_up(share * size, parts * BATCH)) * BATCH;
     }
 
+    for (int rank = 0; rank < p.size && slices % p.size; ++rank)
+        p.last_part |= uint64_t(rank / (slices % p.size)) << 4 * rank;
     const dim3 grid(static_cast<unsigned>(divide_up(p.out, p.share * p.size)) * p.size, n_rows);
     return launch_early<kernel>(p, grid, p.size, 32 * TABLE_WARPS, TABLE_BYTES + p.share * p.size * 8 + 8, device,
                                 stream);

@@ -1,0 +1,194 @@
+/* cuda_check.cu: the launchers of aqlm_cuda.h against plain sums on the CPU, without torch or Python: small enough for
+ * compute-sanitizer. test_cuda.py builds and runs it; by hand:
+ *
+ *   nvcc -std=c++17 -O3 -arch=native -Icsrc tests/cuda_check.cu csrc/cuda/ *.cu -o cuda_check
+ *   for tool in memcheck racecheck initcheck synccheck; do compute-sanitizer --tool $tool ./cuda_check; done
+ *
+ * Arguments: the numbers of the shapes to check, all of them without. Prints a line for each; exits with 1 if one is
+ * wrong. Every array is an allocation of its own size. */
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/aqlm_cuda.h"
+
+namespace {
+
+void check(cudaError_t error, const char *what) {
+    if (error == cudaSuccess) return;
+    std::printf("%s: %s\n", what, cudaGetErrorString(error));
+    std::exit(1);
+}
+
+template <class T> struct OnDevice {
+    T *data = nullptr;
+    size_t count;
+    explicit OnDevice(size_t count) : count(count) { check(cudaMalloc(&data, count * sizeof(T)), "cudaMalloc"); }
+    explicit OnDevice(const std::vector<T> &from) : OnDevice(from.size()) {
+        check(cudaMemcpy(data, from.data(), count * sizeof(T), cudaMemcpyHostToDevice), "to the device");
+    }
+    OnDevice(const OnDevice &) = delete;
+    ~OnDevice() { cudaFree(data); }
+    std::vector<T> host() const {
+        std::vector<T> to(count);
+        check(cudaMemcpy(to.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost), "a kernel");
+        return to;
+    }
+};
+
+template <class T> constexpr aqlm_dtype dtype_of = AQLM_F32;
+template <> constexpr aqlm_dtype dtype_of<__half> = AQLM_F16;
+template <> constexpr aqlm_dtype dtype_of<__nv_bfloat16> = AQLM_BF16;
+template <class T> constexpr double unit = 6e-8; /* of rounding */
+template <> constexpr double unit<__half> = 4.9e-4;
+template <> constexpr double unit<__nv_bfloat16> = 3.9e-3;
+
+struct Format {
+    int64_t out, in, K, B, og, g;
+};
+
+/* Each kernel (tables of every g and K, gathers from shared memory and L2, planes, plain), sizes around its tiles. */
+const Format FORMATS[] = {
+    {520, 1056, 2, 8, 1, 8}, {137, 1024, 4, 8, 1, 8}, {77, 512, 8, 8, 1, 8},    {65, 520, 1, 8, 1, 8},
+    {64, 1376, 2, 8, 1, 8},  {192, 576, 3, 8, 1, 8},  {33, 256, 7, 7, 1, 8},    {65, 128, 2, 8, 1, 4},
+    {41, 512, 1, 8, 1, 16},  {30, 512, 2, 2, 1, 32},  {131, 1088, 1, 16, 1, 8}, {50, 16512, 1, 16, 1, 8},
+    {40, 320, 1, 14, 1, 8},  {40, 320, 1, 12, 1, 8},  {51, 768, 2, 12, 1, 8},   {12, 264, 1, 15, 1, 8},
+    {28, 512, 3, 10, 1, 16}, {28, 520, 2, 8, 2, 8},   {40, 2816, 8, 8, 1, 8},   {10, 8, 1, 8, 1, 8},
+};
+
+std::mt19937 random_bits(1);
+
+template <class T> std::vector<T> random_values(size_t count, float size) {
+    std::normal_distribution<float> normal(0, size);
+    std::vector<T> values(count);
+    for (T &v : values) v = T(normal(random_bits));
+    return values;
+}
+
+/* The largest difference, in units of rounding of the truth's largest number. */
+template <class T> double error_of(const std::vector<T> &got, const std::vector<double> &truth) {
+    double worst = 0, largest = 1e-30;
+    for (size_t i = 0; i < truth.size(); ++i) {
+        worst = std::fmax(worst, std::isfinite(float(got[i])) ? std::fabs(double(float(got[i])) - truth[i]) : INFINITY);
+        largest = std::fmax(largest, std::fabs(truth[i]));
+    }
+    return worst / largest / unit<T>;
+}
+
+template <class T> bool check_format(const Format &f) {
+    const int64_t J = f.in / f.g, O = f.out / f.og, E = int64_t{1} << f.B, width = f.B <= 8 ? 1 : 2;
+    std::vector<unsigned char> codes(O * J * f.K * width);
+    for (auto &byte : codes) byte = random_bits();
+    const auto books = random_values<T>(f.K * E * f.og * f.g, 1), scales = random_values<T>(O, 1);
+    const OnDevice<unsigned char> codes_there(codes);
+    const OnDevice<T> books_there(books), scales_there(scales);
+    const aqlm_weight w = {
+        {f.out, f.in, f.K, f.B, f.g, f.og}, codes_there.data, books_there.data, scales_there.data, dtype_of<T>, false};
+    const auto code_of = [&](int64_t o, int64_t j, int64_t k) {
+        const int64_t at = (o * J + j) * f.K + k;
+        return (width == 1 ? codes[at] : codes[2 * at] | codes[2 * at + 1] << 8) & (E - 1);
+    };
+    std::vector<double> unscaled(f.out * f.in), W(f.out * f.in);
+    for (int64_t r = 0; r < f.out; ++r)
+        for (int64_t j = 0; j < J; ++j)
+            for (int64_t k = 0; k < f.K; ++k)
+                for (int64_t i = 0; i < f.g; ++i)
+                    unscaled[r * f.in + j * f.g + i] +=
+                        float(books[((k * E + code_of(r / f.og, j, k)) * f.og + r % f.og) * f.g + i]);
+    for (int64_t at = 0; at < f.out * f.in; ++at) W[at] = unscaled[at] * float(scales[at / f.in / f.og]);
+
+    double worst = 0;
+    const int64_t most = aqlm_cuda_matmul_rows(&w, dtype_of<T>);
+    for (int64_t rows : {int64_t{1}, int64_t{3}, int64_t{8}, int64_t{9}}) {
+        if (rows > most && rows > 3) continue;
+        const auto x = random_values<T>(rows * f.in, 1), bias = random_values<T>(f.out, 1);
+        std::vector<double> truth(rows * f.out);
+        for (int64_t n = 0; n < rows; ++n)
+            for (int64_t o = 0; o < f.out; ++o) {
+                truth[n * f.out + o] = rows == 3 ? 0 : float(bias[o]);
+                for (int64_t i = 0; i < f.in; ++i) truth[n * f.out + o] += float(x[n * f.in + i]) * W[o * f.in + i];
+            }
+        const OnDevice<T> x_there(x), bias_there(bias), y(rows * f.out);
+        const OnDevice<char> workspace(aqlm_cuda_matmul_workspace(&w, dtype_of<T>, rows));
+        std::vector<T> first;
+        for (int turn = 0; turn < 2; ++turn) {
+            check(aqlm_cuda_matmul(y.data, x_there.data, dtype_of<T>, &w, rows == 3 ? nullptr : bias_there.data, rows,
+                                   workspace.data, nullptr),
+                  "aqlm_cuda_matmul");
+            const auto got = y.host();
+            worst = std::fmax(worst, error_of(got, truth));
+            for (size_t i = 0; turn && i < got.size(); ++i)
+                if (float(got[i]) != float(first[i])) worst = INFINITY;
+            first = got;
+        }
+    }
+
+    const int64_t first_out = f.og, outs = f.out - f.og, first_group = J > 8 ? 8 : 0, groups = J - first_group;
+    std::vector<double> part;
+    for (int64_t o = first_out; o < f.out; ++o)
+        part.insert(part.end(), &W[o * f.in + first_group * f.g], &W[o * f.in] + f.in);
+    const OnDevice<T> rows(outs * groups * f.g);
+    check(aqlm_cuda_decode_rows(rows.data, dtype_of<T>, &w, first_out, outs, first_group, groups, nullptr),
+          "aqlm_cuda_decode_rows");
+    worst = std::fmax(worst, error_of(rows.host(), part));
+
+    if (f.B <= 12) {
+        const auto grad_rows = random_values<T>(f.out * f.in, 1);
+        const OnDevice<T> grad_rows_there(grad_rows), grad_scales(O), grad_books(books.size());
+        check(aqlm_cuda_scale_gradient(grad_scales.data, grad_rows_there.data, dtype_of<T>, &w, nullptr),
+              "aqlm_cuda_scale_gradient");
+        std::vector<double> truth(O);
+        for (int64_t at = 0; at < f.out * f.in; ++at) truth[at / f.in / f.og] += unscaled[at] * float(grad_rows[at]);
+        worst = std::fmax(worst, error_of(grad_scales.host(), truth));
+        truth.assign(books.size(), 0);
+        for (int64_t k = 0; k < f.K; ++k) {
+            const OnDevice<int32_t> keys(O * J);
+            check(aqlm_cuda_codes_of(keys.data, &w, k, nullptr), "aqlm_cuda_codes_of");
+            auto sorted = keys.host();
+            std::vector<int64_t> order(O * J);
+            std::iota(order.begin(), order.end(), 0);
+            std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return sorted[a] < sorted[b]; });
+            std::stable_sort(sorted.begin(), sorted.end());
+            const OnDevice<int32_t> sorted_there(sorted);
+            const OnDevice<int64_t> order_there(order);
+            check(aqlm_cuda_codebook_gradient(grad_books.data, sorted_there.data, order_there.data,
+                                              grad_rows_there.data, dtype_of<T>, &w, k, nullptr),
+                  "aqlm_cuda_codebook_gradient");
+            check(cudaDeviceSynchronize(), "aqlm_cuda_codebook_gradient");
+            for (int64_t r = 0; r < f.out; ++r)
+                for (int64_t j = 0; j < J; ++j)
+                    for (int64_t i = 0; i < f.g; ++i)
+                        truth[((k * E + code_of(r / f.og, j, k)) * f.og + r % f.og) * f.g + i] +=
+                            double(float(scales[r / f.og])) * float(grad_rows[r * f.in + j * f.g + i]);
+        }
+        worst = std::fmax(worst, error_of(grad_books.host(), truth));
+    }
+
+    const double limit = sizeof(T) == 4 ? 32 : 1.5; /* fp32 sums; else one rounding of the result */
+    std::printf("%s %ldx%ld g%ld og%ld, %ld x %ld, dtype %d: error %.2f of %.1f\n", worst <= limit ? "ok" : "WRONG",
+                f.K, f.B, f.g, f.og, f.out, f.in, dtype_of<T>, worst, limit);
+    return worst <= limit;
+}
+
+} // namespace
+
+int main(int argc, char **argv) {
+    bool ok = true;
+    const int count = sizeof FORMATS / sizeof *FORMATS;
+    for (int i = 0; i < count; ++i) {
+        bool wanted = argc == 1;
+        for (int a = 1; a < argc; ++a) wanted |= std::atoi(argv[a]) == i;
+        if (!wanted) continue;
+        ok &= check_format<__half>(FORMATS[i]);
+        ok &= check_format<__nv_bfloat16>(FORMATS[i]);
+        ok &= check_format<float>(FORMATS[i]);
+    }
+    return ok ? 0 : 1;
+}
