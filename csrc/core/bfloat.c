@@ -76,6 +76,8 @@ static void one_tile(const bfloat_job *job, int64_t first, int64_t width, float 
         for (int64_t p = 0; p < width; p += AQLM_BFLOAT_PANEL) {
             aqlm_strided_codes codes = {.output_step = packed ? 1 : in / 8 * K * bytes,
                                         .code_step = packed ? s->out_features : bytes};
+            codes.ahead = i + DEPTH < in ? DEPTH / 8 * K * codes.code_step
+                                         : TILE * codes.output_step - i / 8 * K * codes.code_step;
             codes.at = (const uint8_t *)job->w->codes + (first + p) * codes.output_step + i / 8 * K * codes.code_step;
             job->isa->decode_panel(panels + p / AQLM_BFLOAT_PANEL * panel_size, &entries, &codes,
                                    aqlm_min(AQLM_BFLOAT_PANEL, width - p));

@@ -10,10 +10,11 @@ enum {
     AQLM_BFLOAT_ROWS = 12   /* of x that are multiplied at once, at most */
 };
 
-/* Where the code of output o, group j and codebook k lies: at + o * output_step + (j * K + k) * code_step. */
+/* Where the code of output o, group j and codebook k lies: at + o * output_step + (j * K + k) * code_step; `ahead`
+ * bytes further, what this place among panels reads next. */
 typedef struct aqlm_strided_codes {
     const uint8_t *at;
-    int64_t output_step, code_step;
+    int64_t output_step, code_step, ahead;
 } aqlm_strided_codes;
 
 typedef struct aqlm_bfloat {

@@ -291,7 +291,7 @@ ALWAYS_INLINE void gather_rows(float *sums, const aqlm_entries *from, const void
 #pragma GCC unroll 8
         for (int o = 0; o < outputs; o++) {
             const char *row = (const char *)codes + o * step;
-            if (fetches) __builtin_prefetch(row + ahead, 0, 0);
+            if (fetches) __builtin_prefetch(row + ahead, 0, 3);
             if (i + AQLM_GATHER <= whole) gather_whole(entries, from, row, i / 8, dtype);
             else gather_step(entries, from, row, i / 8, pieces, dtype, K, wide, g, entry);
 #pragma GCC unroll 8

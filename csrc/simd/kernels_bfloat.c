@@ -4,6 +4,8 @@
 #include <immintrin.h>
 #include <stdbool.h>
 
+enum { LINE = 64 }; /* bytes of a cache line */
+
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 /* Two entries of eight values. */
@@ -45,7 +47,8 @@ ALWAYS_INLINE void decode(uint16_t *panel, const aqlm_entries *from, const aqlm_
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) sum[i] = _mm512_setzero_ps();
         const char *book = from->codebooks;
-        for (int k = 0; k < K; k++, offset += codes->code_step, book += book_bytes)
+        for (int k = 0; k < K; k++, offset += codes->code_step, book += book_bytes) {
+            if (together) _mm_prefetch((const char *)(codes->at + offset + codes->ahead), _MM_HINT_T1);
 #pragma GCC unroll 8
             for (int i = 0; i < 8; i++) {
                 const int o = i / 2 + i % 2 * 8;
@@ -59,6 +62,7 @@ ALWAYS_INLINE void decode(uint16_t *panel, const aqlm_entries *from, const aqlm_
                 const __m512 two = load_two(book + (a & mask) * size, book + (b & mask) * size, dtype);
                 sum[i] = k == 0 ? two : _mm512_add_ps(sum[i], two);
             }
+        }
         __m512i z[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) z[i] = (__m512i)_mm512_cvtne2ps_pbh(sum[2 * i + 1], sum[2 * i]);
@@ -77,6 +81,8 @@ ALWAYS_INLINE int64_t decode_fours(uint16_t *panel, const aqlm_entries *from, co
     int64_t j = 0;
     for (; j + 4 <= from->groups; j += 4, panel += 4 * 4 * 2 * AQLM_BFLOAT_PANEL) {
         __m512i z[4][4];
+        for (int o = 0; o < AQLM_BFLOAT_PANEL && j % (LINE / 2) == 0; o++)
+            _mm_prefetch((const char *)(at[o] + 2 * j + codes->ahead), _MM_HINT_T1);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             uint64_t four[4];
