@@ -40,10 +40,10 @@ def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
 
     Sums are float32 inside. Up to 16 rows, with B <= 8, og = 1 and out >= 64, look up products with the codebooks,
     rounded to 23 bits for float32 (an error below 1e-5 of y) and to 16 bits for the others (1e-4; 1e-3 at most).
-    From 32 rows on bfloat16 goes through torch's own product where the CPU has instructions for it, with W's tiles
-    rounded to bfloat16. `set_exact(True)`, or AQLM_C_EXACT=1 before the import, forbids both: every sum is then one of
-    float32 products in order, the same bits however rows are split into calls. `set_exact(False)`, or 0, rounds to 16
-    bits for float32 too.
+    Where the CPU has instructions for bfloat16, it multiplies more rows of that by W rounded to bfloat16 (from 3 rows
+    on for B > 8, from 12 for K > 2, from 17 for the rest; from 32 if g is not 8 or og not 1). `set_exact(True)`, or
+    AQLM_C_EXACT=1 before the import, forbids both: every sum is then one of float32 products in order, the same bits
+    however rows are split into calls. `set_exact(False)`, or 0, rounds to 16 bits for float32 too.
 
     Args:
         x: [..., in], float32, float16 or bfloat16.

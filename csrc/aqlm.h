@@ -84,9 +84,10 @@ aqlm_status aqlm_decode_rows(void *rows, aqlm_dtype row_dtype, const aqlm_weight
 /* y[n_rows, out] = x[n_rows, in] W^T + bias; x, y and bias of dtype; W is decoded tile by tile, never whole. Up to 16
  * rows do not decode it: with B <= 8, og = 1 and out >= 64 products of x with the codebooks are rounded, to 23 bits for
  * fp32 (an error below 1e-5 of |y| over the outputs) and to 16 bits for 16-bit floats (1e-4, 1e-3 at most), and looked
- * up (tables.c); otherwise entries are multiplied where they lie (gather.c). See aqlm_set_exact. workspace: 64-byte
- * aligned, of workspace_size = aqlm_matmul_workspace(w, dtype, n_rows) bytes, which depends on aqlm_set_exact and grows with
- * the number of threads (a smaller one is used by fewer of them). */
+ * up (tables.c); otherwise entries are multiplied where they lie (gather.c). From 3 to 17 rows on, those of bf16 are
+ * multiplied by the CPU's bf16 instructions, if it has them, with W rounded to bf16 (bfloat.c; g = 8, og = 1). See
+ * aqlm_set_exact. workspace: 64-byte aligned, of workspace_size = aqlm_matmul_workspace(w, dtype, n_rows) bytes, which
+ * depends on aqlm_set_exact and grows with the number of threads (a smaller one is used by fewer of them). */
 size_t aqlm_matmul_workspace(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows);
 aqlm_status aqlm_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w,
                         const void *bias /* [out] or NULL */, int64_t n_rows, void *workspace, size_t workspace_size);

@@ -40,10 +40,12 @@ static layout plan(bfloat_job *job, const aqlm_weight *w, int64_t n_rows) {
 }
 
 bool aqlm_bfloat_fits(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows) {
-    enum { LEAST_ROWS = 17, LEAST_GATHERED = 3 }; /* fewer are cheaper by tables, or by entries (measured) */
-    const bool gathered = !aqlm_tables_fit(&w->shape, 1);
+    enum { BY_TABLES = 17, BY_MANY_TABLES = 12, GATHERED = 3 }; /* fewer are cheaper so (measured) */
+    const int64_t least = !aqlm_tables_fit(&w->shape, 1) ? GATHERED
+                          : w->shape.num_codebooks <= 2  ? BY_TABLES
+                                                         : BY_MANY_TABLES;
     return dtype == AQLM_BF16 && aqlm_bfloat_isa() && w->shape.in_group_size == 8 && w->shape.out_group_size == 1 &&
-           n_rows >= (gathered ? LEAST_GATHERED : LEAST_ROWS);
+           n_rows >= least;
 }
 
 size_t aqlm_bfloat_workspace(const aqlm_weight *w, int64_t n_rows) {

@@ -21,7 +21,8 @@ __attribute__((constructor)) static void find_isas(void) {
 #endif
 #ifdef AQLM_HAVE_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi"))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512vnni"))
         add(&aqlm_kernels_avx512);
 #endif
 #ifdef AQLM_HAVE_BFLOAT

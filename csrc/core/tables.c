@@ -4,8 +4,9 @@
  * Tables hold integers of 16 bits (2 planes) or 23 (3 planes); AQLM_TABLE_BLOCK of them share a step,
  * |x_j| max_e |codebooks[k, e]| / aqlm_table_largest at its largest (Cauchy-Schwarz: nothing is clipped). Each rounding
  * is half a step at most, and independent of the others: a block's sum is off by step * sqrt(32 / 12), 2e-4 of it
- * (3 planes: 2e-6) where one group outweighs the rest, and far less elsewhere. A block's integers are summed exactly
- * and the blocks in order by fma: the same bits on every ISA, for any threads, and for any number of rows up to
+ * (3 planes: 2e-6) where one group outweighs the rest, and far less elsewhere. With 2 planes x and the codebooks are
+ * integers of 16 bits as well, which makes that 3e-4. A block's integers are summed exactly, the blocks of a chunk in
+ * order by fma, and the chunks in order: the same bits on every ISA, for any threads, and for any number of rows up to
  * AQLM_TABLE_ROWS. */
 #include "core.h"
 
@@ -22,6 +23,10 @@ enum {
     LEAST_CODES = 1 << 18, /* worth a thread: about 10 microseconds of lookups */
     LEAD = 1024            /* outputs: how far ahead of lookups packed codes are fetched (measured) */
 };
+
+/* Longest groups of x and longest entries of codebooks, as integers: their products, rounded and shifted, fit 16 bits.
+ */
+enum { SHORT_RADIUS = 32760 };
 
 enum { NOT_ASKED = -2 };
 static _Atomic int exact = NOT_ASKED;
@@ -43,6 +48,7 @@ typedef struct tables_job {
     int64_t chunks, parts, group;            /* items of work: chunks of blocks, by parts of the outputs */
     int64_t n_slots, slot_size;              /* in bytes */
     const float *x, *ct, *scales, *bias;
+    const int16_t *short_ct;
     double radius;  /* of the codebooks' longest entry */
     float *sums;    /* [chunks, n_rows, padded] */
     uint8_t *slots; /* each: tables [group, n_rows, AQLM_TABLE_BLOCK, planes, AQLM_PLANE] */
@@ -90,24 +96,44 @@ size_t aqlm_tables_workspace(const aqlm_weight *w, int64_t n_rows) {
     return aqlm_tables_fit(&w->shape, n_rows) ? (size_t)plan(&job, w, n_rows).total * sizeof(float) : 0;
 }
 
-/* ct[k, d, e] = codebooks[k, e % E, d], so that codes need no mask. Returns the largest |codebooks[k, e]|. */
-static double transpose_codebooks(float *ct, const float *codebooks, const aqlm_shape *s) {
-    const int64_t g = s->in_group_size, E = INT64_C(1) << s->nbits_per_codebook;
+static double square_of(const float *v, int64_t g) {
+    double sum[4] = {0.0}; /* g is a multiple of 4 */
+    for (int64_t d = 0; d < g; d += 4)
+        for (int i = 0; i < 4; i++) sum[i] += (double)v[d + i] * v[d + i];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+/* The largest |codebooks[k, e]|, or NaN. */
+static double radius_of(const float *codebooks, const aqlm_shape *s) {
+    const int64_t g = s->in_group_size, entries = s->num_codebooks << s->nbits_per_codebook;
     double largest = 0.0;
-    for (int64_t k = 0; k < s->num_codebooks; k++, ct += g * 256, codebooks += E * g) {
-        for (int64_t e = 0; e < E; e++) {
-            double square = 0.0;
-            for (int64_t d = 0; d < g; d++) {
-                const float c = codebooks[e * g + d];
-                square += (double)c * c;
-                ct[d * 256 + e] = c;
-            }
-            if (square > largest || isnan(square)) largest = square; /* NaN stays */
-        }
-        for (int64_t d = 0; d < g; d++)
-            for (int64_t e = E; e < 256; e++) ct[d * 256 + e] = ct[d * 256 + e - E];
+    for (int64_t e = 0; e < entries; e++, codebooks += g) {
+        const double square = square_of(codebooks, g);
+        if (square > largest || isnan(square)) largest = square; /* NaN stays */
     }
     return sqrt(largest);
+}
+
+static int16_t round_short(float x) { return (int16_t)(aqlm_bits_of(x + AQLM_ROUND) & 0xffff); }
+
+/* Codebooks as make_tables wants them, or make_short_tables with their radius at SHORT_RADIUS; beyond E entries they
+ * recur, so that codes need no mask. */
+static void transpose_codebooks(float *ct, const float *codebooks, const aqlm_shape *s) {
+    const int64_t g = s->in_group_size, E = INT64_C(1) << s->nbits_per_codebook;
+    for (int64_t k = 0; k < s->num_codebooks; k++, ct += g * 256, codebooks += E * g)
+        for (int64_t e = 0; e < 256; e++)
+            for (int64_t d = 0; d < g; d++) ct[d * 256 + e] = codebooks[e % E * g + d];
+}
+
+static void transpose_short(int16_t *ct, const float *codebooks, const aqlm_shape *s, double radius) {
+    const int64_t g = s->in_group_size, E = INT64_C(1) << s->nbits_per_codebook;
+    const float inverse = radius > 1e-30 && radius < 1e38 ? (float)(SHORT_RADIUS / radius) : 0.0f;
+    for (int64_t k = 0; k < s->num_codebooks; k++, ct += g * 256, codebooks += E * g)
+        for (int64_t e = 0; e < 256; e++) {
+            int16_t entry[32];
+            for (int64_t d = 0; d < g; d++) entry[d] = round_short(codebooks[e % E * g + d] * inverse);
+            for (int64_t p = 0; p < g / 2; p++) memcpy(ct + (p * 256 + e) * 2, entry + 2 * p, 4);
+        }
 }
 
 /* The order in which a slot reads packed codes: tiles of AQLM_TABLE_BLOCK tables and AQLM_TABLE_OUTPUTS outputs. */
@@ -137,24 +163,33 @@ static float make_block(cursor *c, uint8_t *tables, int64_t block, int64_t row) 
     const tables_job *job = c->job;
     const aqlm_shape *s = &job->w->shape;
     const int64_t g = s->in_group_size, K = s->num_codebooks;
-    const double most = aqlm_table_largest(job->planes) - 1; /* 1 below, for rounding */
     const int64_t first = block * AQLM_TABLE_BLOCK, n = aqlm_min(AQLM_TABLE_BLOCK, job->per_row - first);
     const int64_t groups = (first + n - 1) / K - first / K + 1;
     const float *x = job->x + row * s->in_features + first / K * g;
-    float scaled[AQLM_TABLE_BLOCK * 32];
-    double largest = 0.0, square;
+    double largest = 0.0;
     for (int64_t j = 0; j < groups; j++) {
-        square = 0.0;
-        for (int64_t d = 0; d < g; d++) square += (double)x[j * g + d] * x[j * g + d];
+        const double square = square_of(x + j * g, g);
         if (square > largest || isnan(square)) largest = square; /* NaN stays */
     }
-    const double bound = sqrt(largest) * job->radius;
+    const double longest = sqrt(largest), bound = longest * job->radius;
     const bool usable = bound > 1e-30 && bound < 1e38; /* else nothing in fp32, or beyond it */
-    const float inverse = usable ? (float)(most / bound) : 0.0f;
-    for (int64_t v = 0; v < groups * g; v++) scaled[v] = usable ? x[v] * inverse : 0.0f;
-    aqlm_isa()->make_tables(tables, scaled, job->ct, K, g, first % K, n, job->planes,
-                            advance(c, 2 * AQLM_TABLE_OUTPUTS));
-    return usable ? (float)(bound / most) : bound <= 1e-30 ? 0.0f : NAN;
+    const aqlm_ahead ahead = advance(c, 2 * AQLM_TABLE_OUTPUTS);
+    double step;
+    if (job->planes == 2) {
+        int16_t scaled[AQLM_TABLE_BLOCK * 32];
+        const float inverse = usable ? (float)(SHORT_RADIUS / longest) : 0.0f;
+        for (int64_t v = 0; v < groups * g; v++) scaled[v] = usable ? round_short(x[v] * inverse) : 0;
+        aqlm_isa()->make_short_tables(tables, scaled, job->short_ct, K, g, first % K, n, ahead);
+        step = bound * (1 << AQLM_TABLE_SHIFT) / ((double)SHORT_RADIUS * SHORT_RADIUS);
+    } else {
+        float scaled[AQLM_TABLE_BLOCK * 32];
+        const double most = aqlm_table_largest(job->planes) - 1; /* 1 below, for rounding */
+        const float inverse = usable ? (float)(most / bound) : 0.0f;
+        for (int64_t v = 0; v < groups * g; v++) scaled[v] = usable ? x[v] * inverse : 0.0f;
+        aqlm_isa()->make_tables(tables, scaled, job->ct, K, g, first % K, n, ahead);
+        step = bound / most;
+    }
+    return usable ? (float)step : bound <= 1e-30 ? 0.0f : NAN;
 }
 
 /* Blocks begin..end of a row (at most GROUP) for the cursor's outputs: their tables, looked up and added to sums.
@@ -252,10 +287,13 @@ aqlm_status aqlm_tables_matmul(void *y, const void *x, aqlm_dtype dtype, const a
     const size_t size = aqlm_dtype_size(dtype);
     float *f = workspace;
     aqlm_to_f32(f, w->codebooks, w->dtype, (s->num_codebooks << s->nbits_per_codebook) * s->in_group_size);
-    job.radius = transpose_codebooks(f + l.ct, f, s);
+    job.radius = radius_of(f, s);
+    job.ct = f + l.ct;
+    job.short_ct = (int16_t *)(f + l.ct);
+    if (job.planes == 2) transpose_short((int16_t *)(f + l.ct), f, s, job.radius);
+    else transpose_codebooks(f + l.ct, f, s);
     aqlm_to_f32(f + l.scales, w->scales, w->dtype, s->out_features);
     if (bias) aqlm_to_f32(f + l.bias, bias, dtype, s->out_features);
-    job.ct = f + l.ct;
     job.scales = f + l.scales;
     job.bias = bias ? f + l.bias : NULL;
     job.sums = f + l.sums;

@@ -366,9 +366,9 @@ static void gather_sums(float *sums, const aqlm_entries *from, const void *codes
 }
 
 #ifndef AQLM_OWN_TABLES
-/* In the words of tables_*.h: transpose_16 transposes 16 x 16 bytes, finish_plane changes a plane of a table into what
- * sum_planes looks up: sums[p][o] = sum_t plane p of table t[codes(t, o)] for a full panel of outputs and p < planes,
- * 2 at most. */
+/* In the words of tables_*.h: transpose_16 transposes 16 x 16 bytes; add_products adds x[0] c[e, 0] + x[1] c[e, 1] to sum
+ * e < 256; finish_plane changes a plane of a table into what sum_planes looks up: sums[p][o] = sum_t plane p of table
+ * t[codes(t, o)] for a full panel of outputs and p < planes, 2 at most. */
 static void transpose(uint8_t *to, int64_t to_step, const uint8_t *from, int64_t from_step, int64_t rows,
                       int64_t columns) {
     for (int64_t c = 0; c < columns; c += 16)
@@ -384,9 +384,9 @@ static void transpose(uint8_t *to, int64_t to_step, const uint8_t *from, int64_t
 }
 
 static void make_tables(uint8_t *tables, const float *x, const float *ct, int64_t K, int64_t g, int64_t first,
-                        int64_t n, int planes, aqlm_ahead ahead) {
+                        int64_t n, aqlm_ahead ahead) {
     (void)ahead;
-    const vf magic = vf_set1(aqlm_table_magic(planes));
+    const vf magic = vf_set1(AQLM_ROUND);
     for (int64_t t = 0; t < n; t++) {
         const float *group = x + (first + t) / K * g, *c = ct + (first + t) % K * g * 256;
         float sum[256];
@@ -400,8 +400,23 @@ static void make_tables(uint8_t *tables, const float *x, const float *ct, int64_
             for (int v = 0; v < 2 * AQLM_LANES / VF_LANES; v++) vf_store(sum + e + v * VF_LANES, vf_add(acc[v], magic));
         }
         memcpy(bits, sum, sizeof bits);
-        for (int p = 0; p < planes; p++, tables += AQLM_PLANE) {
+        for (int p = 0; p < 3; p++, tables += AQLM_PLANE) {
             for (int e = 0; e < 256; e++) tables[e] = (uint8_t)(bits[e] >> 8 * p);
+            finish_plane(tables);
+        }
+    }
+}
+
+static void make_short_tables(uint8_t *tables, const int16_t *x, const int16_t *ct, int64_t K, int64_t g, int64_t first,
+                              int64_t n, aqlm_ahead ahead) {
+    (void)ahead;
+    for (int64_t t = 0; t < n; t++) {
+        const int16_t *group = x + (first + t) / K * g, *c = ct + (first + t) % K * g * 256;
+        int32_t sum[256];
+        for (int e = 0; e < 256; e++) sum[e] = AQLM_SHORT_START;
+        for (int64_t p = 0; p < g / 2; p++) add_products(sum, group + 2 * p, c + p * 512);
+        for (int p = 0; p < 2; p++, tables += AQLM_PLANE) {
+            for (int e = 0; e < 256; e++) tables[e] = (uint8_t)((uint32_t)sum[e] >> (AQLM_TABLE_SHIFT + 8 * p));
             finish_plane(tables);
         }
     }
@@ -449,5 +464,6 @@ const aqlm_kernels AQLM_TABLE = {
     .from_f32 = from_f32,
     .transpose = transpose,
     .make_tables = make_tables,
+    .make_short_tables = make_short_tables,
     .table_sums = table_sums,
 };

@@ -16,6 +16,7 @@ enum {
     AQLM_TABLE_OUTPUTS = 256, /* outputs of one table_sums */
     AQLM_PANEL = 64,          /* outputs looked up together */
     AQLM_PLANE = 256,         /* bytes of a plane of a table */
+    AQLM_TABLE_SHIFT = 15,    /* from products of integers to entries of a table of 2 planes */
     AQLM_GATHER = 32          /* inputs that gather_sums takes at once */
 };
 
@@ -49,8 +50,12 @@ typedef struct aqlm_entries {
 static inline int32_t aqlm_table_largest(int planes) { return planes == 2 ? 32767 : 4194303; } /* |v| at most */
 static inline int32_t aqlm_table_offset(int planes) { return aqlm_table_largest(planes) + 1; }
 
-/* sum + this is a float whose low bits are v + aqlm_table_offset, v = sum rounded. */
-static inline float aqlm_table_magic(int planes) { return 0x1.8p23f + (planes == 2 ? 32768.0f : 0.0f); }
+/* x + this is a float whose low 23 bits are x rounded + 2^22, the offset of 3 planes; its low 16 bits are those of x.
+ */
+#define AQLM_ROUND 0x1.8p23f
+
+/* Sums of integer products start here: then bits AQLM_TABLE_SHIFT.. are v + the offset of 2 planes. */
+#define AQLM_SHORT_START ((1 << 30) + (1 << (AQLM_TABLE_SHIFT - 1)))
 
 /* What a kernel fetches to the second level for those after it: `width` bytes at at + t * step as table t has its turn.
  */
@@ -120,11 +125,14 @@ typedef struct aqlm_kernels {
     void (*transpose)(uint8_t *to, int64_t to_step, const uint8_t *from, int64_t from_step, int64_t rows,
                       int64_t columns);
 
-    /* tables [n, planes, AQLM_PLANE], table t: the products of group (first + t) / K of x [J, g] with the entries of
-     * codebook (first + t) % K, rounded; ct [K, g, 256]. None exceeds aqlm_table_largest. ahead is
+    /* tables [n, 2 or 3 planes, AQLM_PLANE], table t: the products of group (first + t) / K of x [J, g] with the
+     * entries of codebook (first + t) % K. Three planes: of floats, ct [K, g, 256], rounded. Two: of integers, x [J, g]
+     * and ct [K, g / 2, 256, 2], divided by 2^AQLM_TABLE_SHIFT and rounded. None exceeds aqlm_table_largest. ahead is
      * 2 * AQLM_TABLE_OUTPUTS wide. */
     void (*make_tables)(uint8_t *tables, const float *x, const float *ct, int64_t K, int64_t g, int64_t first,
-                        int64_t n, int planes, aqlm_ahead ahead);
+                        int64_t n, aqlm_ahead ahead);
+    void (*make_short_tables)(uint8_t *tables, const int16_t *x, const int16_t *ct, int64_t K, int64_t g, int64_t first,
+                              int64_t n, aqlm_ahead ahead);
 
     /* y[r, o] += scales[r] * sum_t tables[r, t][codes(t, o)] for r < rows: an exact sum of integers and one fma.
      * tables [rows, AQLM_TABLE_BLOCK, planes, AQLM_PLANE]; y must have room for outputs rounded up to 64. */

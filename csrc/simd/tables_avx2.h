@@ -26,6 +26,17 @@ static inline void finish_plane(uint8_t *plane) {
         if (i != 8) _mm_storeu_si128(part + i, _mm_xor_si128(_mm_loadu_si128(part + i), _mm_loadu_si128(part + i - 1)));
 }
 
+static inline void add_products(int32_t *sums, const int16_t *x, const int16_t *c) {
+    int32_t pair;
+    memcpy(&pair, x, sizeof pair);
+    const __m256i both = _mm256_set1_epi32(pair);
+    for (int e = 0; e < 256; e += 8) {
+        __m256i *sum = (__m256i *)(sums + e);
+        const __m256i products = _mm256_madd_epi16(both, _mm256_loadu_si256((const __m256i *)(c + 2 * e)));
+        _mm256_storeu_si256(sum, _mm256_add_epi32(_mm256_loadu_si256(sum), products));
+    }
+}
+
 static inline __m256i part_of(const uint8_t *plane, int i) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(plane + 16 * i)));
 }

@@ -1,13 +1,26 @@
 /* Bodies of transpose, make_tables and table_sums in AVX-512 VBMI: a plane of a table is 4 registers, looked up 64
  * codes at a time by vpermi2b. */
 
+/* The bytes numbered `byte` and byte + 1 of 16 + 16 numbers, in two halves. */
+static inline __m512i bytes_of(int byte) {
+    uint8_t index[64];
+    for (int i = 0; i < 32; i++) {
+        index[i] = (uint8_t)(4 * i + byte);
+        index[32 + i] = (uint8_t)(4 * i + byte + 1);
+    }
+    return _mm512_loadu_si512(index);
+}
+
+static inline void store_two_planes(uint8_t *to, __m512i a, __m512i bytes, __m512i b) {
+    const __m512i both = _mm512_permutex2var_epi8(a, bytes, b);
+    _mm256_storeu_si256((__m256i *)to, _mm512_castsi512_si256(both));
+    _mm256_storeu_si256((__m256i *)(to + AQLM_PLANE), _mm512_extracti64x4_epi64(both, 1));
+}
+
 static void make_tables(uint8_t *tables, const float *x, const float *ct, int64_t K, int64_t g, int64_t first,
-                        int64_t n, int planes, aqlm_ahead ahead) {
-    const __m512 magic = _mm512_set1_ps(aqlm_table_magic(planes));
-    uint8_t index[128];
-    for (int i = 0; i < 32; i++)
-        for (int p = 0; p < 4; p++) index[32 * p + i] = (uint8_t)(4 * i + p);
-    const __m512i planes01 = _mm512_loadu_si512(index), planes23 = _mm512_loadu_si512(index + 64);
+                        int64_t n, aqlm_ahead ahead) {
+    const __m512 magic = _mm512_set1_ps(AQLM_ROUND);
+    const __m512i planes01 = bytes_of(0), planes23 = bytes_of(2);
     for (int64_t k = 0; k < K; k++)
         for (int64_t e = 0; e < 256; e += 32) {
             const float *c = ct + k * g * 256 + e;
@@ -35,13 +48,50 @@ static void make_tables(uint8_t *tables, const float *x, const float *ct, int64_
                     }
                 const __m512i v0 = _mm512_castps_si512(_mm512_add_ps(a0, magic));
                 const __m512i v1 = _mm512_castps_si512(_mm512_add_ps(a1, magic));
-                const __m512i both = _mm512_permutex2var_epi8(v0, planes01, v1);
-                uint8_t *to = tables + t * planes * AQLM_PLANE + e;
-                _mm256_storeu_si256((__m256i *)to, _mm512_castsi512_si256(both));
-                _mm256_storeu_si256((__m256i *)(to + AQLM_PLANE), _mm512_extracti64x4_epi64(both, 1));
-                if (planes == 3)
-                    _mm256_storeu_si256((__m256i *)(to + 2 * AQLM_PLANE),
-                                        _mm512_castsi512_si256(_mm512_permutex2var_epi8(v0, planes23, v1)));
+                uint8_t *to = tables + t * 3 * AQLM_PLANE + e;
+                store_two_planes(to, v0, planes01, v1);
+                _mm256_storeu_si256((__m256i *)(to + 2 * AQLM_PLANE),
+                                    _mm512_castsi512_si256(_mm512_permutex2var_epi8(v0, planes23, v1)));
+            }
+        }
+}
+
+static inline __m512i load_pair(const int16_t *pair) {
+    int32_t both;
+    memcpy(&both, pair, sizeof both);
+    return _mm512_set1_epi32(both);
+}
+
+static void make_short_tables(uint8_t *tables, const int16_t *x, const int16_t *ct, int64_t K, int64_t g, int64_t first,
+                              int64_t n, aqlm_ahead ahead) {
+    const __m512i start = _mm512_set1_epi32(AQLM_SHORT_START), planes = bytes_of(2);
+    for (int64_t k = 0; k < K; k++)
+        for (int64_t e = 0; e < 256; e += 32) {
+            const int16_t *c = ct + (k * g / 2 * 256 + e) * 2;
+            __m512i c0[4], c1[4];
+            for (int p = 0; p < 4; p++) {
+                c0[p] = 2 * p < g ? _mm512_loadu_si512(c + p * 512) : _mm512_setzero_si512();
+                c1[p] = 2 * p < g ? _mm512_loadu_si512(c + p * 512 + 32) : _mm512_setzero_si512();
+            }
+            for (int64_t t = (k - first % K + K) % K; t < n; t += K) {
+                const int16_t *group = x + (first + t) / K * g;
+                _mm_prefetch((const char *)(ahead.at + t * ahead.step + 2 * e), _MM_HINT_T1);
+                __m512i a0 = start, a1 = start;
+                if (g == 8) {
+#pragma GCC unroll 4
+                    for (int p = 0; p < 4; p++) {
+                        const __m512i both = load_pair(group + 2 * p);
+                        a0 = _mm512_dpwssd_epi32(a0, c0[p], both);
+                        a1 = _mm512_dpwssd_epi32(a1, c1[p], both);
+                    }
+                } else
+                    for (int64_t p = 0; p < g / 2; p++) {
+                        const __m512i both = load_pair(group + 2 * p);
+                        a0 = _mm512_dpwssd_epi32(a0, _mm512_loadu_si512(c + p * 512), both);
+                        a1 = _mm512_dpwssd_epi32(a1, _mm512_loadu_si512(c + p * 512 + 32), both);
+                    }
+                store_two_planes(tables + t * 2 * AQLM_PLANE + e, _mm512_add_epi32(a0, a0), planes,
+                                 _mm512_add_epi32(a1, a1));
             }
         }
 }

@@ -19,6 +19,10 @@ static inline void transpose_16(uint8_t *to, int64_t to_step, const uint8_t *fro
 
 static inline void finish_plane(uint8_t *plane) { (void)plane; }
 
+static inline void add_products(int32_t *sums, const int16_t *x, const int16_t *c) {
+    for (int e = 0; e < 256; e++) sums[e] += x[0] * c[2 * e] + x[1] * c[2 * e + 1];
+}
+
 static inline void sum_planes(uint16_t (*sums)[AQLM_PANEL], const aqlm_codes_block *block, const uint8_t *tables,
                               int64_t table_step, const int planes) {
     const uint8x16_t next = vdupq_n_u8(64);

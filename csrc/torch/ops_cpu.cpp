@@ -85,11 +85,13 @@ struct Workspace {
     }
 };
 
-/* Whether torch's product, which has the CPU's bf16 instructions, beats the core's from n_rows on (measured). The ISA
- * chosen for the core has no say, so results do not depend on it. */
-bool torch_is_faster(const Product &p, int64_t n_rows) {
+/* Whether torch's product, which has the CPU's bf16 instructions, beats the core's (measured), which has them for y = x
+ * W^T with groups of 8 alone. The ISA chosen for the core has no say, so results do not depend on it. */
+bool torch_is_faster(const Product &p) {
 #ifdef __x86_64__
-    return p.dtype == AQLM_BF16 && p.n_rows >= n_rows && aqlm_get_exact() <= 0 && __builtin_cpu_supports("avx512bf16");
+    constexpr int64_t LEAST_ROWS = 32;
+    return p.dtype == AQLM_BF16 && p.n_rows >= LEAST_ROWS && aqlm_get_exact() <= 0 &&
+           __builtin_cpu_supports("avx512bf16");
 #else
     return false;
 #endif
@@ -169,6 +171,11 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
         bias = as_contiguous(*bias_in);
     }
     if (p.n_rows == 0) return p.y;
+    const bool groups_of_8 = w.view.shape.in_group_size == 8 && w.view.shape.out_group_size == 1;
+    if (!groups_of_8 && torch_is_faster(p)) {
+        torch_product(p, w, bias, false);
+        return p.y;
+    }
     const Workspace space([&] { return aqlm_matmul_workspace(&w.view, p.dtype, p.n_rows); });
     check(aqlm_matmul(p.y.mutable_data_ptr(), p.x.const_data_ptr(), p.dtype, &w.view,
                       bias ? bias->const_data_ptr() : nullptr, p.n_rows, space.memory, space.bytes),
@@ -181,7 +188,7 @@ Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &
     const Weight w(codes, codebooks, scales);
     Product p(grad_y, "grad_y", w.view.shape.out_features, w.view.shape.in_features);
     if (p.n_rows == 0) return p.y;
-    if (torch_is_faster(p, 32)) {
+    if (torch_is_faster(p)) {
         torch_product(p, w, std::nullopt, true);
         return p.y;
     }
