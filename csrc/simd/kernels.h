@@ -366,9 +366,9 @@ static void gather_sums(float *sums, const aqlm_entries *from, const void *codes
 }
 
 #ifndef AQLM_OWN_TABLES
-/* In the words of tables_*.h: transpose_16 transposes 16 x 16 bytes; add_products adds x[0] c[e, 0] + x[1] c[e, 1] to sum
- * e < 256; finish_plane changes a plane of a table into what sum_planes looks up: sums[p][o] = sum_t plane p of table
- * t[codes(t, o)] for a full panel of outputs and p < planes, 2 at most. */
+/* In the words of tables_*.h: transpose_16 transposes 16 x 16 bytes; add_products adds x[0] c[e, 0] + x[1] c[e, 1] to
+ * sum e < 256; finish_plane changes a plane of a table into what sum_planes looks up: sums[p][o] = sum_t plane p of
+ * table t[codes(t, o)] for a full panel of outputs and p < planes, 2 at most. */
 static void transpose(uint8_t *to, int64_t to_step, const uint8_t *from, int64_t from_step, int64_t rows,
                       int64_t columns) {
     for (int64_t c = 0; c < columns; c += 16)
