@@ -17,7 +17,7 @@ typedef struct bfloat_job {
     int64_t n_rows, block_rows, row_blocks; /* of this pass; of a block of x; such blocks */
     int64_t n_slots, slot_size;             /* in floats */
     const uint16_t *from;                   /* x [n_rows, in] */
-    uint16_t *x;                            /* [row_blocks] of [in / 2, rows, 2] */
+    uint16_t *x;                            /* for DEPTH inputs at a time [row_blocks] of [DEPTH / 2, rows, 2] */
     const float *scales, *bias;
     float *slots; /* each: sums [n_rows, TILE], panels [TILE / PANEL, DEPTH / 2, PANEL, 2] */
     uint16_t *y;
@@ -59,10 +59,13 @@ static void pack_rows(int64_t begin, int64_t end, void *ctx) {
     const int64_t in = job->w->shape.in_features;
     for (int64_t b = begin; b < end; b++) {
         const int64_t first = b * job->block_rows, rows = aqlm_min(job->block_rows, job->n_rows - first);
-        uint16_t *to = job->x + first * in;
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t p = 0; p < in / 2; p++)
-                memcpy(to + (p * rows + r) * 2, job->from + (first + r) * in + 2 * p, 4);
+        for (int64_t i = 0; i < in; i += DEPTH) {
+            const int64_t depth = aqlm_min(DEPTH, in - i);
+            uint16_t *to = job->x + i * job->n_rows + first * depth;
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t p = 0; p < depth / 2; p++)
+                    memcpy(to + (p * rows + r) * 2, job->from + (first + r) * in + i + 2 * p, 4);
+        }
     }
 }
 
@@ -87,7 +90,7 @@ static void one_tile(const bfloat_job *job, int64_t first, int64_t width, float 
         for (int64_t r = 0; r < job->n_rows; r += job->block_rows) {
             const int64_t rows = aqlm_min(job->block_rows, job->n_rows - r);
             for (int64_t p = 0; p < width; p += PAIR)
-                job->isa->multiply(sums + r * TILE + p, TILE, job->x + r * in + i * rows,
+                job->isa->multiply(sums + r * TILE + p, TILE, job->x + i * job->n_rows + r * depth,
                                    panels + p / AQLM_BFLOAT_PANEL * panel_size, panel_size, depth / 2, rows, i > 0);
         }
     }
