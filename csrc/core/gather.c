@@ -39,11 +39,12 @@ size_t aqlm_gather_workspace(const aqlm_weight *w, int64_t n_rows) {
 
 /* Fetches the codebooks in the order of memory, each thread from another place on: entries one by one would come late.
  */
-static void fetch_codebooks(const aqlm_weight *w, int64_t begin) {
+static void fetch_codebooks(const aqlm_weight *w, int64_t begin, int64_t n_codes) {
     const aqlm_shape *s = &w->shape;
     const int64_t line = 64, lines = (s->num_codebooks << s->nbits_per_codebook) * s->out_group_size *
                                      s->in_group_size * (int64_t)aqlm_dtype_size(w->dtype) / line;
     const int64_t from = lines * begin / s->out_features;
+    if (n_codes < lines) return; /* most entries are not wanted */
     const char *codebooks = w->codebooks;
     for (int64_t i = from; i < lines; i++) __builtin_prefetch(codebooks + i * line, 0, 2);
     for (int64_t i = 0; i < from; i++) __builtin_prefetch(codebooks + i * line, 0, 2);
@@ -56,7 +57,7 @@ static void gather_range(int64_t begin, int64_t end, void *ctx) {
     const int64_t rows = job->n_rows, out = s->out_features, og = s->out_group_size;
     const int64_t groups = s->in_features / s->in_group_size;
     const int64_t row_bytes = groups * s->num_codebooks * (s->nbits_per_codebook <= 8 ? 1 : 2);
-    fetch_codebooks(job->w, begin);
+    fetch_codebooks(job->w, begin, (end - begin) * groups * s->num_codebooks);
     const int64_t at_once = og == 1 ? PIECE : 1;
     for (int64_t o = begin; o < end && !aqlm_cancelled(); o += at_once) {
         const aqlm_entries entries = aqlm_entries_of(job->w, o % og, groups);
