@@ -676,7 +676,7 @@ static PyMethodDef methods[] = {
     {"get_isa", get_isa, METH_NOARGS, "get_isa() -> str"},
     {"available_isas", available_isas, METH_NOARGS, "available_isas() -> list of str, slowest first"},
     {"set_exact", set_exact, METH_O,
-     "set_exact(exact): True: no tables of rounded products in matmul; None: for 16-bit x alone"},
+     "set_exact(exact): True: matmul without rounded products; None: rounded to 23 bits; False: to 16"},
     {"get_exact", get_exact, METH_NOARGS, "get_exact() -> bool | None"},
     {NULL, NULL, 0, NULL},
 };
