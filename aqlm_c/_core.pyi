@@ -109,7 +109,7 @@ def decode_rows(codes: NDArray[np.int8 | np.int16], codebooks: F32, scales: F32)
 def matmul(x: F32, codes: NDArray[np.int8 | np.int16], codebooks: F32, scales: F32, bias: F32 | None = None) -> F32:
     """x [n, in] W^T + bias -> [n, out]; W is decoded tile by tile, never whole.
 
-    With n <= 16, B <= 8, og = 1, out >= 64: by products with the codebooks rounded to 23 bits, within 1e-5; see set_exact.
+    With n <= 16, B <= 8, og = 1, out >= 64: by products with the codebooks rounded to 23 bits, within 1e-5.
     """
 
 def pack_codes(codes: NDArray[np.uint16], nbits_per_codebook: int) -> NDArray[np.int8 | np.int16]:
@@ -128,8 +128,8 @@ def available_isas() -> list[str]:
     """Instruction sets this CPU can run, slowest first."""
 
 def set_exact(exact: bool | None) -> None:
-    """True: matmul sums products of fp32 in order. None, as at first: few rows by products rounded to 23 bits; False: to
-    16 bits, within 1e-3. The environment variable AQLM_C_EXACT says it too: 1 or 0.
+    """True: matmul sums products of fp32 in order. None, as at first: few rows by products rounded to 23 bits; False:
+    to 16 bits, within 1e-3. The environment variable AQLM_C_EXACT says it too: 1 or 0.
     """
 
 def get_exact() -> bool | None: ...
