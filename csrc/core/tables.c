@@ -103,12 +103,11 @@ static double square_of(const float *v, int64_t g) {
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-/* The largest |codebooks[k, e]|, or NaN. */
-static double radius_of(const float *codebooks, const aqlm_shape *s) {
-    const int64_t g = s->in_group_size, entries = s->num_codebooks << s->nbits_per_codebook;
+/* The length of the longest of n vectors v [n, g], or NaN. */
+static double longest_of(const float *v, int64_t n, int64_t g) {
     double largest = 0.0;
-    for (int64_t e = 0; e < entries; e++, codebooks += g) {
-        const double square = square_of(codebooks, g);
+    for (int64_t i = 0; i < n; i++) {
+        const double square = square_of(v + i * g, g);
         if (square > largest || isnan(square)) largest = square; /* NaN stays */
     }
     return sqrt(largest);
@@ -166,12 +165,7 @@ static float make_block(cursor *c, uint8_t *tables, int64_t block, int64_t row) 
     const int64_t first = block * AQLM_TABLE_BLOCK, n = aqlm_min(AQLM_TABLE_BLOCK, job->per_row - first);
     const int64_t groups = (first + n - 1) / K - first / K + 1;
     const float *x = job->x + row * s->in_features + first / K * g;
-    double largest = 0.0;
-    for (int64_t j = 0; j < groups; j++) {
-        const double square = square_of(x + j * g, g);
-        if (square > largest || isnan(square)) largest = square; /* NaN stays */
-    }
-    const double longest = sqrt(largest), bound = longest * job->radius;
+    const double longest = longest_of(x, groups, g), bound = longest * job->radius;
     const bool usable = bound > 1e-30 && bound < 1e38; /* else nothing in fp32, or beyond it */
     const aqlm_ahead ahead = advance(c, 2 * AQLM_TABLE_OUTPUTS);
     double step;
@@ -287,7 +281,7 @@ aqlm_status aqlm_tables_matmul(void *y, const void *x, aqlm_dtype dtype, const a
     const size_t size = aqlm_dtype_size(dtype);
     float *f = workspace;
     aqlm_to_f32(f, w->codebooks, w->dtype, (s->num_codebooks << s->nbits_per_codebook) * s->in_group_size);
-    job.radius = radius_of(f, s);
+    job.radius = longest_of(f, s->num_codebooks << s->nbits_per_codebook, s->in_group_size);
     job.ct = f + l.ct;
     job.short_ct = (int16_t *)(f + l.ct);
     if (job.planes == 2) transpose_short((int16_t *)(f + l.ct), f, s, job.radius);
