@@ -59,9 +59,19 @@ def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     Raises:
         RuntimeError: a shape or dtype is not as above; the message names the argument.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+    ):
         return _matmul(x, codes, codebooks, scales, bias)
-    with torch._C._AutoDispatchBelowAutograd():  # what `register_autograd` comes to without gradients, in Python: 3 us
+    # what `register_autograd` comes to, in half of its time
+    trained = (
+        x.requires_grad or codebooks.requires_grad or scales.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if trained and torch.is_grad_enabled():
+        return _Matmul.apply(x, codes, codebooks, scales, bias)
+    with torch._C._AutoDispatchBelowAutograd():
         return _matmul(x, codes, codebooks, scales, bias)
 
 
@@ -130,6 +140,17 @@ def _matmul_backward(ctx, grad_y):
     grad_x = torch.ops.aqlm_c.matmul_backward(grad_y, *weight) if need_x else None
     grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if need_bias else None
     return grad_x, None, *_product_gradients(grad_y, x, *weight, *need_weight), grad_bias
+
+
+class _Matmul(torch.autograd.Function):  # eager `matmul`
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _matmul(*inputs)
+        _save_matmul(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_matmul_backward)
 
 
 def _matmul_double_backward(ctx, grad):  # grad [..., in], to grad_x = grad_y W

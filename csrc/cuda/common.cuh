@@ -102,6 +102,19 @@ __device__ inline void wait_for_kernels_before() {
 #endif
 }
 
+/* Kernels that sum what others left in a workspace: SUMMED outputs a block, and each of its warps a part of what there
+ * is. The first warp gets the sum of all. */
+constexpr int SUMMED = 32, SUM_WARPS = 8;
+
+__device__ inline float sum_of_warps(float v) {
+    __shared__ float parts[SUM_WARPS][SUMMED];
+    parts[threadIdx.x / SUMMED][threadIdx.x % SUMMED] = v;
+    __syncthreads();
+    if (threadIdx.x < SUMMED)
+        for (int other = 1; other < SUM_WARPS; ++other) v += parts[other][threadIdx.x];
+    return v;
+}
+
 /* What the launchers need to know of a device, asked once. */
 struct Device {
     int index, sms, shared_memory;

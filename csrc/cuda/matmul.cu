@@ -63,27 +63,26 @@ bool takes_shards(const aqlm_shape &s, int64_t n_rows, const Device &device) {
 
 template <class T> cudaError_t run_tables(const Problem &p) {
     const aqlm_shape &s = p.w.shape;
-    const TableProblem t = {p.y,
-                            p.x,
-                            static_cast<const uint8_t *>(p.w.codes),
-                            p.w.codebooks,
-                            p.w.scales,
-                            p.bias,
-                            p.dtype,
-                            p.w.dtype,
-                            static_cast<int>(s.out_features),
-                            static_cast<int>(s.in_features / s.in_group_size),
-                            static_cast<int>(s.num_codebooks),
-                            1 << s.nbits_per_codebook,
-                            static_cast<int>(s.in_group_size),
-                            static_cast<int>((s.num_codebooks << s.nbits_per_codebook) * s.in_group_size *
-                                             (p.w.dtype == AQLM_F32 ? 4 : 2))};
+    TableProblem t = {};
+    t.y = p.y, t.x = p.x, t.dtype = p.dtype, t.bias = p.bias, t.sums = p.workspace;
+    t.codes = static_cast<const uint8_t *>(p.w.codes), t.codebooks = p.w.codebooks, t.scales = p.w.scales;
+    t.weight_dtype = p.w.dtype;
+    t.out = static_cast<int>(s.out_features), t.in_group_size = static_cast<int>(s.in_group_size);
+    t.groups = static_cast<int>(s.in_features / s.in_group_size), t.num_codebooks = static_cast<int>(s.num_codebooks);
+    t.entries = 1 << s.nbits_per_codebook;
+    t.codebook_bytes = t.num_codebooks * t.entries * t.in_group_size * (p.w.dtype == AQLM_F32 ? 4 : 2);
+    if (const cudaError_t error = table_cut(t.cut, s, p.device)) return error;
+    const auto launch = [&](auto eight) -> cudaError_t {
+        switch (s.in_group_size) {
+        case 4: return launch_table_kernel<T, 4, eight.value>(t, p.n_rows, p.device, p.stream);
+        case 8: return launch_table_kernel<T, 8, eight.value>(t, p.n_rows, p.device, p.stream);
+        case 16: return launch_table_kernel<T, 16, eight.value>(t, p.n_rows, p.device, p.stream);
+        default: return launch_table_kernel<float, 0>(t, p.n_rows, p.device, p.stream);
+        }
+    };
     if constexpr (!std::is_same_v<T, float>)
-        if (8 % s.num_codebooks == 0) switch (s.in_group_size) {
-            case 4: return launch_table_kernel<T, 4>(t, p.n_rows, p.device, p.stream);
-            case 8: return launch_table_kernel<T, 8>(t, p.n_rows, p.device, p.stream);
-            case 16: return launch_table_kernel<T, 16>(t, p.n_rows, p.device, p.stream);
-            }
+        if (8 % s.num_codebooks == 0)
+            return s.num_codebooks == 8 ? launch(std::true_type()) : launch(std::false_type());
     return launch_table_kernel<float, 0>(t, p.n_rows, p.device, p.stream);
 }
 
@@ -131,14 +130,45 @@ cudaError_t run_plain(const Problem &p) {
     return cudaGetLastError();
 }
 
-/* Up to 8 rows. */
+/* x and codebooks of one 16-bit dtype, for which there are matrix instructions. */
+bool is_half(const aqlm_weight &w, aqlm_dtype dtype) { return dtype == w.dtype && dtype != AQLM_F32; }
+
+enum class Path { tables, gather, plain };
+
+/* Of up to 8 rows. */
+Path path_of(const aqlm_weight &w, aqlm_dtype dtype, int64_t n_rows, const Device &device) {
+    const bool gather = is_half(w, dtype) && can_gather(w.shape, device);
+    if (can_look_up(w.shape, device) && (n_rows == 1 || !gather)) return Path::tables;
+    return gather ? Path::gather : Path::plain;
+}
+
 cudaError_t run(const Problem &p) {
-    const bool same = p.dtype == p.w.dtype && p.dtype != AQLM_F32, half = p.dtype == AQLM_F16;
-    const bool gather = same && can_gather(p.w.shape, p.device), tables = can_look_up(p.w.shape, p.device);
-    if (tables && (p.n_rows == 1 || !gather))
-        return !same ? run_tables<float>(p) : half ? run_tables<__half>(p) : run_tables<__nv_bfloat16>(p);
-    if (gather) return half ? run_gather<__half>(p) : run_gather<__nv_bfloat16>(p);
-    return run_plain(p);
+    const bool half = p.dtype == AQLM_F16;
+    switch (path_of(p.w, p.dtype, p.n_rows, p.device)) {
+    case Path::tables:
+        if (!is_half(p.w, p.dtype)) return run_tables<float>(p);
+        return half ? run_tables<__half>(p) : run_tables<__nv_bfloat16>(p);
+    case Path::gather: return half ? run_gather<__half>(p) : run_gather<__nv_bfloat16>(p);
+    default: return run_plain(p);
+    }
+}
+
+/* Bytes that run takes. */
+size_t workspace_of(const aqlm_weight &w, aqlm_dtype dtype, int64_t n_rows, const Device &device) {
+    const aqlm_shape &s = w.shape;
+    const Path path = n_rows > 0 ? path_of(w, dtype, n_rows, device) : Path::plain;
+    if (path == Path::tables) {
+        TableCut cut;
+        if (table_cut(cut, s, device) != cudaSuccess || cut.parts == 1) return 0; /* aqlm_cuda_matmul will say why */
+        return sizeof(float) * cut.parts * n_rows * s.out_features;
+    }
+    if (path != Path::gather || !takes_shards(s, n_rows, device)) return 0;
+    GatherProblem g = {};
+    g.out = static_cast<int>(s.out_features), g.groups = static_cast<int>(s.in_features / 8);
+    g.entries = 1 << s.nbits_per_codebook;
+    size_t memory, bytes;
+    plan_shards(g, device, memory, bytes);
+    return bytes;
 }
 
 } // namespace
@@ -171,21 +201,14 @@ extern "C" int64_t aqlm_cuda_matmul_rows(const aqlm_weight *w, aqlm_dtype dtype)
     using namespace aqlm_cuda;
     Device device;
     if (current_device(device) != cudaSuccess) return INT64_MAX; /* aqlm_cuda_matmul will say why */
-    const bool gathers = dtype == w->dtype && dtype != AQLM_F32 && can_gather(w->shape, device);
+    const bool gathers = is_half(*w, dtype) && can_gather(w->shape, device);
     return gathers && w->shape.nbits_per_codebook <= 8 ? 3 * MAX_ROWS : gathers ? MAX_ROWS : MAX_ROWS / 2;
 }
 
 extern "C" size_t aqlm_cuda_matmul_workspace(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows) {
     using namespace aqlm_cuda;
-    const aqlm_shape &s = w->shape;
     Device device;
     if (current_device(device) != cudaSuccess) return 0; /* aqlm_cuda_matmul will say why */
-    if (dtype != w->dtype || dtype == AQLM_F32 || !can_gather(s, device) || !takes_shards(s, n_rows % MAX_ROWS, device))
-        return 0;
-    GatherProblem g = {};
-    g.out = static_cast<int>(s.out_features), g.groups = static_cast<int>(s.in_features / 8);
-    g.entries = 1 << s.nbits_per_codebook;
-    size_t memory, bytes;
-    plan_shards(g, device, memory, bytes);
-    return bytes;
+    return std::max(workspace_of(*w, dtype, std::min<int64_t>(MAX_ROWS, n_rows), device),
+                    workspace_of(*w, dtype, n_rows % MAX_ROWS, device));
 }

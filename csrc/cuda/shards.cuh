@@ -225,12 +225,9 @@ template <class T> __global__ void __launch_bounds__(32 * SHARD_WARPS, 1) shard_
     }
 }
 
-/* SUMMED outputs a block; each warp adds up the slots of some kinds of blocks. */
-constexpr int SUMMED = 32, SUM_WARPS = 8;
-
+/* Each warp adds up the slots of some kinds of blocks. */
 template <class T> __global__ void __launch_bounds__(SUMMED *SUM_WARPS) sum_shards_kernel(const ShardProblem problem) {
     const GatherProblem &p = problem.g;
-    __shared__ float parts[SUM_WARPS][SUMMED];
     const int warp = threadIdx.x / SUMMED, lane = threadIdx.x % SUMMED, o = blockIdx.x * SUMMED + lane;
     const int tiles = (p.out + UNIT_OUTS - 1) / UNIT_OUTS, planes = problem.panels * PLANES;
     const int kinds = planes + (problem.rest.blocks ? problem.panels : 0);
@@ -254,10 +251,8 @@ template <class T> __global__ void __launch_bounds__(SUMMED *SUM_WARPS) sum_shar
 #pragma unroll 4
             for (int slot = 0; slot < slots; ++slot, from += p.out) total += *from;
         }
-    parts[warp][lane] = total;
-    __syncthreads();
+    total = sum_of_warps(total);
     if (warp > 0 || o >= p.out) return;
-    for (int other = 1; other < SUM_WARPS; ++other) total += parts[other][lane];
     total *= static_cast<float>(static_cast<const T *>(p.scales)[o]);
     if (p.bias) total += static_cast<float>(static_cast<const T *>(p.bias)[o]);
     static_cast<T *>(p.y)[o] = static_cast<T>(total);

@@ -4,7 +4,8 @@
  * every warp owns codes 4L .. 4L+3 and keeps their tables in its own bank of shared memory, so lookups never conflict,
  * and a lookup costs three instructions: entry e of lane L lies at byte 256 e + 4 L, which one byte permutation makes
  * of the code. A cluster's blocks cut the row into slices, build their tables once, run all of the cluster's outputs
- * through them, and add up through distributed shared memory. */
+ * through them, and add up through distributed shared memory. Where that would mean tables of several slices for each
+ * block, the row is cut into parts of one or two slices instead, and a kernel behind adds up the parts. */
 #ifndef AQLM_CUDA_TABLES_CUH
 #define AQLM_CUDA_TABLES_CUH
 
@@ -12,19 +13,29 @@
 
 namespace aqlm_cuda {
 
-struct TableProblem {
-    void *y;               /* [n_rows, out] */
-    const void *x;         /* [n_rows, in] */
-    const uint8_t *codes;  /* [out, J, K] */
-    const void *codebooks; /* [K, E, g] */
-    const void *scales;    /* [out] */
-    const void *bias;      /* [out] or NULL */
-    aqlm_dtype dtype, weight_dtype;
-    int out, groups, num_codebooks, entries, in_group_size, codebook_bytes;
-    int size, share; /* blocks of a cluster; outputs that each finishes */
+/* How the work is cut: the row into parts, whose sums another kernel adds up, a part into slices, which a cluster's
+ * blocks take in rounds, and the outputs among clusters. If there are several parts, a cluster is one block. */
+struct TableCut {
+    int parts, slices_of_part; /* the last may have fewer */
+    int size, share;           /* blocks of a cluster; outputs that each finishes */
     /* A last round with fewer slices than blocks: each slice is looked up by several, for last_outs outputs each. */
     int last_outs;
-    uint64_t last_part; /* which of them a block looks up, four bits for each block of the cluster */
+    uint64_t last_turn; /* which of them a block looks up, four bits for each block of the cluster */
+};
+
+/* What a block needs first comes last: it lies in one line of the constants. */
+struct TableProblem {
+    void *y;            /* [n_rows, out] */
+    const void *scales; /* [out] */
+    const void *bias;   /* [out] or NULL */
+    float *sums;        /* [n_rows, parts, out], if there are several parts */
+    aqlm_dtype dtype, weight_dtype;
+    int in_group_size;
+    const void *codebooks; /* [K, E, g] */
+    const uint8_t *codes;  /* [out, J, K] */
+    const void *x;         /* [n_rows, in] */
+    int codebook_bytes, out, groups, num_codebooks, entries;
+    TableCut cut;
 };
 
 constexpr int TABLE_WARPS = 16, TABLE_CODES = 128, TABLE_BYTES = TABLE_CODES * 256 * 4;
@@ -37,64 +48,84 @@ __device__ inline int table_at(int i, int entry, int lane) {
 
 /* Tables by matrix instructions: rows are the groups of x, columns entries. K divides 8. Warp w makes the tables of
  * code w % 4 of every lane, 8 entries at a time. Lanes of one quarter of a warp hold the same rows for different
- * entries, that is the same bank, so each stores its four rows in another order. */
-template <class T, int G> struct TableBuilder {
+ * entries, that is the same bank, so each stores its four rows in another order. EIGHT: K is 8, and a lane's four codes
+ * are half of those of a group, so that its two matrices have two codebooks.
+ *
+ * What a member function needs is found in it: between their calls, time passes that costs nothing. */
+template <class T, int G, bool EIGHT> struct TableBuilder {
     static constexpr int STEPS = G < 8 ? 1 : G / 8, WARPS_APART = TABLE_WARPS / 4, TILES = 256 / 8 / WARPS_APART;
-    static constexpr int ROWS = 4;    /* of a lane: matrix s / 2, half s % 2 */
-    const unsigned char *x, *entries; /* this lane's word of its first group and entry */
-    int mask, first_tile, group, groups, row_groups, log_k, second_book;
-    bool has_words, one, two;
+    static constexpr int ROWS = 4, BOOKS = EIGHT ? 2 : 1; /* rows of a lane: matrix s / 2, half s % 2 */
+    const unsigned char *x, *entries;                     /* this lane's word of its first group and entry */
+    const unsigned char *from[ROWS];                      /* where x is loaded from, NULL for zeros */
+    int mask, group, groups, log_k, warp, lane, second_book;
     uint32_t tables[ROWS]; /* where entries of the rows start, in the order of storing */
-    uint32_t a[ROWS][STEPS];
+    uint32_t a[ROWS][STEPS], b[TILES][BOOKS][STEPS];
 
-    __device__ TableBuilder(const TableProblem &p, int warp, int lane, size_t x_row) {
-        const int i = warp % 4, row = lane / 4, quad = lane % 4;
-        log_k = p.num_codebooks == 8 ? 3 : p.num_codebooks / 2;
-        one = quad & 1, two = quad & 2, has_words = G >= 8 || quad < 2;
-        mask = p.entries - 1, first_tile = warp / 4;
+    __device__ TableBuilder(const TableProblem &p, int warp, int lane, size_t x_row) : warp(warp), lane(lane) {
+        const int i = warp % 4, row = lane / 4, quad = lane % 4, entry = warp / 4 * 8 + row;
+        log_k = EIGHT ? 3 : p.num_codebooks / 2;
+        mask = p.entries - 1;
         groups = p.groups;
-        group = log_k < 3 ? (4 * row + i) >> log_k : row;
-        row_groups = log_k < 3 ? 32 >> log_k : 8; /* from one of the rows to the next; K = 8: to the next half */
-        int lanes[ROWS], order[ROWS];
-#pragma unroll
-        for (int s = 0; s < ROWS; ++s) lanes[s] = log_k < 3 ? 8 * s + row : 16 * (s % 2) + 2 * row + s / 2;
-        rotate(order, lanes);
-#pragma unroll
-        for (int s = 0; s < ROWS; ++s) tables[s] = table_at(i, first_tile * 8 + 2 * quad, order[s]);
+        group = EIGHT ? row : (4 * row + i) >> log_k;
         const int book = i & (p.num_codebooks - 1);
-        second_book = log_k < 3 ? 0 : 4 * p.entries * G * 2;
+        second_book = 4 * p.entries * G * 2;
+        /* fewer than 256 entries recur, so that the unused high bits of a code do not matter */
         entries = static_cast<const unsigned char *>(p.codebooks) +
-                  (static_cast<size_t>(book * p.entries + (row & mask)) * G + 2 * quad) * 2;
+                  (static_cast<size_t>(book * p.entries + (entry & mask)) * G + 2 * quad) * 2;
         x = static_cast<const unsigned char *>(p.x) + ((x_row * p.groups + group) * G + 2 * quad) * 2;
     }
 
-    /* Groups of the codes from first_code on. */
-    __device__ void load(int first_code) {
+    __device__ bool has_words() const { return G >= 8 || lane % 4 < 2; }
+
+    /* Chooses the groups of the codes from first_code on. */
+    __device__ void aim(int first_code) {
 #pragma unroll
         for (int s = 0; s < ROWS; ++s) {
-            const int ahead = (first_code >> log_k) + row_groups * (log_k < 3 ? s : s % 2);
-            const bool valid = has_words && group + ahead < groups;
-#pragma unroll
-            for (int step = 0; step < STEPS; ++step)
-                a[s][step] = valid ? __ldg(reinterpret_cast<const uint32_t *>(x + (ahead * G + step * 8) * 2)) : 0;
+            const int ahead = (first_code >> log_k) + (EIGHT ? 8 * (s % 2) : (32 >> log_k) * s);
+            from[s] = has_words() && group + ahead < groups ? x + ahead * (G * 2) : nullptr;
         }
     }
 
-    __device__ void store(unsigned char *to) const {
-        uint32_t b[TILES][2][STEPS];
+    __device__ void load() {
 #pragma unroll
-        for (int t = 0; t < TILES; ++t) {
-            /* fewer than 256 entries recur, so that the unused high bits of a code do not matter */
-            const int offset = ((first_tile + t * WARPS_APART) * 8 & mask) * G * 2;
+        for (int s = 0; s < ROWS; ++s)
 #pragma unroll
-            for (int step = 0; step < STEPS; ++step) {
-                const auto word = [&](int book) {
-                    return __ldg(reinterpret_cast<const uint32_t *>(entries + offset + book + step * 16));
-                };
-                b[t][0][step] = has_words ? word(0) : 0;
-                b[t][1][step] = has_words && log_k == 3 ? word(second_book) : b[t][0][step];
-            }
+            for (int step = 0; step < STEPS; ++step)
+                a[s][step] = from[s] ? __ldg(reinterpret_cast<const uint32_t *>(from[s] + step * 16)) : 0;
+    }
+
+    /* They are those of every slice, but kept they would take registers from looking up. */
+    __device__ void load_entries() {
+        const auto load_with = [&](int mask) {
+#pragma unroll
+            for (int t = 0; t < TILES; ++t)
+#pragma unroll
+                for (int m = 0; m < BOOKS; ++m)
+#pragma unroll
+                    for (int step = 0; step < STEPS; ++step) {
+                        const int offset = (t * WARPS_APART * 8 & mask) * G * 2 + step * 16 + (m ? second_book : 0);
+                        b[t][m][step] = has_words() ? __ldg(reinterpret_cast<const uint32_t *>(entries + offset)) : 0;
+                    }
+        };
+        if (mask == 255) load_with(255); /* all addresses are constants apart */
+        else {
+            int of_codes = mask;
+            asm volatile("" : "+r"(of_codes)); /* lest addresses are kept for all rounds */
+            load_with(of_codes);
         }
+    }
+
+    __device__ void find_tables() {
+        const int row = lane / 4;
+        int lanes[ROWS], order[ROWS];
+#pragma unroll
+        for (int s = 0; s < ROWS; ++s) lanes[s] = EIGHT ? 16 * (s % 2) + 2 * row + s / 2 : 8 * s + row;
+        rotate(order, lanes);
+#pragma unroll
+        for (int s = 0; s < ROWS; ++s) tables[s] = table_at(warp % 4, warp / 4 * 8 + 2 * (lane % 4), order[s]);
+    }
+
+    __device__ void store(unsigned char *to) const {
 #pragma unroll
         for (int t = 0; t < TILES; ++t) {
             float c[2][4] = {};
@@ -102,7 +133,7 @@ template <class T, int G> struct TableBuilder {
             for (int m = 0; m < 2; ++m)
 #pragma unroll
                 for (int step = 0; step < STEPS; ++step)
-                    mma_k8<T>(c[m], a[2 * m][step], a[2 * m + 1][step], b[t][m][step]);
+                    mma_k8<T>(c[m], a[2 * m][step], a[2 * m + 1][step], b[t][m % BOOKS][step]);
 #pragma unroll
             for (int column = 0; column < 2; ++column) {
                 const float v[ROWS] = {c[0][column], c[0][2 + column], c[1][column], c[1][2 + column]};
@@ -120,14 +151,14 @@ template <class T, int G> struct TableBuilder {
     template <class V> __device__ void rotate(V (&to)[ROWS], const V (&from)[ROWS]) const {
         V half[ROWS];
 #pragma unroll
-        for (int s = 0; s < ROWS; ++s) half[s] = one ? from[(s + 1) % ROWS] : from[s];
+        for (int s = 0; s < ROWS; ++s) half[s] = lane & 1 ? from[(s + 1) % ROWS] : from[s];
 #pragma unroll
-        for (int s = 0; s < ROWS; ++s) to[s] = two ? half[(s + 2) % ROWS] : half[s];
+        for (int s = 0; s < ROWS; ++s) to[s] = lane & 2 ? half[(s + 2) % ROWS] : half[s];
     }
 };
 
 /* The same for any K, g and dtypes, a lane its own tables. */
-template <> struct TableBuilder<float, 0> {
+template <> struct TableBuilder<float, 0, false> {
     const TableProblem &p;
     int warp, lane, first_code;
     size_t x_row;
@@ -135,7 +166,10 @@ template <> struct TableBuilder<float, 0> {
     __device__ TableBuilder(const TableProblem &p, int warp, int lane, size_t x_row)
         : p(p), warp(warp), lane(lane), x_row(x_row) {}
 
-    __device__ void load(int code) { first_code = code; }
+    __device__ void aim(int code) { first_code = code; }
+    __device__ void load() {}
+    __device__ void load_entries() {}
+    __device__ void find_tables() {}
 
     __device__ void store(unsigned char *tables) const {
         const int g = p.in_group_size;
@@ -171,38 +205,46 @@ template <int WIDTH = BATCH / 2> __device__ inline float reduce_batch(float (&v)
     }
 }
 
-/* A scale or bias; T float: of any dtype. */
-template <class T> __device__ inline float load_as(const void *p, int i, aqlm_dtype dtype) {
-    if constexpr (std::is_same_v<T, float>) return load_float(p, i, dtype);
-    else return static_cast<float>(static_cast<const T *>(p)[i]);
+/* Codes: before all that follows in memory. */
+__device__ inline uint32_t load_now(const uint32_t *p) {
+    uint32_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
 }
 
-/* T float: tables of any dtypes. grid [clusters * cluster_size, n_rows]. */
-template <class T, int G> __global__ void __launch_bounds__(32 * TABLE_WARPS, 1) table_kernel(const TableProblem p) {
+/* A scale or bias; T float: of any dtype. Else it is not waited for, as a conversion would. */
+template <class T> __device__ inline T load_as(const void *p, int i, aqlm_dtype dtype) {
+    if constexpr (std::is_same_v<T, float>) return load_float(p, i, dtype);
+    else return static_cast<const T *>(p)[i];
+}
+
+template <class T> __device__ inline void store_as(void *p, size_t i, aqlm_dtype dtype, float value) {
+    if constexpr (std::is_same_v<T, float>) store_float(p, i, dtype, value);
+    else static_cast<T *>(p)[i] = static_cast<T>(value);
+}
+
+/* T float: tables of any dtypes. grid [size, clusters, parts * n_rows], clusters of [size]. The order is by what is
+ * waited for: nothing is found before it is needed, or after while loads are on their way. */
+template <class T, int G, bool EIGHT>
+__global__ void __launch_bounds__(32 * TABLE_WARPS, 1) table_kernel(const TableProblem p) {
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned char *const tables = shared;
-    const int size = p.size, share = p.share, cluster_outs = size * share, rank = cluster_rank();
-    float *const sums = reinterpret_cast<float *>(shared + TABLE_BYTES); /* [cluster_outs] */
-    float *const inbox = sums + cluster_outs; /* [cluster_size, cluster_outs / cluster_size] */
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32; /* uniform to the compiler too */
-    const int first_out = cluster_index() * cluster_outs, n_outs = min(cluster_outs, p.out - first_out);
-    const int row_codes = p.groups * p.num_codebooks, slices = (row_codes + TABLE_CODES - 1) / TABLE_CODES;
-    const uint32_t bank = lane * 4;
-
-    const int own = max(min(share, n_outs - rank * share), 0), first_own = first_out + rank * share;
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(inbox));
-    const Mailbox mailbox = {address + cluster_outs * 4, address};
-    if (size > 1) {
-        if (threadIdx.x == 0) mailbox.open(own * size * 4);
-        announce();
-    }
     /* While kernels before end: what their ends do not change, or L2 alone sees. */
-    const auto first_row = static_cast<size_t>(min(first_out + warp * BATCH + lane % BATCH, p.out - 1));
-    prefetch(p.codes + first_row * row_codes + min(rank * TABLE_CODES, row_codes - 1));
-    if (const size_t at = threadIdx.x * size_t{128}; at < static_cast<size_t>(p.codebook_bytes))
+    if (const int at = threadIdx.x * 128; at < p.codebook_bytes)
         prefetch(static_cast<const unsigned char *>(p.codebooks) + at);
-    TableBuilder<T, G> builder(p, warp, lane, blockIdx.y);
+    const int size = p.cut.size, share = p.cut.share, cluster_outs = size * share, rank = blockIdx.x;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32; /* uniform to the compiler too */
+    const int first_out = blockIdx.y * cluster_outs, n_outs = min(cluster_outs, p.out - first_out);
+    const int x_row = p.cut.parts == 1 ? blockIdx.z : blockIdx.z / p.cut.parts;
+    const int part = blockIdx.z - x_row * p.cut.parts;
+    const int row_codes = p.groups * p.num_codebooks, first_slice = part * p.cut.slices_of_part;
+    const auto first_row = static_cast<size_t>(min(first_out + warp * BATCH + lane % BATCH, p.out - 1));
+    prefetch(p.codes + first_row * row_codes + min((first_slice + rank) * TABLE_CODES, row_codes - 1));
+    TableBuilder<T, G, EIGHT> builder(p, warp, lane, x_row);
+    builder.aim((first_slice + rank) * TABLE_CODES);
     wait_for_kernels_before();
+    builder.load();
+    builder.load_entries();
 
     /* Batches of outputs are dealt out to the warps. The codes of one are loaded while the one before is looked up, of
      * the next slice if need be; near the end of W it starts earlier and sums some outputs for nothing. */
@@ -211,29 +253,53 @@ template <class T, int G> __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
         const uint8_t *codes = p.codes + static_cast<size_t>(min(first_out + from, p.out - BATCH)) * row_codes;
         codes += code < row_codes ? code : 0; /* what has no group has tables of zeros */
 #pragma unroll
-        for (int r = 0; r < BATCH; ++r, codes += row_codes)
-            to[r] = load_once(reinterpret_cast<const uint32_t *>(codes));
+        for (int r = 0; r < BATCH; ++r, codes += row_codes) to[r] = load_now(reinterpret_cast<const uint32_t *>(codes));
     };
+    uint32_t words[2][BATCH];
+    if (warp * BATCH < n_outs) load(words[0], first_slice + rank, warp * BATCH);
+
+    const uint32_t bank = lane * 4;
+    float *const sums = reinterpret_cast<float *>(shared + TABLE_BYTES); /* [cluster_outs] */
+    float *const inbox = sums + cluster_outs; /* [cluster_size, cluster_outs / cluster_size] */
+    const int own = max(min(share, n_outs - rank * share), 0), first_own = first_out + rank * share;
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(inbox));
+    const Mailbox mailbox = {address + cluster_outs * 4, address};
+    if (size > 1) {
+        if (threadIdx.x == 0) mailbox.open(own * size * 4);
+        announce();
+    }
+    const auto scale_of = [&](int o) { return load_as<T>(p.scales, first_own + o, p.weight_dtype); };
+    const auto bias_of = [&](int o) { return p.bias ? load_as<T>(p.bias, first_own + o, p.dtype) : T(0.f); };
+    T scale(0.f), bias(0.f); /* of the first output that this thread finishes */
+    if (static_cast<int>(threadIdx.x) < own && p.cut.parts == 1)
+        scale = scale_of(threadIdx.x), bias = bias_of(threadIdx.x);
+    builder.find_tables();
+
     /* Slices are dealt out by rounds. */
+    const int end_slice = min((row_codes + TABLE_CODES - 1) / TABLE_CODES, first_slice + p.cut.slices_of_part);
     struct Round {
         int slice, begin, end;
     };
-    const auto round_at = [&](int first_slice) -> Round {
-        const int left = slices - first_slice;
-        if (left >= size) return {first_slice + rank, 0, n_outs};
-        if (left <= 0) return {slices, 0, 0};
-        const int part = p.last_part >> 4 * rank & 15, begin = part * p.last_outs,
-                  end = min(begin + p.last_outs, n_outs);
-        if (begin >= end) return {slices, 0, 0};
-        return {first_slice + rank - part * left, begin, end};
+    const auto round_at = [&](int first) -> Round {
+        const int left = end_slice - first;
+        if (left >= size) return {first + rank, 0, n_outs};
+        if (left <= 0) return {end_slice, 0, 0};
+        const int turn = p.cut.last_turn >> 4 * rank & 15, begin = turn * p.cut.last_outs,
+                  end = min(begin + p.cut.last_outs, n_outs);
+        if (begin >= end) return {end_slice, 0, 0};
+        return {first + rank - turn * left, begin, end};
     };
-    Round now = {rank, 0, n_outs}, then = round_at(size);
+    int next_slice = first_slice + size;
+    Round now = {first_slice + rank, 0, n_outs}, then = round_at(next_slice);
     int from = warp * BATCH;
     bool first_round = true;
+    const bool sends = size > 1 && next_slice >= end_slice; /* sums, as soon as they are there */
+    const float of_share = 1.f / share;
     const auto step = [&](const uint32_t (&word)[BATCH], uint32_t (&next)[BATCH]) {
         const bool more = from + TABLE_WARPS * BATCH < now.end;
-        if (more || then.slice < slices)
+        if (more || then.slice < end_slice)
             load(next, more ? now.slice : then.slice, more ? from + TABLE_WARPS * BATCH : then.begin + warp * BATCH);
+        if (p.out < BATCH) return; /* never, but it keeps the compiler from looking up before it has loaded */
         float sum[BATCH];
 #pragma unroll
         for (int r = 0; r < BATCH; ++r) {
@@ -246,72 +312,142 @@ template <class T, int G> __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
         }
         const float total = reduce_batch(sum, lane);
         const int o = min(from, p.out - BATCH - first_out) + lane / (32 / BATCH);
-        if (lane % (32 / BATCH) == 0 && o >= from && o < now.end) sums[o] = first_round ? total : sums[o] + total;
+        if (lane % (32 / BATCH) == 0 && o >= from && o < now.end) {
+            if (sends) {
+                const int to = static_cast<int>((o + 0.5f) * of_share);
+                mailbox.send(total, to, rank * share + o - to * share);
+            } else sums[o] = first_round ? total : sums[o] + total;
+        }
         from += TABLE_WARPS * BATCH;
     };
-    uint32_t words[2][BATCH];
-    if (from < n_outs) load(words[0], rank, from); /* on their way while tables are made */
-    builder.load(rank * TABLE_CODES);
-    const auto scale_of = [&](int o) { return load_as<T>(p.scales, first_own + o, p.weight_dtype); };
-    const auto bias_of = [&](int o) { return p.bias ? load_as<T>(p.bias, first_own + o, p.dtype) : 0; };
-    float scale = 0, bias = 0; /* of the first output that this thread finishes */
-    if (static_cast<int>(threadIdx.x) < own) scale = scale_of(threadIdx.x), bias = bias_of(threadIdx.x);
     bool odd = false;
-    for (int next_slice = size; now.slice < slices; now = then, then = round_at(next_slice)) {
-        if (!first_round) __syncthreads(); /* the last lookups in the tables before */
+    for (; now.slice < end_slice; now = then, then = round_at(next_slice)) {
+        if (!first_round) {
+            builder.load_entries();
+            __syncthreads(); /* the last lookups in the tables before */
+        }
         builder.store(tables);
-        builder.load(then.slice * TABLE_CODES);
+        builder.aim(then.slice * TABLE_CODES);
+        builder.load();
         __syncthreads();
+        if (sends) await_others();
         for (from = now.begin + warp * BATCH; from < now.end; odd = !odd)
             if (odd) step(words[1], words[0]);
             else step(words[0], words[1]);
         first_round = false, next_slice += size;
     }
 
-    __syncthreads();
-    if (size > 1) {
-        await_others();
+    if (!sends) {
+        __syncthreads();
+        if (size > 1) await_others();
         const int to = warp % size, turn = warp / size, turns = TABLE_WARPS / size; /* some warps may be left over */
-        for (int o = turn * 32 + lane; o < min(share, n_outs - to * share) && turn < turns; o += turns * 32)
+        for (int o = turn * 32 + lane; size > 1 && turn < turns && o < min(share, n_outs - to * share); o += turns * 32)
             mailbox.send(sums[to * share + o], to, rank * share + o);
-        mailbox.wait();
     }
+    if (size > 1) mailbox.wait();
     for (int o = threadIdx.x; o < own; o += 32 * TABLE_WARPS) {
         float total = 0;
         if (size == 1) total = sums[o];
         else
+#pragma unroll 4
             for (int other = 0; other < size; ++other) total += inbox[other * share + o];
+        if (p.cut.parts > 1) {
+            p.sums[static_cast<size_t>(blockIdx.z) * p.out + first_own + o] = total;
+            continue;
+        }
         if (o >= 32 * TABLE_WARPS) scale = scale_of(o), bias = bias_of(o);
-        store_float(p.y, static_cast<size_t>(blockIdx.y) * p.out + first_own + o, p.dtype, total * scale + bias);
+        total = total * static_cast<float>(scale) + static_cast<float>(bias);
+        store_as<T>(p.y, static_cast<size_t>(x_row) * p.out + first_own + o, p.dtype, total);
     }
 }
 
-template <class T, int G>
-cudaError_t launch_table_kernel(TableProblem p, int n_rows, const Device &device, cudaStream_t stream) {
-    constexpr auto kernel = table_kernel<T, G>;
-    constexpr int64_t TABLES_COST = 560; /* of making tables, in outputs looked up (H200) */
-    if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
-    const int64_t slices = divide_up(p.groups * p.num_codebooks, TABLE_CODES);
+/* y of rows cut into parts. grid [out / SUMMED, n_rows]. */
+template <class T> __global__ void __launch_bounds__(SUMMED *SUM_WARPS) sum_parts_kernel(const TableProblem p) {
+    const int warp = threadIdx.x / SUMMED, o = blockIdx.x * SUMMED + threadIdx.x % SUMMED;
+    if constexpr (!std::is_same_v<T, float>)
+        if (warp == 0 && o < p.out) {
+            prefetch(static_cast<const T *>(p.scales) + o);
+            if (p.bias) prefetch(static_cast<const T *>(p.bias) + o);
+        }
+    wait_for_kernels_before();
+    float total = 0;
+    T scale(0.f), bias(0.f);
+    if (o < p.out) {
+        if (warp == 0) scale = load_as<T>(p.scales, o, p.weight_dtype);
+        if (warp == 0 && p.bias) bias = load_as<T>(p.bias, o, p.dtype);
+        const float *from = p.sums + (static_cast<size_t>(blockIdx.y) * p.cut.parts + warp) * p.out + o;
+#pragma unroll 4
+        for (int part = warp; part < p.cut.parts; part += SUM_WARPS, from += size_t{SUM_WARPS} * p.out) total += *from;
+    }
+    total = sum_of_warps(total) * static_cast<float>(scale) + static_cast<float>(bias);
+    if (warp == 0 && o < p.out) store_as<T>(p.y, static_cast<size_t>(blockIdx.y) * p.out + o, p.dtype, total);
+}
+
+/* The cheapest cut of `slices` and `out` outputs: clusters for all of the row, or single blocks for parts of it. */
+template <auto kernel> cudaError_t find_table_cut(TableCut &best, int slices, int64_t out, const Device &device) {
+    /* in outputs looked up (H100): of making tables, and of the kernel that sums parts; and the outputs that all blocks
+     * look up at a time, more of which would wait for memory */
+    constexpr int TABLES_COST = 480, SUM_COST = 250, PART_COST = 2, AT_A_TIME = 110, MOST_ROUNDS = 3, MOST_PARTS = 1024;
     int64_t least = INT64_MAX;
-    for (int size = 1; size <= std::min<int64_t>(slices, device.clusters ? MAX_CLUSTER : 1); ++size) {
+    const auto consider = [&](int size, int clusters, int slices_of_part) {
+        const auto parts = static_cast<int>(divide_up(slices, slices_of_part));
+        const int64_t most = (device.shared_memory - TABLE_BYTES - 8) / 8 / size / 2 * 2; /* even: the barrier behind */
+        const int64_t wanted = divide_up(out, 2 * std::max(1, clusters / parts) * size) * 2; /* them is aligned */
+        const int64_t share = std::min(wanted, most), outs = share * size;
+        const int64_t waves = divide_up(divide_up(out, outs) * parts, clusters), rounds = slices_of_part / size;
+        const int left = slices_of_part % size, turns = left ? size / left : 1;
+        const int64_t last_outs = divide_up(outs, turns * BATCH) * BATCH;
+        const int64_t lookups = waves * (rounds * outs + (left ? last_outs : 0));
+        const int64_t cost = waves * (rounds + (left > 0)) * TABLES_COST + std::max(lookups, out * slices / AT_A_TIME) +
+                             (parts > 1 ? SUM_COST + parts * PART_COST : 0);
+        if (cost >= least) return;
+        least = cost;
+        best = {parts, slices_of_part, size, static_cast<int>(share), static_cast<int>(last_outs), 0};
+        for (int rank = 0; rank < size && left; ++rank) best.last_turn |= uint64_t(rank / left) << 4 * rank;
+    };
+    for (int size = 1; size <= std::min(slices, device.clusters ? MAX_CLUSTER : 1); ++size) {
         int clusters;
         if (const cudaError_t error = resident_clusters<kernel>(clusters, size, 32 * TABLE_WARPS, device)) return error;
-        if (clusters == 0) continue;
-        const int64_t most = (device.shared_memory - TABLE_BYTES - 8) / 8 / size / 2 * 2; /* even: the barrier behind */
-        const int64_t share = std::min(divide_up(p.out, int64_t(2) * clusters * size) * 2, most); /* them is aligned */
-        const int64_t waves = divide_up(p.out, share * size * clusters), left = slices % size;
-        const int64_t parts = left ? size / left : 1, last = left ? TABLES_COST + divide_up(share * size, parts) : 0;
-        const int64_t cost = waves * (slices / size * (TABLES_COST + share * size) + last);
-        if (cost >= least) continue;
-        least = cost, p.size = size, p.share = static_cast<int>(share);
-        p.last_outs = static_cast<int>(divide_up(share * size, parts * BATCH)) * BATCH;
+        if (clusters > 0) consider(size, clusters, slices);
     }
+    for (int rounds = 1; rounds <= std::min(slices - 1, MOST_ROUNDS); ++rounds)
+        if (divide_up(slices, rounds) <= MOST_PARTS) consider(1, device.sms, rounds);
+    return cudaSuccess;
+}
 
-    for (int rank = 0; rank < p.size && slices % p.size; ++rank)
-        p.last_part |= uint64_t(rank / (slices % p.size)) << 4 * rank;
-    const dim3 grid(static_cast<unsigned>(divide_up(p.out, p.share * p.size)) * p.size, n_rows);
-    return launch_early<kernel>(p, grid, p.size, 32 * TABLE_WARPS, TABLE_BYTES + p.share * p.size * 8 + 8, device,
-                                stream);
+/* The same, remembered, since that takes as long as a launch. It is one for all dtypes and formats. */
+inline cudaError_t table_cut(TableCut &cut, const aqlm_shape &s, const Device &device) {
+    struct Known {
+        int64_t out, slices, device;
+        TableCut cut;
+    };
+    static thread_local Known known[16];
+    constexpr auto kernel = table_kernel<float, 0, false>;
+    const int64_t slices = divide_up(s.in_features / s.in_group_size * s.num_codebooks, TABLE_CODES);
+    Known &place = known[(s.out_features / 64 * 5 + slices + device.index) % 16];
+    if (place.out != s.out_features || place.slices != slices || place.device != device.index) {
+        place.out = 0;
+        if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
+        if (const cudaError_t error =
+                find_table_cut<kernel>(place.cut, static_cast<int>(slices), s.out_features, device))
+            return error;
+        place.out = s.out_features, place.slices = slices, place.device = device.index;
+    }
+    cut = place.cut;
+    return cudaSuccess;
+}
+
+template <class T, int G, bool EIGHT = false>
+cudaError_t launch_table_kernel(const TableProblem &p, int n_rows, const Device &device, cudaStream_t stream) {
+    constexpr auto kernel = table_kernel<T, G, EIGHT>;
+    if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
+    const int parts = p.cut.parts, size = p.cut.size, share = p.cut.share;
+    const dim3 grid(size, static_cast<unsigned>(divide_up(p.out, share * size)), parts * n_rows);
+    const cudaError_t error =
+        launch_early<kernel>(p, grid, size, 32 * TABLE_WARPS, TABLE_BYTES + share * size * 8 + 8, device, stream);
+    if (error || parts == 1) return error;
+    return launch_early<sum_parts_kernel<T>>(p, dim3(static_cast<unsigned>(divide_up(p.out, SUMMED)), n_rows), 1,
+                                             SUMMED * SUM_WARPS, 0, device, stream);
 }
 
 } // namespace aqlm_cuda
