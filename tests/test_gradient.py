@@ -41,6 +41,8 @@ def test_matmul(shape, dtype):
     tensors = x, codebooks, scales, torch.randn(out, dtype=dtype)
     upstream = torch.randn(3, out, 7, dtype=dtype).mT
     ours = gradients(lambda x, c, s, b: ops.matmul(x, codes, c, s, b), tensors, upstream)
+    op = gradients(lambda x, c, s, b: torch.ops.aqlm_c.matmul(x, codes, c, s, b), tensors, upstream)
+    assert all(map(torch.equal, ours, op))  # what torch.compile sees
     exact = [t.double() for t in tensors]
     truth = gradients(lambda x, c, s, b: nn.functional.linear(x, dense(codes, c, s), b), exact, upstream.double())
     for name, a, b in zip(("x", "codebooks", "scales", "bias"), ours, truth, strict=True):
