@@ -27,6 +27,7 @@ else:
     has_cuda = True
 
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 __all__ = ["decode_rows", "get_exact", "get_isa", "matmul", "pack", "packs", "set_exact", "set_isa"]
 
@@ -63,9 +64,11 @@ def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
         torch.compiler.is_compiling()
         or torch.is_inference_mode_enabled()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or has_torch_function((x, codes, codebooks, scales, bias))
     ):
         return _matmul(x, codes, codebooks, scales, bias)
-    # what `register_autograd` comes to, in half of its time
+    # what `register_autograd` comes to, in less time: 13 of 24 us a call with gradients, 6 of 9 without
     trained = (
         x.requires_grad or codebooks.requires_grad or scales.requires_grad or (bias is not None and bias.requires_grad)
     )

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -304,6 +305,21 @@ def test_layer_names_the_wrong_size(change, message):
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         QuantizedLinear(**(sizes | change))
+
+
+def test_a_layer_can_be_traced(tmp_path):
+    """By torch.fx and, gradients on, by torch.jit, which saves the op."""
+    codes, codebooks, scales = random_weight((32, 64, 2, 8, 1, 8))
+    layer = QuantizedLinear(64, 32, False, in_group_size=8, out_group_size=1, num_codebooks=2, nbits_per_codebook=8)
+    layer.load_state_dict({"codes": codes, "codebooks": codebooks, "scales": scales})
+    model, x = nn.Sequential(layer), torch.randn(3, 64)
+    expected = model(x)
+    assert expected.requires_grad
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.trace(model, x), tmp_path / "traced.pt")
+        assert torch.equal(torch.jit.load(tmp_path / "traced.pt")(x), expected)
 
 
 def test_missing_door_gives_the_cure():

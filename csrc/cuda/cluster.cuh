@@ -103,9 +103,9 @@ __device__ inline void fetch_into_all(uint32_t to, const void *from, uint32_t by
 
 /* How many clusters of `size` blocks run at a time; asks the driver once for each device and size. */
 template <auto kernel> cudaError_t resident_clusters(int &clusters, int size, int threads, const Device &device) {
-    static std::atomic<int> known[MAX_DEVICES][MAX_CLUSTER + 1];
-    clusters = size == 1 ? device.sms : known[device.index][size].load(std::memory_order_relaxed);
-    if (clusters) return cudaSuccess;
+    static std::atomic<int> known[MAX_DEVICES][MAX_CLUSTER + 1]; /* and one more: none is an answer too */
+    clusters = size == 1 ? device.sms : known[device.index][size].load(std::memory_order_relaxed) - 1;
+    if (clusters >= 0) return cudaSuccess;
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
@@ -116,7 +116,7 @@ template <auto kernel> cudaError_t resident_clusters(int &clusters, int size, in
     config.attrs = &cluster;
     config.numAttrs = 1;
     if (const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return error;
-    known[device.index][size].store(clusters, std::memory_order_relaxed);
+    known[device.index][size].store(clusters + 1, std::memory_order_relaxed);
     return cudaSuccess;
 }
 

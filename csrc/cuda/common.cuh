@@ -79,6 +79,12 @@ __device__ inline uint32_t load_once(const uint32_t *p) {
     asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
 }
+/* The same, where it is written: before all accesses to memory that follow. */
+__device__ inline uint32_t load_now(const uint32_t *p) {
+    uint32_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
 __device__ inline uint2 load_once(const uint2 *p) {
     uint2 v;
     asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));

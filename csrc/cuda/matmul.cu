@@ -71,18 +71,17 @@ template <class T> cudaError_t run_tables(const Problem &p) {
     t.groups = static_cast<int>(s.in_features / s.in_group_size), t.num_codebooks = static_cast<int>(s.num_codebooks);
     t.entries = 1 << s.nbits_per_codebook;
     t.codebook_bytes = t.num_codebooks * t.entries * t.in_group_size * (p.w.dtype == AQLM_F32 ? 4 : 2);
-    if (const cudaError_t error = table_cut(t.cut, s, p.device)) return error;
-    const auto launch = [&](auto eight) -> cudaError_t {
-        switch (s.in_group_size) {
-        case 4: return launch_table_kernel<T, 4, eight.value>(t, p.n_rows, p.device, p.stream);
-        case 8: return launch_table_kernel<T, 8, eight.value>(t, p.n_rows, p.device, p.stream);
-        case 16: return launch_table_kernel<T, 16, eight.value>(t, p.n_rows, p.device, p.stream);
-        default: return launch_table_kernel<float, 0>(t, p.n_rows, p.device, p.stream);
-        }
-    };
-    if constexpr (!std::is_same_v<T, float>)
-        if (8 % s.num_codebooks == 0)
-            return s.num_codebooks == 8 ? launch(std::true_type()) : launch(std::false_type());
+    if (const cudaError_t error = find_table_cut(t.cut, s, p.device)) return error;
+    if (t.cut.parts > 1 && !p.workspace) return cudaErrorInvalidValue;
+    if constexpr (!std::is_same_v<T, float>) {
+        const int64_t K = s.num_codebooks, g = s.in_group_size;
+        const bool few = K == 1 || K == 2 || K == 4;
+        if (few && g == 4) return launch_table_kernel<T, 4>(t, p.n_rows, p.device, p.stream);
+        if (few && g == 8) return launch_table_kernel<T, 8>(t, p.n_rows, p.device, p.stream);
+        if (few && g == 16) return launch_table_kernel<T, 16>(t, p.n_rows, p.device, p.stream);
+        if (K == 8 && g == 8 && s.nbits_per_codebook == 8)
+            return launch_table_kernel<T, 8, true>(t, p.n_rows, p.device, p.stream);
+    }
     return launch_table_kernel<float, 0>(t, p.n_rows, p.device, p.stream);
 }
 
@@ -120,6 +119,7 @@ bool can_gather(const aqlm_shape &s, const Device &device) {
 
 bool can_look_up(const aqlm_shape &s, const Device &device) {
     return s.nbits_per_codebook <= 8 && s.out_group_size == 1 && s.out_features >= BATCH &&
+           s.out_features < 1 << 28 && /* the grid's limit */
            s.in_features / s.in_group_size * s.num_codebooks % 4 == 0 &&
            device.shared_memory >= TABLE_BYTES + 16 * 1024;
 }
@@ -159,7 +159,7 @@ size_t workspace_of(const aqlm_weight &w, aqlm_dtype dtype, int64_t n_rows, cons
     const Path path = n_rows > 0 ? path_of(w, dtype, n_rows, device) : Path::plain;
     if (path == Path::tables) {
         TableCut cut;
-        if (table_cut(cut, s, device) != cudaSuccess || cut.parts == 1) return 0; /* aqlm_cuda_matmul will say why */
+        if (find_table_cut(cut, s, device) != cudaSuccess || cut.parts == 1) return 0; /* matmul will say why */
         return sizeof(float) * cut.parts * n_rows * s.out_features;
     }
     if (path != Path::gather || !takes_shards(s, n_rows, device)) return 0;

@@ -5,7 +5,7 @@
  * and a lookup costs three instructions: entry e of lane L lies at byte 256 e + 4 L, which one byte permutation makes
  * of the code. A cluster's blocks cut the row into slices, build their tables once, run all of the cluster's outputs
  * through them, and add up through distributed shared memory. Where that would mean tables of several slices for each
- * block, the row is cut into parts of one or two slices instead, and a kernel behind adds up the parts. */
+ * block, the row is cut into parts of a few slices instead, and a kernel behind adds up the parts. */
 #ifndef AQLM_CUDA_TABLES_CUH
 #define AQLM_CUDA_TABLES_CUH
 
@@ -18,7 +18,8 @@ namespace aqlm_cuda {
 struct TableCut {
     int parts, slices_of_part; /* the last may have fewer */
     int size, share;           /* blocks of a cluster; outputs that each finishes */
-    /* A last round with fewer slices than blocks: each slice is looked up by several, for last_outs outputs each. */
+    /* A last round with fewer slices than blocks: each slice is looked up by several, for last_outs outputs each.
+     * (find_table_cut no longer wants one: parts are faster.) */
     int last_outs;
     uint64_t last_turn; /* which of them a block looks up, four bits for each block of the cluster */
 };
@@ -205,13 +206,6 @@ template <int WIDTH = BATCH / 2> __device__ inline float reduce_batch(float (&v)
     }
 }
 
-/* Codes: before all that follows in memory. */
-__device__ inline uint32_t load_now(const uint32_t *p) {
-    uint32_t v;
-    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-
 /* A scale or bias; T float: of any dtype. Else it is not waited for, as a conversion would. */
 template <class T> __device__ inline T load_as(const void *p, int i, aqlm_dtype dtype) {
     if constexpr (std::is_same_v<T, float>) return load_float(p, i, dtype);
@@ -260,7 +254,7 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1) table_kernel(const TableP
 
     const uint32_t bank = lane * 4;
     float *const sums = reinterpret_cast<float *>(shared + TABLE_BYTES); /* [cluster_outs] */
-    float *const inbox = sums + cluster_outs; /* [cluster_size, cluster_outs / cluster_size] */
+    float *const inbox = sums + cluster_outs;                            /* [size, share] */
     const int own = max(min(share, n_outs - rank * share), 0), first_own = first_out + rank * share;
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(inbox));
     const Mailbox mailbox = {address + cluster_outs * 4, address};
@@ -383,11 +377,18 @@ template <class T> __global__ void __launch_bounds__(SUMMED *SUM_WARPS) sum_part
     if (warp == 0 && o < p.out) store_as<T>(p.y, static_cast<size_t>(blockIdx.y) * p.out + o, p.dtype, total);
 }
 
-/* The cheapest cut of `slices` and `out` outputs: clusters for all of the row, or single blocks for parts of it. */
-template <auto kernel> cudaError_t find_table_cut(TableCut &best, int slices, int64_t out, const Device &device) {
+/* The cheapest cut: a cluster with a block for each slice, or single blocks for all of the row or parts of it. It is
+ * one for all dtypes. */
+inline cudaError_t find_table_cut(TableCut &best, const aqlm_shape &s, const Device &device) {
     /* in outputs looked up (H100): of making tables, and of the kernel that sums parts; and the outputs that all blocks
      * look up at a time, more of which would wait for memory */
-    constexpr int TABLES_COST = 480, SUM_COST = 250, PART_COST = 2, AT_A_TIME = 110, MOST_ROUNDS = 3, MOST_PARTS = 1024;
+    constexpr int TABLES_COST = 480, SUM_COST = 250, PART_COST = 2, AT_A_TIME = 110, MOST_ROUNDS = 8;
+    constexpr int64_t MOST_PARTS = 1024;
+    constexpr auto kernel = table_kernel<float, 0, false>;
+    if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
+    const int64_t out = s.out_features;
+    const auto slices =
+        static_cast<int>(divide_up(s.in_features / s.in_group_size * s.num_codebooks, int64_t{TABLE_CODES}));
     int64_t least = INT64_MAX;
     const auto consider = [&](int size, int clusters, int slices_of_part) {
         const auto parts = static_cast<int>(divide_up(slices, slices_of_part));
@@ -395,45 +396,20 @@ template <auto kernel> cudaError_t find_table_cut(TableCut &best, int slices, in
         const int64_t wanted = divide_up(out, 2 * std::max(1, clusters / parts) * size) * 2; /* them is aligned */
         const int64_t share = std::min(wanted, most), outs = share * size;
         const int64_t waves = divide_up(divide_up(out, outs) * parts, clusters), rounds = slices_of_part / size;
-        const int left = slices_of_part % size, turns = left ? size / left : 1;
-        const int64_t last_outs = divide_up(outs, turns * BATCH) * BATCH;
-        const int64_t lookups = waves * (rounds * outs + (left ? last_outs : 0));
-        const int64_t cost = waves * (rounds + (left > 0)) * TABLES_COST + std::max(lookups, out * slices / AT_A_TIME) +
+        const int64_t cost = waves * rounds * TABLES_COST + std::max(waves * rounds * outs, out * slices / AT_A_TIME) +
                              (parts > 1 ? SUM_COST + parts * PART_COST : 0);
         if (cost >= least) return;
-        least = cost;
-        best = {parts, slices_of_part, size, static_cast<int>(share), static_cast<int>(last_outs), 0};
-        for (int rank = 0; rank < size && left; ++rank) best.last_turn |= uint64_t(rank / left) << 4 * rank;
+        least = cost, best = {parts, slices_of_part, size, static_cast<int>(share), 0, 0};
     };
-    for (int size = 1; size <= std::min(slices, device.clusters ? MAX_CLUSTER : 1); ++size) {
-        int clusters;
-        if (const cudaError_t error = resident_clusters<kernel>(clusters, size, 32 * TABLE_WARPS, device)) return error;
-        if (clusters > 0) consider(size, clusters, slices);
-    }
-    for (int rounds = 1; rounds <= std::min(slices - 1, MOST_ROUNDS); ++rounds)
+    consider(1, device.sms, slices);
+    for (int rounds = 1; rounds <= MOST_ROUNDS && rounds < slices; ++rounds)
         if (divide_up(slices, rounds) <= MOST_PARTS) consider(1, device.sms, rounds);
-    return cudaSuccess;
-}
-
-/* The same, remembered, since that takes as long as a launch. It is one for all dtypes and formats. */
-inline cudaError_t table_cut(TableCut &cut, const aqlm_shape &s, const Device &device) {
-    struct Known {
-        int64_t out, slices, device;
-        TableCut cut;
-    };
-    static thread_local Known known[16];
-    constexpr auto kernel = table_kernel<float, 0, false>;
-    const int64_t slices = divide_up(s.in_features / s.in_group_size * s.num_codebooks, TABLE_CODES);
-    Known &place = known[(s.out_features / 64 * 5 + slices + device.index) % 16];
-    if (place.out != s.out_features || place.slices != slices || place.device != device.index) {
-        place.out = 0;
-        if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
-        if (const cudaError_t error =
-                find_table_cut<kernel>(place.cut, static_cast<int>(slices), s.out_features, device))
+    if (slices > 1 && slices <= MAX_CLUSTER && device.clusters) {
+        int clusters;
+        if (const cudaError_t error = resident_clusters<kernel>(clusters, slices, 32 * TABLE_WARPS, device))
             return error;
-        place.out = s.out_features, place.slices = slices, place.device = device.index;
+        if (clusters > 0) consider(slices, clusters, slices);
     }
-    cut = place.cut;
     return cudaSuccess;
 }
 
