@@ -392,8 +392,9 @@ inline cudaError_t find_table_cut(TableCut &best, const aqlm_shape &s, const Dev
     int64_t least = INT64_MAX;
     const auto consider = [&](int size, int clusters, int slices_of_part) {
         const auto parts = static_cast<int>(divide_up(slices, slices_of_part));
-        const int64_t most = (device.shared_memory - TABLE_BYTES - 8) / 8 / size / 2 * 2; /* even: the barrier behind */
-        const int64_t wanted = divide_up(out, 2 * std::max(1, clusters / parts) * size) * 2; /* them is aligned */
+        /* even, so that the barrier behind sums and inbox is aligned */
+        const int64_t most = (device.shared_memory - TABLE_BYTES - 8) / 8 / size / 2 * 2;
+        const int64_t wanted = divide_up(out, 2 * std::max(1, clusters / parts) * size) * 2;
         const int64_t share = std::min(wanted, most), outs = share * size;
         const int64_t waves = divide_up(divide_up(out, outs) * parts, clusters), rounds = slices_of_part / size;
         const int64_t cost = waves * rounds * TABLES_COST + std::max(waves * rounds * outs, out * slices / AT_A_TIME) +
