@@ -104,7 +104,7 @@ __device__ inline void fetch_into_all(uint32_t to, const void *from, uint32_t by
 /* How many clusters of `size` blocks run at a time; asks the driver once for each device and size. */
 template <auto kernel> cudaError_t resident_clusters(int &clusters, int size, int threads, const Device &device) {
     static std::atomic<int> known[MAX_DEVICES][MAX_CLUSTER + 1]; /* and one more: none is an answer too */
-    clusters = size == 1 ? device.sms : known[device.index][size].load(std::memory_order_relaxed) - 1;
+    clusters = known[device.index][size].load(std::memory_order_relaxed) - 1;
     if (clusters >= 0) return cudaSuccess;
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;
