@@ -73,6 +73,17 @@ __device__ inline void mma_k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t
             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/* A scale or bias; T float: of any dtype, known at run time. Else it is not waited for, as a conversion would. */
+template <class T> __device__ inline T load_as(const void *p, int i, aqlm_dtype dtype) {
+    if constexpr (std::is_same_v<T, float>) return load_float(p, i, dtype);
+    else return static_cast<const T *>(p)[i];
+}
+
+template <class T> __device__ inline void store_as(void *p, size_t i, aqlm_dtype dtype, float value) {
+    if constexpr (std::is_same_v<T, float>) store_float(p, i, dtype, value);
+    else static_cast<T *>(p)[i] = static_cast<T>(value);
+}
+
 /* Codes are read once: they need no room in L1. */
 __device__ inline uint32_t load_once(const uint32_t *p) {
     uint32_t v;
@@ -108,17 +119,32 @@ __device__ inline void wait_for_kernels_before() {
 #endif
 }
 
-/* Kernels that sum what others left in a workspace: SUMMED outputs a block, and each of its warps a part of what there
- * is. The first warp gets the sum of all. */
+/* Kernels that make row `row` of y from what others left in a workspace: SUMMED outputs a block, and each of its warps
+ * adds up a part of what there is, sum(warp, output). dtypes: only if T is float. */
 constexpr int SUMMED = 32, SUM_WARPS = 8;
 
-__device__ inline float sum_of_warps(float v) {
+template <class T, class Problem, class Sum>
+__device__ inline void finish_sums(const Problem &p, int row, const Sum &sum, aqlm_dtype dtype = AQLM_F32,
+                                   aqlm_dtype weight_dtype = AQLM_F32) {
+    const int warp = threadIdx.x / SUMMED, o = blockIdx.x * SUMMED + threadIdx.x % SUMMED;
+    const bool finishes = warp == 0 && o < p.out;
+    if constexpr (!std::is_same_v<T, float>)
+        if (finishes) {
+            prefetch(static_cast<const T *>(p.scales) + o);
+            if (p.bias) prefetch(static_cast<const T *>(p.bias) + o);
+        }
+    wait_for_kernels_before();
+    T scale(0.f), bias(0.f);
+    if (finishes) scale = load_as<T>(p.scales, o, weight_dtype);
+    if (finishes && p.bias) bias = load_as<T>(p.bias, o, dtype);
     __shared__ float parts[SUM_WARPS][SUMMED];
-    parts[threadIdx.x / SUMMED][threadIdx.x % SUMMED] = v;
+    float total = o < p.out ? sum(warp, o) : 0;
+    parts[warp][threadIdx.x % SUMMED] = total;
     __syncthreads();
-    if (threadIdx.x < SUMMED)
-        for (int other = 1; other < SUM_WARPS; ++other) v += parts[other][threadIdx.x];
-    return v;
+    if (!finishes) return;
+    for (int other = 1; other < SUM_WARPS; ++other) total += parts[other][threadIdx.x];
+    total = total * static_cast<float>(scale) + static_cast<float>(bias);
+    store_as<T>(p.y, static_cast<size_t>(row) * p.out + o, dtype, total);
 }
 
 /* What the launchers need to know of a device, asked once. */

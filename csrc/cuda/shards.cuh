@@ -228,16 +228,10 @@ template <class T> __global__ void __launch_bounds__(32 * SHARD_WARPS, 1) shard_
 /* Each warp adds up the slots of some kinds of blocks. */
 template <class T> __global__ void __launch_bounds__(SUMMED *SUM_WARPS) sum_shards_kernel(const ShardProblem problem) {
     const GatherProblem &p = problem.g;
-    const int warp = threadIdx.x / SUMMED, lane = threadIdx.x % SUMMED, o = blockIdx.x * SUMMED + lane;
     const int tiles = (p.out + UNIT_OUTS - 1) / UNIT_OUTS, planes = problem.panels * PLANES;
     const int kinds = planes + (problem.rest.blocks ? problem.panels : 0);
-    if (warp == 0 && o < p.out) {
-        prefetch(static_cast<const T *>(p.scales) + o);
-        if (p.bias) prefetch(static_cast<const T *>(p.bias) + o);
-    }
-    wait_for_kernels_before();
-    float total = 0;
-    if (o < p.out)
+    finish_sums<T>(p, 0, [&](int warp, int o) {
+        float total = 0;
         for (int kind = warp; kind < kinds; kind += SUM_WARPS) {
             const bool is_plane = kind < planes;
             const int panel = is_plane ? kind / PLANES : kind - planes;
@@ -251,11 +245,8 @@ template <class T> __global__ void __launch_bounds__(SUMMED *SUM_WARPS) sum_shar
 #pragma unroll 4
             for (int slot = 0; slot < slots; ++slot, from += p.out) total += *from;
         }
-    total = sum_of_warps(total);
-    if (warp > 0 || o >= p.out) return;
-    total *= static_cast<float>(static_cast<const T *>(p.scales)[o]);
-    if (p.bias) total += static_cast<float>(static_cast<const T *>(p.bias)[o]);
-    static_cast<T *>(p.y)[o] = static_cast<T>(total);
+        return total;
+    });
 }
 
 /* Whether products of units and warps fit in 32 bits. */

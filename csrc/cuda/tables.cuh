@@ -13,15 +13,11 @@
 
 namespace aqlm_cuda {
 
-/* How the work is cut: the row into parts, whose sums another kernel adds up, a part into slices, which a cluster's
- * blocks take in rounds, and the outputs among clusters. If there are several parts, a cluster is one block. */
+/* How the work is cut: the outputs among clusters, and the row either into a slice for each block of a cluster, or, if
+ * a cluster is one block, into parts of some slices each, whose sums another kernel adds up. */
 struct TableCut {
     int parts, slices_of_part; /* the last may have fewer */
     int size, share;           /* blocks of a cluster; outputs that each finishes */
-    /* A last round with fewer slices than blocks: each slice is looked up by several, for last_outs outputs each.
-     * (find_table_cut no longer wants one: parts are faster.) */
-    int last_outs;
-    uint64_t last_turn; /* which of them a block looks up, four bits for each block of the cluster */
 };
 
 /* What a block needs first comes last: it lies in one line of the constants. */
@@ -206,17 +202,6 @@ template <int WIDTH = BATCH / 2> __device__ inline float reduce_batch(float (&v)
     }
 }
 
-/* A scale or bias; T float: of any dtype. Else it is not waited for, as a conversion would. */
-template <class T> __device__ inline T load_as(const void *p, int i, aqlm_dtype dtype) {
-    if constexpr (std::is_same_v<T, float>) return load_float(p, i, dtype);
-    else return static_cast<const T *>(p)[i];
-}
-
-template <class T> __device__ inline void store_as(void *p, size_t i, aqlm_dtype dtype, float value) {
-    if constexpr (std::is_same_v<T, float>) store_float(p, i, dtype, value);
-    else static_cast<T *>(p)[i] = static_cast<T>(value);
-}
-
 /* T float: tables of any dtypes. grid [size, clusters, parts * n_rows], clusters of [size]. The order is by what is
  * waited for: nothing is found before it is needed, or after while loads are on their way. */
 template <class T, int G, bool EIGHT>
@@ -253,10 +238,9 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1) table_kernel(const TableP
     if (warp * BATCH < n_outs) load(words[0], first_slice + rank, warp * BATCH);
 
     const uint32_t bank = lane * 4;
-    float *const sums = reinterpret_cast<float *>(shared + TABLE_BYTES); /* [cluster_outs] */
-    float *const inbox = sums + cluster_outs;                            /* [size, share] */
+    float *const sums = reinterpret_cast<float *>(shared + TABLE_BYTES); /* [size, share]: from all blocks, its own */
     const int own = max(min(share, n_outs - rank * share), 0), first_own = first_out + rank * share;
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(inbox));
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(sums));
     const Mailbox mailbox = {address + cluster_outs * 4, address};
     if (size > 1) {
         if (threadIdx.x == 0) mailbox.open(own * size * 4);
@@ -269,30 +253,15 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1) table_kernel(const TableP
         scale = scale_of(threadIdx.x), bias = bias_of(threadIdx.x);
     builder.find_tables();
 
-    /* Slices are dealt out by rounds. */
-    const int end_slice = min((row_codes + TABLE_CODES - 1) / TABLE_CODES, first_slice + p.cut.slices_of_part);
-    struct Round {
-        int slice, begin, end;
-    };
-    const auto round_at = [&](int first) -> Round {
-        const int left = end_slice - first;
-        if (left >= size) return {first + rank, 0, n_outs};
-        if (left <= 0) return {end_slice, 0, 0};
-        const int turn = p.cut.last_turn >> 4 * rank & 15, begin = turn * p.cut.last_outs,
-                  end = min(begin + p.cut.last_outs, n_outs);
-        if (begin >= end) return {end_slice, 0, 0};
-        return {first + rank - turn * left, begin, end};
-    };
-    int next_slice = first_slice + size;
-    Round now = {first_slice + rank, 0, n_outs}, then = round_at(next_slice);
-    int from = warp * BATCH;
+    const int slices = (row_codes + TABLE_CODES - 1) / TABLE_CODES;
+    int slice = first_slice + rank, from = warp * BATCH;
+    const int end_slice = size > 1 ? slice + 1 : min(slices, first_slice + p.cut.slices_of_part);
     bool first_round = true;
-    const bool sends = size > 1 && next_slice >= end_slice; /* sums, as soon as they are there */
     const float of_share = 1.f / share;
     const auto step = [&](const uint32_t (&word)[BATCH], uint32_t (&next)[BATCH]) {
-        const bool more = from + TABLE_WARPS * BATCH < now.end;
-        if (more || then.slice < end_slice)
-            load(next, more ? now.slice : then.slice, more ? from + TABLE_WARPS * BATCH : then.begin + warp * BATCH);
+        const bool more = from + TABLE_WARPS * BATCH < n_outs;
+        if (more || slice + 1 < end_slice)
+            load(next, more ? slice : slice + 1, more ? from + TABLE_WARPS * BATCH : warp * BATCH);
         if (p.out < BATCH) return; /* never, but it keeps the compiler from looking up before it has loaded */
         float sum[BATCH];
 #pragma unroll
@@ -306,8 +275,8 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1) table_kernel(const TableP
         }
         const float total = reduce_batch(sum, lane);
         const int o = min(from, p.out - BATCH - first_out) + lane / (32 / BATCH);
-        if (lane % (32 / BATCH) == 0 && o >= from && o < now.end) {
-            if (sends) {
+        if (lane % (32 / BATCH) == 0 && o >= from && o < n_outs) {
+            if (size > 1) {
                 const int to = static_cast<int>((o + 0.5f) * of_share);
                 mailbox.send(total, to, rank * share + o - to * share);
             } else sums[o] = first_round ? total : sums[o] + total;
@@ -315,36 +284,30 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1) table_kernel(const TableP
         from += TABLE_WARPS * BATCH;
     };
     bool odd = false;
-    for (; now.slice < end_slice; now = then, then = round_at(next_slice)) {
+    for (; slice < end_slice; ++slice) {
         if (!first_round) {
             builder.load_entries();
             __syncthreads(); /* the last lookups in the tables before */
         }
         builder.store(tables);
-        builder.aim(then.slice * TABLE_CODES);
+        builder.aim((slice + 1) * TABLE_CODES);
         builder.load();
         __syncthreads();
-        if (sends) await_others();
-        for (from = now.begin + warp * BATCH; from < now.end; odd = !odd)
+        if (size > 1) await_others();
+        for (from = warp * BATCH; from < n_outs; odd = !odd)
             if (odd) step(words[1], words[0]);
             else step(words[0], words[1]);
-        first_round = false, next_slice += size;
+        first_round = false;
     }
 
-    if (!sends) {
-        __syncthreads();
-        if (size > 1) await_others();
-        const int to = warp % size, turn = warp / size, turns = TABLE_WARPS / size; /* some warps may be left over */
-        for (int o = turn * 32 + lane; size > 1 && turn < turns && o < min(share, n_outs - to * share); o += turns * 32)
-            mailbox.send(sums[to * share + o], to, rank * share + o);
-    }
     if (size > 1) mailbox.wait();
+    else __syncthreads();
     for (int o = threadIdx.x; o < own; o += 32 * TABLE_WARPS) {
         float total = 0;
         if (size == 1) total = sums[o];
         else
 #pragma unroll 4
-            for (int other = 0; other < size; ++other) total += inbox[other * share + o];
+            for (int other = 0; other < size; ++other) total += sums[other * share + o];
         if (p.cut.parts > 1) {
             p.sums[static_cast<size_t>(blockIdx.z) * p.out + first_own + o] = total;
             continue;
@@ -357,24 +320,14 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1) table_kernel(const TableP
 
 /* y of rows cut into parts. grid [out / SUMMED, n_rows]. */
 template <class T> __global__ void __launch_bounds__(SUMMED *SUM_WARPS) sum_parts_kernel(const TableProblem p) {
-    const int warp = threadIdx.x / SUMMED, o = blockIdx.x * SUMMED + threadIdx.x % SUMMED;
-    if constexpr (!std::is_same_v<T, float>)
-        if (warp == 0 && o < p.out) {
-            prefetch(static_cast<const T *>(p.scales) + o);
-            if (p.bias) prefetch(static_cast<const T *>(p.bias) + o);
-        }
-    wait_for_kernels_before();
-    float total = 0;
-    T scale(0.f), bias(0.f);
-    if (o < p.out) {
-        if (warp == 0) scale = load_as<T>(p.scales, o, p.weight_dtype);
-        if (warp == 0 && p.bias) bias = load_as<T>(p.bias, o, p.dtype);
+    const auto sum = [&](int warp, int o) {
+        float total = 0;
         const float *from = p.sums + (static_cast<size_t>(blockIdx.y) * p.cut.parts + warp) * p.out + o;
 #pragma unroll 4
         for (int part = warp; part < p.cut.parts; part += SUM_WARPS, from += size_t{SUM_WARPS} * p.out) total += *from;
-    }
-    total = sum_of_warps(total) * static_cast<float>(scale) + static_cast<float>(bias);
-    if (warp == 0 && o < p.out) store_as<T>(p.y, static_cast<size_t>(blockIdx.y) * p.out + o, p.dtype, total);
+        return total;
+    };
+    finish_sums<T>(p, blockIdx.y, sum, p.dtype, p.weight_dtype);
 }
 
 /* The cheapest cut: a cluster with a block for each slice, or single blocks for all of the row or parts of it. It is
@@ -392,15 +345,15 @@ inline cudaError_t find_table_cut(TableCut &best, const aqlm_shape &s, const Dev
     int64_t least = INT64_MAX;
     const auto consider = [&](int size, int clusters, int slices_of_part) {
         const auto parts = static_cast<int>(divide_up(slices, slices_of_part));
-        /* even, so that the barrier behind sums and inbox is aligned */
-        const int64_t most = (device.shared_memory - TABLE_BYTES - 8) / 8 / size / 2 * 2;
+        /* even, so that the barrier behind the sums is aligned */
+        const int64_t most = (device.shared_memory - TABLE_BYTES - 8) / 4 / size / 2 * 2;
         const int64_t wanted = divide_up(out, 2 * std::max(1, clusters / parts) * size) * 2;
         const int64_t share = std::min(wanted, most), outs = share * size;
         const int64_t waves = divide_up(divide_up(out, outs) * parts, clusters), rounds = slices_of_part / size;
         const int64_t cost = waves * rounds * TABLES_COST + std::max(waves * rounds * outs, out * slices / AT_A_TIME) +
                              (parts > 1 ? SUM_COST + parts * PART_COST : 0);
         if (cost >= least) return;
-        least = cost, best = {parts, slices_of_part, size, static_cast<int>(share), 0, 0};
+        least = cost, best = {parts, slices_of_part, size, static_cast<int>(share)};
     };
     consider(1, device.sms, slices);
     for (int rounds = 1; rounds <= MOST_ROUNDS && rounds < slices; ++rounds)
@@ -421,7 +374,7 @@ cudaError_t launch_table_kernel(const TableProblem &p, int n_rows, const Device 
     const int parts = p.cut.parts, size = p.cut.size, share = p.cut.share;
     const dim3 grid(size, static_cast<unsigned>(divide_up(p.out, share * size)), parts * n_rows);
     const cudaError_t error =
-        launch_early<kernel>(p, grid, size, 32 * TABLE_WARPS, TABLE_BYTES + share * size * 8 + 8, device, stream);
+        launch_early<kernel>(p, grid, size, 32 * TABLE_WARPS, TABLE_BYTES + share * size * 4 + 8, device, stream);
     if (error || parts == 1) return error;
     return launch_early<sum_parts_kernel<T>>(p, dim3(static_cast<unsigned>(divide_up(p.out, SUMMED)), n_rows), 1,
                                              SUMMED * SUM_WARPS, 0, device, stream);
