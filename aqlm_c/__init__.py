@@ -17,6 +17,7 @@ _HOMES = {
     "QuantizedLinear": "linear",
     "quantize_linear": "quantize",
     "quantize_model": "quantize",
+    "join_linears": "joined",
     "save_quantized": "checkpoint",
     "push_to_hub": "hf.card",
     "load_model": "models",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from .data import token_stream as token_stream
     from .evaluate import perplexity as perplexity
     from .hf.card import push_to_hub as push_to_hub
+    from .joined import join_linears as join_linears
     from .linear import QuantizedLinear as QuantizedLinear
     from .models import load_model as load_model
     from .quantize import quantize_linear as quantize_linear

@@ -13,6 +13,7 @@ from .config import FORMAT, AqlmConfig
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from .joined import Joined
     from .solver import QuantizedWeight
 
 __all__ = ["QuantizedEmbedding", "QuantizedLayer", "QuantizedLinear"]
@@ -131,6 +132,7 @@ class QuantizedLinear(QuantizedLayer):
     """
 
     tied = False  # to an embedding, which looks up rows of codes
+    joined: tuple[Joined, int] | None = None  # a group of linears with one input, and this one's place
 
     def __init__(
         self,
@@ -180,6 +182,9 @@ class QuantizedLinear(QuantizedLayer):
         elif codes.is_contiguous():
             self.codes.data = ops.pack(codes)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "joined"}  # the group is the original's
+
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self.pack()  # for the device it may be on now
@@ -187,6 +192,11 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], a new tensor of x's dtype."""
+        if self.joined is not None:
+            group, place = self.joined
+            y = group.take(place, x)
+            if y is not None:
+                return y
         return ops.matmul(x, self.codes, self.codebooks, self.scales, self.bias)
 
     @torch.no_grad()

@@ -9,6 +9,9 @@ E = 2 ** nbits_per_codebook.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 try:
     import torch
 
@@ -29,7 +32,9 @@ else:
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-__all__ = ["decode_rows", "get_exact", "get_isa", "matmul", "pack", "packs", "set_exact", "set_isa"]
+__all__ = ["decode_rows", "get_exact", "get_isa", "matmul", "matmul_joined", "pack", "packs", "set_exact", "set_isa"]
+
+Weight = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # codes, codebooks, scales, bias
 
 _matmul = torch.ops.aqlm_c.matmul.default
 get_isa, set_isa = _torch.get_isa, _torch.set_isa
@@ -63,19 +68,44 @@ def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     if (
         torch.compiler.is_compiling()
         or torch.is_inference_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
-        or has_torch_function((x, codes, codebooks, scales, bias))
+        or _is_seen_by_others((x, codes, codebooks, scales, bias))
     ):
         return _matmul(x, codes, codebooks, scales, bias)
     # what `register_autograd` comes to, in less time: 13 of 24 us a call with gradients, 6 of 9 without
-    trained = (
-        x.requires_grad or codebooks.requires_grad or scales.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if trained and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and _is_trained(x, codebooks, scales, bias):
         return _Matmul.apply(x, codes, codebooks, scales, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return _matmul(x, codes, codebooks, scales, bias)
+
+
+def _is_seen_by_others(arguments: tuple[Any, ...]) -> bool:
+    """Whether a transform, a tracer or a subclass of tensors wants to see the op itself."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or has_torch_function(arguments)
+    )
+
+
+def _is_trained(x: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> bool:
+    return (
+        x.requires_grad or codebooks.requires_grad or scales.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+def matmul_joined(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
+    """`matmul` of x with each of `weights`, (codes, codebooks, scales, bias), whose biases are all there or all None.
+
+    With one row on a GPU, up to three of at most 8 bits per codebook that differ in `out` alone share a launch; the
+    results are then those of `matmul` but for the order of sums. Anything else is one product after the other.
+    Shapes, dtypes, gradients and errors are `matmul`'s.
+    """
+    apart = torch.is_grad_enabled() and any(_is_trained(x, *weight[1:]) for weight in weights)
+    if apart or (not torch.compiler.is_compiling() and _is_seen_by_others((x,))):
+        return [matmul(x, *weight) for weight in weights]
+    codes, codebooks, scales, biases = map(list, zip(*weights, strict=True))
+    biases = [] if biases[0] is None else biases
+    return torch.ops.aqlm_c.matmul_joined(x, codes, codebooks, scales, biases)
 
 
 def decode_rows(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
@@ -96,6 +126,11 @@ def pack(codes: Tensor) -> Tensor:
 @torch.library.register_fake("aqlm_c::matmul")
 def _(x, codes, codebooks, scales, bias):
     return x.new_empty((*x.shape[:-1], codes.shape[0] * codebooks.shape[2]))
+
+
+@torch.library.register_fake("aqlm_c::matmul_joined")
+def _(x, codes, codebooks, scales, biases):
+    return [x.new_empty((*x.shape[:-1], c.shape[0] * b.shape[2])) for c, b in zip(codes, codebooks, strict=True)]
 
 
 @torch.library.register_fake("aqlm_c::decode_rows")

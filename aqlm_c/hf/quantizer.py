@@ -10,6 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .. import checkpoint
 from ..config import AqlmConfig as LayerConfig
+from ..joined import join_linears
 from ..linear import QuantizedEmbedding, QuantizedLinear
 from . import experts, memory, names
 from .config import AqlmConfig
@@ -74,7 +75,10 @@ class AqlmQuantizer(HfQuantizer):
         memory.give_back(self._files or ())
         self._stored = self._sequences = self._loading = self._files = self._dtypes = None
         model.quantization_method = "aqlm"  # by this name PEFT knows that codebooks are not to be cast
-        return self.dequantize(model) if self.quantization_config.dequantize else model
+        if self.quantization_config.dequantize:
+            return self.dequantize(model)
+        join_linears(model)
+        return model
 
     def _copy(self, model: Any, files: memory.MappedFiles) -> None:
         """Cast and pack what was loaded, little by little, since it lies in mapped files."""
@@ -200,6 +204,7 @@ def attach(model: Any, config: LayerConfig) -> None:
     model.is_quantized = True
     model.quantization_method = hf_config.quant_method
     quantizer.postprocess_model(model)
+    join_linears(model)
 
 
 def _config_of(

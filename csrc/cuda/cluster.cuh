@@ -121,9 +121,9 @@ template <auto kernel> cudaError_t resident_clusters(int &clusters, int size, in
 }
 
 /* A launch of clusters of `size` blocks which may start while the kernel before it ends (wait_for_kernels_before). */
-template <auto kernel, class Problem>
+template <auto kernel, class Problem, class... More>
 cudaError_t launch_early(const Problem &p, dim3 grid, unsigned size, unsigned threads, size_t shared_memory,
-                         const Device &device, cudaStream_t stream) {
+                         const Device &device, cudaStream_t stream, const More &...more) {
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
@@ -136,7 +136,7 @@ cudaError_t launch_early(const Problem &p, dim3 grid, unsigned size, unsigned th
     attributes[1].val.clusterDim = {size, 1, 1};
     config.attrs = attributes;
     config.numAttrs = !device.clusters ? 0 : size > 1 ? 2 : 1;
-    return cudaLaunchKernelEx(&config, kernel, p);
+    return cudaLaunchKernelEx(&config, kernel, p, more...);
 }
 
 } // namespace aqlm_cuda

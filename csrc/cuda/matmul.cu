@@ -1,4 +1,6 @@
-/* matmul.cu: which kernel a product takes, and the one that takes anything. */
+/* matmul.cu: which kernel a product takes, which products are one launch, and the kernel that takes anything. */
+#include <cstring>
+
 #include "cuda/gather.cuh"
 #include "cuda/shards.cuh"
 #include "cuda/tables.cuh"
@@ -44,11 +46,10 @@ __global__ void plain_kernel(void *y, const void *x, const aqlm_weight w, const 
 }
 
 struct Problem {
-    void *y;
+    const aqlm_product *products;
+    int count; /* of products: those of one launch */
     const void *x;
     aqlm_dtype dtype;
-    const aqlm_weight &w;
-    const void *bias;
     int n_rows;
     float *workspace;
     Device device;
@@ -61,38 +62,51 @@ bool takes_shards(const aqlm_shape &s, int64_t n_rows, const Device &device) {
            device.shared_memory > 200 * 1024 && units_fit(s.out_features, s.in_features / 8, device);
 }
 
+cudaError_t find_table_cut(TableCut &cut, const aqlm_product *products, int count, const Device &device) {
+    int outs[MAX_JOINED];
+    for (int m = 0; m < count; ++m) outs[m] = static_cast<int>(products[m].w.shape.out_features);
+    return find_table_cut(cut, products->w.shape, outs, count, device);
+}
+
 template <class T> cudaError_t run_tables(const Problem &p) {
-    const aqlm_shape &s = p.w.shape;
+    const aqlm_weight &first = p.products->w;
+    const aqlm_shape &s = first.shape;
     TableProblem t = {};
-    t.y = p.y, t.x = p.x, t.dtype = p.dtype, t.bias = p.bias, t.sums = p.workspace;
-    t.codes = static_cast<const uint8_t *>(p.w.codes), t.codebooks = p.w.codebooks, t.scales = p.w.scales;
-    t.weight_dtype = p.w.dtype;
-    t.out = static_cast<int>(s.out_features), t.in_group_size = static_cast<int>(s.in_group_size);
-    t.groups = static_cast<int>(s.in_features / s.in_group_size), t.num_codebooks = static_cast<int>(s.num_codebooks);
-    t.entries = 1 << s.nbits_per_codebook;
-    t.codebook_bytes = t.num_codebooks * t.entries * t.in_group_size * (p.w.dtype == AQLM_F32 ? 4 : 2);
-    if (const cudaError_t error = find_table_cut(t.cut, s, p.device)) return error;
+    TableWeights weights = {};
+    t.x = p.x, t.dtype = p.dtype, t.weight_dtype = first.dtype;
+    t.in_group_size = static_cast<int>(s.in_group_size), t.groups = static_cast<int>(s.in_features / s.in_group_size);
+    t.num_codebooks = static_cast<int>(s.num_codebooks), t.entries = 1 << s.nbits_per_codebook;
+    t.codebook_bytes = t.num_codebooks * t.entries * t.in_group_size * (first.dtype == AQLM_F32 ? 4 : 2);
+    if (const cudaError_t error = find_table_cut(t.cut, p.products, p.count, p.device)) return error;
     if (t.cut.parts > 1 && !p.workspace) return cudaErrorInvalidValue;
+    float *sums = p.workspace;
+    for (int m = 0; m < p.count; ++m) {
+        const auto &[y, w, bias] = p.products[m];
+        const auto out = static_cast<int>(w.shape.out_features);
+        weights.of[m] = {y, sums, w.scales, bias, w.codebooks, static_cast<const uint8_t *>(w.codes), out, 0};
+        sums += static_cast<size_t>(t.cut.parts) * p.n_rows * out;
+    }
+    const auto launch = [&](auto kernel) { return kernel(t, weights, p.count, p.n_rows, p.device, p.stream); };
     if constexpr (!std::is_same_v<T, float>) {
         const int64_t K = s.num_codebooks, g = s.in_group_size;
         const bool few = K == 1 || K == 2 || K == 4;
-        if (few && g == 4) return launch_table_kernel<T, 4>(t, p.n_rows, p.device, p.stream);
-        if (few && g == 8) return launch_table_kernel<T, 8>(t, p.n_rows, p.device, p.stream);
-        if (few && g == 16) return launch_table_kernel<T, 16>(t, p.n_rows, p.device, p.stream);
-        if (K == 8 && g == 8 && s.nbits_per_codebook == 8)
-            return launch_table_kernel<T, 8, true>(t, p.n_rows, p.device, p.stream);
+        if (few && g == 4) return launch(launch_table_kernel<T, 4>);
+        if (few && g == 8) return launch(launch_table_kernel<T, 8>);
+        if (few && g == 16) return launch(launch_table_kernel<T, 16>);
+        if (K == 8 && g == 8 && s.nbits_per_codebook == 8) return launch(launch_table_kernel<T, 8, true>);
     }
-    return launch_table_kernel<float, 0>(t, p.n_rows, p.device, p.stream);
+    return launch(launch_table_kernel<float, 0>);
 }
 
 template <class T> cudaError_t run_gather(const Problem &p) {
-    const aqlm_shape &s = p.w.shape;
-    const GatherProblem g = {p.y,
+    const auto &[y, w, bias] = *p.products;
+    const aqlm_shape &s = w.shape;
+    const GatherProblem g = {y,
                              p.x,
-                             static_cast<const unsigned char *>(p.w.codes),
-                             p.w.codebooks,
-                             p.w.scales,
-                             p.bias,
+                             static_cast<const unsigned char *>(w.codes),
+                             w.codebooks,
+                             w.scales,
+                             bias,
                              static_cast<int>(s.out_features),
                              static_cast<int>(s.in_features / s.in_group_size),
                              1 << s.nbits_per_codebook,
@@ -125,8 +139,9 @@ bool can_look_up(const aqlm_shape &s, const Device &device) {
 }
 
 cudaError_t run_plain(const Problem &p) {
-    const auto blocks = static_cast<unsigned>(divide_up(p.w.shape.out_features, PLAIN_WARPS));
-    plain_kernel<<<blocks, 32 * PLAIN_WARPS, 0, p.stream>>>(p.y, p.x, p.w, p.bias, p.dtype, p.n_rows);
+    const auto &[y, w, bias] = *p.products;
+    const auto blocks = static_cast<unsigned>(divide_up(w.shape.out_features, PLAIN_WARPS));
+    plain_kernel<<<blocks, 32 * PLAIN_WARPS, 0, p.stream>>>(y, p.x, w, bias, p.dtype, p.n_rows);
     return cudaGetLastError();
 }
 
@@ -142,11 +157,32 @@ Path path_of(const aqlm_weight &w, aqlm_dtype dtype, int64_t n_rows, const Devic
     return gather ? Path::gather : Path::plain;
 }
 
+/* Whether products are one launch. Of more codes it could be slower than several (H100): they wait for memory, and what
+ * is best for one weight may not be for all. */
+constexpr int64_t MOST_JOINED_CODES = int64_t{1} << 26;
+
+bool are_joined(const aqlm_product *products, int64_t count, aqlm_dtype dtype, int64_t n_rows, const Device &device) {
+    if (count < 2 || count > MAX_JOINED) return false;
+    const aqlm_shape &s = products->w.shape;
+    int64_t outs = 0;
+    for (int64_t m = 0; m < count; ++m) {
+        const aqlm_weight &w = products[m].w;
+        aqlm_shape but_for_out = w.shape;
+        but_for_out.out_features = s.out_features;
+        if (std::memcmp(&but_for_out, &s, sizeof s) || w.dtype != products->w.dtype ||
+            path_of(w, dtype, n_rows, device) != Path::tables)
+            return false;
+        outs += w.shape.out_features;
+    }
+    return outs * (s.in_features / s.in_group_size * s.num_codebooks) <= MOST_JOINED_CODES;
+}
+
+/* Products of one launch. */
 cudaError_t run(const Problem &p) {
-    const bool half = p.dtype == AQLM_F16;
-    switch (path_of(p.w, p.dtype, p.n_rows, p.device)) {
+    const bool half = p.dtype == AQLM_F16, is_half_weight = is_half(p.products->w, p.dtype);
+    switch (path_of(p.products->w, p.dtype, p.n_rows, p.device)) {
     case Path::tables:
-        if (!is_half(p.w, p.dtype)) return run_tables<float>(p);
+        if (!is_half_weight) return run_tables<float>(p);
         return half ? run_tables<__half>(p) : run_tables<__nv_bfloat16>(p);
     case Path::gather: return half ? run_gather<__half>(p) : run_gather<__nv_bfloat16>(p);
     default: return run_plain(p);
@@ -154,13 +190,16 @@ cudaError_t run(const Problem &p) {
 }
 
 /* Bytes that run takes. */
-size_t workspace_of(const aqlm_weight &w, aqlm_dtype dtype, int64_t n_rows, const Device &device) {
-    const aqlm_shape &s = w.shape;
-    const Path path = n_rows > 0 ? path_of(w, dtype, n_rows, device) : Path::plain;
+size_t workspace_of(const aqlm_product *products, int count, aqlm_dtype dtype, int64_t n_rows, const Device &device) {
+    const aqlm_shape &s = products->w.shape;
+    const Path path = n_rows > 0 ? path_of(products->w, dtype, n_rows, device) : Path::plain;
     if (path == Path::tables) {
         TableCut cut;
-        if (find_table_cut(cut, s, device) != cudaSuccess || cut.parts == 1) return 0; /* matmul will say why */
-        return sizeof(float) * cut.parts * n_rows * s.out_features;
+        if (find_table_cut(cut, products, count, device) != cudaSuccess || cut.parts == 1)
+            return 0; /* matmul will say why */
+        int64_t outs = 0;
+        for (int m = 0; m < count; ++m) outs += products[m].w.shape.out_features;
+        return sizeof(float) * cut.parts * n_rows * outs;
     }
     if (path != Path::gather || !takes_shards(s, n_rows, device)) return 0;
     GatherProblem g = {};
@@ -171,30 +210,48 @@ size_t workspace_of(const aqlm_weight &w, aqlm_dtype dtype, int64_t n_rows, cons
     return bytes;
 }
 
+/* launch(products, how many, n_rows) for those of one launch each, by up to MAX_ROWS rows, until it fails. */
+template <class Launch>
+cudaError_t for_each_launch(const aqlm_product *products, int64_t count, aqlm_dtype dtype, int64_t n_rows,
+                            const Device &device, const Launch &launch) {
+    for (int64_t done = 0; done < n_rows; done += MAX_ROWS) {
+        const int rows = static_cast<int>(std::min<int64_t>(MAX_ROWS, n_rows - done));
+        const bool joined = are_joined(products, count, dtype, rows, device);
+        for (int64_t m = 0; m < count; m += joined ? count : 1)
+            if (const cudaError_t error = launch(products + m, joined ? static_cast<int>(count) : 1, done, rows))
+                return error;
+    }
+    return cudaSuccess;
+}
+
 } // namespace
 } // namespace aqlm_cuda
 
-extern "C" cudaError_t aqlm_cuda_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w,
-                                        const void *bias, int64_t n_rows, void *workspace, cudaStream_t stream) {
+extern "C" cudaError_t aqlm_cuda_matmul(const aqlm_product *products, int64_t count, const void *x, aqlm_dtype dtype,
+                                        int64_t n_rows, void *workspace, cudaStream_t stream) {
     using namespace aqlm_cuda;
-    const aqlm_shape &s = w->shape;
-    if (s.out_features > INT32_MAX / 2 || s.in_features > INT32_MAX / 16) return cudaErrorInvalidValue;
+    for (int64_t m = 0; m < count; ++m) {
+        const aqlm_shape &s = products[m].w.shape;
+        if (s.out_features > INT32_MAX / 2 || s.in_features > INT32_MAX / 16 ||
+            s.in_features != products->w.shape.in_features)
+            return cudaErrorInvalidValue;
+    }
     Device device;
     if (const cudaError_t error = current_device(device)) return error;
     const size_t bytes = dtype == AQLM_F32 ? 4 : 2;
-    for (int64_t done = 0; done < n_rows; done += MAX_ROWS) {
-        const Problem p = {static_cast<char *>(y) + done * s.out_features * bytes,
-                           static_cast<const char *>(x) + done * s.in_features * bytes,
-                           dtype,
-                           *w,
-                           bias,
-                           static_cast<int>(std::min<int64_t>(MAX_ROWS, n_rows - done)),
-                           static_cast<float *>(workspace),
-                           device,
-                           stream};
-        if (const cudaError_t error = run(p)) return error;
-    }
-    return cudaSuccess;
+    const auto rows_of = [&](const void *of, int64_t row, int64_t length) {
+        return static_cast<char *>(const_cast<void *>(of)) + row * length * bytes;
+    };
+    return for_each_launch(
+        products, count, dtype, n_rows, device, [&](const aqlm_product *some, int many, int64_t done, int rows) {
+            aqlm_product of_rows[MAX_JOINED];
+            for (int m = 0; m < many; ++m) {
+                of_rows[m] = some[m];
+                of_rows[m].y = rows_of(some[m].y, done, some[m].w.shape.out_features);
+            }
+            const void *x_rows = rows_of(x, done, some->w.shape.in_features);
+            return run({of_rows, many, x_rows, dtype, rows, static_cast<float *>(workspace), device, stream});
+        });
 }
 
 extern "C" int64_t aqlm_cuda_matmul_rows(const aqlm_weight *w, aqlm_dtype dtype) {
@@ -205,10 +262,15 @@ extern "C" int64_t aqlm_cuda_matmul_rows(const aqlm_weight *w, aqlm_dtype dtype)
     return gathers && w->shape.nbits_per_codebook <= 8 ? 3 * MAX_ROWS : gathers ? MAX_ROWS : MAX_ROWS / 2;
 }
 
-extern "C" size_t aqlm_cuda_matmul_workspace(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows) {
+extern "C" size_t aqlm_cuda_matmul_workspace(const aqlm_product *products, int64_t count, aqlm_dtype dtype,
+                                             int64_t n_rows) {
     using namespace aqlm_cuda;
     Device device;
     if (current_device(device) != cudaSuccess) return 0; /* aqlm_cuda_matmul will say why */
-    return std::max(workspace_of(*w, dtype, std::min<int64_t>(MAX_ROWS, n_rows), device),
-                    workspace_of(*w, dtype, n_rows % MAX_ROWS, device));
+    size_t most = 0;
+    for_each_launch(products, count, dtype, n_rows, device, [&](const aqlm_product *some, int many, int64_t, int rows) {
+        most = std::max(most, workspace_of(some, many, dtype, rows, device));
+        return cudaSuccess;
+    });
+    return most;
 }

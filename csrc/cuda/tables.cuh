@@ -1,4 +1,4 @@
-/* tables.cuh: a row of x by tables of its products with the codebooks (B <= 8, og = 1).
+/* tables.cuh: a row of x by tables of its products with the codebooks (B <= 8, og = 1), for one weight or several.
  *
  * The 128 codes of a row that a block looks up at a time have a table each, 256 fp32 products, 128 KB in all. Lane L of
  * every warp owns codes 4L .. 4L+3 and keeps their tables in its own bank of shared memory, so lookups never conflict,
@@ -9,9 +9,15 @@
 #ifndef AQLM_CUDA_TABLES_CUH
 #define AQLM_CUDA_TABLES_CUH
 
+#include <climits>
+
 #include "cuda/cluster.cuh"
 
 namespace aqlm_cuda {
+
+constexpr int TABLE_WARPS = 16, TABLE_CODES = 128, TABLE_BYTES = TABLE_CODES * 256 * 4;
+constexpr int BATCH = 16;     /* outputs a warp sums at a time */
+constexpr int MAX_JOINED = 3; /* weights of one launch: q, k and v */
 
 /* How the work is cut: the outputs among clusters, and the row either into a slice for each block of a cluster, or, if
  * a cluster is one block, into parts of some slices each, whose sums another kernel adds up. */
@@ -20,23 +26,28 @@ struct TableCut {
     int size, share;           /* blocks of a cluster; outputs that each finishes */
 };
 
-/* What a block needs first comes last: it lies in one line of the constants. */
 struct TableProblem {
-    void *y;            /* [n_rows, out] */
-    const void *scales; /* [out] */
-    const void *bias;   /* [out] or NULL */
-    float *sums;        /* [n_rows, parts, out], if there are several parts */
-    aqlm_dtype dtype, weight_dtype;
-    int in_group_size;
-    const void *codebooks; /* [K, E, g] */
-    const uint8_t *codes;  /* [out, J, K] */
-    const void *x;         /* [n_rows, in] */
-    int codebook_bytes, out, groups, num_codebooks, entries;
+    const void *x; /* [n_rows, in] */
+    int codebook_bytes, groups, num_codebooks, entries;
     TableCut cut;
+    int in_group_size;
+    aqlm_dtype dtype, weight_dtype;
 };
 
-constexpr int TABLE_WARPS = 16, TABLE_CODES = 128, TABLE_BYTES = TABLE_CODES * 256 * 4;
-constexpr int BATCH = 16; /* outputs a warp sums at a time */
+/* Aligned: a line of the constants each. */
+struct alignas(64) TableWeight {
+    void *y;                /* [n_rows, out] */
+    float *sums;            /* [n_rows, parts, out], if there are several parts */
+    const void *scales;     /* [out] */
+    const void *bias;       /* [out] or NULL */
+    const void *codebooks;  /* [K, E, g] */
+    const uint8_t *codes;   /* [out, J, K] */
+    int out, first_cluster; /* INT_MAX: of no cluster */
+};
+
+struct TableWeights {
+    TableWeight of[MAX_JOINED];
+};
 
 /* Where entry e of the table of code 4 lane + i starts, in bytes. */
 __device__ inline int table_at(int i, int entry, int lane) {
@@ -58,7 +69,8 @@ template <class T, int G, bool EIGHT> struct TableBuilder {
     uint32_t tables[ROWS]; /* where entries of the rows start, in the order of storing */
     uint32_t a[ROWS][STEPS], b[TILES][BOOKS][STEPS];
 
-    __device__ TableBuilder(const TableProblem &p, int warp, int lane, size_t x_row) : warp(warp), lane(lane) {
+    __device__ TableBuilder(const TableProblem &p, const TableWeight &w, int warp, int lane, size_t x_row)
+        : warp(warp), lane(lane) {
         const int i = warp % 4, row = lane / 4, quad = lane % 4, entry = warp / 4 * 8 + row;
         log_k = EIGHT ? 3 : p.num_codebooks / 2;
         mask = p.entries - 1;
@@ -67,7 +79,7 @@ template <class T, int G, bool EIGHT> struct TableBuilder {
         const int book = i & (p.num_codebooks - 1);
         second_book = 4 * p.entries * G * 2;
         /* fewer than 256 entries recur, so that the unused high bits of a code do not matter */
-        entries = static_cast<const unsigned char *>(p.codebooks) +
+        entries = static_cast<const unsigned char *>(w.codebooks) +
                   (static_cast<size_t>(book * p.entries + (entry & mask)) * G + 2 * quad) * 2;
         x = static_cast<const unsigned char *>(p.x) + ((x_row * p.groups + group) * G + 2 * quad) * 2;
     }
@@ -157,11 +169,12 @@ template <class T, int G, bool EIGHT> struct TableBuilder {
 /* The same for any K, g and dtypes, a lane its own tables. */
 template <> struct TableBuilder<float, 0, false> {
     const TableProblem &p;
+    const TableWeight &w;
     int warp, lane, first_code;
     size_t x_row;
 
-    __device__ TableBuilder(const TableProblem &p, int warp, int lane, size_t x_row)
-        : p(p), warp(warp), lane(lane), x_row(x_row) {}
+    __device__ TableBuilder(const TableProblem &p, const TableWeight &w, int warp, int lane, size_t x_row)
+        : p(p), w(w), warp(warp), lane(lane), x_row(x_row) {}
 
     __device__ void aim(int code) { first_code = code; }
     __device__ void load() {}
@@ -178,7 +191,7 @@ template <> struct TableBuilder<float, 0, false> {
                 if (group < p.groups)
                     for (int n = 0; n < g; ++n)
                         sum = fmaf(load_float(p.x, (x_row * p.groups + group) * g + n, p.dtype),
-                                   load_float(p.codebooks, entry * g + n, p.weight_dtype), sum);
+                                   load_float(w.codebooks, entry * g + n, p.weight_dtype), sum);
                 *reinterpret_cast<float *>(tables + table_at(i, e, lane)) = sum;
             }
         }
@@ -205,21 +218,25 @@ template <int WIDTH = BATCH / 2> __device__ inline float reduce_batch(float (&v)
 /* T float: tables of any dtypes. grid [size, clusters, parts * n_rows], clusters of [size]. The order is by what is
  * waited for: nothing is found before it is needed, or after while loads are on their way. */
 template <class T, int G, bool EIGHT>
-__global__ void __launch_bounds__(32 * TABLE_WARPS, 1) table_kernel(const TableProblem p) {
+__global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
+    table_kernel(const TableProblem p, const __grid_constant__ TableWeights weights) {
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned char *const tables = shared;
+    const int cluster = blockIdx.y;
+    const TableWeight w =
+        weights.of[(cluster >= weights.of[1].first_cluster) + (cluster >= weights.of[2].first_cluster)];
     /* While kernels before end: what their ends do not change, or L2 alone sees. */
     if (const int at = threadIdx.x * 128; at < p.codebook_bytes)
-        prefetch(static_cast<const unsigned char *>(p.codebooks) + at);
+        prefetch(static_cast<const unsigned char *>(w.codebooks) + at);
     const int size = p.cut.size, share = p.cut.share, cluster_outs = size * share, rank = blockIdx.x;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32; /* uniform to the compiler too */
-    const int first_out = blockIdx.y * cluster_outs, n_outs = min(cluster_outs, p.out - first_out);
+    const int first_out = (cluster - w.first_cluster) * cluster_outs, n_outs = min(cluster_outs, w.out - first_out);
     const int x_row = p.cut.parts == 1 ? blockIdx.z : blockIdx.z / p.cut.parts;
     const int part = blockIdx.z - x_row * p.cut.parts;
     const int row_codes = p.groups * p.num_codebooks, first_slice = part * p.cut.slices_of_part;
-    const auto first_row = static_cast<size_t>(min(first_out + warp * BATCH + lane % BATCH, p.out - 1));
-    prefetch(p.codes + first_row * row_codes + min((first_slice + rank) * TABLE_CODES, row_codes - 1));
-    TableBuilder<T, G, EIGHT> builder(p, warp, lane, x_row);
+    const auto first_row = static_cast<size_t>(min(first_out + warp * BATCH + lane % BATCH, w.out - 1));
+    prefetch(w.codes + first_row * row_codes + min((first_slice + rank) * TABLE_CODES, row_codes - 1));
+    TableBuilder<T, G, EIGHT> builder(p, w, warp, lane, x_row);
     builder.aim((first_slice + rank) * TABLE_CODES);
     wait_for_kernels_before();
     builder.load();
@@ -229,7 +246,7 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1) table_kernel(const TableP
      * the next slice if need be; near the end of W it starts earlier and sums some outputs for nothing. */
     const auto load = [&](uint32_t (&to)[BATCH], int slice, int from) {
         const int code = slice * TABLE_CODES + 4 * lane;
-        const uint8_t *codes = p.codes + static_cast<size_t>(min(first_out + from, p.out - BATCH)) * row_codes;
+        const uint8_t *codes = w.codes + static_cast<size_t>(min(first_out + from, w.out - BATCH)) * row_codes;
         codes += code < row_codes ? code : 0; /* what has no group has tables of zeros */
 #pragma unroll
         for (int r = 0; r < BATCH; ++r, codes += row_codes) to[r] = load_now(reinterpret_cast<const uint32_t *>(codes));
@@ -246,46 +263,73 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1) table_kernel(const TableP
         if (threadIdx.x == 0) mailbox.open(own * size * 4);
         announce();
     }
-    const auto scale_of = [&](int o) { return load_as<T>(p.scales, first_own + o, p.weight_dtype); };
-    const auto bias_of = [&](int o) { return p.bias ? load_as<T>(p.bias, first_own + o, p.dtype) : T(0.f); };
+    const auto scale_of = [&](int o) { return load_as<T>(w.scales, first_own + o, p.weight_dtype); };
+    const auto bias_of = [&](int o) { return w.bias ? load_as<T>(w.bias, first_own + o, p.dtype) : T(0.f); };
     T scale(0.f), bias(0.f); /* of the first output that this thread finishes */
     if (static_cast<int>(threadIdx.x) < own && p.cut.parts == 1)
         scale = scale_of(threadIdx.x), bias = bias_of(threadIdx.x);
     builder.find_tables();
 
-    const int slices = (row_codes + TABLE_CODES - 1) / TABLE_CODES;
-    int slice = first_slice + rank, from = warp * BATCH;
-    const int end_slice = size > 1 ? slice + 1 : min(slices, first_slice + p.cut.slices_of_part);
-    bool first_round = true;
-    const float of_share = 1.f / share;
-    const auto step = [&](const uint32_t (&word)[BATCH], uint32_t (&next)[BATCH]) {
-        const bool more = from + TABLE_WARPS * BATCH < n_outs;
-        if (more || slice + 1 < end_slice)
-            load(next, more ? slice : slice + 1, more ? from + TABLE_WARPS * BATCH : warp * BATCH);
-        if (p.out < BATCH) return; /* never, but it keeps the compiler from looking up before it has loaded */
-        float sum[BATCH];
+    bool odd = false; /* which of words comes next */
+    /* found(output of the cluster, its sum over the slice whose tables are there), for those of this warp. */
+    const auto look_up = [&](int slice, bool is_last, const auto &found) {
+        int from = warp * BATCH;
+        const auto step = [&](const uint32_t (&word)[BATCH], uint32_t (&next)[BATCH]) {
+            const bool more = from + TABLE_WARPS * BATCH < n_outs;
+            if (more || !is_last)
+                load(next, more ? slice : slice + 1, more ? from + TABLE_WARPS * BATCH : warp * BATCH);
+            if (w.out < BATCH) return; /* never, but it keeps the compiler from looking up before it has loaded */
+            float sum[BATCH];
 #pragma unroll
-        for (int r = 0; r < BATCH; ++r) {
-            float products[4];
+            for (int r = 0; r < BATCH; ++r) {
+                float products[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) /* byte i of the word becomes byte 1 of the address */
-                products[i] = *reinterpret_cast<const float *>(tables + table_at(i, 0, 0) +
-                                                               __byte_perm(word[r], bank, 0x7604 | i << 4));
-            sum[r] = (products[0] + products[1]) + (products[2] + products[3]);
-        }
-        const float total = reduce_batch(sum, lane);
-        const int o = min(from, p.out - BATCH - first_out) + lane / (32 / BATCH);
-        if (lane % (32 / BATCH) == 0 && o >= from && o < n_outs) {
-            if (size > 1) {
-                const int to = static_cast<int>((o + 0.5f) * of_share);
-                mailbox.send(total, to, rank * share + o - to * share);
-            } else sums[o] = first_round ? total : sums[o] + total;
-        }
-        from += TABLE_WARPS * BATCH;
+                for (int i = 0; i < 4; ++i) /* byte i of the word becomes byte 1 of the address */
+                    products[i] = *reinterpret_cast<const float *>(tables + table_at(i, 0, 0) +
+                                                                   __byte_perm(word[r], bank, 0x7604 | i << 4));
+                sum[r] = (products[0] + products[1]) + (products[2] + products[3]);
+            }
+            const float total = reduce_batch(sum, lane);
+            const int o = min(from, w.out - BATCH - first_out) + lane / (32 / BATCH);
+            if (lane % (32 / BATCH) == 0 && o >= from && o < n_outs) found(o, total);
+            from += TABLE_WARPS * BATCH;
+        };
+        for (; from < n_outs; odd = !odd)
+            if (odd) step(words[1], words[0]);
+            else step(words[0], words[1]);
     };
-    bool odd = false;
-    for (; slice < end_slice; ++slice) {
-        if (!first_round) {
+    const auto finish = [&](int o, float total) {
+        if (p.cut.parts > 1) {
+            w.sums[static_cast<size_t>(blockIdx.z) * w.out + first_own + o] = total;
+            return;
+        }
+        if (o >= 32 * TABLE_WARPS) scale = scale_of(o), bias = bias_of(o);
+        total = total * static_cast<float>(scale) + static_cast<float>(bias);
+        store_as<T>(w.y, static_cast<size_t>(x_row) * w.out + first_own + o, p.dtype, total);
+    };
+    if (size > 1) { /* a slice a block; a sum goes at once to the block that finishes the output */
+        const float of_share = 1.f / share;
+        builder.store(tables);
+        __syncthreads();
+        await_others();
+        look_up(rank, true, [&](int o, float total) {
+            const int to = static_cast<int>((o + 0.5f) * of_share);
+            mailbox.send(total, to, rank * share + o - to * share);
+        });
+        mailbox.wait();
+        for (int o = threadIdx.x; o < own; o += 32 * TABLE_WARPS) {
+            float total = 0;
+#pragma unroll 4
+            for (int other = 0; other < size; ++other) total += sums[other * share + o];
+            finish(o, total);
+        }
+        return;
+    }
+    const int slices = (row_codes + TABLE_CODES - 1) / TABLE_CODES;
+    const int end_slice = min(slices, first_slice + p.cut.slices_of_part);
+    for (int slice = first_slice; slice < end_slice; ++slice) {
+        const bool is_first = slice == first_slice;
+        if (!is_first) {
             builder.load_entries();
             __syncthreads(); /* the last lookups in the tables before */
         }
@@ -293,64 +337,62 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1) table_kernel(const TableP
         builder.aim((slice + 1) * TABLE_CODES);
         builder.load();
         __syncthreads();
-        if (size > 1) await_others();
-        for (from = warp * BATCH; from < n_outs; odd = !odd)
-            if (odd) step(words[1], words[0]);
-            else step(words[0], words[1]);
-        first_round = false;
+        look_up(slice, slice + 1 == end_slice,
+                [&](int o, float total) { sums[o] = is_first ? total : sums[o] + total; });
     }
-
-    if (size > 1) mailbox.wait();
-    else __syncthreads();
-    for (int o = threadIdx.x; o < own; o += 32 * TABLE_WARPS) {
-        float total = 0;
-        if (size == 1) total = sums[o];
-        else
-#pragma unroll 4
-            for (int other = 0; other < size; ++other) total += sums[other * share + o];
-        if (p.cut.parts > 1) {
-            p.sums[static_cast<size_t>(blockIdx.z) * p.out + first_own + o] = total;
-            continue;
-        }
-        if (o >= 32 * TABLE_WARPS) scale = scale_of(o), bias = bias_of(o);
-        total = total * static_cast<float>(scale) + static_cast<float>(bias);
-        store_as<T>(p.y, static_cast<size_t>(x_row) * p.out + first_own + o, p.dtype, total);
-    }
+    __syncthreads();
+    for (int o = threadIdx.x; o < own; o += 32 * TABLE_WARPS) finish(o, sums[o]);
 }
 
-/* y of rows cut into parts. grid [out / SUMMED, n_rows]. */
-template <class T> __global__ void __launch_bounds__(SUMMED *SUM_WARPS) sum_parts_kernel(const TableProblem p) {
+/* y of rows cut into parts. grid [out / SUMMED, n_rows, weights]. */
+template <class T>
+__global__ void __launch_bounds__(SUMMED *SUM_WARPS)
+    sum_parts_kernel(const TableProblem p, const __grid_constant__ TableWeights weights) {
+    const TableWeight &w = weights.of[blockIdx.z];
     const auto sum = [&](int warp, int o) {
         float total = 0;
-        const float *from = p.sums + (static_cast<size_t>(blockIdx.y) * p.cut.parts + warp) * p.out + o;
+        const float *from = w.sums + (static_cast<size_t>(blockIdx.y) * p.cut.parts + warp) * w.out + o;
 #pragma unroll 4
-        for (int part = warp; part < p.cut.parts; part += SUM_WARPS, from += size_t{SUM_WARPS} * p.out) total += *from;
+        for (int part = warp; part < p.cut.parts; part += SUM_WARPS, from += size_t{SUM_WARPS} * w.out) total += *from;
         return total;
     };
-    finish_sums<T>(p, blockIdx.y, sum, p.dtype, p.weight_dtype);
+    finish_sums<T>(w, blockIdx.y, sum, p.dtype, p.weight_dtype);
+}
+
+inline int64_t clusters_of(const int *outs, int count, int64_t outs_of_cluster) {
+    int64_t clusters = 0;
+    for (int m = 0; m < count; ++m) clusters += divide_up(outs[m], outs_of_cluster);
+    return clusters;
 }
 
 /* The cheapest cut: a cluster with a block for each slice, or single blocks for all of the row or parts of it. It is
- * one for all dtypes. */
-inline cudaError_t find_table_cut(TableCut &best, const aqlm_shape &s, const Device &device) {
+ * one for all dtypes. `outs`: of each of `count` weights of shape `s` but for that. */
+inline cudaError_t find_table_cut(TableCut &best, const aqlm_shape &s, const int *outs, int count,
+                                  const Device &device) {
     /* in outputs looked up (H100): of making tables, and of the kernel that sums parts; and the outputs that all blocks
      * look up at a time, more of which would wait for memory */
     constexpr int TABLES_COST = 480, SUM_COST = 250, PART_COST = 2, AT_A_TIME = 110, MOST_ROUNDS = 8;
     constexpr int64_t MOST_PARTS = 1024;
     constexpr auto kernel = table_kernel<float, 0, false>;
     if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
-    const int64_t out = s.out_features;
+    int64_t all_outs = 0;
+    for (int m = 0; m < count; ++m) all_outs += outs[m];
     const auto slices =
         static_cast<int>(divide_up(s.in_features / s.in_group_size * s.num_codebooks, int64_t{TABLE_CODES}));
     int64_t least = INT64_MAX;
     const auto consider = [&](int size, int clusters, int slices_of_part) {
         const auto parts = static_cast<int>(divide_up(slices, slices_of_part));
+        const int at_once = std::max(count, clusters / parts);
         /* even, so that the barrier behind the sums is aligned */
+        const auto even = [](int64_t n) { return divide_up(n, 2) * 2; };
         const int64_t most = (device.shared_memory - TABLE_BYTES - 8) / 4 / size / 2 * 2;
-        const int64_t wanted = divide_up(out, 2 * std::max(1, clusters / parts) * size) * 2;
-        const int64_t share = std::min(wanted, most), outs = share * size;
-        const int64_t waves = divide_up(divide_up(out, outs) * parts, clusters), rounds = slices_of_part / size;
-        const int64_t cost = waves * rounds * TABLES_COST + std::max(waves * rounds * outs, out * slices / AT_A_TIME) +
+        int64_t share = std::min(most, even(divide_up(all_outs, int64_t{at_once} * size)));
+        int64_t wanted = clusters_of(outs, count, share * size);
+        for (; wanted > at_once && share < most; wanted = clusters_of(outs, count, share * size))
+            share = std::min(most, even(share + 1 + share / 64)); /* none has outputs of two weights */
+        const int64_t waves = divide_up(wanted * parts, clusters), rounds = slices_of_part / size;
+        const int64_t cost = waves * rounds * TABLES_COST +
+                             std::max(waves * rounds * share * size, all_outs * slices / AT_A_TIME) +
                              (parts > 1 ? SUM_COST + parts * PART_COST : 0);
         if (cost >= least) return;
         least = cost, best = {parts, slices_of_part, size, static_cast<int>(share)};
@@ -367,17 +409,26 @@ inline cudaError_t find_table_cut(TableCut &best, const aqlm_shape &s, const Dev
     return cudaSuccess;
 }
 
+/* Of `count` weights, whose place among the clusters it finds. */
 template <class T, int G, bool EIGHT = false>
-cudaError_t launch_table_kernel(const TableProblem &p, int n_rows, const Device &device, cudaStream_t stream) {
+cudaError_t launch_table_kernel(const TableProblem &p, TableWeights &weights, int count, int n_rows,
+                                const Device &device, cudaStream_t stream) {
     constexpr auto kernel = table_kernel<T, G, EIGHT>;
     if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
     const int parts = p.cut.parts, size = p.cut.size, share = p.cut.share;
-    const dim3 grid(size, static_cast<unsigned>(divide_up(p.out, share * size)), parts * n_rows);
-    const cudaError_t error =
-        launch_early<kernel>(p, grid, size, 32 * TABLE_WARPS, TABLE_BYTES + share * size * 4 + 8, device, stream);
+    int clusters = 0, most_outs = 0;
+    for (int m = 0; m < MAX_JOINED; ++m) {
+        TableWeight &w = weights.of[m];
+        w.first_cluster = m < count ? clusters : INT_MAX;
+        if (m >= count) continue;
+        clusters += static_cast<int>(divide_up(w.out, share * size)), most_outs = std::max(most_outs, w.out);
+    }
+    const dim3 grid(size, static_cast<unsigned>(clusters), parts * n_rows);
+    const cudaError_t error = launch_early<kernel>(p, grid, size, 32 * TABLE_WARPS, TABLE_BYTES + share * size * 4 + 8,
+                                                   device, stream, weights);
     if (error || parts == 1) return error;
-    return launch_early<sum_parts_kernel<T>>(p, dim3(static_cast<unsigned>(divide_up(p.out, SUMMED)), n_rows), 1,
-                                             SUMMED * SUM_WARPS, 0, device, stream);
+    const dim3 sum_grid(static_cast<unsigned>(divide_up(most_outs, SUMMED)), n_rows, count);
+    return launch_early<sum_parts_kernel<T>>(p, sum_grid, 1, SUMMED * SUM_WARPS, 0, device, stream, weights);
 }
 
 } // namespace aqlm_cuda

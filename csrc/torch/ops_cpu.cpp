@@ -163,11 +163,7 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
     Product p(x, "x", w.view.shape.in_features, out_features);
     std::optional<Tensor> bias;
     if (bias_in) {
-        check(bias_in->dim() == 1 && bias_in->size(0) == out_features, "bias: got shape ", shape_of(*bias_in),
-              ", expected [", out_features, "]");
-        check(bias_in->scalar_type() == x.scalar_type(), "bias: got dtype ",
-              torch::headeronly::toString(bias_in->scalar_type()), ", expected that of x, ",
-              torch::headeronly::toString(x.scalar_type()));
+        check_bias(*bias_in, x, out_features);
         bias = as_contiguous(*bias_in);
     }
     if (p.n_rows == 0) return p.y;
@@ -181,6 +177,12 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
                       bias ? bias->const_data_ptr() : nullptr, p.n_rows, space.memory, space.bytes),
           "matmul");
     return p.y;
+}
+
+/* matmul with several weights, one after the other: each is on all threads. */
+std::vector<Tensor> matmul_joined(const Tensor &x, std::vector<Tensor> codes, std::vector<Tensor> codebooks,
+                                  std::vector<Tensor> scales, std::vector<Tensor> biases) {
+    return Joined{codes, codebooks, scales, biases}.one_by_one(x, matmul);
 }
 
 /* grad_x [..., in] = grad_y [..., out] W, of grad_y's dtype; W is never whole in memory. */
@@ -233,6 +235,7 @@ std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows_in, cons
 
 STABLE_TORCH_LIBRARY(aqlm_c, m) {
     m.def("matmul(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, Tensor? bias) -> Tensor");
+    m.def("matmul_joined(Tensor x, Tensor[] codes, Tensor[] codebooks, Tensor[] scales, Tensor[] biases) -> Tensor[]");
     m.def("matmul_backward(Tensor grad_y, Tensor codes, Tensor codebooks, Tensor scales) -> Tensor");
     m.def("decode_rows(Tensor codes, Tensor codebooks, Tensor scales) -> Tensor");
     m.def("decode_rows_backward(Tensor grad_rows, Tensor codes, Tensor codebooks, Tensor scales, bool need_codebooks, "
@@ -241,6 +244,7 @@ STABLE_TORCH_LIBRARY(aqlm_c, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CPU, m) {
     m.impl("matmul", TORCH_BOX(&matmul));
+    m.impl("matmul_joined", TORCH_BOX(&matmul_joined));
     m.impl("matmul_backward", TORCH_BOX(&matmul_backward));
     m.impl("decode_rows", TORCH_BOX(&decode_rows));
     m.impl("decode_rows_backward", TORCH_BOX(&decode_rows_backward));

@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include <array>
+#include <deque>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -98,32 +99,39 @@ std::array<Tensor, Results> call(const char *name, const char *overload, const A
     else return {detail::to<Tensor>(stack[0]), detail::to<Tensor>(stack[1])};
 }
 
+std::optional<Tensor> ready_bias(const std::optional<Tensor> &bias, const Tensor &x, int64_t out_features) {
+    if (!bias) return std::nullopt;
+    check_bias(*bias, x, out_features);
+    aqlm_torch::check(bias->is_cuda() && bias->get_device_index() == x.get_device_index(),
+                      "bias: got a tensor elsewhere, expected it on cuda:", x.get_device_index(), " as x");
+    return ready(*bias);
+}
+
+/* Products with p.x, by our kernels. */
+void run(const Product &p, const aqlm_product *products, int64_t count, cudaStream_t stream) {
+    std::optional<Tensor> workspace;
+    if (const size_t bytes = aqlm_cuda_matmul_workspace(products, count, p.dtype, p.n_rows))
+        workspace = torch::stable::new_empty(p.x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+    check(aqlm_cuda_matmul(products, count, p.x.const_data_ptr(), p.dtype, p.n_rows,
+                           workspace ? workspace->mutable_data_ptr() : nullptr, stream),
+          "matmul");
+}
+
+aqlm_product product_of(Product &p, const Weight &w, const std::optional<Tensor> &bias) {
+    return {p.y.mutable_data_ptr(), w.view, bias ? bias->const_data_ptr() : nullptr};
+}
+
 /* y [..., out] = x [..., in] W^T + bias, of x's dtype. Many rows: W is decoded slice by slice for torch's product. */
 Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, const Tensor &scales,
               const std::optional<Tensor> &bias_in) {
     const Weight w(x, "x", codes, codebooks, scales);
     const aqlm_shape &s = w.view.shape;
     Product p(x, "x", s.in_features, s.out_features);
-    std::optional<Tensor> bias;
-    if (bias_in) {
-        aqlm_torch::check(bias_in->dim() == 1 && bias_in->size(0) == s.out_features, "bias: got shape ",
-                          shape_of(*bias_in), ", expected [", s.out_features, "]");
-        aqlm_torch::check(bias_in->scalar_type() == x.scalar_type(), "bias: got dtype ",
-                          torch::headeronly::toString(bias_in->scalar_type()), ", expected that of x, ",
-                          torch::headeronly::toString(x.scalar_type()));
-        aqlm_torch::check(bias_in->is_cuda() && bias_in->get_device_index() == x.get_device_index(),
-                          "bias: got a tensor elsewhere, expected it on cuda:", x.get_device_index(), " as x");
-        bias = ready(*bias_in);
-    }
+    std::optional<Tensor> bias = ready_bias(bias_in, x, s.out_features);
     if (p.n_rows == 0) return p.y;
     if (p.n_rows <= aqlm_cuda_matmul_rows(&w.view, p.dtype)) {
-        std::optional<Tensor> workspace;
-        if (const size_t bytes = aqlm_cuda_matmul_workspace(&w.view, p.dtype, p.n_rows))
-            workspace = torch::stable::new_empty(p.x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-        check(aqlm_cuda_matmul(p.y.mutable_data_ptr(), p.x.const_data_ptr(), p.dtype, &w.view,
-                               bias ? bias->const_data_ptr() : nullptr, p.n_rows,
-                               workspace ? workspace->mutable_data_ptr() : nullptr, w.stream),
-              "matmul");
+        const aqlm_product product = product_of(p, w, bias);
+        run(p, &product, 1, w.stream);
         return p.y;
     }
     const int64_t groups = s.in_features / s.in_group_size;
@@ -138,6 +146,27 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
         torch::stable::copy_(to, call("aten::linear", "", p.x, w.decode(p.x, o, n, 0, groups), part)[0]);
     }
     return p.y;
+}
+
+/* matmul with several weights: with one row in as few launches as can be. */
+std::vector<Tensor> matmul_joined(const Tensor &x, std::vector<Tensor> codes, std::vector<Tensor> codebooks,
+                                  std::vector<Tensor> scales, std::vector<Tensor> biases) {
+    const Joined joined = {codes, codebooks, scales, biases};
+    if (x.dim() == 0 || x.numel() != x.size(x.dim() - 1)) return joined.one_by_one(x, matmul);
+    std::deque<Weight> weights; /* which do not move */
+    std::vector<Product> made;
+    std::vector<std::optional<Tensor>> added;
+    std::vector<aqlm_product> products;
+    std::vector<Tensor> ys;
+    for (size_t m = 0, n = joined.size(); m < n; ++m) {
+        const Weight &w = weights.emplace_back(x, "x", codes[m], codebooks[m], scales[m]);
+        Product &p = made.emplace_back(x, "x", w.view.shape.in_features, w.view.shape.out_features);
+        products.push_back(
+            product_of(p, w, added.emplace_back(ready_bias(joined.bias(m), x, w.view.shape.out_features))));
+        ys.push_back(p.y);
+    }
+    if (made[0].n_rows) run(made[0], products.data(), static_cast<int64_t>(products.size()), weights[0].stream);
+    return ys;
 }
 
 /* grad_x [..., in] = grad_y [..., out] W, of grad_y's dtype; W is decoded slice by slice of its columns. */
@@ -206,6 +235,7 @@ PyModuleDef module = {
 
 STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CUDA, m) {
     m.impl("matmul", TORCH_BOX(&matmul));
+    m.impl("matmul_joined", TORCH_BOX(&matmul_joined));
     m.impl("matmul_backward", TORCH_BOX(&matmul_backward));
     m.impl("decode_rows", TORCH_BOX(&decode_rows));
     m.impl("decode_rows_backward", TORCH_BOX(&decode_rows_backward));
