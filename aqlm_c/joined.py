@@ -49,6 +49,8 @@ class Joined:
                     self.misses = 0
                 return y
             self.misses += 1
+            if self.misses == MOST_MISSES:
+                return None
         parent = self.parent()
         if parent is None:
             return None

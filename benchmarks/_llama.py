@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from aqlm_c import AqlmConfig, QuantizedLinear
+from aqlm_c import AqlmConfig, QuantizedLinear, join_linears
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {
@@ -50,6 +50,7 @@ def build(shape: str, scheme: str | None, dtype: torch.dtype, device: str) -> Ll
             parameter.fill_(1)
         else:
             parameter.normal_(std=0.02)  # with a scale's sign: that of a row of weights
+    join_linears(model)
     return model
 
 
@@ -166,7 +167,7 @@ def worker(job: dict[str, Any]) -> list[dict[str, Any]]:
     device, start, new = job["device"], job["prompt_tokens"], job["new_tokens"]
     dtype = getattr(torch, job["dtype"])
     rows = []
-    with torch.inference_mode():
+    with torch.no_grad():
         model = build(job["shape"], job["scheme"], dtype, device)
         prompt = torch.randint(model.config.vocab_size, (1, start), device=device)
         decoder = Decoder(model, start + new)

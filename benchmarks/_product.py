@@ -12,7 +12,7 @@ from _upstream import Upstream
 from torch import Tensor
 from torch.nn.functional import linear
 
-from aqlm_c import AqlmConfig, QuantizedLinear, ops
+from aqlm_c import AqlmConfig, QuantizedLinear, join_linears, ops
 
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 LARGEST_ERROR = {"float32": 1e-3, "float16": 2e-3, "bfloat16": 1e-2}
@@ -149,24 +149,75 @@ class Bench:
         return {"ours ms": found.ms, "±%": found.spread, "GB/s": rate, "% of copy": 100 * rate / self.bandwidth}
 
 
+JOINED = {  # outputs of weights with one input, by model
+    "7B q, k, v": ([4096, 4096, 4096], 4096),
+    "7B gate, up": ([11008, 11008], 4096),
+    "70B q, k, v": ([8192, 1024, 1024], 8192),
+    "70B gate, up": ([28672, 28672], 8192),
+}
+
+
+def joined_rows(device: Any, schemes: list[str]) -> list[Row]:
+    """One row by several weights, cold: in as few launches as can be, one by one, and torch's by all of them as one."""
+    rows = []
+    for name, (outs, in_features) in JOINED.items():
+        x = torch.randn(1, in_features, device=device.name, dtype=torch.float16)
+        size, copies = (sum(outs), in_features), device.copies(2 * sum(outs) * in_features)
+        whole = [torch.randn(size, device=device.name, dtype=torch.float16) for _ in range(copies)]
+        dense = device.time(lambda w, x=x: linear(x, w), whole).ms
+        del whole
+        for scheme in schemes:
+            config = AqlmConfig.from_scheme(scheme)
+
+            def some(config=config, outs=outs, in_features=in_features) -> list[tuple[Any, ...]]:
+                return [(*quantized_weight((out, in_features), config, device.name), None) for out in outs]
+
+            first = some()
+            nbytes = sum(t.nbytes for weight in first for t in weight[:3])
+            groups = [first, *(some() for _ in range(device.copies(nbytes) - 1))]
+            joined = device.time(lambda group, x=x: ops.matmul_joined(x, group), groups)
+            apart = device.time(lambda group, x=x: [ops.matmul(x, *weight) for weight in group], groups)
+            rows.append(
+                {
+                    "weights": name,
+                    "scheme": scheme,
+                    "joined ms": joined.ms,
+                    "±%": joined.spread,
+                    "x apart": apart.ms / joined.ms,
+                    "x fp16": dense / joined.ms,
+                    "GB/s": nbytes / joined.ms * 1e-6,
+                }
+            )
+    return rows
+
+
 def call_rows(calls: int = 2000, repeats: int = 9) -> list[Row]:
     """Microseconds of an eager call from Python that does not wait for the GPU: one row, 4096x4096, 2x8g8."""
     config, dtype = AqlmConfig.from_scheme("2x8g8"), torch.float16
     dense = torch.nn.Linear(4096, 4096, bias=False, device="cuda", dtype=dtype).requires_grad_(False)
-    ours = QuantizedLinear.empty(dense, config, dtype).to_empty(device="cuda")
     weight = quantized_weight((4096, 4096), config, "cuda")
-    for parameter, tensor in zip(ours.parameters(), weight, strict=True):
-        parameter.data = tensor
+
+    def quantized() -> QuantizedLinear:
+        layer = QuantizedLinear.empty(dense, config, dtype).to_empty(device="cuda")
+        for parameter, tensor in zip(layer.parameters(), weight, strict=True):
+            parameter.data = tensor
+        return layer
+
+    ours = quantized()
+    attention = torch.nn.ModuleDict({name: quantized() for name in ("q_proj", "k_proj", "v_proj")})
+    join_linears(attention)
+    q, k, v = attention.values()
     x = torch.randn(1, 4096, device="cuda", dtype=dtype)
     compared = {
         "op": (lambda x: linear(x, dense.weight), lambda x: ops.matmul(x, *weight)),
         "module": (dense, ours),
+        "q, k, v": (lambda x: (dense(x), dense(x), dense(x)), lambda x: (q(x), k(x), v(x))),
     }
     rows = []
     for what, pair in compared.items():
-        for mode in ("inference", "grad", "grad to x"):
+        for mode in ("no grad",) if what == "q, k, v" else ("inference", "grad", "grad to x"):
             given = x.clone().requires_grad_(mode == "grad to x")
-            with torch.inference_mode(mode == "inference"):
+            with torch.no_grad() if mode == "no grad" else torch.inference_mode(mode == "inference"):
                 torchs, found = (call_timing(call, given, calls, repeats) for call in pair)
             us = {"torch us": 1e3 * torchs.ms, "ours us": 1e3 * found.ms}
             rows.append({"call": what, "mode": mode, **us, "±%": found.spread, "x torch": torchs.ms / found.ms})

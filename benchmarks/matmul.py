@@ -25,7 +25,7 @@ import argparse
 import _bench
 import _cold
 import torch
-from _product import SHORT, Bench, call_rows
+from _product import SHORT, Bench, call_rows, joined_rows
 from _roofline import plot
 from _upstream import Upstream
 
@@ -93,13 +93,17 @@ def main() -> None:
     plan = {s: args.rows or (core.get(s, [1]) if args.core else ROWS[args.device]) for s in schemes}
     timer = {"cache": args.cache * 1e6, "least": args.seconds, "threads": args.threads}
     upstream = Upstream(args.upstream, device=args.device, **timer)
-    products, decoding, calls = [], [], []
+    products, decoding, joined, calls = [], [], [], []
     with torch.inference_mode():
         bench = Bench(_cold.DEVICES[args.device](**timer), upstream, args.dtypes, DTYPES[args.device])
         for shape in args.shapes:
             more = bench.rows_of(shape, plan)
             products += more[0]
             decoding += more[1]
+        if args.device == "cuda":
+            joined = joined_rows(
+                bench.device, [s for s in schemes if AqlmConfig.from_scheme(s).nbits_per_codebook <= 8]
+            )
     upstream.close()
     if args.device == "cuda":
         calls = call_rows()
@@ -109,7 +113,12 @@ def main() -> None:
     title = f"product with a quantized weight, {on}: {bench.device.moved} {bench.bandwidth:.4g} GB/s, {peak}"
     peers = [name.removeprefix("x ") for name in products[0] if name.startswith("x ")]
     _bench.show(title, products, hidden={"parts ms", "weight bytes", *(f"{peer} ms" for peer in peers)})
-    for name, rows in (("decoding to dense", decoding), ("eager calls, 4096x4096, one row", calls)):
+    tables = {
+        "decoding to dense": decoding,
+        "one row by several weights": joined,
+        "eager calls, 4096x4096, one row": calls,
+    }
+    for name, rows in tables.items():
         if rows:
             _bench.show(name, rows)
     print(f"\ntimes faster than {', '.join(peers)}:\n")
@@ -124,6 +133,7 @@ def main() -> None:
         bandwidth=bench.bandwidth,
         peak=bench.peak,
         decode_rows=decoding,
+        joined=joined,
         eager_calls=calls,
     )
     print(written)

@@ -10,8 +10,11 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
+#include <functional>
 #include <numeric>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include <cuda_bf16.h>
@@ -84,52 +87,90 @@ template <class T> double error_of(const std::vector<T> &got, const std::vector<
     return worst / largest / unit<T>;
 }
 
-template <class T> bool check_format(const Format &f) {
-    const int64_t J = f.in / f.g, O = f.out / f.og, E = int64_t{1} << f.B, width = f.B <= 8 ? 1 : 2;
-    std::vector<unsigned char> codes(O * J * f.K * width);
-    for (auto &byte : codes) byte = random_bits();
-    const auto books = random_values<T>(f.K * E * f.og * f.g, 1), scales = random_values<T>(O, 1);
-    const OnDevice<unsigned char> codes_there(codes);
-    const OnDevice<T> books_there(books), scales_there(scales);
-    const aqlm_weight w = {
+/* Random, and what it stands for. */
+template <class T> struct Weight {
+    Format f;
+    int64_t J = f.in / f.g, O = f.out / f.og, E = int64_t{1} << f.B, width = f.B <= 8 ? 1 : 2;
+    std::vector<unsigned char> codes = std::vector<unsigned char>(O * J * f.K * width);
+    std::vector<T> books = random_values<T>(f.K * E * f.og * f.g, 1), scales = random_values<T>(O, 1),
+                   bias = random_values<T>(f.out, 1);
+    OnDevice<unsigned char> codes_there{(std::generate(codes.begin(), codes.end(), std::ref(random_bits)), codes)};
+    OnDevice<T> books_there{books}, scales_there{scales}, bias_there{bias};
+    std::vector<double> unscaled = std::vector<double>(f.out * f.in), W = unscaled;
+    aqlm_weight view = {
         {f.out, f.in, f.K, f.B, f.g, f.og}, codes_there.data, books_there.data, scales_there.data, dtype_of<T>, false};
-    const auto code_of = [&](int64_t o, int64_t j, int64_t k) {
+
+    explicit Weight(const Format &format) : f(format) {
+        for (int64_t r = 0; r < f.out; ++r)
+            for (int64_t j = 0; j < J; ++j)
+                for (int64_t k = 0; k < f.K; ++k)
+                    for (int64_t i = 0; i < f.g; ++i)
+                        unscaled[r * f.in + j * f.g + i] +=
+                            float(books[((k * E + code_of(r / f.og, j, k)) * f.og + r % f.og) * f.g + i]);
+        for (int64_t at = 0; at < f.out * f.in; ++at) W[at] = unscaled[at] * float(scales[at / f.in / f.og]);
+    }
+    int64_t code_of(int64_t o, int64_t j, int64_t k) const {
         const int64_t at = (o * J + j) * f.K + k;
         return (width == 1 ? codes[at] : codes[2 * at] | codes[2 * at + 1] << 8) & (E - 1);
-    };
-    std::vector<double> unscaled(f.out * f.in), W(f.out * f.in);
-    for (int64_t r = 0; r < f.out; ++r)
-        for (int64_t j = 0; j < J; ++j)
-            for (int64_t k = 0; k < f.K; ++k)
-                for (int64_t i = 0; i < f.g; ++i)
-                    unscaled[r * f.in + j * f.g + i] +=
-                        float(books[((k * E + code_of(r / f.og, j, k)) * f.og + r % f.og) * f.g + i]);
-    for (int64_t at = 0; at < f.out * f.in; ++at) W[at] = unscaled[at] * float(scales[at / f.in / f.og]);
+    }
+};
+
+/* Of products with one x, which has so many rows; the same bits twice. */
+template <class T> double error_of_products(const std::vector<const Weight<T> *> &weights, int64_t rows) {
+    const int64_t in = weights[0]->f.in;
+    const bool with_bias = rows != 3;
+    const OnDevice<T> x_there(random_values<T>(rows * in, 1));
+    const auto x = x_there.host();
+    std::deque<OnDevice<T>> ys;
+    std::vector<aqlm_product> products;
+    for (const auto *w : weights)
+        products.push_back({ys.emplace_back(rows * w->f.out).data, w->view, with_bias ? w->bias_there.data : nullptr});
+    const auto count = static_cast<int64_t>(products.size());
+    const OnDevice<char> workspace(aqlm_cuda_matmul_workspace(products.data(), count, dtype_of<T>, rows));
+    double worst = 0;
+    std::vector<std::vector<T>> first;
+    for (int turn = 0; turn < 2; ++turn) {
+        check(aqlm_cuda_matmul(products.data(), count, x_there.data, dtype_of<T>, rows, workspace.data, nullptr),
+              "aqlm_cuda_matmul");
+        for (int64_t m = 0; m < count; ++m) {
+            const auto got = ys[m].host();
+            if (turn == 0) first.push_back(got);
+            for (size_t i = 0; i < got.size(); ++i)
+                if (float(got[i]) != float(first[m][i])) worst = INFINITY;
+        }
+    }
+    for (int64_t m = 0; m < count; ++m) {
+        const Weight<T> &w = *weights[m];
+        std::vector<double> truth(rows * w.f.out);
+        for (int64_t n = 0; n < rows; ++n)
+            for (int64_t o = 0; o < w.f.out; ++o) {
+                double &sum = truth[n * w.f.out + o];
+                sum = with_bias ? float(w.bias[o]) : 0;
+                for (int64_t i = 0; i < in; ++i) sum += float(x[n * in + i]) * w.W[o * in + i];
+            }
+        worst = std::fmax(worst, error_of(first[m], truth));
+    }
+    return worst;
+}
+
+template <class T> bool check_format(const Format &f) {
+    const Weight<T> weight(f);
+    const int64_t J = weight.J, O = weight.O, E = weight.E;
+    const auto &[books, scales, W, unscaled] = std::tie(weight.books, weight.scales, weight.W, weight.unscaled);
+    const aqlm_weight &w = weight.view;
+    const auto code_of = [&](int64_t o, int64_t j, int64_t k) { return weight.code_of(o, j, k); };
 
     double worst = 0;
     const int64_t most = aqlm_cuda_matmul_rows(&w, dtype_of<T>);
-    for (int64_t rows : {int64_t{1}, int64_t{3}, int64_t{8}, int64_t{9}}) {
-        if (rows > most && rows > 3) continue;
-        const auto x = random_values<T>(rows * f.in, 1), bias = random_values<T>(f.out, 1);
-        std::vector<double> truth(rows * f.out);
-        for (int64_t n = 0; n < rows; ++n)
-            for (int64_t o = 0; o < f.out; ++o) {
-                truth[n * f.out + o] = rows == 3 ? 0 : float(bias[o]);
-                for (int64_t i = 0; i < f.in; ++i) truth[n * f.out + o] += float(x[n * f.in + i]) * W[o * f.in + i];
-            }
-        const OnDevice<T> x_there(x), bias_there(bias), y(rows * f.out);
-        const OnDevice<char> workspace(aqlm_cuda_matmul_workspace(&w, dtype_of<T>, rows));
-        std::vector<T> first;
-        for (int turn = 0; turn < 2; ++turn) {
-            check(aqlm_cuda_matmul(y.data, x_there.data, dtype_of<T>, &w, rows == 3 ? nullptr : bias_there.data, rows,
-                                   workspace.data, nullptr),
-                  "aqlm_cuda_matmul");
-            const auto got = y.host();
-            worst = std::fmax(worst, error_of(got, truth));
-            for (size_t i = 0; turn && i < got.size(); ++i)
-                if (float(got[i]) != float(first[i])) worst = INFINITY;
-            first = got;
-        }
+    for (int64_t rows : {int64_t{1}, int64_t{3}, int64_t{8}, int64_t{9}})
+        if (rows <= most || rows <= 3) worst = std::fmax(worst, error_of_products<T>({&weight}, rows));
+    if (f.og == 1 && f.out * f.in < 1 << 20) { /* joined, where that is so: fewer outputs, and more */
+        Format fewer = f, more = f;
+        fewer.out = std::max<int64_t>(16, f.out / 3), more.out = f.out + 50;
+        const Weight<T> second(fewer), third(more);
+        worst = std::fmax(worst, error_of_products<T>({&weight, &second}, 1));
+        worst = std::fmax(worst, error_of_products<T>({&weight, &second, &third}, 1));
+        worst = std::fmax(worst, error_of_products<T>({&third, &weight}, 3));
     }
 
     const int64_t first_out = f.og, outs = f.out - f.og, first_group = J > 8 ? 8 : 0, groups = J - first_group;

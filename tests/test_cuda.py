@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import error_budget, max_error
 
-from aqlm_c import ops
+from aqlm_c import QuantizedLinear, join_linears, ops
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU that torch can use", allow_module_level=True)
@@ -204,6 +204,74 @@ def test_kernels_in_a_row(shape):
         first = x if first is None else first
         assert torch.equal(x, first)
         weight = tuple(t.clone() for t in weight)  # written just before it is read
+
+
+JOINED = [
+    ((4096, 1024, 1024), 4096, 2, 8, 1, 8),  # a cluster of blocks a weight's outputs
+    ((1000, 1000), 11008, 4, 8, 1, 8),  # a row in parts
+    ((77, 300), 2048, 8, 8, 1, 8),
+    ((64, 16, 200), 512, 3, 8, 1, 4),
+    ((128, 40), 2048, 1, 16, 1, 8),  # apart
+    ((128, 8, 64), 512, 2, 8, 1, 8),
+    ((64, 64, 64, 64), 512, 2, 8, 1, 8),
+]
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("outs, shape", [(outs, shape) for outs, *shape in JOINED], ids=str)
+def test_joined(outs, shape, name):
+    dtype = getattr(torch, name)
+    weights = [random_weight((out, *shape), dtype, seed=i) for i, out in enumerate(outs)]
+    for rows in (1, 3):
+        x = random(rows, shape[0], dtype=dtype)
+        for biases in ([None] * len(outs), [random(out, dtype=dtype, seed=out) for out in outs]):
+            all_of = [(*weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+            ys = ops.matmul_joined(x, all_of)
+            for y, weight, bias in zip(ys, weights, biases, strict=True):
+                W = dense(*weight)
+                truth = x.double() @ W.T + (0 if bias is None else bias.double())
+                check_close(y, torch.nn.functional.linear(x, W.to(dtype), bias), truth)
+            assert all(torch.equal(y, z) for y, z in zip(ys, ops.matmul_joined(x, all_of), strict=True))
+
+
+def test_joined_linears():
+    """q, k and v of a module: eager, captured and compiled they are the same products."""
+    attention = torch.nn.Module()
+    for i, (name, out) in enumerate((("q_proj", 512), ("k_proj", 128), ("v_proj", 128))):
+        linear = QuantizedLinear(512, out, False, 8, 1, 2, 8, device="cuda", dtype=torch.float16).requires_grad_(False)
+        for parameter, value in zip(
+            linear.parameters(), random_weight((out, 512, 2, 8, 1, 8), torch.float16, seed=i), strict=True
+        ):
+            parameter.copy_(value)
+        attention.add_module(name, linear)
+    assert join_linears(attention) == 1
+    x = random(1, 512, dtype=torch.float16)
+
+    def forward(x):
+        return [linear(x) for linear in attention.children()]
+
+    with torch.no_grad():
+        expected = ops.matmul_joined(x, [(*linear.parameters(), None) for linear in attention.children()])
+        launches = kernels_of(lambda: forward(x))
+        assert len(launches) == 1, launches
+        compiled = torch.compile(forward, fullgraph=True)
+        graph = torch.cuda.CUDAGraph()
+        assert all(torch.equal(y, z) for y, z in zip(forward(x), expected, strict=True))
+        with torch.cuda.graph(graph):
+            captured = forward(x)
+        graph.replay()
+        for ys in (captured, compiled(x), compiled(x)):
+            assert all(torch.equal(y, z) for y, z in zip(ys, expected, strict=True))
+
+
+def kernels_of(call):
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in profiler.events() if "kernel" in event.name]
 
 
 def test_compile_and_opcheck():
