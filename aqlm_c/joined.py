@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import ops
 from .config import FORMAT
@@ -14,77 +15,96 @@ from .linear import QuantizedLinear
 
 __all__ = ["Joined", "join_linears"]
 
-# Children of a module that its forward calls one after the other with the same tensor.
+# Children that the forward of a module calls with one tensor.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
-MOST_MISSES = 8  # in a row, before a group gives up
 
 
 class Joined:
-    """Linears that are called with the same tensor: the first product with one row on a GPU makes those of all.
+    """Children of a module, called by its forward with one tensor: the first that has one row, on a GPU, makes the
+    products of all, and the others take theirs.
 
-    The others take theirs if they get that very tensor, unchanged; where they do not, for `MOST_MISSES` times in a
-    row, each is by itself again. So it is while a member is replaced, elsewhere or trained, and with tensors made in
-    inference mode, of which nobody knows whether they were changed (in a compiled function nobody may: none that we
-    know of changes its input between these calls).
+    They do so within one call of the parent's forward, if they get that very tensor; products that are left at its
+    end turn the group off for good: that forward has another use for them, such as cross attention. A change of the
+    tensor in place between the calls is seen, except in a compiled function or in inference mode, where tensors do
+    not count changes. While a member is replaced, elsewhere, trained or has hooks, each is by itself.
     """
 
     device_type = "cuda"
 
     def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
-        self.parent, self.names = weakref.ref(parent), names  # weak: memory of a model is free when it is deleted
-        self.misses = 0
-        self._left: tuple[Tensor, int, dict[int, Tensor]] | None = None  # x, its version, products by place
+        self.parent, self.names = weakref.ref(parent), names  # weak: a model that is deleted frees its memory at once
+        self.is_on = True
+        self._compiling: bool | None = None  # whether the parent's forward that runs is; None: none runs
+        self._left: tuple[Tensor, int | None, dict[int, Tensor]] | None = None  # x, its version, products by place
+
+    def begin(self, *_: Any) -> None:
+        """The parent's forward begins: its hook."""
+        self._left = None
+        compiling = torch.compiler.is_compiling()
+        self._compiling = compiling if self.is_on and (compiling or not ops.is_transformed()) else None
+
+    def end(self, *_: Any) -> None:
+        """It has ended, or failed."""
+        if self._left is not None:
+            self.is_on, self._left = False, None
+        self._compiling = None
 
     def take(self, place: int, x: Tensor) -> Tensor | None:
         """The product of member `place` with x, or None if it is to make it by itself."""
-        if self.misses == MOST_MISSES or not self._fits(x):
+        if self._compiling is not torch.compiler.is_compiling() or not isinstance(x, Tensor):
             return None
-        left, self._left = self._left, None
-        if left is not None:
-            if left[0] is x and left[1] == _version(x) and place in left[2]:
-                y = left[2].pop(place)
-                if left[2]:
-                    self._left = left
-                elif self.misses:
-                    self.misses = 0
-                return y
-            self.misses += 1
-            if self.misses == MOST_MISSES:
-                return None
-        parent = self.parent()
-        if parent is None:
+        left = self._left  # of this thread, whatever others do
+        if left is not None and left[0] is x and left[1] == _version(x):
+            y = left[2].pop(place, None)
+            if not left[2]:
+                self._left = None
+            return y
+        if x.device.type != self.device_type or x.dim() == 0 or not guard_or_false(x.numel() == x.shape[-1]):
             return None
-        members = [parent._modules.get(name) for name in self.names]
-        if not all(isinstance(m, QuantizedLinear) and m.joined and m.joined[0] is self for m in members):
-            return None
-        weights = [(m.codes, m.codebooks, m.scales, m.bias) for m in members]
-        if any(codes.device != x.device for codes, *_ in weights):
+        weights = self._weights(x.device)
+        if weights is None:
             return None
         products = dict(enumerate(ops.matmul_joined(x, weights)))
         y = products.pop(place)
         self._left = x, _version(x), products
         return y
 
-    def _fits(self, x: Tensor) -> bool:
+    def _weights(self, device: torch.device) -> list[ops.Weight] | None:
+        """Those of all members, if they are as they were when they were joined."""
+        parent = self.parent()
+        members = [parent._modules.get(name) for name in self.names] if parent is not None else []
+        if not members or not all(map(self._has, members)):
+            return None
+        weights = [(m.codes, m.codebooks, m.scales, m.bias) for m in members]
+        return weights if all(codes.device == device for codes, *_ in weights) else None
+
+    def _has(self, member: nn.Module | None) -> bool:
         return (
-            isinstance(x, Tensor)
-            and x.device.type == self.device_type
-            and x.numel() == x.shape[-1]
-            and (torch.compiler.is_compiling() or not x.is_inference())
+            isinstance(member, QuantizedLinear)
+            and member.joined is not None
+            and member.joined[0] is self
+            and not (member._forward_pre_hooks or member._forward_hooks or "forward" in member.__dict__)
         )
 
+    def __getstate__(self) -> dict[str, Any]:  # of a copy of the parent, whose hooks we are: its members are apart
+        return {"parent": _nothing, "names": self.names, "is_on": False, "_compiling": None, "_left": None}
 
-def _version(x: Tensor) -> int:
-    """How often x was changed in place."""
-    return 0 if torch.compiler.is_compiling() else x._version
+
+def _nothing() -> None:
+    return None
+
+
+def _version(x: Tensor) -> int | None:
+    """How often x was changed in place, where that is known."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def join_linears(model: nn.Module) -> int:
-    """Let quantized linears of `model` that get the same input share launches (`Joined`); returns how many groups do.
+    """Let quantized linears of `model` that get one input share launches (`Joined`); returns how many groups do.
 
-    They are found by the names of `TOGETHER` and must have one format, in_features, dtype, and all or none a bias;
-    results are the same but for the order of sums. transformers models that this package loads or quantizes are
-    joined already; copies of a model are not.
+    They are children of one module, by the names of `TOGETHER`, and have one format, in_features, dtype, and all or
+    none a bias. Results are the same but for the order of sums. transformers models that this package loads or
+    quantizes are joined already; copies of a model are not.
     """
     groups = 0
     for module in list(model.modules()):
@@ -92,10 +112,16 @@ def join_linears(model: nn.Module) -> int:
             members = [module._modules.get(name) for name in names]
             if not all(type(m) is QuantizedLinear for m in members) or len({_format(m) for m in members}) > 1:
                 continue
+            groups += 1
+            if all(m.joined is not None and m.joined[0].parent() is module for m in members):
+                continue
             group = Joined(module, names)
+            # as register_forward_*hook do, but of one name in all layers: with ids they would not share a compiled graph
+            hook = f"aqlm_c.joined.{names[0]}"
+            module._forward_pre_hooks[hook] = group.begin
+            module._forward_hooks[hook], module._forward_hooks_always_called[hook] = group.end, True
             for place, member in enumerate(members):
                 member.joined = group, place
-            groups += 1
     return groups
 
 

@@ -10,7 +10,6 @@ E = 2 ** nbits_per_codebook.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 try:
     import torch
@@ -68,7 +67,8 @@ def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
     if (
         torch.compiler.is_compiling()
         or torch.is_inference_mode_enabled()
-        or _is_seen_by_others((x, codes, codebooks, scales, bias))
+        or is_transformed()
+        or has_torch_function((x, codes, codebooks, scales, bias))
     ):
         return _matmul(x, codes, codebooks, scales, bias)
     # what `register_autograd` comes to, in less time: 13 of 24 us a call with gradients, 6 of 9 without
@@ -78,13 +78,9 @@ def matmul(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Te
         return _matmul(x, codes, codebooks, scales, bias)
 
 
-def _is_seen_by_others(arguments: tuple[Any, ...]) -> bool:
-    """Whether a transform, a tracer or a subclass of tensors wants to see the op itself."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or has_torch_function(arguments)
-    )
+def is_transformed() -> bool:
+    """Whether a transform or torch.jit's tracer wants to see each op itself."""
+    return torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
 
 
 def _is_trained(x: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> bool:
@@ -94,14 +90,20 @@ def _is_trained(x: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | Non
 
 
 def matmul_joined(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
-    """`matmul` of x with each of `weights`, (codes, codebooks, scales, bias), whose biases are all there or all None.
+    """`matmul` of x with each of `weights`, (codes, codebooks, scales, bias).
 
-    With one row on a GPU, up to three of at most 8 bits per codebook that differ in `out` alone share a launch; the
-    results are then those of `matmul` but for the order of sums. Anything else is one product after the other.
-    Shapes, dtypes, gradients and errors are `matmul`'s.
+    With one row on a GPU, two or three share a launch if they differ in `out` alone, which is at least 16, have at
+    most 8 bits per codebook, a multiple of 4 codes in a row and 64M in all, and all a bias or none; results are then
+    `matmul`'s but for the order of sums. Else they are one product after the other. Shapes, dtypes, gradients and
+    errors are `matmul`'s.
     """
     apart = torch.is_grad_enabled() and any(_is_trained(x, *weight[1:]) for weight in weights)
-    if apart or (not torch.compiler.is_compiling() and _is_seen_by_others((x,))):
+    if (
+        apart
+        or len(weights) == 0
+        or len({weight[3] is None for weight in weights}) > 1
+        or (not torch.compiler.is_compiling() and (is_transformed() or has_torch_function((x,))))
+    ):
         return [matmul(x, *weight) for weight in weights]
     codes, codebooks, scales, biases = map(list, zip(*weights, strict=True))
     biases = [] if biases[0] is None else biases

@@ -204,14 +204,22 @@ def call_rows(calls: int = 2000, repeats: int = 9) -> list[Row]:
         return layer
 
     ours = quantized()
-    attention = torch.nn.ModuleDict({name: quantized() for name in ("q_proj", "k_proj", "v_proj")})
+
+    class Attention(torch.nn.Module):
+        def __init__(self, make: Callable[[], torch.nn.Module]) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = make(), make(), make()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    attention = Attention(quantized)
     join_linears(attention)
-    q, k, v = attention.values()
     x = torch.randn(1, 4096, device="cuda", dtype=dtype)
     compared = {
         "op": (lambda x: linear(x, dense.weight), lambda x: ops.matmul(x, *weight)),
         "module": (dense, ours),
-        "q, k, v": (lambda x: (dense(x), dense(x), dense(x)), lambda x: (q(x), k(x), v(x))),
+        "q, k, v": (Attention(lambda: dense), attention),
     }
     rows = []
     for what, pair in compared.items():

@@ -236,7 +236,12 @@ def test_joined(outs, shape, name):
 
 def test_joined_linears():
     """q, k and v of a module: eager, captured and compiled they are the same products."""
-    attention = torch.nn.Module()
+
+    class Attention(torch.nn.Module):
+        def forward(self, x):
+            return [linear(x) for linear in self.children()]
+
+    attention = Attention()
     for i, (name, out) in enumerate((("q_proj", 512), ("k_proj", 128), ("v_proj", 128))):
         linear = QuantizedLinear(512, out, False, 8, 1, 2, 8, device="cuda", dtype=torch.float16).requires_grad_(False)
         for parameter, value in zip(
@@ -247,18 +252,15 @@ def test_joined_linears():
     assert join_linears(attention) == 1
     x = random(1, 512, dtype=torch.float16)
 
-    def forward(x):
-        return [linear(x) for linear in attention.children()]
-
     with torch.no_grad():
         expected = ops.matmul_joined(x, [(*linear.parameters(), None) for linear in attention.children()])
-        launches = kernels_of(lambda: forward(x))
+        launches = kernels_of(lambda: attention(x))
         assert len(launches) == 1, launches
-        compiled = torch.compile(forward, fullgraph=True)
+        compiled = torch.compile(attention, fullgraph=True)
         graph = torch.cuda.CUDAGraph()
-        assert all(torch.equal(y, z) for y, z in zip(forward(x), expected, strict=True))
+        assert all(torch.equal(y, z) for y, z in zip(attention(x), expected, strict=True))
         with torch.cuda.graph(graph):
-            captured = forward(x)
+            captured = attention(x)
         graph.replay()
         for ys in (captured, compiled(x), compiled(x)):
             assert all(torch.equal(y, z) for y, z in zip(ys, expected, strict=True))

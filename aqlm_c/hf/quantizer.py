@@ -204,7 +204,6 @@ def attach(model: Any, config: LayerConfig) -> None:
     model.is_quantized = True
     model.quantization_method = hf_config.quant_method
     quantizer.postprocess_model(model)
-    join_linears(model)
 
 
 def _config_of(

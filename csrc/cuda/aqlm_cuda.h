@@ -22,9 +22,9 @@ typedef struct {
 } aqlm_product;
 
 /* `count` products with one x; x, y and bias of dtype. Codes are read once for up to 8 rows (fp16 and bf16 of the
- * codebooks' dtype, g = 8, og = 1, K <= 4), else once for each. Up to 3 products of one row are one launch, if their
- * weights go by tables (B <= 8), differ in `out` alone and have 64M codes at most. workspace: of aqlm_cuda_matmul_workspace bytes, for which no
- * pointer is looked at. */
+ * codebooks' dtype, g = 8, og = 1, K <= 4), else once for each. Two or three products are one launch if they go by
+ * tables (one row, or the codes not read once; B <= 8) and their weights differ in `out` alone and have 64M codes at
+ * most. workspace: of aqlm_cuda_matmul_workspace bytes, for which no pointer is looked at. */
 cudaError_t aqlm_cuda_matmul(const aqlm_product *products, int64_t count, const void *x, aqlm_dtype dtype,
                              int64_t n_rows, void *workspace, cudaStream_t stream);
 size_t aqlm_cuda_matmul_workspace(const aqlm_product *products, int64_t count, aqlm_dtype dtype, int64_t n_rows);

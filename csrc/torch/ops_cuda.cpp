@@ -148,7 +148,7 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
     return p.y;
 }
 
-/* matmul with several weights: with one row in as few launches as can be. */
+/* matmul with several weights, with one row in one launch where aqlm_cuda_matmul has it. */
 std::vector<Tensor> matmul_joined(const Tensor &x, std::vector<Tensor> codes, std::vector<Tensor> codebooks,
                                   std::vector<Tensor> scales, std::vector<Tensor> biases) {
     const Joined joined = {codes, codebooks, scales, biases};
