@@ -43,10 +43,10 @@ class Joined:
         compiling = torch.compiler.is_compiling()
         self._compiling = compiling if self.is_on and (compiling or not ops.is_transformed()) else None
 
-    def end(self, *_: Any) -> None:
-        """It has ended, or failed."""
+    def end(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
+        """It has ended, or failed: then there is no output."""
         if self._left is not None:
-            self.is_on, self._left = False, None
+            self.is_on, self._left = output is None, None
         self._compiling = None
 
     def take(self, place: int, x: Tensor) -> Tensor | None:
@@ -116,7 +116,7 @@ def join_linears(model: nn.Module) -> int:
             if all(m.joined is not None and m.joined[0].parent() is module for m in members):
                 continue
             group = Joined(module, names)
-            # as register_forward_*hook do, but of one name in all layers: with ids they would not share a compiled graph
+            # as register_forward_*hook do, but by one name in all layers: with ids, none would share a compiled graph
             hook = f"aqlm_c.joined.{names[0]}"
             module._forward_pre_hooks[hook] = group.begin
             module._forward_hooks[hook], module._forward_hooks_always_called[hook] = group.end, True

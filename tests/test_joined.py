@@ -171,6 +171,9 @@ def test_a_forward_that_fails_leaves_nothing(calls):
     with pytest.raises(ValueError):
         attention(row())
     assert attention.q_proj.joined[0]._left is None
+    attention.use = None  # and is no reason to stop
+    check(attention, row())
+    assert calls == [3, 3]
 
 
 def test_a_member_that_is_replaced(calls):
