@@ -18,7 +18,7 @@ CUDA   := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh)
 
 # Tests of what transformers does with our models.
 HF_TESTS := $(addprefix tests/test_,$(addsuffix .py,hf memory checkpoint rules experts families malformed upstream onthefly \
-	card training compile quantize_model))
+	card training compile quantize_model joined))
 
 .PHONY: demo test test-oldest build wheel audit lint format bench clean
 
