@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.nn.modules import module as global_hooks
 
 from . import ops
 from .config import FORMAT
@@ -23,10 +25,11 @@ class Joined:
     """Children of a module, called by its forward with one tensor: the first that has one row, on a GPU, makes the
     products of all, and the others take theirs.
 
-    They do so within one call of the parent's forward, if they get that very tensor; products that are left at its
-    end turn the group off for good: that forward has another use for them, such as cross attention. A change of the
-    tensor in place between the calls is seen, except in a compiled function or in inference mode, where tensors do
-    not count changes. While a member is replaced, elsewhere, trained or has hooks, each is by itself.
+    They do so without gradients, within one call of the parent's forward, if they get that very tensor; products that
+    are left at its end turn the group off for good: that forward has another use for them, such as cross attention. A
+    change of the tensor in place between the calls is seen, except between calls in a compiled function or in
+    inference mode, where tensors do not count changes. While a member is replaced, elsewhere or has hooks, each is by
+    itself.
     """
 
     device_type = "cuda"
@@ -34,27 +37,40 @@ class Joined:
     def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
         self.parent, self.names = weakref.ref(parent), names  # weak: a model that is deleted frees its memory at once
         self.is_on = True
-        self._compiling: bool | None = None  # whether the parent's forward that runs is; None: none runs
-        self._left: tuple[Tensor, int | None, dict[int, Tensor]] | None = None  # x, its version, products by place
+        self._runs: int | None = None  # in which thread the parent's forward does, of those that may join; 0: compiled
+        self._left: tuple[Tensor, tuple[int | None, ...], dict[int, Tensor]] | None = None  # x, its state, by place
 
-    def begin(self, *_: Any) -> None:
-        """The parent's forward begins: its hook."""
-        self._left = None
-        compiling = torch.compiler.is_compiling()
-        self._compiling = compiling if self.is_on and (compiling or not ops.is_transformed()) else None
+    def begin(self, parent: nn.Module, *_: Any) -> None:
+        """The forward of the parent begins: its hook. Nothing is stored where nothing will be joined: inside of torch's
+        higher-order operators, such as checkpoint, that cannot be compiled."""
+        thread = _thread()
+        if self._runs == thread:  # it was interrupted
+            self._runs = self._left = None
+        first = parent._modules.get(self.names[0])
+        if (
+            not self.is_on
+            or self._runs is not None
+            or torch.is_grad_enabled()
+            or not isinstance(first, QuantizedLinear)
+        ):
+            return
+        if first.codes.device.type == self.device_type and (thread == 0 or not ops.is_transformed()):
+            self._runs = thread
 
-    def end(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
+    def end(self, _parent: nn.Module, _arguments: Any, output: Any) -> None:
         """It has ended, or failed: then there is no output."""
+        if self._runs != _thread():
+            return
         if self._left is not None:
             self.is_on, self._left = output is None, None
-        self._compiling = None
+        self._runs = None
 
     def take(self, place: int, x: Tensor) -> Tensor | None:
         """The product of member `place` with x, or None if it is to make it by itself."""
-        if self._compiling is not torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        if self._runs != _thread() or torch.is_grad_enabled() or not isinstance(x, Tensor):
             return None
-        left = self._left  # of this thread, whatever others do
-        if left is not None and left[0] is x and left[1] == _version(x):
+        left = self._left
+        if left is not None and left[0] is x and left[1] == _state(x):
             y = left[2].pop(place, None)
             if not left[2]:
                 self._left = None
@@ -66,7 +82,7 @@ class Joined:
             return None
         products = dict(enumerate(ops.matmul_joined(x, weights)))
         y = products.pop(place)
-        self._left = x, _version(x), products
+        self._left = x, _state(x), products
         return y
 
     def _weights(self, device: torch.device) -> list[ops.Weight] | None:
@@ -84,19 +100,27 @@ class Joined:
             and member.joined is not None
             and member.joined[0] is self
             and not (member._forward_pre_hooks or member._forward_hooks or "forward" in member.__dict__)
+            and not (global_hooks._global_forward_pre_hooks or global_hooks._global_forward_hooks)
         )
 
     def __getstate__(self) -> dict[str, Any]:  # of a copy of the parent, whose hooks we are: its members are apart
-        return {"parent": _nothing, "names": self.names, "is_on": False, "_compiling": None, "_left": None}
+        return {"parent": _nothing, "names": self.names, "is_on": False, "_runs": None, "_left": None}
 
 
 def _nothing() -> None:
     return None
 
 
-def _version(x: Tensor) -> int | None:
-    """How often x was changed in place, where that is known."""
-    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+def _thread() -> int:
+    """0: while compiling."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _state(x: Tensor) -> tuple[int | None, ...]:
+    """Of the caller, and how often x was changed in place, where that is known."""
+    if torch.compiler.is_compiling():
+        return ()
+    return torch.is_inference_mode_enabled(), None if x.is_inference() else x._version
 
 
 def join_linears(model: nn.Module) -> int:
@@ -113,11 +137,12 @@ def join_linears(model: nn.Module) -> int:
             if not all(type(m) is QuantizedLinear for m in members) or len({_format(m) for m in members}) > 1:
                 continue
             groups += 1
-            if all(m.joined is not None and m.joined[0].parent() is module for m in members):
+            hook = f"aqlm_c.joined.{names[0]}"
+            found = {m.joined and m.joined[0] for m in members}
+            if all(group and group.is_on and module._forward_pre_hooks.get(hook) == group.begin for group in found):
                 continue
             group = Joined(module, names)
             # as register_forward_*hook do, but by one name in all layers: with ids, none would share a compiled graph
-            hook = f"aqlm_c.joined.{names[0]}"
             module._forward_pre_hooks[hook] = group.begin
             module._forward_hooks[hook], module._forward_hooks_always_called[hook] = group.end, True
             for place, member in enumerate(members):

@@ -183,7 +183,7 @@ class QuantizedLinear(QuantizedLayer):
             self.codes.data = ops.pack(codes)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "joined"}  # the group is the original's
+        return {name: value for name, value in super().__getstate__().items() if name != "joined"}  # the original's
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

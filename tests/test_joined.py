@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from tiny import random_tokens, write_published
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -68,6 +69,11 @@ def calls(monkeypatch):
     return found
 
 
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(Joined, "device_type", "cpu")
+
+
 def joined(**options):
     attention = Attention(**options)
     assert join_linears(attention) == 1
@@ -90,7 +96,7 @@ def check(attention, x):
 @pytest.mark.parametrize("inference", [False, True])
 def test_all_at_the_first(calls, bias, inference):
     attention = joined(bias=bias)
-    with torch.inference_mode(inference):
+    with torch.inference_mode() if inference else torch.no_grad():
         for seed in range(3):
             check(attention, row(seed)[None])
     assert calls == [3] * 3
@@ -160,6 +166,11 @@ def test_a_forward_that_wants_less_ends_it(calls):
     assert calls == [3]
     group = attention.q_proj.joined[0]
     assert not group.is_on and group._left is None
+    attention.use = None
+    check(attention, row())
+    assert calls == [3] and join_linears(attention) == 1  # until it is asked again
+    check(attention, row())
+    assert calls == [3, 3]
 
 
 def test_a_forward_that_fails_leaves_nothing(calls):
@@ -215,6 +226,36 @@ def test_members_elsewhere(calls):
     assert calls == []
 
 
+def test_gradients_within_a_forward(calls):
+    """What is not joined has them, whatever came before."""
+
+    def use(self, x):
+        with torch.no_grad():
+            q = self.q_proj(x)
+        return [q, self.k_proj(x), self.v_proj(x)]
+
+    attention = joined(use=use)
+    with torch.enable_grad():
+        q, k, v = attention(row().requires_grad_())
+    assert (q.requires_grad, k.requires_grad, v.requires_grad) == (False, True, True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointing(on_cpu, compiled):
+    """It runs the forward again, and torch 2.11 compiles nothing that stores an attribute in it."""
+
+    def forward(x):
+        return torch.cat(torch.utils.checkpoint.checkpoint(attention, x, use_reentrant=False), -1)
+
+    attention = joined()
+    f = torch.compile(forward, fullgraph=True, backend="aot_eager") if compiled else forward
+    with torch.enable_grad():
+        x = row().requires_grad_()
+        (grad,) = torch.autograd.grad(f(x).sum(), x)
+        (true,) = torch.autograd.grad(torch.cat(attention.apart(x), -1).sum(), x)
+    assert torch.equal(grad, true)
+
+
 def test_training(calls):
     attention = joined()
     with torch.enable_grad():
@@ -256,7 +297,7 @@ def test_threads(calls):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert not wrong and attention.q_proj.joined[0].is_on
 
 
 def test_copies_and_memory(calls):
@@ -268,6 +309,10 @@ def test_copies_and_memory(calls):
         assert join_linears(other) == 1
         check(other, row())
         assert calls.pop() == 3
+    attention.q_proj.compile(backend="eager")
+    for other in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
+        other.q_proj.scales.zero_()
+        assert not other.q_proj(row()).any()
     gc.collect()
     gc.disable()
     try:
@@ -288,11 +333,6 @@ def recorder():
         return graph.forward
 
     return backend, found
-
-
-@pytest.fixture
-def on_cpu(monkeypatch):
-    monkeypatch.setattr(Joined, "device_type", "cpu")
 
 
 def test_compiled(on_cpu):
