@@ -89,7 +89,8 @@ class Joined:
         """Those of all members, if they are as they were when they were joined."""
         parent = self.parent()
         members = [parent._modules.get(name) for name in self.names] if parent is not None else []
-        if not members or not all(map(self._has, members)):
+        hooked = global_hooks._global_forward_pre_hooks or global_hooks._global_forward_hooks
+        if hooked or not members or not all(map(self._has, members)):
             return None
         weights = [(m.codes, m.codebooks, m.scales, m.bias) for m in members]
         return weights if all(codes.device == device for codes, *_ in weights) else None
@@ -100,15 +101,10 @@ class Joined:
             and member.joined is not None
             and member.joined[0] is self
             and not (member._forward_pre_hooks or member._forward_hooks or "forward" in member.__dict__)
-            and not (global_hooks._global_forward_pre_hooks or global_hooks._global_forward_hooks)
         )
 
-    def __getstate__(self) -> dict[str, Any]:  # of a copy of the parent, whose hooks we are: its members are apart
-        return {"parent": _nothing, "names": self.names, "is_on": False, "_runs": None, "_left": None}
-
-
-def _nothing() -> None:
-    return None
+    def __reduce__(self) -> tuple[Any, ...]:  # for the hooks of a copied parent: a group of nobody
+        return Joined, (nn.Module(), self.names)
 
 
 def _thread() -> int:

@@ -210,7 +210,7 @@ size_t workspace_of(const aqlm_product *products, int count, aqlm_dtype dtype, i
     return bytes;
 }
 
-/* launch(products, how many, n_rows) for those of one launch each, by up to MAX_ROWS rows, until it fails. */
+/* launch(products, how many, first row, how many) for those of one launch, by up to MAX_ROWS rows, until it fails. */
 template <class Launch>
 cudaError_t for_each_launch(const aqlm_product *products, int64_t count, aqlm_dtype dtype, int64_t n_rows,
                             const Device &device, const Launch &launch) {

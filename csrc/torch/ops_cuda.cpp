@@ -165,7 +165,7 @@ std::vector<Tensor> matmul_joined(const Tensor &x, std::vector<Tensor> codes, st
             product_of(p, w, added.emplace_back(ready_bias(joined.bias(m), x, w.view.shape.out_features))));
         ys.push_back(p.y);
     }
-    if (made[0].n_rows) run(made[0], products.data(), static_cast<int64_t>(products.size()), weights[0].stream);
+    run(made[0], products.data(), static_cast<int64_t>(products.size()), weights[0].stream);
     return ys;
 }
 
