@@ -68,6 +68,19 @@ cudaError_t find_table_cut(TableCut &cut, const aqlm_product *products, int coun
     return find_table_cut(cut, products->w.shape, outs, count, device);
 }
 
+template <class T, int G> auto table_launcher(int64_t num_codebooks) {
+    switch (num_codebooks) {
+    case 1:
+    case 2:
+    case 4: return launch_table_kernel<T, G, 1>;
+    case 8: return launch_table_kernel<T, G, 2>;
+    case 3:
+    case 6: return launch_table_kernel<T, G, 3>;
+    }
+    if constexpr (G == 8) return num_codebooks == 5 ? launch_table_kernel<T, G, 5> : launch_table_kernel<T, G, 7>;
+    else return launch_table_kernel<float, 0, ANY_PERIOD>;
+}
+
 template <class T> cudaError_t run_tables(const Problem &p) {
     const aqlm_weight &first = p.products->w;
     const aqlm_shape &s = first.shape;
@@ -87,15 +100,13 @@ template <class T> cudaError_t run_tables(const Problem &p) {
         sums += static_cast<size_t>(t.cut.parts) * p.n_rows * out;
     }
     const auto launch = [&](auto kernel) { return kernel(t, weights, p.count, p.n_rows, p.device, p.stream); };
-    if constexpr (!std::is_same_v<T, float>) {
-        const int64_t K = s.num_codebooks, g = s.in_group_size;
-        const bool few = K == 1 || K == 2 || K == 4;
-        if (few && g == 4) return launch(launch_table_kernel<T, 4>);
-        if (few && g == 8) return launch(launch_table_kernel<T, 8>);
-        if (few && g == 16) return launch(launch_table_kernel<T, 16>);
-        if (K == 8 && g == 8 && s.nbits_per_codebook == 8) return launch(launch_table_kernel<T, 8, true>);
-    }
-    return launch(launch_table_kernel<float, 0>);
+    if constexpr (std::is_same_v<T, float>) return launch(launch_table_kernel<float, 0, ANY_PERIOD>);
+    else switch (s.in_group_size) {
+        case 4: return launch(table_launcher<T, 4>(s.num_codebooks));
+        case 8: return launch(table_launcher<T, 8>(s.num_codebooks));
+        case 16: return launch(table_launcher<T, 16>(s.num_codebooks));
+        default: return launch(table_launcher<T, 32>(s.num_codebooks));
+        }
 }
 
 template <class T> cudaError_t run_gather(const Problem &p) {

@@ -54,45 +54,35 @@ __device__ inline int table_at(int i, int entry, int lane) {
     return (i >> 1) * (TABLE_BYTES / 2) + entry * 256 + (i & 1) * 128 + lane * 4;
 }
 
-/* Tables by matrix instructions: rows are the groups of x, columns entries. K divides 8. Warp w makes the tables of
- * code w % 4 of every lane, 8 entries at a time. Lanes of one quarter of a warp hold the same rows for different
- * entries, that is the same bank, so each stores its four rows in another order. EIGHT: K is 8, and a lane's four codes
- * are half of those of a group, so that its two matrices have two codebooks.
+/* Tables by matrix instructions: rows are the groups of x, columns entries. Warp w makes the tables of code w % 4 of
+ * every lane, 8 entries at a time. Lanes of one quarter of a warp hold the same rows for different entries, that is the
+ * same bank, so each stores its four rows in another order.
  *
  * What a member function needs is found in it: between their calls, time passes that costs nothing. */
-template <class T, int G, bool EIGHT> struct TableBuilder {
+template <class T, int G> struct TableRows {
     static constexpr int STEPS = G < 8 ? 1 : G / 8, WARPS_APART = TABLE_WARPS / 4, TILES = 256 / 8 / WARPS_APART;
-    static constexpr int ROWS = 4, BOOKS = EIGHT ? 2 : 1; /* rows of a lane: matrix s / 2, half s % 2 */
-    const unsigned char *x, *entries;                     /* this lane's word of its first group and entry */
-    const unsigned char *from[ROWS];                      /* where x is loaded from, NULL for zeros */
-    int mask, group, groups, log_k, warp, lane, second_book;
+    static constexpr int ROWS = 4;    /* rows of a lane: matrix s / 2, half s % 2 */
+    const unsigned char *x, *entries; /* this lane's word of `group`, and of its first entry of the first codebook */
+    const unsigned char *from[ROWS];  /* where x is loaded from, NULL for zeros */
+    int mask, group, groups, warp, lane;
     uint32_t tables[ROWS]; /* where entries of the rows start, in the order of storing */
-    uint32_t a[ROWS][STEPS], b[TILES][BOOKS][STEPS];
+    uint32_t a[ROWS][STEPS];
 
-    __device__ TableBuilder(const TableProblem &p, const TableWeight &w, int warp, int lane, size_t x_row)
-        : warp(warp), lane(lane) {
-        const int i = warp % 4, row = lane / 4, quad = lane % 4, entry = warp / 4 * 8 + row;
-        log_k = EIGHT ? 3 : p.num_codebooks / 2;
-        mask = p.entries - 1;
-        groups = p.groups;
-        group = EIGHT ? row : (4 * row + i) >> log_k;
-        const int book = i & (p.num_codebooks - 1);
-        second_book = 4 * p.entries * G * 2;
-        /* fewer than 256 entries recur, so that the unused high bits of a code do not matter */
+    /* Fewer than 256 entries recur, so that the unused high bits of a code do not matter. */
+    __device__ TableRows(const TableProblem &p, const TableWeight &w, int group, int book, int warp, int lane,
+                         size_t x_row)
+        : mask(p.entries - 1), group(group), groups(p.groups), warp(warp), lane(lane) {
+        const int entry = warp / 4 * 8 + lane / 4, word = 2 * (lane % 4);
         entries = static_cast<const unsigned char *>(w.codebooks) +
-                  (static_cast<size_t>(book * p.entries + (entry & mask)) * G + 2 * quad) * 2;
-        x = static_cast<const unsigned char *>(p.x) + ((x_row * p.groups + group) * G + 2 * quad) * 2;
+                  (static_cast<size_t>(book * p.entries + (entry & mask)) * G + word) * 2;
+        x = static_cast<const unsigned char *>(p.x) + ((x_row * p.groups + group) * G + word) * 2;
     }
 
     __device__ bool has_words() const { return G >= 8 || lane % 4 < 2; }
 
-    /* Chooses the groups of the codes from first_code on. */
-    __device__ void aim(int first_code) {
-#pragma unroll
-        for (int s = 0; s < ROWS; ++s) {
-            const int ahead = (first_code >> log_k) + (EIGHT ? 8 * (s % 2) : (32 >> log_k) * s);
-            from[s] = has_words() && group + ahead < groups ? x + ahead * (G * 2) : nullptr;
-        }
+    /* Row s is the group that many ahead of `group`. */
+    __device__ void aim_row(int s, int ahead) {
+        from[s] = has_words() && group + ahead < groups ? x + ahead * (G * 2) : nullptr;
     }
 
     __device__ void load() {
@@ -103,56 +93,29 @@ template <class T, int G, bool EIGHT> struct TableBuilder {
                 a[s][step] = from[s] ? __ldg(reinterpret_cast<const uint32_t *>(from[s] + step * 16)) : 0;
     }
 
-    /* They are those of every slice, but kept they would take registers from looking up. */
-    __device__ void load_entries() {
-        const auto load_with = [&](int mask) {
-#pragma unroll
-            for (int t = 0; t < TILES; ++t)
-#pragma unroll
-                for (int m = 0; m < BOOKS; ++m)
-#pragma unroll
-                    for (int step = 0; step < STEPS; ++step) {
-                        const int offset = (t * WARPS_APART * 8 & mask) * G * 2 + step * 16 + (m ? second_book : 0);
-                        b[t][m][step] = has_words() ? __ldg(reinterpret_cast<const uint32_t *>(entries + offset)) : 0;
-                    }
-        };
-        if (mask == 255) load_with(255); /* all addresses are constants apart */
-        else {
-            int of_codes = mask;
-            asm volatile("" : "+r"(of_codes)); /* lest addresses are kept for all rounds */
-            load_with(of_codes);
-        }
+    __device__ uint32_t load_entry(int offset) const {
+        return has_words() ? __ldg(reinterpret_cast<const uint32_t *>(entries + offset)) : 0;
     }
 
-    __device__ void find_tables() {
-        const int row = lane / 4;
-        int lanes[ROWS], order[ROWS];
-#pragma unroll
-        for (int s = 0; s < ROWS; ++s) lanes[s] = EIGHT ? 16 * (s % 2) + 2 * row + s / 2 : 8 * s + row;
+    /* Of the rows, whose codes are of these lanes. */
+    __device__ void find_tables_of(const int (&lanes)[ROWS]) {
+        int order[ROWS];
         rotate(order, lanes);
 #pragma unroll
         for (int s = 0; s < ROWS; ++s) tables[s] = table_at(warp % 4, warp / 4 * 8 + 2 * (lane % 4), order[s]);
     }
 
-    __device__ void store(unsigned char *to) const {
+    /* The products of the rows with 8 entries. */
+    __device__ void store_tile(unsigned char *to, int t, const float (&c)[2][4]) const {
 #pragma unroll
-        for (int t = 0; t < TILES; ++t) {
-            float c[2][4] = {};
+        for (int column = 0; column < 2; ++column) {
+            const float v[ROWS] = {c[0][column], c[0][2 + column], c[1][column], c[1][2 + column]};
+            float stored[ROWS];
+            rotate(stored, v);
+            const int entry = t * WARPS_APART * 8 + column;
 #pragma unroll
-            for (int m = 0; m < 2; ++m)
-#pragma unroll
-                for (int step = 0; step < STEPS; ++step)
-                    mma_k8<T>(c[m], a[2 * m][step], a[2 * m + 1][step], b[t][m % BOOKS][step]);
-#pragma unroll
-            for (int column = 0; column < 2; ++column) {
-                const float v[ROWS] = {c[0][column], c[0][2 + column], c[1][column], c[1][2 + column]};
-                float stored[ROWS];
-                rotate(stored, v);
-                const int entry = t * WARPS_APART * 8 + column;
-#pragma unroll
-                for (int s = 0; s < ROWS; ++s)
-                    *reinterpret_cast<float *>(to + tables[s] + table_at(0, entry, 0)) = stored[s];
-            }
+            for (int s = 0; s < ROWS; ++s)
+                *reinterpret_cast<float *>(to + tables[s] + table_at(0, entry, 0)) = stored[s];
         }
     }
 
@@ -166,8 +129,114 @@ template <class T, int G, bool EIGHT> struct TableBuilder {
     }
 };
 
+/* K = PERIOD << log_k. From lane to lane the codebooks of a warp's code recur with PERIOD. Lanes are sorted by them, so
+ * that matrix m has those from m * (PERIOD / 2) on, BOOKS of them. Where these are several, all rows are multiplied
+ * with each, but as zeros if they are not its. */
+template <class T, int G, int PERIOD> struct TableBuilder : TableRows<T, G> {
+    using Rows = TableRows<T, G>;
+    using Rows::a, Rows::lane, Rows::mask, Rows::ROWS, Rows::STEPS, Rows::TILES, Rows::warp, Rows::WARPS_APART;
+    static constexpr int BOOKS = PERIOD % 2 ? PERIOD / 2 + 1 : 1;
+    static constexpr int AT_A_TIME = PERIOD * STEPS * TILES <= 64 ? TILES : TILES / 2; /* as many as registers hold */
+    static constexpr bool TURNS = PERIOD > 2; /* codebooks differ from slice to slice */
+    int log_k, book_bytes, first_book;
+    uint32_t b[AT_A_TIME][PERIOD][STEPS];
+
+    static __device__ int log_of(int num_codebooks) { return PERIOD == 2 ? 2 : num_codebooks / PERIOD / 2; }
+    static __device__ int first_group(const TableProblem &p, int warp, int lane) {
+        if constexpr (TURNS) return 0;
+        return PERIOD == 2 ? lane / 4 : (lane / 4 * 4 + warp % 4) >> log_of(p.num_codebooks);
+    }
+
+    __device__ TableBuilder(const TableProblem &p, const TableWeight &w, int warp, int lane, size_t x_row)
+        : Rows(p, w, first_group(p, warp, lane), TURNS ? 0 : warp % 4 & (p.num_codebooks - 1), warp, lane, x_row),
+          log_k(log_of(p.num_codebooks)), book_bytes(p.entries * G * 2) {}
+
+    /* Of row s: its place among the sorted lanes, which of PERIOD codebooks it has, its lane. */
+    __device__ int place(int s) const { return 8 * s + lane / 4; }
+    static constexpr int EACH = 32 / PERIOD, MORE = 32 % PERIOD; /* lanes of a codebook; codebooks that have one more */
+    __device__ int book(int s) const {
+        if constexpr (!TURNS) return s * PERIOD / ROWS;
+        const int at = place(s);
+        return at < MORE * (EACH + 1) ? at / (EACH + 1) : (at - MORE) / EACH;
+    }
+    __device__ int lane_of(int s) const { return book(s) + PERIOD * (place(s) - book(s) * EACH - min(book(s), MORE)); }
+
+    /* Chooses the groups of the codes from first_code on. */
+    __device__ void aim(int first_code) {
+#pragma unroll
+        for (int s = 0; s < ROWS; ++s) {
+            if constexpr (TURNS) this->aim_row(s, (first_code + 4 * lane_of(s) + warp % 4) / PERIOD >> log_k);
+            else this->aim_row(s, (first_code >> log_k + PERIOD - 1) + (PERIOD == 2 ? 8 * (s % 2) : (32 >> log_k) * s));
+        }
+        if constexpr (TURNS) first_book = first_code + warp % 4;
+    }
+
+    /* They are those of every slice, but kept they would take registers from looking up. */
+    __device__ void load_entries(int first_tile = 0) {
+        int book_at[PERIOD];
+#pragma unroll
+        for (int m = 0; m < PERIOD; ++m) {
+            const int next = TURNS ? first_book + 4 * m : 4 * m;
+            book_at[m] = (!TURNS ? next : log_k ? next % (2 * PERIOD) : next % PERIOD) * book_bytes;
+        }
+        const auto load_with = [&](int mask) {
+#pragma unroll
+            for (int t = 0; t < AT_A_TIME; ++t)
+#pragma unroll
+                for (int m = 0; m < PERIOD; ++m)
+#pragma unroll
+                    for (int step = 0; step < STEPS; ++step)
+                        b[t][m][step] = this->load_entry(((first_tile + t) * WARPS_APART * 8 & mask) * G * 2 +
+                                                         step * 16 + book_at[m]);
+        };
+        if (mask == 255) load_with(255); /* all addresses are constants apart */
+        else {
+            int of_codes = mask;
+            asm volatile("" : "+r"(of_codes)); /* lest addresses are kept for all rounds */
+            load_with(of_codes);
+        }
+    }
+
+    __device__ void find_tables() { this->find_tables_of({lane_of(0), lane_of(1), lane_of(2), lane_of(3)}); }
+
+    __device__ void store(unsigned char *to) {
+        uint32_t of_book[ROWS][BOOKS][STEPS];
+#pragma unroll
+        for (int s = 0; s < ROWS; ++s)
+#pragma unroll
+            for (int k = 0; k < BOOKS; ++k)
+#pragma unroll
+                for (int step = 0; step < STEPS; ++step)
+                    of_book[s][k][step] = BOOKS == 1 || book(s) == s / 2 * (PERIOD / 2) + k ? a[s][step] : 0;
+#pragma unroll
+        for (int first = 0; first < TILES; first += AT_A_TIME) {
+            if (first > 0) load_entries(first);
+#pragma unroll
+            for (int t = 0; t < AT_A_TIME; ++t) {
+                float c[2][4] = {};
+#pragma unroll
+                for (int m = 0; m < 2; ++m)
+#pragma unroll
+                    for (int k = 0; k < BOOKS; k += 2)
+#pragma unroll
+                        for (int step = 0; step < STEPS; ++step) {
+                            const auto &upper = of_book[2 * m], &lower = of_book[2 * m + 1];
+                            const auto &books = b[t] + m * (PERIOD / 2);
+                            if (k + 1 < BOOKS)
+                                mma_k16<T>(c[m], upper[k][step], lower[k][step], upper[k + 1][step], lower[k + 1][step],
+                                           books[k][step], books[k + 1][step]);
+                            else mma_k8<T>(c[m], upper[k][step], lower[k][step], books[k][step]);
+                        }
+                this->store_tile(to, first + t, c);
+            }
+        }
+    }
+};
+
+constexpr int ANY_PERIOD = 0;
+
 /* The same for any K, g and dtypes, a lane its own tables. */
-template <> struct TableBuilder<float, 0, false> {
+template <> struct TableBuilder<float, 0, ANY_PERIOD> {
     const TableProblem &p;
     const TableWeight &w;
     int warp, lane, first_code;
@@ -217,7 +286,7 @@ template <int WIDTH = BATCH / 2> __device__ inline float reduce_batch(float (&v)
 
 /* T float: tables of any dtypes. grid [size, clusters, parts * n_rows], clusters of [size]. The order is by what is
  * waited for: nothing is found before it is needed, or after while loads are on their way. */
-template <class T, int G, bool EIGHT>
+template <class T, int G, int PERIOD>
 __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     table_kernel(const TableProblem p, const __grid_constant__ TableWeights weights) {
     extern __shared__ __align__(1024) unsigned char shared[];
@@ -236,7 +305,7 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     const int row_codes = p.groups * p.num_codebooks, first_slice = part * p.cut.slices_of_part;
     const auto first_row = static_cast<size_t>(min(first_out + warp * BATCH + lane % BATCH, w.out - 1));
     prefetch(w.codes + first_row * row_codes + min((first_slice + rank) * TABLE_CODES, row_codes - 1));
-    TableBuilder<T, G, EIGHT> builder(p, w, warp, lane, x_row);
+    TableBuilder<T, G, PERIOD> builder(p, w, warp, lane, x_row);
     builder.aim((first_slice + rank) * TABLE_CODES);
     wait_for_kernels_before();
     builder.load();
@@ -373,7 +442,7 @@ inline cudaError_t find_table_cut(TableCut &best, const aqlm_shape &s, const int
      * look up at a time, more of which would wait for memory */
     constexpr int TABLES_COST = 480, SUM_COST = 250, PART_COST = 2, AT_A_TIME = 110, MOST_ROUNDS = 8;
     constexpr int64_t MOST_PARTS = 1024;
-    constexpr auto kernel = table_kernel<float, 0, false>;
+    constexpr auto kernel = table_kernel<float, 0, ANY_PERIOD>;
     if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
     int64_t all_outs = 0;
     for (int m = 0; m < count; ++m) all_outs += outs[m];
@@ -410,10 +479,10 @@ inline cudaError_t find_table_cut(TableCut &best, const aqlm_shape &s, const int
 }
 
 /* Of `count` weights, whose place among the clusters it finds. */
-template <class T, int G, bool EIGHT = false>
+template <class T, int G, int PERIOD>
 cudaError_t launch_table_kernel(const TableProblem &p, TableWeights &weights, int count, int n_rows,
                                 const Device &device, cudaStream_t stream) {
-    constexpr auto kernel = table_kernel<T, G, EIGHT>;
+    constexpr auto kernel = table_kernel<T, G, PERIOD>;
     if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
     const int parts = p.cut.parts, size = p.cut.size, share = p.cut.share;
     int clusters = 0, most_outs = 0;

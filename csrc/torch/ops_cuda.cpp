@@ -2,6 +2,7 @@
  * without CUDA lacks what it links to. Schemas: ops_cpu.cpp; fake kernels and gradients: aqlm_c/ops.py. */
 #include <Python.h>
 
+#include <algorithm>
 #include <array>
 #include <deque>
 #include <optional>
@@ -84,10 +85,20 @@ struct Product {
         y = torch::stable::new_empty(x, size);
         n_rows = x.numel() / from;
     }
+
+    Tensor x_rows() const { return torch::stable::view(x, {n_rows, x.size(x.dim() - 1)}); }
+    Tensor y_rows() const { return torch::stable::view(y, {n_rows, y.size(y.dim() - 1)}); }
 };
 
-/* Entries of W that are dense at a time: room for a GPU to be busy, little beside a model. */
-constexpr int64_t SLICE = int64_t{1} << 26;
+constexpr int64_t TILE = 128; /* widths of which torch's product is fast */
+
+/* How many of `count` outputs or groups, `width` entries of W each, are dense at a time: room for a GPU to be busy,
+ * little beside a model. */
+int64_t slice_of(int64_t count, int64_t width, int64_t multiple) {
+    constexpr int64_t MOST = int64_t{1} << 26;
+    const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    return std::min(count, up(up(count, up(count * width, MOST)), multiple) * multiple);
+}
 
 /* name(arguments...), an ATen operator whose first Results results are tensors. */
 template <size_t Results = 1, class... Arguments>
@@ -135,15 +146,15 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
         return p.y;
     }
     const int64_t groups = s.in_features / s.in_group_size;
-    const int64_t slice = std::max<int64_t>(1, SLICE / s.in_features);
-    if (slice >= s.out_features)
-        return call("aten::linear", "", p.x, w.decode(p.x, 0, s.out_features, 0, groups), bias)[0];
+    const int64_t slice = slice_of(s.out_features, s.in_features, TILE);
+    if (slice == s.out_features) return call("aten::linear", "", p.x, w.decode(p.x, 0, slice, 0, groups), bias)[0];
+    const Tensor x_rows = p.x_rows();
+    Tensor y_rows = p.y_rows();
     for (int64_t o = 0; o < s.out_features; o += slice) {
         const int64_t n = std::min(slice, s.out_features - o);
         std::optional<Tensor> part;
         if (bias) part = narrow(*bias, 0, o, n);
-        Tensor to = narrow(p.y, p.y.dim() - 1, o, n);
-        torch::stable::copy_(to, call("aten::linear", "", p.x, w.decode(p.x, o, n, 0, groups), part)[0]);
+        call("aten::linear", "out", x_rows, w.decode(p.x, o, n, 0, groups), part, narrow(y_rows, 1, o, n));
     }
     return p.y;
 }
@@ -175,13 +186,15 @@ Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &
     const aqlm_shape &s = w.view.shape;
     Product p(grad_y, "grad_y", s.out_features, s.in_features);
     const int64_t groups = s.in_features / s.in_group_size;
-    const int64_t slice = std::max<int64_t>(1, SLICE / (s.out_features * s.in_group_size));
     if (p.n_rows == 0) return p.y;
-    if (slice >= groups) return torch::stable::matmul(p.x, w.decode(p.x, 0, s.out_features, 0, groups));
+    const int64_t slice = slice_of(groups, s.out_features * s.in_group_size, TILE / s.in_group_size);
+    if (slice == groups) return torch::stable::matmul(p.x, w.decode(p.x, 0, s.out_features, 0, groups));
+    const Tensor x_rows = p.x_rows();
+    Tensor y_rows = p.y_rows();
     for (int64_t j = 0; j < groups; j += slice) {
         const int64_t n = std::min(slice, groups - j);
-        Tensor to = narrow(p.y, p.y.dim() - 1, j * s.in_group_size, n * s.in_group_size);
-        torch::stable::copy_(to, torch::stable::matmul(p.x, w.decode(p.x, 0, s.out_features, j, n)));
+        call("aten::mm", "out", x_rows, w.decode(p.x, 0, s.out_features, j, n),
+             narrow(y_rows, 1, j * s.in_group_size, n * s.in_group_size));
     }
     return p.y;
 }
