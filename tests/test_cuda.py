@@ -335,3 +335,23 @@ def test_slices(out, in_features):
     (grad_x,) = torch.autograd.grad(y, x, grad_y)
     true = grad_y.double() @ W
     assert float((grad_x - true).norm()) <= 1e-3 * float(true.norm())
+
+
+def test_errors():
+    codes, codebooks, scales = random_weight((64, 128, 2, 8, 1, 8), torch.float16)
+    x = random(1, 128, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match=r"codebooks: got a tensor elsewhere, expected it on cuda:0 as codes"):
+        ops.matmul(x, codes, codebooks.cpu(), scales)
+    with pytest.raises(RuntimeError, match=r"x: got shape \[1, 127\], expected \[..., 128\]"):
+        ops.matmul(x[:, 1:], codes, codebooks, scales)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on the PATH")
+def test_without_torch(tmp_path):
+    """cuda_check.cu, which is also what compute-sanitizer runs."""
+    program = tmp_path / "cuda_check"
+    kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    flags = ["-std=c++17", "-O3", "-arch=native", "--threads=0", f"-I{ROOT / 'csrc'}"]
+    subprocess.run(["nvcc", *flags, ROOT / "tests/cuda_check.cu", *kernels, "-o", program], check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
