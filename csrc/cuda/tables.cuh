@@ -62,7 +62,7 @@ __device__ inline int table_at(int i, int entry, int lane) {
 template <class T, int G> struct TableRows {
     static constexpr int STEPS = G < 8 ? 1 : G / 8, WARPS_APART = TABLE_WARPS / 4, TILES = 256 / 8 / WARPS_APART;
     static constexpr int ROWS = 4;    /* rows of a lane: matrix s / 2, half s % 2 */
-    const unsigned char *x, *entries; /* this lane's word of `group`, and of its first entry of the first codebook */
+    const unsigned char *x, *entries; /* this lane's word of `group`, and of its first entry of `book` */
     const unsigned char *from[ROWS];  /* where x is loaded from, NULL for zeros */
     int mask, group, groups, warp, lane;
     uint32_t tables[ROWS]; /* where entries of the rows start, in the order of storing */
@@ -171,7 +171,7 @@ template <class T, int G, int PERIOD> struct TableBuilder : TableRows<T, G> {
         if constexpr (TURNS) first_book = first_code + warp % 4;
     }
 
-    /* They are those of every slice, but kept they would take registers from looking up. */
+    /* Unless codebooks turn they are those of every slice, but kept they would take registers from looking up. */
     __device__ void load_entries(int first_tile = 0) {
         int book_at[PERIOD];
 #pragma unroll
