@@ -7,50 +7,52 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .versions import __version__
 
 _HOMES = {
-    "AqlmConfig": "config",
-    "Hessian": "solver",
-    "QuantizedWeight": "solver",
-    "quantize_weight": "solver",
-    "QuantizedLinear": "linear",
+    "AqlmConfig": "recipe",
+    "Format": "format",
+    "Hessian": "weights",
+    "QuantizedWeight": "weights",
+    "quantize_weight": "weights",
+    "QuantizedLinear": "nn.linear",
     "quantize_linear": "quantize",
     "quantize_model": "quantize",
-    "join_linears": "joined",
-    "save_quantized": "checkpoint",
+    "join_linears": "nn.grouped",
+    "save_quantized": "io.checkpoint",
     "push_to_hub": "hf.card",
-    "load_model": "models",
-    "load_sequences": "data",
-    "token_stream": "data",
+    "load_model": "hf.models",
+    "load_sequences": "io.data",
+    "token_stream": "io.data",
     "perplexity": "evaluate",
-    "LayerReport": "report",
-    "QuantizationReport": "report",
-    "PRESETS": "run",
-    "RunConfig": "run",
+    "LayerReport": "report.report",
+    "QuantizationReport": "report.report",
+    "PRESETS": "recipe",
+    "RunConfig": "recipe",
 }
 
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:  # what type checkers and editors read
-    from .checkpoint import save_quantized as save_quantized
-    from .config import AqlmConfig as AqlmConfig
-    from .data import load_sequences as load_sequences
-    from .data import token_stream as token_stream
     from .evaluate import perplexity as perplexity
+    from .format import Format as Format
     from .hf.card import push_to_hub as push_to_hub
-    from .joined import join_linears as join_linears
-    from .linear import QuantizedLinear as QuantizedLinear
-    from .models import load_model as load_model
+    from .hf.models import load_model as load_model
+    from .io.checkpoint import save_quantized as save_quantized
+    from .io.data import load_sequences as load_sequences
+    from .io.data import token_stream as token_stream
+    from .nn.grouped import join_linears as join_linears
+    from .nn.linear import QuantizedLinear as QuantizedLinear
     from .quantize import quantize_linear as quantize_linear
     from .quantize import quantize_model as quantize_model
-    from .report import LayerReport as LayerReport
-    from .report import QuantizationReport as QuantizationReport
-    from .run import PRESETS as PRESETS
-    from .run import RunConfig as RunConfig
-    from .solver import Hessian as Hessian
-    from .solver import QuantizedWeight as QuantizedWeight
-    from .solver import quantize_weight as quantize_weight
+    from .recipe import PRESETS as PRESETS
+    from .recipe import AqlmConfig as AqlmConfig
+    from .recipe import RunConfig as RunConfig
+    from .report.report import LayerReport as LayerReport
+    from .report.report import QuantizationReport as QuantizationReport
+    from .weights import Hessian as Hessian
+    from .weights import QuantizedWeight as QuantizedWeight
+    from .weights import quantize_weight as quantize_weight
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # the program decides what is shown
 

@@ -7,7 +7,7 @@ import sys
 def main() -> int:
     """The command line, with Ctrl-C answered while it is still being imported."""
     try:
-        from .cli import main
+        from .cli.main import main
 
         code = main()
     except KeyboardInterrupt:

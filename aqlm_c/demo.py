@@ -13,11 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .cli import Display, prepare, show
-from .data import BUNDLED, token_stream
+from .cli.display import Display, prepare, show
 from .evaluate import perplexity
-from .models import load_model
-from .run import PRESETS, RunConfig, run
+from .hf.models import load_model
+from .io.data import BUNDLED, token_stream
+from .recipe import PRESETS, RunConfig
+from .run import run
 
 PROMPT = "The capital of France is"
 LIMIT = 6.0  # times the original's perplexity
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch  # after .cli, which silences the bars of others
 
-    from .checkpoint import check_output
+    from .io.checkpoint import check_output
 
     length = options.sequence_length
     wanted = ("model", "out", "scheme", "preset", "samples", "sequence_length", "threads")

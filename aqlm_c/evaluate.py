@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .data import check_token_ids
+from .io.data import check_token_ids
 
 _SLICE = 256  # positions whose logits are held in float32 at a time
 _MAX_LOSS = 700.0  # exp of a little more overflows

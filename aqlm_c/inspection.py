@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
-from .config import FORMAT, AqlmConfig
-from .report import kind_of, make_table, megabytes
-from .run import RunConfig
+from .errors import wrong
+from .files import read_json_object
+from .format import FIELDS, Format, Rules
+from .io import checkpoint
+from .model.kinds import kind_of
+from .recipe import RunConfig
+from .report.tables import make_table
+from .units import megabytes
 
 _METHODS = ("aqlm", "aqlm_c")
 _MAPPINGS = ("config", "data", "versions")  # of what follows
@@ -119,8 +122,8 @@ def inspect_model(directory: str | os.PathLike[str]) -> Inspection:
     missing or damaged.
     """
     directory = Path(directory)
-    fields, config, tensors = _read(directory)
-    linears = checkpoint.stored_linears(tensors) if config else {}
+    fields, quantized, tensors = _read(directory)
+    linears = checkpoint.stored_linears(tensors) if quantized else {}
     vocabulary = _vocabulary(fields)
     layers, embeddings, seen = [], [], set()
     for name, tensor in tensors.items():
@@ -180,11 +183,11 @@ def check_model(directory: str | os.PathLike[str]) -> int:
     return len(tensors)
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], AqlmConfig | None, dict[str, checkpoint.StoredTensor]]:
-    """config.json, the format of its quantized linears (None: it has none), and the headers of all tensors."""
+def _read(directory: Path) -> tuple[dict[str, Any], bool, dict[str, checkpoint.StoredTensor]]:
+    """config.json, whether it says that there are quantized layers, and the headers of all tensors."""
     if not (directory / "config.json").is_file():
-        raise ValueError(f"model={str(directory)!r}: expected a directory with config.json and *.safetensors")
-    fields = _read_json(directory / "config.json")
+        raise wrong("model", str(directory), "a directory with config.json and *.safetensors")
+    fields = read_json_object(directory / "config.json")
     tensors = checkpoint.read_directory(directory)
     if not tensors:
         raise ValueError(f"model={str(directory)!r}: no tensors in that directory, expected *.safetensors")
@@ -192,22 +195,13 @@ def _read(directory: Path) -> tuple[dict[str, Any], AqlmConfig | None, dict[str,
     if not isinstance(quantization, dict):
         raise ValueError(f"{directory / 'config.json'}: quantization_config={quantization!r}: expected an object")
     if quantization.get("quant_method") not in _METHODS:
-        return fields, None, tensors
+        return fields, False, tensors
     try:
-        formats = {name: quantization.get(name) for name in FORMAT}
-        return fields, AqlmConfig(**formats, rules=quantization.get("rules")), tensors
+        Format(**{name: quantization.get(name) for name in FIELDS})
+        Rules(quantization.get("rules"))
+        return fields, True, tensors
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return fields
 
 
 def _vocabulary(fields: dict[str, Any]) -> int | None:
@@ -225,21 +219,20 @@ def _quantized(name: str, parts: dict[str, checkpoint.StoredTensor]) -> Matrix:
             raise ValueError(
                 f"{name}.{part} in {parts[part].file}: {list(parts[part].shape)}, expected {n_sides} sides"
             )
-    num_codebooks, entries, out_group, in_group = books.shape
-    config = AqlmConfig(num_codebooks, entries.bit_length() - 1, in_group, out_group)
-    out_features, in_features = codes.shape[0] * out_group, codes.shape[1] * in_group
+    format = Format.of_codebooks(books.shape)
+    out_features, in_features = codes.shape[0] * format.out_group_size, codes.shape[1] * format.in_group_size
     floats = sum(checkpoint.n_bytes(parts[part]) for part in ("codebooks", "scales") if part in parts)
-    bits = config.code_bits_per_weight() + 8 * floats / max(1, out_features * in_features)
+    bits = format.code_bits_per_weight() + 8 * floats / max(1, out_features * in_features)
     n_bytes = sum(map(checkpoint.n_bytes, parts.values()))
-    return Matrix(name, out_features, in_features, config.scheme, bits, n_bytes, True)
+    return Matrix(name, out_features, in_features, format.scheme, bits, n_bytes, True)
 
 
 def _provenance(directory: Path) -> dict[str, Any]:
     if (directory / "report.json").is_file():
-        fields = _read_json(directory / "report.json")
+        fields = read_json_object(directory / "report.json")
         known = {name: fields[name] for name in _PROVENANCE if name in fields}
         foreign = any(not isinstance(known.get(name, {}), dict) for name in _MAPPINGS)
         return {} if foreign else known
     if (directory / "run.yaml").is_file():
-        return {"config": RunConfig.from_file(directory / "run.yaml").resolve()[1]}
+        return {"config": RunConfig.from_file(directory / "run.yaml").resolve().fields}
     return {}

@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 def machine(device: str = "cpu") -> dict[str, Any]:
     """CPU, cores, instruction set, GPU if it is the device, versions and commit, for the JSON."""
     from aqlm_c import _core
-    from aqlm_c.report import versions
+    from aqlm_c.versions import versions
 
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():

@@ -112,7 +112,7 @@ def captured(call: Callable[[], Any], device: str) -> Callable[[], Any]:
     if device == "cpu":
         call()
         return call
-    side = torch.cuda.Stream()
+    side = torch.cuda.Activations()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):

@@ -12,7 +12,8 @@ from _upstream import Upstream
 from torch import Tensor
 from torch.nn.functional import linear
 
-from aqlm_c import AqlmConfig, QuantizedLinear, join_linears, ops
+from aqlm_c import AqlmConfig, QuantizedLinear, join_linears
+from aqlm_c.nn import ops
 
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 LARGEST_ERROR = {"float32": 1e-3, "float16": 2e-3, "bfloat16": 1e-2}
@@ -175,7 +176,7 @@ def joined_rows(device: Any, schemes: list[str]) -> list[Row]:
             first = some()
             nbytes = sum(t.nbytes for weight in first for t in weight[:3])
             groups = [first, *(some() for _ in range(device.copies(nbytes) - 1))]
-            joined = device.time(lambda group, x=x: ops.matmul_joined(x, group), groups)
+            joined = device.time(lambda group, x=x: ops.matmul_grouped(x, group), groups)
             apart = device.time(lambda group, x=x: [ops.matmul(x, *weight) for weight in group], groups)
             rows.append(
                 {

@@ -77,7 +77,7 @@ def torch_worker(job: dict[str, Any]) -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from aqlm_c.hf.memory import give_back
-    from aqlm_c.models import load_model
+    from aqlm_c.hf.models import load_model
 
     torch.set_num_threads(job["threads"])
     dtype, tokenizer = getattr(torch, job["dtype"]), None
@@ -366,7 +366,7 @@ def main_gpu(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     import _bench
     import torch
 
-    from aqlm_c import ops
+    from aqlm_c.nn import ops
 
     if not (torch.cuda.is_available() and ops.has_cuda):
         parser.error("--device=cuda: expected a GPU that torch can use, and aqlm_c built with _cuda")

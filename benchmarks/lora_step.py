@@ -18,15 +18,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import aqlm_c.hf  # noqa: F401  (teaches PEFT the quantized layer)
-from aqlm_c import AqlmConfig, calibration, ops
-from aqlm_c.linear import QuantizedLinear
-from aqlm_c.models import load_model
+from aqlm_c import AqlmConfig
+from aqlm_c.hf.models import load_model
+from aqlm_c.nn import ops
+from aqlm_c.nn.linear import QuantizedLinear
 
 
 def with_random_codes(dense, scheme):
     """A copy of `dense` with random codes in the place of its blocks' linears, codebooks and scales float16."""
     config, model = AqlmConfig.from_scheme(scheme), copy.deepcopy(dense)
-    _, blocks = calibration.find_blocks(model)
+    _, blocks = find_blocks(model)
     for block in blocks:
         for name, linear in list(block.named_modules()):
             if isinstance(linear, torch.nn.Linear):

@@ -29,7 +29,8 @@ from _product import SHORT, Bench, call_rows, joined_rows
 from _roofline import plot
 from _upstream import Upstream
 
-from aqlm_c import AqlmConfig, ops
+from aqlm_c import AqlmConfig
+from aqlm_c.nn import ops
 
 LLAMA_7B = [(4096, 4096), (11008, 4096), (4096, 11008)]
 LLAMA_70B = [(8192, 8192), (28672, 8192), (8192, 28672)]

@@ -19,10 +19,11 @@ import _bench
 import numpy as np
 import torch
 
-from aqlm_c import AqlmConfig, calibration
-from aqlm_c.data import BUNDLED, token_stream
-from aqlm_c.models import load_model
-from aqlm_c.solver import Hessian, quantize_weight
+from aqlm_c import AqlmConfig
+from aqlm_c.core.hessian import Hessian
+from aqlm_c.hf.models import load_model
+from aqlm_c.io.data import BUNDLED, token_stream
+from aqlm_c.weights import quantize_weight
 
 DEFAULT = AqlmConfig()
 SOLVERS = {  # by start
@@ -38,12 +39,12 @@ SOLVERS = {  # by start
 
 def hessians(model, sequences, block, names) -> tuple[dict[str, np.ndarray], dict[str, Hessian]]:
     """Weights and Hessians of the named linears of one block of the unquantized model."""
-    prefix, blocks = calibration.find_blocks(model)
+    prefix, blocks = find_blocks(model)
     linears = {name: model.get_submodule(f"{prefix}.{block}.{name}") for name in names}
-    stream = calibration.start_stream(model, blocks, sequences)
+    stream = capture(model, blocks, sequences)
     for index in range(block):
         stream.advance(index, blocks[index])
-    sums = calibration.HessianSums(linears)
+    sums = HessianSums(linears)
     sums.gather(stream, block, blocks[block])
     return {name: linear.weight.detach().float().numpy() for name, linear in linears.items()}, sums.hessians()
 

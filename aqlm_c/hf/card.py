@@ -14,9 +14,9 @@ from typing import Any
 import huggingface_hub
 import yaml
 
-from ..checkpoint import quantized_linears, save_quantized
-from ..config import AqlmConfig
-from ..data import BUNDLED, FILE_TYPES
+from ..format import Format
+from ..io.checkpoint import quantized_linears, save_quantized
+from ..io.data import BUNDLED, FILE_TYPES
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE = ("license", "license_name", "license_link", "language")
@@ -38,7 +38,7 @@ def model_card(
     """
     schemes = _schemes(model)
     if not schemes:
-        raise ValueError("model: no quantized layer found, expected a quantized model")
+        raise ValueError("model: got no quantized layer, expected a quantized model")
     report = report or {}
     original = str(report.get("model") or model.config.name_or_path or type(model).__name__)
     source = Path(source_directory or original)
@@ -141,7 +141,7 @@ def _format(model: Any, schemes: list[str], report: Mapping[str, Any]) -> Iterat
     for layer in {id(layer.codes): layer for _, layer in quantized_linears(model)}.values():  # tied ones once
         rows, groups, _ = layer.codes.shape
         out_features, in_features = rows * layer.out_group_size, groups * layer.in_group_size
-        bits = AqlmConfig.from_scheme(layer.scheme).bits_per_weight(out_features, in_features)
+        bits = Format.parse(layer.scheme).bits_per_weight(out_features, in_features)
         weights += out_features * in_features
         stored += bits * out_features * in_features
     yield (

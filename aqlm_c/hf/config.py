@@ -7,8 +7,9 @@ from typing import Any
 
 import transformers
 
-from ..config import FORMAT, parse_scheme
-from ..config import AqlmConfig as _CoreConfig
+from ..errors import wrong
+from ..format import FIELDS, Format, Rules
+from ..recipe import AqlmConfig as LayerConfig
 from .onthefly import OnTheFly
 
 _RUN_TIME = ("dequantize", "on_the_fly")
@@ -19,7 +20,7 @@ class AqlmConfig(transformers.AqlmConfig):
 
     It must have that class name: transformers merges configs only where the names are equal.
 
-    rules: regular expression -> scheme or "dense", as in the core `AqlmConfig`; the method is then "aqlm_c", since
+    rules: regular expression -> scheme or "dense", as in `aqlm_c.AqlmConfig`; the method is then "aqlm_c", since
     "aqlm" has the same format for all layers. dequantize: turn the quantized layers into dense ones after loading
     (`from_pretrained` of transformers 5 takes it; before, call `model.dequantize()`).
 
@@ -42,30 +43,28 @@ class AqlmConfig(transformers.AqlmConfig):
         self.on_the_fly = None
         if scheme is not None:
             self.on_the_fly = OnTheFly(scheme, rules=rules, **fields)
-            fields = parse_scheme(scheme)
+            fields = Format.parse(scheme).to_dict()
         super().__init__(*args, **fields)
         if not all(isinstance(name, str) for name in self.linear_weights_not_to_quantize):
-            raise ValueError(
-                f"linear_weights_not_to_quantize={self.linear_weights_not_to_quantize!r}: expected a list of names"
-            )
+            raise wrong("linear_weights_not_to_quantize", self.linear_weights_not_to_quantize, "a list of names")
         known = set(vars(self))
         self.__dict__.update({name: value for name, value in fields.items() if name not in known})
-        self.rules: dict[str, str] = _CoreConfig(rules=rules).rules
+        self.rules: dict[str, str] = Rules(rules).to_dict()
         self.quant_method = getattr(quant_method, "value", quant_method) or ("aqlm_c" if rules else "aqlm")
         self.dequantize = dequantize
         if rules and self.quant_method == "aqlm":
-            raise ValueError("rules: unexpected with quant_method='aqlm', expected 'aqlm_c'")
+            raise ValueError("quant_method: got 'aqlm' with rules, expected 'aqlm_c'")
         self.layer_config()
 
     @classmethod
-    def from_layer_config(cls, config: _CoreConfig, not_quantized: list[str]) -> AqlmConfig:
+    def from_layer_config(cls, config: LayerConfig, not_quantized: list[str]) -> AqlmConfig:
         """The config of a model whose parameters except `not_quantized` are quantized by `config`."""
-        fields = {name: getattr(config, name) for name in (*FORMAT, "rules")}
+        fields = {**config.format.to_dict(), "rules": config.rules.to_dict()}
         return cls(**fields, linear_weights_not_to_quantize=not_quantized)
 
-    def layer_config(self) -> _CoreConfig:
+    def layer_config(self) -> LayerConfig:
         """The format of every quantized layer."""
-        return _CoreConfig(**{name: getattr(self, name) for name in (*FORMAT, "rules")})
+        return LayerConfig(Format(**{name: getattr(self, name) for name in FIELDS}), Rules(self.rules))
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a config passed to `from_pretrained` may change of the checkpoint's own."""

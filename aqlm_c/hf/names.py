@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from .. import checkpoint
-from ..linear import WEIGHT, QuantizedEmbedding, QuantizedLayer
-from .ends import find_ends
-
-_PARTS = tuple(f".{part}" for part in WEIGHT)
+from ..format import WEIGHT
+from ..io import checkpoint
+from ..model.embeddings import find_embeddings
+from ..nn.embedding import QuantizedEmbedding
+from ..nn.linear import QuantizedLayer
 
 
 def taken(model: Any, tensors: Mapping[str, checkpoint.StoredTensor]) -> dict[str, checkpoint.StoredTensor]:
@@ -48,7 +48,7 @@ def check_names(
         for one in converted or (target,):
             parent = one.rpartition(".")[0]
             if one not in expected:
-                if isinstance(modules.get(parent), QuantizedLayer) or one.endswith(_PARTS):
+                if isinstance(modules.get(parent), QuantizedLayer) or checkpoint.is_quantized_part(one):
                     raise ValueError(f"{name} in {tensor.file}: unexpected, the model has no place for it")
             elif converted:
                 found[one] = name, tensor
@@ -71,7 +71,7 @@ def new_linears(model: Any, names: Iterable[str]) -> list[str]:
     base, head, names = getattr(model, model.base_model_prefix, model), model.get_output_embeddings(), set(names)
     known = set(base.modules()) | {head}
     linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m not in known]
-    return [name for name in linears if not names & {f"{name}.codes", f"{name}.weight"}]
+    return [name for name in linears if not names & {checkpoint.tensor_name(name, "codes"), f"{name}.weight"}]
 
 
 def _check_dense(name: str, tensor: checkpoint.StoredTensor, parameter: Any) -> None:
@@ -79,7 +79,7 @@ def _check_dense(name: str, tensor: checkpoint.StoredTensor, parameter: Any) -> 
         checkpoint.check_dense_dtype(name, tensor)
     if tensor.shape != tuple(parameter.shape):
         raise ValueError(
-            f"{name} in {tensor.file}: {tensor.dtype} {list(tensor.shape)}, expected {list(parameter.shape)}"
+            f"{name} in {tensor.file}: got {tensor.dtype} {list(tensor.shape)}, expected {list(parameter.shape)}"
         )
 
 
@@ -98,9 +98,9 @@ def _tied_to(model: Any, found: Iterable[str]) -> set[str]:
     shared = {id(by_name[name]) for name in found if name in by_name}
     tied = {name for name, parameter in by_name.items() if id(parameter) in shared}
     pairs = list(getattr(model, "all_tied_weights_keys", {}).items())
-    ends = find_ends(model)
-    if ends.tied:  # transformers 4 has no such attribute
-        pairs.append((f"{ends.embedding}.weight", f"{ends.head}.weight"))
+    embeddings = find_embeddings(model)
+    if embeddings.tied:  # transformers 4 has no such attribute
+        pairs.append((f"{embeddings.input}.weight", f"{embeddings.output}.weight"))
     found = set(found)
     return tied | {name for pair in pairs if found & set(pair) for name in pair}
 
@@ -157,9 +157,9 @@ def read_again(model: Any, stored: Mapping[str, tuple[str, checkpoint.StoredTens
     output. Floats become trainable, as transformers 5 makes all that it loads.
     """
     for name, layer in checkpoint.quantized_linears(model):
-        for part in _PARTS:
-            label, parameter = f"{name}{part}", getattr(layer, part[1:])
-            if part != ".codes" and isinstance(layer, QuantizedEmbedding):
+        for part in WEIGHT:
+            label, parameter = checkpoint.tensor_name(name, part), getattr(layer, part)
+            if part != "codes" and isinstance(layer, QuantizedEmbedding):
                 continue
             if parameter.is_meta and not hasattr(layer, "_hf_hook"):  # the whole model is, for its shapes alone
                 continue
@@ -167,7 +167,7 @@ def read_again(model: Any, stored: Mapping[str, tuple[str, checkpoint.StoredTens
                 index = layer._hf_hook.weights_map.dataset.index
                 if "safetensors_file" in index.get(label, ()):
                     index[label].pop("dtype", None)
-            elif label in stored and part != ".codes":
+            elif label in stored and part != "codes":
                 key, tensor = stored[label]
                 with safe_open(tensor.file, framework="pt") as file:
                     parameter.data = file.get_tensor(key).clone()  # else each would keep a mapping of the file

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..calibration import find_blocks
-from ..config import AqlmConfig
-from ..data import check_source, load_sequences, provenance
-from ..report import QuantizationReport
-from ..run import FIELDS, RunConfig, check_names
-from ..solver import Hessian
+from ..calibrate.sources import DataFree, SequenceCalibration
+from ..errors import wrong
+from ..io.data import check_sequences, check_source, load_sequences, provenance
+from ..pipeline.pipeline import Pipeline
+from ..recipe import FIELDS, RunConfig, check_names, option_types
+from ..report.report import QuantizationReport
 
 _DATA = ("tokenizer", "samples", "sequence_length", "shuffle", "work_dir", "memory_limit")  # what a data set is for
-_OPTIONS = {"dataset", "tokenizer", *FIELDS} - {"model", "out", "data", "threads", "overwrite"}
+_NOT_HERE = {"model", "out", "data", "threads", "overwrite", "options"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -25,7 +25,7 @@ class OnTheFly:
     """What to quantize a model to, how and on what data.
 
     Attributes:
-        config: the core `AqlmConfig`.
+        config: the `aqlm_c.AqlmConfig`.
         dataset: sources as `load_sequences` takes them, token ids int64 [n, length], or None: without data, each
             layer is quantized as if all its inputs were white.
         tokenizer: for the sources; None: the model's own.
@@ -41,23 +41,23 @@ class OnTheFly:
         tokenizer: Any = None,
         **options: Any,
     ) -> None:
-        check_names(options, dict.fromkeys(sorted(_OPTIONS)))
-        self.config, self._run = RunConfig(model="-", out="-", scheme=scheme, **options).resolve()
+        known = {"dataset", "tokenizer", *FIELDS, *option_types()} - _NOT_HERE
+        check_names(options, dict.fromkeys(sorted(known)))
+        run = RunConfig.from_fields({"model": "-", "out": "-", "scheme": scheme, **options}).resolve()
+        self.config, self._calibration, self._run = run
         self.config.check_searchable()
         self.tokenizer = tokenizer
         self.dataset: list[str] | torch.Tensor | None = None
         if dataset is None:
             given = {"tokenizer": tokenizer, **options}
             if needless := [name for name in _DATA if given.get(name) is not None]:
-                raise ValueError(f"{needless[0]}={given[needless[0]]!r}: expected a dataset beside it")
+                raise wrong(needless[0], given[needless[0]], "a dataset beside it")
         elif isinstance(dataset, (torch.Tensor, np.ndarray)):
             self.dataset = torch.as_tensor(dataset)
         else:
             sources = [dataset] if _is_source(dataset) else dataset
             if not (isinstance(sources, (list, tuple)) and sources and all(map(_is_source, sources))):
-                raise ValueError(
-                    f"dataset={dataset!r}: expected a source or a list of them, token ids [n, length] or None"
-                )
+                raise wrong("dataset", dataset, "a source or a list of them, token ids [n, length] or None")
             self.dataset = list(map(os.fspath, sources))
             for source in self.dataset:
                 check_source(source)
@@ -67,37 +67,33 @@ class OnTheFly:
 
         Raises ValueError for a model that cannot be quantized and for data that is too short or not the model's.
         """
-        from ..quantize import _check_sequences
-
         if model.dtype not in _DTYPES:
-            raise ValueError(f"dtype={model.dtype}: expected one of {', '.join(map(str, _DTYPES))}")
+            raise ValueError(f"dtype: got {model.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
         with torch.device("cpu"):  # around us may be the meta device
             if self.dataset is None:
                 return None
             sequences = self.dataset
             if not isinstance(sequences, torch.Tensor):
-                names = ("samples", "sequence_length", "shuffle")
+                drawn = self._calibration
                 sequences = load_sequences(
-                    self.dataset, self._tokenizer(model), *map(self._run.get, names), self.config.seed
+                    sequences,
+                    self._tokenizer(model),
+                    drawn.samples,
+                    drawn.sequence_length,
+                    drawn.shuffle,
+                    self.config.seed,
                 )
-            return _check_sequences(model, sequences, self.config)
+            return check_sequences(model, sequences, self.config.tuning)
 
-    def quantize(self, model: Any, sequences: torch.Tensor | None) -> None:
-        """Quantize the loaded model in place; it is then as one that was loaded quantized.
-
-        Its `hf_quantizer.report` is the report.
-        """
-        from ..quantize import quantize_model
-
+    def quantize(self, model: Any, sequences: torch.Tensor | None) -> QuantizationReport:
+        """Quantize the loaded model in place; the report."""
         check_device_map({name: parameter.device for name, parameter in model.named_parameters()})
-        layers = self._run["layers"]
-        if sequences is None:
-            report = quantize_data_free(model, self.config, layers=layers)
-        else:
-            limits = {name: self._run[name] for name in ("work_dir", "memory_limit")}
-            report = quantize_model(model, sequences, self.config, layers=layers, **limits)
+        calibration = DataFree() if sequences is None else SequenceCalibration(sequences, self.config)
+        options = {name: self._run[name] for name in ("layers", "work_dir", "memory_limit")}
+        report = Pipeline(model, self.config, calibration, **options).run()
+        if sequences is not None:
             report.data = provenance(self.dataset if isinstance(self.dataset, list) else ["token ids"], sequences)
-        model.hf_quantizer.report = report
+        return report
 
     def _tokenizer(self, model: Any) -> Any:
         if self.tokenizer is not None:
@@ -108,43 +104,9 @@ class OnTheFly:
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=os.path.isdir(name))
         except Exception as error:  # of many types
-            raise ValueError(f"tokenizer=None: expected one, none could be loaded from {name!r}: {error}") from error
-
-
-def quantize_data_free(model: Any, config: AqlmConfig, layers: str | None = None) -> QuantizationReport:
-    """`quantize_model` without data: each layer's H is the identity, and nothing is fine-tuned.
-
-    Errors in the report are those of the weights alone, ||W - Wq||^2 / ||W||^2.
-    """
-    from .. import quantize
-    from . import experts
-    from .ends import find_ends, tie
-    from .quantizer import attach
-
-    experts.unfuse(model)
-    prefix, blocks = find_blocks(model)
-    ends = find_ends(model)
-    targets = {name: model.get_submodule(name) for name in ends.quantized(config)}
-    for index, block in enumerate(blocks):
-        targets |= quantize._select(f"{prefix}.{index}", block, layers, config)
-    quantize._check_targets(model, [targets], config, layers, ends)
-    phases = quantize._Phases(quantize.Progress())
-    report = QuantizationReport(config=config.to_dict(), model=model.config.name_or_path, phases=phases.seconds)
-    white: dict[int, Hessian] = {}  # by in_features
-    for name in list(targets):
-        module = targets.pop(name)  # so that the dense weight goes with it
-        in_features = module.weight.shape[1]
-        if in_features not in white:
-            white[in_features] = Hessian(np.eye(in_features, dtype=np.float32))
-        part = ends.config(name, config)
-        layer, layer_report = quantize._quantize_layer(name, module, white[in_features], part, phases)
-        model.set_submodule(name, layer)
-        report.layers.append(layer_report)
-        if ends.tied and name == ends.embedding:
-            tie(model, ends)
-    experts.fuse(model)  # if none was quantized
-    attach(model, config)
-    return report
+            raise ValueError(
+                f"tokenizer: got None, expected one, since none could be loaded from {name!r}: {error}"
+            ) from error
 
 
 def _is_source(source: Any) -> bool:
@@ -155,4 +117,4 @@ def check_device_map(device_map: Any) -> None:
     """Raise ValueError unless all places in a device map are the CPU; names such as "auto" may yet be."""
     places = device_map.values() if isinstance(device_map, dict) else ()
     if elsewhere := sorted({str(place) for place in places} - {"cpu"}):
-        raise ValueError(f"device_map: {elsewhere[0]}, expected cpu for all, where a model is quantized on the fly")
+        raise ValueError(f"device_map: got {elsewhere[0]}, expected cpu for all, where a model is quantized on the fly")

@@ -12,7 +12,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from ..linear import QuantizedLinear
+from ..nn.linear import QuantizedLinear
 
 _LORA = "peft.tuners.lora.model"
 

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from transformers.quantizers.base import HfQuantizer
 
-from .. import checkpoint
-from ..config import AqlmConfig as LayerConfig
-from ..joined import join_linears
-from ..linear import QuantizedEmbedding, QuantizedLinear
-from . import experts, memory, names
+from ..format import Format
+from ..io import checkpoint
+from ..model import experts
+from ..model.embeddings import Embeddings, find_embeddings, tie, untie
+from ..nn.embedding import quantized_class
+from ..nn.grouped import join_linears
+from ..recipe import AqlmConfig as LayerConfig
+from . import memory, names
 from .config import AqlmConfig
-from .ends import Ends, find_ends, tie, untie
 from .onthefly import check_device_map
 
 
@@ -33,14 +35,14 @@ class AqlmQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized and getattr(quantization_config, "on_the_fly", None) is None:
             raise ValueError(
-                "scheme=None: expected AqlmConfig(scheme='2x8g8') or another, since the model is not quantized yet"
+                "scheme: got None, expected AqlmConfig(scheme='2x8g8') or another, since the model is not quantized yet"
             )
 
     def validate_environment(
         self, *args: Any, weights_only: bool = True, device_map: Any = None, **kwargs: Any
     ) -> None:
         if not weights_only:
-            raise ValueError("weights_only=False: expected True, no pickle is loaded")
+            raise ValueError("weights_only: got False, expected True, no pickle is loaded")
         if not self.pre_quantized:
             check_device_map(device_map)
 
@@ -67,7 +69,10 @@ class AqlmQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
-            self.quantization_config.on_the_fly.quantize(model, self._sequences)
+            on_the_fly = self.quantization_config.on_the_fly
+            report = on_the_fly.quantize(model, self._sequences)
+            attach(model, on_the_fly.config)
+            model.hf_quantizer.report = report
         if self._rounded and self._stored:
             names.read_again(model, self._stored)
         memory.give_back(self._files or ())  # what was read ahead, and what was freed since the process began
@@ -103,7 +108,7 @@ class AqlmQuantizer(HfQuantizer):
             dtype = getattr(torch, dtype)
         for name, linear in list(checkpoint.quantized_linears(model)):
             model.set_submodule(name, linear.dequantize(dtype))
-        untie(model, find_ends(model))
+        untie(model, find_embeddings(model))
         experts.fuse(model)
         return model
 
@@ -164,39 +169,41 @@ def swap_linears(
     """
     rename = experts.renaming(model)
     stored_names = {rename(name): name for name in tensors or ()}
-    experts.unfuse(model, None if tensors is None else stored_names)
-    ends = find_ends(model)
+    experts.unfuse(model, None if tensors is None else checkpoint.quantized_names(stored_names))
+    embeddings = find_embeddings(model)
     kept = kept_linears(model, map(rename, not_quantized))
-    unclaimed = {name for name in tensors or () if name.endswith(".codes")}
+    unclaimed = set(checkpoint.quantized_names(tensors or ()))
     for name, module in list(model.named_modules()):
-        if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or (ends.tied and name == ends.head):
+        if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or (
+            embeddings.tied and name == embeddings.output
+        ):
             continue
         full_name, stored = _stored_name(name, stored_names, model.base_model_prefix)
-        layer = _config_of(name, full_name, module, config, ends, kept)
+        layer = _format_of(name, full_name, module, config, embeddings, kept)
         if layer is None:
-            if f"{stored}.codes" in unclaimed:
+            if tensors is not None and stored in unclaimed:
+                codes = checkpoint.tensor_name(stored, "codes")
                 raise ValueError(
-                    f"{stored}.codes in {tensors[f'{stored}.codes'].file}: unexpected, "
+                    f"{codes} in {tensors[codes].file}: unexpected, "
                     "quantization_config in config.json says that this layer is not quantized"
                 )
             continue
         dtype = module.weight.dtype
         if tensors is not None:
             dtype = checkpoint.check_stored_layer(stored, tensors, layer, module)
-            unclaimed.discard(f"{stored}.codes")
-        kind = QuantizedEmbedding if isinstance(module, torch.nn.Embedding) else QuantizedLinear
-        model.set_submodule(name, kind.empty(module, layer, dtype))
-        if ends.tied and name == ends.embedding:
-            tie(model, ends)
-    if unclaimed:
-        first = min(unclaimed)
+            unclaimed.discard(stored)
+        model.set_submodule(name, quantized_class(module).empty(module, layer, dtype))
+        if embeddings.tied and name == embeddings.input:
+            tie(model, embeddings)
+    if unclaimed and tensors is not None:
+        first = checkpoint.tensor_name(min(unclaimed), "codes")
         raise ValueError(f"{first} in {tensors[first].file}: unexpected, the model has no such linear layer")
 
 
 def attach(model: Any, config: LayerConfig) -> None:
     """Make a model whose linears were quantized in memory equal to a loaded one: it can then be saved."""
     not_quantized = experts.stored_names(model, checkpoint.unquantized_parameters(model))
-    config = find_ends(model).with_rule_for_embedding(config)
+    config = find_embeddings(model).with_rule_for_input(config)
     hf_config = AqlmConfig.from_layer_config(config, not_quantized)
     quantizer = AqlmQuantizer(hf_config)
     model.config.quantization_config = hf_config
@@ -206,15 +213,15 @@ def attach(model: Any, config: LayerConfig) -> None:
     quantizer.postprocess_model(model)
 
 
-def _config_of(
-    name: str, full_name: str, module: torch.nn.Module, config: LayerConfig, ends: Ends, kept: set[str]
-) -> LayerConfig | None:
-    """The config of a linear or an embedding, None if it is dense."""
+def _format_of(
+    name: str, full_name: str, module: torch.nn.Module, config: LayerConfig, embeddings: Embeddings, kept: set[str]
+) -> Format | None:
+    """The format of a linear or an embedding, None if it is dense."""
     if name in kept:
         return None
     if isinstance(module, torch.nn.Embedding):
-        return ends.config(name, config, full_name) if name == ends.embedding else None
-    return config.for_layer(full_name)
+        return embeddings.format_for(name, config, full_name) if name == embeddings.input else None
+    return config.format_for(full_name)
 
 
 def _stored_name(name: str, stored_names: Mapping[str, str], prefix: str) -> tuple[str, str]:
@@ -223,6 +230,6 @@ def _stored_name(name: str, stored_names: Mapping[str, str], prefix: str) -> tup
     `stored_names`: a tensor's name in the checkpoint by its name in the whole model.
     """
     for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        if codes := stored_names.get(f"{candidate}.codes"):
-            return candidate, codes.removesuffix(".codes")
+        if codes := stored_names.get(checkpoint.tensor_name(candidate, "codes")):
+            return candidate, checkpoint.quantized_names([codes])[0]
     return name, name

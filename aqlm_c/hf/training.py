@@ -6,7 +6,8 @@ from typing import TypeVar
 
 import torch
 
-from ..linear import QuantizedEmbedding, QuantizedLayer
+from ..nn.embedding import QuantizedEmbedding
+from ..nn.linear import QuantizedLayer
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -20,7 +21,7 @@ def prepare_model_for_tuning(model: Model) -> Model:
     """
     layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
     if not layers:
-        raise ValueError("model: no quantized layer found, expected a model with AQLM layers")
+        raise ValueError("model: got no quantized layer, expected a model with AQLM layers")
     model.requires_grad_(False)
     for layer in layers:
         if isinstance(layer, QuantizedEmbedding):

@@ -1,0 +1,160 @@
+"""Gathers H = X^T X / n_tokens for linears while their block runs."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..core import verbs
+from ..core.hessian import Hessian
+from ..model.kinds import kind_of
+from .activations import Activations
+
+log = logging.getLogger("aqlm_c")
+
+
+class _Stop(Exception):
+    """Leaves a forward pass once everything needed of it is known."""
+
+
+class HessianSums:
+    """Sums of X^T X over the calibration inputs of some linears of one block, one for each distinct input.
+
+    Linears that are given the same tensor (q, k and v; gate and up) share a sum; that is seen while the
+    block runs. Linears whose names differ in a number alone are one kind, of several experts: one that saw fewer
+    tokens than it has inputs is given the H of all its kind.
+    """
+
+    def __init__(self, linears: Mapping[str, torch.nn.Linear]) -> None:
+        self.linears = linears
+        self.leader: dict[str, str] = {}  # linear -> the first linear with the same input
+        self.sums: dict[str, np.ndarray] = {}  # leader -> float64 [in, in]
+        self.tokens: dict[str, int] = {}
+        self.seconds = 0.0  # spent on the sums alone
+        self._seen: dict[str, torch.Tensor] = {}  # leader -> its input in this batch
+        self._called: list[str] = []  # in this batch
+        self._last: str | None = None  # that every batch calls, once
+
+    def gather(
+        self, inputs: Activations, index: int, block: torch.nn.Module, outputs: Activations | None = None
+    ) -> None:
+        """Run `block`, the model's number `index`, on all of `inputs` and add up its linears' inputs.
+
+        outputs: an empty place that takes the block's outputs, if they are wanted.
+        """
+        self._gather(
+            (lambda batch=batch: inputs.run(index, block, batch) for batch in range(len(inputs.hidden))), outputs
+        )
+
+    @torch.no_grad()
+    def gather_whole(self, model: torch.nn.Module, sequences: torch.Tensor, batch_size: int) -> None:
+        """Run the whole model, up to the last of the linears, on token ids [n, length] and add up their inputs."""
+        if len(self.linears) == 1:
+            self._last = next(iter(self.linears))
+        batches = sequences.to(next(model.parameters()).device).split(batch_size)
+        self._gather(lambda ids=ids: model(input_ids=ids, use_cache=False) for ids in batches)
+
+    def _gather(self, runs: Iterable[Callable[[], Any]], outputs: Activations | None = None) -> None:
+        hooks = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.linears.items()]
+        try:
+            for run in runs:
+                try:
+                    output = run()
+                    if outputs is not None:
+                        outputs.hidden.append(output)
+                except _Stop:
+                    continue
+                else:
+                    if outputs is None and len(self._called) == len(self.linears):
+                        self._last = self._called[-1]
+                finally:
+                    self._seen.clear()
+                    self._called.clear()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def hessians(self) -> dict[str, Hessian]:
+        """Each linear's H = X^T X / n_tokens; the same object for linears that share their input.
+
+        Experts with too few tokens share the H of all their kind; a warning names them. Raises ValueError naming a
+        linear whose inputs were NaN, Inf or too large to square, or that saw no input at all, nor did its kind.
+        """
+        shared: dict[tuple[str, ...], Hessian] = {}
+        few = []
+        for name in self.linears:
+            leaders = self._leaders(name)
+            if leaders != (self.leader.get(name),):
+                few.append(name)
+            if leaders not in shared:
+                shared[leaders] = self._hessian(name, leaders)
+        if few:
+            log.warning(
+                "fewer calibration tokens than in_features, H of all experts taken for %d layers: %s",
+                len(few),
+                ", ".join(few),
+            )
+        return {name: shared[self._leaders(name)] for name in self.linears}
+
+    def tokens_of(self, name: str) -> int:
+        """Tokens that the linear's H is of."""
+        return sum(self.tokens[leader] for leader in self._leaders(name))
+
+    def _leaders(self, name: str) -> tuple[str, ...]:
+        """The linears whose sums make up H of `name`."""
+        own = self.leader.get(name)
+        if own is not None and self.tokens[own] >= self.linears[name].in_features:
+            return (own,)
+        kind = [leader for other, leader in self.leader.items() if kind_of(other) == kind_of(name)]
+        return tuple(dict.fromkeys(kind))
+
+    def _hessian(self, name: str, leaders: tuple[str, ...]) -> Hessian:
+        if not leaders:
+            raise ValueError(f"{name}: the calibration sequences never reach this layer; leave it out or use more")
+        with np.errstate(over="ignore"):
+            total = functools.reduce(np.add, (self.sums[leader] for leader in leaders))
+            H = (total / self.tokens_of(name)).astype(np.float32)
+        if not np.isfinite(H.diagonal()).all():
+            raise ValueError(f"{name}: got NaN or Inf in H of the layer's input activations, expected finite values")
+        return Hessian(H)
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0]
+            if not x.numel():  # an expert that no token of this batch goes to
+                return
+            self._called.append(name)
+            if name not in self.leader:
+                same = (leader for leader, seen in self._seen.items() if _same_tensor(seen, x))
+                self.leader[name] = next(same, name)
+            if self.leader[name] == name:
+                self._seen[name] = x  # kept alive, so that no other tensor of this batch can have its address
+                self._add(name, x)
+            elif not _same_tensor(self._seen.get(self.leader[name]), x):
+                raise RuntimeError(f"{name} shared the input of {self.leader[name]} in one batch and not in another")
+            if name == self._last:
+                raise _Stop  # the rest of the block is not needed
+
+        return hook
+
+    def _add(self, name: str, x: torch.Tensor) -> None:
+        started = time.perf_counter()
+        rows = x.reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous()
+        if name not in self.sums:
+            self.sums[name] = np.zeros((rows.shape[1],) * 2)
+            self.tokens[name] = 0
+        verbs.accumulate_hessian(self.sums[name], rows.numpy())
+        self.tokens[name] += rows.shape[0]
+        self.seconds += time.perf_counter() - started
+
+
+def _same_tensor(a: torch.Tensor | None, b: torch.Tensor) -> bool:
+    return a is b or (
+        a is not None and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    )

@@ -1,0 +1,165 @@
+"""Where the H of a layer comes from: calibration sequences that run through the model, or nothing at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..core.hessian import Hessian
+from ..recipe import AqlmConfig
+from .activations import Activations, batch_size_for, capture
+from .hessians import HessianSums
+
+
+@dataclasses.dataclass
+class LayerInputs:
+    """What is known of the inputs of some layers.
+
+    hessians: by the layer's name in the model. tokens: that each was summed over; empty without data. seconds: spent on
+    the sums alone. outputs: of the original block for the same inputs, if they were asked for.
+    """
+
+    hessians: dict[str, Hessian]
+    tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    outputs: Activations | None = None
+
+
+class Calibration(Protocol):
+    """What a pipeline asks for H. A context manager: leaving it frees what it holds.
+
+    tokens, sequences, sequence_length: of the calibration; 0 without data. inputs: what goes into the next block; None
+    without data.
+    """
+
+    tokens: int
+    sequences: int
+    sequence_length: int
+    inputs: Activations | None
+
+    def start(self, model: Any, blocks: Sequence[torch.nn.Module], directory: str | os.PathLike[str] | None) -> None:
+        """Make `inputs` those of the first block, kept on disk in `directory` if one is given."""
+
+    def of_block(
+        self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear], outputs: bool
+    ) -> LayerInputs:
+        """The inputs of `linears` in the model's block number `index`."""
+
+    def of_output(self, model: Any, name: str) -> LayerInputs:
+        """The inputs of the output layer called `name`."""
+
+    def advance(self, index: int, block: torch.nn.Module) -> None:
+        """Replace `inputs` by the outputs of `block`."""
+
+    def __enter__(self) -> Calibration: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class SequenceCalibration:
+    """Token ids [n, length] that run through the model as it is by then, quantized up to the block in question."""
+
+    def __init__(self, sequences: torch.Tensor, config: AqlmConfig, batch_size: int | None = None) -> None:
+        self.ids = sequences
+        self.sequences, self.sequence_length = sequences.shape
+        self.tokens = sequences.numel()
+        self.batch_size = batch_size_for(sequences, config.tuning, batch_size)
+        self.inputs: Activations | None = None
+        self._order: torch.Tensor | None = None
+        if config.tuning.finetune_epochs:  # that puts every source into every batch
+            self._order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.seed))
+
+    def start(self, model: Any, blocks: Sequence[torch.nn.Module], directory: str | os.PathLike[str] | None) -> None:
+        ids = self.ids if self._order is None else self.ids[self._order]
+        self.inputs = capture(model, blocks, ids, self.batch_size, directory)
+
+    def of_block(
+        self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear], outputs: bool
+    ) -> LayerInputs:
+        assert self.inputs is not None, "start comes first"
+        kept = self.inputs.empty() if outputs else None
+        try:
+            sums = HessianSums(linears)
+            sums.gather(self.inputs, index, block, kept)
+            return self._inputs(sums, kept)
+        except BaseException:
+            if kept is not None:
+                kept.close()
+            raise
+
+    def of_output(self, model: Any, name: str) -> LayerInputs:
+        sums = HessianSums({name: model.get_submodule(name)})
+        sums.gather_whole(model, self.ids, self.batch_size)
+        return self._inputs(sums)
+
+    def advance(self, index: int, block: torch.nn.Module) -> None:
+        assert self.inputs is not None, "start comes first"
+        self.inputs.advance(index, block)
+
+    def __enter__(self) -> SequenceCalibration:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.inputs is not None:
+            self.inputs.close()
+            self.inputs = None
+
+    @staticmethod
+    def _inputs(sums: HessianSums, outputs: Activations | None = None) -> LayerInputs:
+        tokens = {name: sums.tokens_of(name) for name in sums.linears}
+        return LayerInputs(sums.hessians(), tokens, sums.seconds, outputs)
+
+
+class DataFree:
+    """No data: each layer is quantized as if all its inputs were white, H = I, and nothing can be fine-tuned."""
+
+    tokens = sequences = sequence_length = 0
+    inputs = None
+
+    def __init__(self) -> None:
+        self._hessians: dict[int, Hessian] = {}  # by in_features
+
+    def start(self, model: Any, blocks: Sequence[torch.nn.Module], directory: str | os.PathLike[str] | None) -> None:
+        pass
+
+    def of_block(
+        self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear], outputs: bool
+    ) -> LayerInputs:
+        return LayerInputs({name: self._identity(linear.in_features) for name, linear in linears.items()})
+
+    def of_output(self, model: Any, name: str) -> LayerInputs:
+        return LayerInputs({name: self._identity(model.get_submodule(name).weight.shape[1])})
+
+    def advance(self, index: int, block: torch.nn.Module) -> None:
+        pass
+
+    def __enter__(self) -> DataFree:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hessians.clear()
+
+    def _identity(self, in_features: int) -> Hessian:
+        if in_features not in self._hessians:
+            self._hessians[in_features] = Hessian.identity(in_features)
+        return self._hessians[in_features]
+
+
+def embedding_hessian(in_features: int, of_output: Hessian | None) -> Hessian:
+    """H of an input embedding, whose rows are looked up and not multiplied: the identity, and half of it where it is
+    the output layer too, whose H is `of_output`.
+    """
+    identity = np.eye(in_features, dtype=np.float32)
+    return Hessian(identity if of_output is None else (identity + of_output.H / of_output.H.diagonal().mean()) / 2)

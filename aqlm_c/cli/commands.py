@@ -1,0 +1,294 @@
+"""The commands, each a function whose parameters are its arguments and options."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import int_between
+from ..files import write_json
+from ..format import Rules
+from ..methods import METHODS
+from ..recipe import FIELDS, PRESETS, RunConfig, parse_option, parse_rule
+from ..run import run
+from ..versions import __version__
+from .display import Display, check_threads, prepare, show
+
+_PRESETS = "\n\n".join(
+    f"Preset {name}: {', '.join(f'{option}={value}' for option, value in options.items()) or 'the defaults'}."
+    for name, options in PRESETS.items()
+)
+
+app = typer.Typer(
+    help="Quantize Llama-like language models to about 2 bits per weight with AQLM, and use them.",
+    epilog="MODEL is a directory, a hub name, a .gguf file, or smollm2. Something does not work: aqlm-c doctor.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Directory, hub name, .gguf file, or smollm2.", show_default=False),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text: .txt .jsonl .npy .safetensors, or a data set name\\[,config]\\[:split]; repeatable. "
+        "None: the text bundled with Python.",
+        show_default=False,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Threads = Annotated[int | None, typer.Option(help="Threads; all cores if not given.", show_default=False)]
+Json = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.", show_default=False)]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the log on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no tables; evaluate prints the figure alone.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"aqlm-c {__version__}")
+
+
+def _optional(help: str, *names: str, **options: Any) -> Any:
+    """An option of a run: None if not given, so that the config file, the preset or the default decides."""
+    return typer.Option(*names, help=help, show_default=False, **options)
+
+
+@app.command(epilog=_PRESETS)
+def quantize(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Directory, hub name, .gguf file, or smollm2.")
+    ] = None,
+    out: Annotated[str | None, typer.Argument(metavar="OUT", help="Directory to write.")] = None,
+    config: Annotated[
+        Path | None, _optional("YAML file of all of these options by name; explicit ones win.", metavar="FILE")
+    ] = None,
+    preset: Annotated[
+        str | None, _optional("Set of options, see below. \\[default: balanced]", metavar="|".join(PRESETS))
+    ] = None,
+    scheme: Annotated[
+        str | None, _optional("Codebooks x bits g group size: 2x8g8, 1x16g8, ... \\[default: 2x8g8]")
+    ] = None,
+    data: Data = None,
+    samples: Annotated[
+        int | None, _optional("Calibration sequences, spread evenly over the data. \\[default: 64]")
+    ] = None,
+    sequence_length: Annotated[int | None, _optional("Tokens in each. \\[default: 1024]")] = None,
+    shuffle: Annotated[bool | None, _optional("Draw them at random, not from the start.", "--shuffle")] = None,
+    seed: Annotated[int | None, _optional("Seed of everything random. \\[default: 0]")] = None,
+    threads: Threads = None,
+    layers: Annotated[str | None, _optional("Quantize only layers whose name matches.", metavar="REGEX")] = None,
+    rule: Annotated[
+        list[str] | None,
+        _optional(
+            "Another scheme, or dense, for layers whose name matches, also embed_tokens and lm_head; repeatable.",
+            metavar="REGEX=SCHEME",
+        ),
+    ] = None,
+    solver: Annotated[
+        str | None,
+        _optional("paper: the reference recipe; rtn: round to nearest. \\[default: ldl]", metavar="|".join(METHODS)),
+    ] = None,
+    beam_size: Annotated[int | None, _optional("Beam of the code search; 0: exact pairs where they fit.")] = None,
+    relative_mse_tolerance: Annotated[
+        float | None, _optional("Stop a layer when a sweep gains less than this share.", "--tolerance")
+    ] = None,
+    finetune_epochs: Annotated[int | None, _optional("Epochs of block fine-tuning at most; 0: none.")] = None,
+    finetune_batch_size: Annotated[int | None, _optional("Sequences for each of its steps.")] = None,
+    finetune_learning_rate: Annotated[float | None, _optional("Of codebooks, relative to their size.")] = None,
+    finetune_search: Annotated[int | None, _optional("Times the codes are searched again after tuning.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        _optional("Any other option of the solver or fine-tuning; repeatable.", "--set", metavar="NAME=VALUE"),
+    ] = None,
+    work_dir: Annotated[
+        str | None, _optional("Keep finished blocks there: the same command then goes on from them.", metavar="FOLDER")
+    ] = None,
+    memory_limit: Annotated[str | None, _optional("Such as 8GiB: activations that do not fit go to disk.")] = None,
+    overwrite: Annotated[bool | None, _optional("Replace OUT if it exists.", "--overwrite")] = None,
+    json: Json = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize MODEL to the directory OUT in the published AQLM layout.
+
+    OUT also gets run.yaml (all options as they were used, for --config) and report.json.
+    """
+    explicit = {name: value for name, value in context.params.items() if name in FIELDS and value not in (None, [], ())}
+    check_threads(threads)
+    explicit |= dict(map(parse_option, set_ or []))
+    if rule:
+        explicit["rules"] = Rules(list(map(parse_rule, rule))).to_dict()
+    run_config = RunConfig.from_file(config, **explicit) if config else RunConfig.from_fields(explicit)
+    run_config.resolve().config.check_searchable()
+    _check_json(json)
+    context.obj.kept = (
+        f"finished blocks are kept in {run_config.work_dir}, the same command goes on from there"
+        if run_config.work_dir
+        else "nothing is kept; with --work-dir FOLDER finished blocks would be"
+    )
+    prepare(None)
+    with Display(quiet, verbose) as display:
+        report = run(run_config, display)
+    context.obj.kept = f"{run_config.out} is complete"
+    if json:
+        write_json(json, report.to_dict())
+    if not quiet:
+        show(report)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    windows: Annotated[
+        int | None, typer.Option(help="Only the first N windows.", metavar="N", show_default=False)
+    ] = None,
+    threads: Threads = None,
+    json: Json = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity of MODEL per token, by the GPTQ protocol: non-overlapping windows of one stream."""
+    int_between("--sequence-length", sequence_length, 2)
+    if windows is not None:
+        int_between("--windows", windows, 1)
+    _check_json(json)
+    sources = _check_data(data)
+    prepare(threads)
+
+    from ..evaluate import perplexity
+    from ..hf.models import load_model
+    from ..io.data import BUNDLED, sha256, token_stream
+
+    results = []
+    with Display(quiet, verbose) as display:
+        display.on_phase("load")
+        network, tokenizer, _ = load_model(model)
+        for source in sources or [BUNDLED]:
+            display.on_phase(f"evaluate {source}")
+            input_ids = token_stream(source, tokenizer, windows and windows * sequence_length)
+            try:
+                result = perplexity(network, input_ids, sequence_length, windows, display.on_window)
+            except ValueError as error:
+                raise ValueError(f"data={source!r}: {error}") from error
+            results.append({"data": source, "sha256": sha256(source), **result})
+    if json:
+        write_json(json, {"model": model, "results": results})
+    for result in results:
+        figure = result["perplexity"]
+        if quiet:
+            print(figure)
+            continue
+        counts = f"{result['windows']} x {sequence_length} tokens, {result['seconds']:.1f} s"
+        print(f"{result['data']}: perplexity {figure:.4f} ({counts})")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str,
+        typer.Argument(metavar="PROMPT", help="Text to continue or message to answer.", show_default=False),
+    ],
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Use the chat template, or continue the text as it is. Default: chat if the model has a template.",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
+    seed: Seed = 0,
+    threads: Threads = None,
+    verbose: Verbose = False,
+) -> None:
+    """Generate text with MODEL, streamed to stdout."""
+    int_between("--max-new-tokens", max_new_tokens, 1)
+    int_between("--seed", seed, 0, 2**63 - 1)
+    if temperature != 0 and not 1e-4 <= temperature < math.inf:  # logits are divided by it
+        raise ValueError(f"--temperature={temperature}: expected 0 or a finite number of at least 0.0001")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"--top-p={top_p}: expected a number in (0, 1]")
+    prepare(threads)
+
+    import torch
+    from transformers import TextStreamer
+
+    from ..hf.models import load_model
+
+    with Display(verbose=verbose) as display:
+        display.on_phase("load")
+        network, tokenizer, _ = load_model(model)
+    if chat and not tokenizer.chat_template:
+        raise ValueError(f"--chat: {model!r} has no chat template, expected --raw")
+    if tokenizer.chat_template and chat is not False:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")  # the template wrote them
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise ValueError("PROMPT='': expected at least one token")
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        network.generate(
+            **inputs,
+            do_sample=temperature > 0,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Directory of a quantized or dense model.")],
+    check: Annotated[bool, typer.Option("--check", help="Read and verify every tensor.")] = False,
+    json: Json = None,
+) -> None:
+    """Show what MODEL holds: layers, schemes, true bits per weight, bytes, where it came from."""
+    _check_json(json)
+
+    from ..inspection import check_model, inspect_model
+
+    inspection = inspect_model(model)
+    if check:
+        prepare(None)
+        inspection.checked = check_model(model)
+    if json:
+        write_json(json, inspection.to_dict())
+    show(inspection)
+
+
+@app.command()
+def doctor() -> int:
+    """Say what works here and what cures what does not; exit code 1 if models cannot be quantized on the CPU."""
+    from ..doctor import main
+
+    return main()
+
+
+def _check_json(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(f"--json={str(path)!r}: expected a file in a directory that exists")
+
+
+def _check_data(data: list[str] | None) -> list[str]:
+    from .data import check_source
+
+    for source in data or []:
+        check_source(source)
+    return data or []

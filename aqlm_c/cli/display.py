@@ -1,0 +1,166 @@
+"""What the command line shows: progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ..errors import int_between
+from ..report.report import BlockReport, LayerReport, QuantizationReport
+from ..report.tables import db_text, error_text
+
+
+class Display:
+    """What a command shows on stderr while it works: bars with ETA in a terminal, plain lines elsewhere.
+
+    A context manager. Its methods are the `progress` of `quantize_model` and, `on_window`, of `perplexity`.
+    While it is open, warnings of the logger "aqlm_c" appear as lines, with `verbose` all it has to say.
+    """
+
+    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+        self._notebook = Console().is_jupyter
+        plain = {"force_jupyter": False, "force_terminal": False} if self._notebook else {}
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, **plain)
+        self._quiet = quiet
+        self._log = _LogLines(self._console, logging.DEBUG if verbose else logging.WARNING)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=quiet or not self._console.is_terminal,
+            speed_estimate_period=3600,  # a block may take minutes
+        )
+        self._all = self._current = None
+        self._block = ""
+        self._n_blocks = 0
+        self._started = 0.0
+
+    def __enter__(self) -> Display:
+        logger = logging.getLogger("aqlm_c")
+        self._level = logger.level
+        logger.setLevel(min(self._log.level, self._level or logging.WARNING))
+        logger.addHandler(self._log)
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+        logger = logging.getLogger("aqlm_c")
+        logger.removeHandler(self._log)
+        logger.setLevel(self._level)
+
+    def on_estimate(self, estimate: Any) -> None:
+        self._print(f"estimate: {escape(estimate.describe())}")
+
+    def on_resume(self, n_finished_blocks: int) -> None:
+        self._print(f"finished blocks found: {n_finished_blocks}, going on from there")
+
+    def on_start(self, n_blocks: int, n_layers: int) -> None:
+        self._n_blocks, self._started = n_blocks, time.monotonic()
+        self._clear()
+        self._all = self._bars.add_task("blocks", total=n_blocks)
+        self._current = self._bars.add_task("", total=n_layers / n_blocks)
+
+    def on_block(self, index: int, name: str) -> None:
+        self._block = escape(name)
+        self._bars.update(self._all, completed=index)
+        self._bars.reset(self._current, description=self._block)
+        if not self._console.is_terminal:
+            elapsed = time.monotonic() - self._started
+            self._print(f"{self._block} ({index + 1} of {self._n_blocks}), {elapsed:.0f} s")
+
+    def on_layer(self, report: LayerReport) -> None:
+        self._bars.advance(self._current)
+        if not self._notebook:  # where hundreds of lines would stay in the file
+            self._print(
+                f"  {escape(report.name)}: error {report.relative_error:.5f}, "
+                f"{db_text(report.db_above_true_rate)} dB, {report.bits_per_weight:.3f} bits, "
+                f"{report.seconds:.1f} s"
+            )
+
+    def on_block_report(self, report: BlockReport) -> None:
+        which, before, after = "held-out", report.held_out_before, report.held_out_after
+        if after is None:
+            which, before, after = "training", report.training_before, report.training_after
+        self._print(
+            f"  {escape(report.name)}: {which} output error {error_text(before)} -> {error_text(after)}, "
+            f"{report.epochs} epochs, {report.seconds:.1f} s"
+        )
+
+    def on_phase(self, name: str) -> None:
+        if self._all is not None:
+            self._bars.update(self._current, description=f"{self._block} {name}".lstrip())
+            return
+        self._clear()
+        self._current = self._bars.add_task(escape(name), total=None)
+        if not self._console.is_terminal:
+            self._print(f"{escape(name)} ...")
+
+    def on_window(self, done: int, total: int, perplexity: float) -> None:
+        self._bars.update(self._current, completed=done, total=total)
+
+    def on_finish(self, report: QuantizationReport) -> None:
+        self._clear()
+        self._all = self._current = None
+
+    def _clear(self) -> None:
+        for task in self._bars.task_ids:
+            self._bars.remove_task(task)
+
+    def _print(self, line: str) -> None:
+        if not self._quiet:
+            self._console.print(line)
+
+
+class _LogLines(logging.Handler):
+    """Log records as lines of a console, above its bars."""
+
+    def __init__(self, console: Console, level: int) -> None:
+        super().__init__(level)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(escape(f"{record.levelname.lower()}: {self.format(record)}"))
+
+
+def prepare(threads: int | None) -> None:
+    """Set the threads of torch and of the C core, and keep transformers to errors."""
+    check_threads(threads)
+
+    from transformers.utils import logging as transformers_logging
+
+    from ..core.runtime import set_threads
+
+    set_threads(threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def show(result: Any) -> None:
+    """Print something rich to stdout, which need not be a terminal."""
+    width = None if sys.stdout.isatty() else 120  # a file has no width of its own
+    Console(highlight=False, width=width).print(result)
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise ValueError for a number of threads that no machine has."""
+    if threads is not None:
+        int_between("--threads", threads, 1, 1024)

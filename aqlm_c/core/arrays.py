@@ -1,0 +1,153 @@
+"""What the methods do between the verbs, for NumPy arrays and tensors alike: conversions and sums over rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .verbs import Array
+
+if TYPE_CHECKING:
+    import torch
+
+GRIDS = ("float16", "bfloat16", "float32")  # dtypes to whose values codebooks and scales are restricted
+
+
+def as_matrix(name: str, value: Any) -> Array:
+    """A finite float32 contiguous matrix of `value`, an array or a tensor of any float dtype.
+
+    A tensor of a GPU stays there; all else becomes a NumPy array, without a copy where it is one of float32. Raises
+    ValueError naming the argument `name`.
+    """
+    if hasattr(value, "detach"):
+        value = of_tensor(value.float().contiguous())
+    if not is_tensor(value):
+        value = np.ascontiguousarray(value, dtype=np.float32)
+    if value.ndim != 2:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected a matrix")
+    if not is_finite(value):
+        raise ValueError(f"{name}: got NaN or Inf, expected finite values")
+    return value
+
+
+def of_tensor(tensor: torch.Tensor) -> Array:
+    """A tensor as the verbs take it: itself on a GPU, else the NumPy array of the same memory."""
+    tensor = tensor.detach()
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+
+
+def is_tensor(array: Any) -> bool:
+    """Whether it is a tensor, without importing torch for one that is not."""
+    return hasattr(array, "detach")
+
+
+def is_finite(array: Array) -> bool:
+    return bool(np.isfinite(array).all() if isinstance(array, np.ndarray) else array.isfinite().all())
+
+
+def root_sum_of_rows(weight: Array, mean: bool) -> Array:
+    """Root of each row's sum (or mean) of squares, float32 [out]; 1 for a row of zeros."""
+    if isinstance(weight, np.ndarray):
+        squares = np.square(weight, dtype=np.float64)
+        norms = np.sqrt(squares.mean(axis=1) if mean else squares.sum(axis=1))
+        return np.where(norms > 0, norms, 1.0).astype(np.float32)
+    squares = weight.double().square()
+    norms = (squares.mean(1) if mean else squares.sum(1)).sqrt()
+    return norms.where(norms > 0, 1.0).float()
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """In CPU memory."""
+    return array if isinstance(array, np.ndarray) else array.detach().cpu().numpy()
+
+
+def to_kind(array: np.ndarray, like: Array) -> Array:
+    """The same values where `like` is."""
+    if isinstance(like, np.ndarray):
+        return array
+    import torch
+
+    return torch.from_numpy(array).to(like.device)
+
+
+def ones_like(array: Array) -> Array:
+    return np.ones_like(array) if isinstance(array, np.ndarray) else array.new_ones(array.shape)
+
+
+def zeros(like: Array, *shape: int) -> Array:
+    """float64 zeros where `like` is."""
+    if isinstance(like, np.ndarray):
+        return np.zeros(shape)
+    return like.double().new_zeros(shape)
+
+
+def size(array: Array) -> int:
+    return array.size if isinstance(array, np.ndarray) else array.numel()
+
+
+def column_weights(order: Array, metric: Array) -> Array:
+    """Diagonals of metric [J, g, g], which is in `order`, by input: [in]."""
+    if isinstance(metric, np.ndarray):
+        weights = np.empty(metric.shape[:2], np.float32)
+        weights[order] = metric.diagonal(axis1=1, axis2=2)
+        return weights.ravel()
+    weights = metric.new_empty(metric.shape[:2])
+    weights[order.long()] = metric.diagonal(dim1=1, dim2=2)
+    return weights.flatten()
+
+
+def extrapolate(start: Array, end: Array, beyond: float) -> Array:
+    """end + beyond * (end - start), in float32."""
+    if isinstance(end, np.ndarray):
+        return (end + np.float32(beyond) * (end - start)).astype(np.float32)
+    return end + beyond * (end - start)
+
+
+def damped(H: Array, relative_damp: float) -> Array:
+    """H + relative_damp * mean(diag H) * I, float32 [in, in]."""
+    if isinstance(H, np.ndarray):
+        mean = H.diagonal().mean(dtype=np.float64)
+        return H + np.float32(relative_damp * mean) * np.eye(len(H), dtype=np.float32)
+    result = H.clone()
+    result.diagonal().add_((relative_damp * H.diagonal().double().mean()).float())
+    return result
+
+
+def eigenvalues(H: Array) -> np.ndarray:
+    """Eigenvalues of H, float64 [in] in CPU memory, ascending; none below zero."""
+    if isinstance(H, np.ndarray):
+        return np.linalg.eigvalsh(H.astype(np.float64)).clip(min=0.0)
+    import torch
+
+    return torch.linalg.eigvalsh(H.double()).clamp(min=0.0).cpu().numpy()
+
+
+def gaussian_signal(weight: Array, H: Array) -> float:
+    """What Gaussian weights of this mean square have for tr(W H W^T), in the mean."""
+    if isinstance(weight, np.ndarray) and isinstance(H, np.ndarray):
+        return float(np.square(weight, dtype=np.float64).mean()) * weight.shape[0] * float(np.trace(H))
+    return float(weight.double().square().mean()) * weight.shape[0] * float(H.trace())
+
+
+def round_to(x: Array, dtype: str) -> Array:
+    """float32 `x` rounded to the nearest values of `dtype` ("float16" or "bfloat16"), as float32.
+
+    Raises ValueError if a value is too large for it.
+    """
+    if not isinstance(x, np.ndarray):
+        import torch
+
+        rounded = x.to(getattr(torch, dtype)).float()
+        largest = x.abs().max().item()
+    elif dtype == "float16":
+        with np.errstate(over="ignore"):
+            rounded = x.astype(np.float16).astype(np.float32)
+        largest = np.abs(x).max()
+    else:  # NumPy has no bfloat16: the upper half of a float32, rounded to nearest even
+        bits = x.view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+        largest = np.abs(x).max()
+    if not is_finite(rounded):
+        raise ValueError(f"codebooks and scales: got values up to {largest:.3g}, too large for {dtype}")
+    return rounded

@@ -1,0 +1,50 @@
+"""H of a layer's inputs, with what is derived from it once for all layers that share them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from . import arrays, verbs
+from .verbs import Array
+
+
+class Hessian:
+    """H = X^T X / n_tokens of a layer's inputs, and what is derived from it once for all layers that share it.
+
+    H: float32 [in, in], symmetric; an array or the tensor of a GPU. Raises ValueError for another shape, and for NaN
+    or Inf.
+    """
+
+    def __init__(self, H: Array) -> None:
+        self.H: Array = H.float().contiguous() if arrays.is_tensor(H) else np.ascontiguousarray(H, dtype=np.float32)
+        if self.H.ndim != 2 or self.H.shape[0] != self.H.shape[1]:
+            raise ValueError(f"H: got shape {tuple(self.H.shape)}, expected a square matrix [in_features, in_features]")
+        if not arrays.is_finite(self.H):
+            raise ValueError("H: got NaN or Inf, expected finite values")
+        self._damped: dict[float, Array] = {}
+        self._factors: dict[tuple[int, float], tuple[Array, Array, Array]] = {}
+
+    @classmethod
+    def identity(cls, in_features: int) -> Hessian:
+        """That of white inputs."""
+        return cls(np.eye(in_features, dtype=np.float32))
+
+    def damped(self, relative_damp: float) -> Array:
+        """H + relative_damp * mean(diag H) * I, float32 [in, in]."""
+        if relative_damp not in self._damped:
+            self._damped[relative_damp] = arrays.damped(self.H, relative_damp)
+        return self._damped[relative_damp]
+
+    def factor(self, in_group_size: int, relative_damp: float) -> tuple[Array, Array, Array]:
+        """(order int32 [J], feedback float32 [in, in], metric float32 [J, g, g]) of the block LDL of `damped`."""
+        key = (in_group_size, relative_damp)
+        if key not in self._factors:
+            self._factors[key] = verbs.factor_hessian(self.damped(relative_damp), in_group_size, 0.0)
+        return self._factors[key]
+
+    @cached_property
+    def eigenvalues(self) -> np.ndarray:
+        """Eigenvalues of H, float64 [in], ascending; none below zero."""
+        return arrays.eigenvalues(self.H)

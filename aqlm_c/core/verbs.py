@@ -1,0 +1,141 @@
+"""The compute verbs of quantization by kind of array: NumPy arrays go to `_core`, tensors to ``torch.ops.aqlm_c``.
+
+Both are the same C on a CPU; the tensors of a GPU take what is registered there under the same schema. `_core` answers
+Ctrl-C and needs no torch, so weights in CPU memory are given to it as NumPy arrays (`arrays.as_matrix`).
+
+Letters: out, in = features; g = in_group_size; J = in / g; K = num_codebooks; E = 2 ** nbits_per_codebook. Arrays are
+float32 unless said otherwise; working codes are uint16 [out, J, K]; out_group_size is 1. Each verb raises, naming the
+argument, for a wrong dtype, shape or value.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+import numpy as np
+
+from .. import _core
+
+if TYPE_CHECKING:
+    import torch
+
+Array: TypeAlias = Union[np.ndarray, "torch.Tensor"]
+
+
+def _library(array: Array) -> Any:
+    """What has the verbs for arrays of this kind."""
+    if isinstance(array, np.ndarray):
+        return _core
+    from .extensions import ops
+
+    return ops
+
+
+def residual_kmeans(
+    weight: Array,
+    scales: Array,
+    num_codebooks: int,
+    nbits_per_codebook: int,
+    in_group_size: int,
+    init_max_iter: int,
+    tolerance: float,
+    seed: int,
+    column_weight: Array | None = None,
+) -> tuple[Array, Array]:
+    """Codes and codebooks [K, E, g] by residual k-means of weight [out, in] / scales [out] (AQLM, section 3.1).
+
+    column_weight [in] weighs each input's squared distance.
+    """
+    sizes = (num_codebooks, nbits_per_codebook, in_group_size)
+    return _library(weight).residual_kmeans(weight, scales, *sizes, init_max_iter, tolerance, seed, column_weight)
+
+
+def accumulate_hessian(sum: Array, x: Array) -> None:
+    """sum [in, in], float64, += x^T x for x [n, in], in place."""
+    _library(sum).accumulate_hessian(sum, x)
+
+
+def factor_hessian(H: Array, in_group_size: int, relative_damp: float) -> tuple[Array, Array, Array]:
+    """(order int32 [J], feedback [in, in], metric [J, g, g]): the block factor of H for sequential error feedback."""
+    return _library(H).factor_hessian(H, in_group_size, relative_damp)
+
+
+def search_ldl(
+    weight: Array,
+    order: Array,
+    feedback: Array,
+    metric: Array,
+    codebooks: Array,
+    scales: Array,
+    beam_size: int,
+    pairs: bool,
+) -> Array:
+    """Codes by one pass of sequential error feedback; order, feedback and metric of `factor_hessian`."""
+    return _library(weight).search_ldl(weight, order, feedback, metric, codebooks, scales, beam_size, pairs)
+
+
+def search_sweep(
+    codes: Array,
+    weight: Array,
+    H: Array,
+    codebooks: Array,
+    scales: Array,
+    beam_size: int,
+    seed: int,
+    pairs: bool = False,
+) -> Array:
+    """New codes by one coordinate sweep over the groups in a random order (AQLM, section 3.2)."""
+    return _library(weight).search_sweep(codes, weight, H, codebooks, scales, beam_size, seed, pairs)
+
+
+def update_codebooks(codebooks: Array, weight: Array, H: Array, codes: Array, scales: Array, cg_steps: int) -> Array:
+    """Codebooks [K, E, g] after cg_steps conjugate-gradient steps towards the least-squares ones."""
+    return _library(weight).update_codebooks(codebooks, weight, H, codes, scales, cg_steps)
+
+
+def update_scales(scales: Array, weight: Array, H: Array, codes: Array, codebooks: Array) -> Array:
+    """The scales [out] that minimise the error, in closed form."""
+    return _library(weight).update_scales(scales, weight, H, codes, codebooks)
+
+
+def update_adam(
+    codebooks: Array,
+    scales: Array,
+    moments: Array,
+    weight: Array,
+    H: Array,
+    codes: Array,
+    steps: int,
+    learning_rate: float,
+    steps_before: int,
+) -> tuple[Array, Array, Array]:
+    """(codebooks, scales, moments) after steps of Adam (AQLM, section 3.3); moments: float64 [2, K E g + out]."""
+    state = (codebooks, scales, moments)
+    return _library(weight).update_adam(*state, weight, H, codes, steps, learning_rate, steps_before)
+
+
+def quantization_error(
+    weight: Array, H: Array, codes: Array | None = None, codebooks: Array | None = None, scales: Array | None = None
+) -> float:
+    """tr(D H D^T), D = W - Wq; without codes Wq is 0, which gives the signal tr(W H W^T)."""
+    return float(_library(weight).quantization_error(weight, H, codes, codebooks, scales))
+
+
+def gaussian_reference(eigenvalues: np.ndarray, rate: float) -> float:
+    """Relative error of ideal coding of Gaussian weights at `rate` bits per weight; eigenvalues float64 [in] of H."""
+    return _core.gaussian_reference(eigenvalues, rate)
+
+
+def codes_to_disk(codes: Array, nbits_per_codebook: int) -> Array:
+    """Working codes as they are stored: int8 for up to 8 bits, else int16; code - 2^B from 2^(B-1) on."""
+    return _library(codes).pack_codes(codes, nbits_per_codebook)
+
+
+def codes_from_disk(codes: Array, nbits_per_codebook: int) -> Array:
+    """Working codes of stored ones."""
+    return _library(codes).unpack_codes(codes, nbits_per_codebook)
+
+
+def decode_rows(codes: Array, codebooks: Array, scales: Array) -> Array:
+    """W [out, in] of a stored weight: codes [O, J, K] as on disk, codebooks [K, E, og, g], scales [O, 1, 1, 1]."""
+    return _library(codes).decode_rows(codes, codebooks, scales)

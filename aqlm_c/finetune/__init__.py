@@ -1,1 +1,0 @@
-"""Training of what quantization leaves continuous: codebooks, scales, norms and biases."""

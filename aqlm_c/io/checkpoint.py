@@ -1,0 +1,290 @@
+"""The published AQLM layout in safetensors: the only module that knows tensor names on disk.
+
+A quantized linear `P` is `P.codes` int8 (B <= 8) or int16 [out/og, in/g, K], holding the unsigned code
+minus 2^B where it is >= 2^(B-1); `P.codebooks` [K, 2^B, og, g] and `P.scales` [out/og, 1, 1, 1] of a 16-bit
+float; `P.bias` [out] if any. K, B, g and og stand in config.json under `quantization_config`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..files import clear_up, existing_parent, temporary_beside
+from ..format import WEIGHT, Format
+from ..nn.linear import QuantizedLayer, check_code_range
+
+_INDEX = "*.safetensors.index.json"
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def tensor_name(layer: str, part: str) -> str:
+    """The name on disk of a tensor (`part`: of `WEIGHT`, or "bias") of the quantized layer called `layer`."""
+    return f"{layer}.{part}"
+
+
+def quantized_names(names: Iterable[str]) -> list[str]:
+    """Names of the quantized layers among names of tensors."""
+    return [name.removesuffix(".codes") for name in names if name.endswith(".codes")]
+
+
+def is_quantized_part(name: str) -> bool:
+    """Whether a tensor has the name of a quantized layer's codes, codebooks or scales."""
+    return name.rpartition(".")[2] in WEIGHT
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as the header of a safetensors file describes it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def quantized_linears(model: torch.nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """(name, module) of every quantized linear and embedding of `model`, in order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer))
+
+
+def unquantized_parameters(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters outside quantized linears: config.json's `linear_weights_not_to_quantize`.
+
+    Tied parameters appear under each of their names, so that a tied output embedding is never replaced.
+    """
+    prefixes = tuple(f"{name}." for name, _ in quantized_linears(model))
+    return [name for name, _ in model.named_parameters(remove_duplicate=False) if not name.startswith(prefixes)]
+
+
+def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, StoredTensor]:
+    """Names, dtypes and shapes of the tensors in safetensors files, without their data.
+
+    Raises ValueError naming the file that is not safetensors, is truncated or has a damaged header, or the
+    tensor that two files have or that is not where an index of these files says.
+    """
+    files = list(map(Path, files))
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise ValueError(f"{file}: expected a .safetensors file")
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118  (a safe_open cannot be iterated)
+                    if name in tensors:
+                        raise ValueError(f"{name} in {file}: unexpected, {tensors[name].file.name} has it too")
+                    tensor = stored.get_slice(name)
+                    tensors[name] = StoredTensor(file, tensor.get_dtype(), tuple(tensor.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: expected a complete safetensors file, found: {error}") from None
+    if [file.name for file in files] != ["model.safetensors"]:
+        for index in {path for folder in {file.parent for file in files} for path in folder.glob(_INDEX)}:
+            _check_index(index, files, tensors)
+    return tensors
+
+
+def read_directory(directory: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """`read_headers` of the safetensors files that a model in `directory` is loaded from.
+
+    These are model.safetensors, else the shards that an index names, else all. Raises ValueError, too, naming a
+    shard that is not there.
+    """
+    directory = Path(directory)
+    if (directory / "model.safetensors").exists():
+        return read_headers([directory / "model.safetensors"])
+    files = set()
+    for index in directory.glob(_INDEX):
+        files |= set(_read_index(index).values())
+        if missing := sorted(file for file in files if not file.exists()):
+            raise ValueError(f"{missing[0]}: missing, but {index.name} names it")
+    return read_headers(sorted(files or directory.glob("*.safetensors")))
+
+
+def _check_index(index: Path, files: Iterable[Path], tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise ValueError naming a tensor that is not where `index` says, unless that is of other files."""
+    places = _read_index(index)
+    if set(places.values()) != set(files):
+        return
+    for name in sorted(places.keys() | tensors.keys()):
+        found = tensors[name].file if name in tensors else None
+        if places.get(name) != found:
+            place = places[name].name if name in places else "no file"
+            raise ValueError(f"{name} in {index}: {place}, expected {found.name if found else 'no such tensor'}")
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    """The file of each tensor, as an index has it."""
+    try:
+        fields = json.loads(index.read_text(encoding="utf-8"))
+        return {name: index.parent / shard for name, shard in fields["weight_map"].items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{index}: expected a JSON object with 'weight_map'") from None
+
+
+def check_stored_layer(
+    name: str, tensors: Mapping[str, StoredTensor], format: Format, layer: torch.nn.Linear | torch.nn.Embedding
+) -> torch.dtype:
+    """Check the stored tensors of the quantized `layer` called `name`; returns the dtype of its codebooks.
+
+    Raises ValueError naming the tensor, its file, and the dtype or shape that was expected.
+    """
+    out_features, in_features = layer.weight.shape
+    format.check_layer(name, out_features, in_features)
+    dtypes_of = {"codes": ("I8" if format.code_itemsize == 1 else "I16",)}
+    shapes = format.shapes(out_features, in_features)
+    if getattr(layer, "bias", None) is not None:
+        shapes["bias"] = (out_features,)
+    for part, shape in shapes.items():
+        dtypes = dtypes_of.get(part, tuple(_FLOATS))
+        tensor = tensors.get(tensor_name(name, part))
+        if tensor is None:
+            raise ValueError(f"{name}.{part}: missing from the checkpoint")
+        if tensor.dtype not in dtypes or tensor.shape != shape:
+            raise ValueError(
+                f"{name}.{part} in {tensor.file}: got {tensor.dtype} {list(tensor.shape)}, "
+                f"expected {' or '.join(dtypes)} {list(shape)} for {format.scheme}"
+            )
+    books, scales = (tensors[tensor_name(name, part)] for part in ("codebooks", "scales"))
+    if books.dtype != scales.dtype:
+        raise ValueError(
+            f"{name}.scales in {scales.file}: got {scales.dtype}, expected {books.dtype} as of its codebooks"
+        )
+    return _FLOATS[books.dtype]
+
+
+def check_values(
+    name: str, linear: QuantizedLayer, stored: Mapping[str, tuple[str, StoredTensor]] | None = None
+) -> None:
+    """Raise ValueError naming the tensor: codes beyond the codebook, codebooks or scales not finite.
+
+    `stored`, by names in the model: name and place of a tensor in its file, where those on the meta device (of an
+    offloaded layer) are read; without, they are left out.
+    """
+    for part in WEIGHT:
+        value, label = getattr(linear, part), tensor_name(name, part)
+        if part == "codes" and linear.nbits_per_codebook in (8, 16):  # they fill their dtype
+            continue
+        if value.is_meta:
+            if not stored or label not in stored:
+                continue
+            key, tensor = stored[label]
+            label = f"{key} in {tensor.file}"
+            with safe_open(tensor.file, framework="pt") as file:
+                value = file.get_tensor(key)
+        if part == "codes":
+            check_code_range(value, linear.nbits_per_codebook, label)
+        elif not torch.isfinite(value).all():
+            raise ValueError(f"{label}: got NaN or Inf, expected finite values")
+
+
+def stored_linears(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """The quantized linears among stored tensors: for each name its tensors by part ("codes", "scales", ...)."""
+    linears: dict[str, dict[str, StoredTensor]] = {name: {} for name in quantized_names(tensors)}
+    for name, tensor in tensors.items():
+        linear, _, part = name.rpartition(".")
+        if linear in linears:
+            linears[linear][part] = tensor
+    return linears
+
+
+def check_stored_values(tensors: Mapping[str, StoredTensor]) -> None:
+    """Read every tensor, one at a time, and raise as `check_values` does; dense ones must be finite too.
+
+    How many bits codes have is what the shape of their codebooks says, which `check_stored_layer` has checked.
+    """
+    for name, tensor in tensors.items():
+        with safe_open(tensor.file, framework="pt") as stored:
+            value = stored.get_tensor(name)
+        books = tensors.get(f"{name.removesuffix('.codes')}.codebooks")
+        if books and name.endswith(".codes"):
+            check_code_range(value, books.shape[1].bit_length() - 1, f"{name} in {tensor.file}")
+        elif tensor.dtype in _FLOATS and not torch.isfinite(value).all():
+            raise ValueError(f"{name} in {tensor.file}: got NaN or Inf, expected finite values")
+
+
+def check_dense_dtype(name: str, tensor: StoredTensor) -> None:
+    """Raise ValueError unless a dense parameter is stored as a float that models load."""
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(f"{name} in {tensor.file}: got {tensor.dtype}, expected {' or '.join(_FLOATS)}")
+
+
+def check_output(out_dir: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Raise unless `save_quantized` may write `out_dir`: call it before the work starts.
+
+    FileExistsError if it exists; even with `overwrite` only an empty directory or one with a config.json is
+    replaced. PermissionError if the directory it would be made in is not one, or may not be written.
+    """
+    out = Path(out_dir)
+    clear_up(out)
+    if os.path.lexists(out):
+        if not overwrite:
+            raise FileExistsError(f"OUT: got {str(out)!r}, which exists, expected a new path, or overwrite")
+        if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+            raise FileExistsError(f"OUT: got {str(out)!r}, expected a model directory (with config.json) to overwrite")
+    parent = existing_parent(out)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"OUT: got {str(out)!r}, expected {str(parent)!r} to be a directory that can be written")
+
+
+def save_quantized(
+    model: Any,
+    tokenizer: Any,
+    out_dir: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    extra_files: Callable[[Path], Mapping[str, str]] | None = None,
+) -> None:
+    """Write a quantized transformers model and its tokenizer as one directory.
+
+    Everything is written to a temporary directory beside `out_dir` (or beside the first of its parents that
+    is missing) that takes its name at the end, so `out_dir` is either absent, the old one, or complete.
+    `tokenizer` may be None. `extra_files` is called with that directory when the model lies in it and gives
+    names and texts of files to add. Raises what `check_output` does; ValueError if the model has no quantized
+    linear; OSError if a file cannot be written.
+    """
+    out = Path(out_dir)
+    check_output(out, overwrite)
+    if next(quantized_linears(model), None) is None:
+        raise ValueError("model: got no quantized layer, expected a model of quantize_model")
+    new, old = (temporary_beside(out, which, os.getpid()) for which in ("new", "old"))
+    try:
+        new.mkdir()
+        model.save_pretrained(new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        for name, text in (extra_files(new) if extra_files else {}).items():
+            (new / name).write_text(text, encoding="utf-8")
+        for file in filter(Path.is_file, new.rglob("*")):  # safetensors makes its files private
+            file.chmod((new / "config.json").stat().st_mode)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists():
+            os.rename(out, old)
+        os.rename(new, out)
+    except BaseException as error:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        if isinstance(error, SafetensorError):  # a full disk, for one
+            raise OSError(f"OUT: got {str(out)!r}, which cannot be written: {error}") from None
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def disk_sizes(directory: str | os.PathLike[str], embeddings: Iterable[str]) -> tuple[int, int]:
+    """(bytes of all safetensors files in `directory`, bytes of the tensors named in `embeddings`)."""
+    tensors = read_directory(directory)
+    total = sum(file.stat().st_size for file in {tensor.file for tensor in tensors.values()})
+    return total, sum(n_bytes(tensors[name]) for name in set(embeddings) & set(tensors))
+
+
+def n_bytes(tensor: StoredTensor) -> int:
+    """Bytes of a tensor's values."""
+    bits = int("".join(filter(str.isdigit, tensor.dtype.split("_")[0])) or 8)  # F16 -> 16, F8_E4M3 -> 8, BOOL -> 8
+    return bits // 8 * math.prod(tensor.shape)

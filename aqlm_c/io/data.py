@@ -1,0 +1,247 @@
+"""Text and token readers: calibration samples and evaluation streams.
+
+A source is a string: a file (.txt, .jsonl with a "text" field, .npy or .safetensors of token ids), or the
+name of a data set for the `datasets` library, `name[,config][:split]` (split "train" if left out), such as
+"Salesforce/wikitext,wikitext-2-raw-v1:test". Documents of one source are joined by a blank line and
+tokenised as one text, as GPTQ (arXiv 2210.17323) and AQLM (arXiv 2401.06118) do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config import TuningOptions
+
+# The default text: 465 kB of English documentation that every CPython carries.
+BUNDLED = "pydoc_data.topics"
+FILE_TYPES = (".txt", ".jsonl", ".npy", ".safetensors")
+
+_SHUFFLE_BUFFER = 10_000  # documents of a streamed data set among which --shuffle draws the next one
+
+
+def load_sequences(
+    sources: Sequence[str],
+    tokenizer: Any,
+    samples: int,
+    sequence_length: int,
+    shuffle: bool = False,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Calibration sequences: int64 [samples, sequence_length] token ids.
+
+    The samples are spread evenly over `sources` (none: the bundled text), the remainder going to the first
+    ones: non-overlapping windows, in order from the start of each source, or with `shuffle` drawn without
+    replacement from all of its windows by a generator seeded with `seed`. A two-dimensional array of
+    token ids is cut row by row. Raises ValueError naming the source if it cannot be read or is too short.
+    """
+    sources = list(sources) or [BUNDLED]
+    if samples < len(sources):
+        raise ValueError(f"samples={samples}: expected at least one for each of the {len(sources)} data sources")
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length={sequence_length}: expected at least 2 tokens")
+    share, rest = divmod(samples, len(sources))
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for index, source in enumerate(sources):
+        wanted = share + (index < rest)
+        limit = None if shuffle and not _is_dataset(source) else wanted * sequence_length
+        rows = _read(source, tokenizer, limit, seed if shuffle else None)
+        usable = rows.shape[1] // sequence_length
+        windows = rows[:, : usable * sequence_length].reshape(-1, sequence_length)
+        if len(windows) < wanted:
+            raise ValueError(
+                f"data={source!r}: {rows.numel()} tokens hold {len(windows)} sequences of {sequence_length}, "
+                f"expected {wanted} ({wanted * sequence_length} tokens)"
+            )
+        order = torch.randperm(len(windows), generator=generator) if shuffle else torch.arange(wanted)
+        parts.append(windows[order[:wanted]])
+    return torch.cat(parts)
+
+
+def token_stream(source: str, tokenizer: Any, limit: int | None = None) -> torch.Tensor:
+    """The source as one stream: int64 [n] token ids, the first `limit` of them if given.
+
+    Raises ValueError naming the source if it cannot be read.
+    """
+    return _read(source, tokenizer, limit).reshape(-1)[:limit]
+
+
+def check_source(source: str) -> None:
+    """Raise ValueError if `source` is a file that is missing or of an unknown type; reads nothing."""
+    path = Path(source)
+    if path.is_dir() and path.suffix in FILE_TYPES:
+        raise ValueError(f"data={source!r}: is a directory, expected a {path.suffix} file")
+    if path.is_file() and path.suffix not in FILE_TYPES:
+        raise ValueError(f"data={source!r}: expected a file of type {' '.join(FILE_TYPES)}")
+    if _is_dataset(source):  # whose name may be that of a local directory
+        path = Path(_dataset_name(source)[0])
+    is_path = path.suffix in FILE_TYPES or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if is_path and not path.exists():
+        raise ValueError(f"data={source!r}: no such file")
+
+
+def check_token_ids(name: str, input_ids: torch.Tensor, model: Any) -> None:
+    """Raise ValueError, naming the argument `name`, unless `model` has an embedding for every id of a tensor."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    low, high = (int(token) for token in input_ids.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"{name}: token id {low if low < 0 else high}, expected 0..{vocabulary - 1}: "
+            "were they tokenised for another model?"
+        )
+
+
+def check_sequences(model: Any, sequences: torch.Tensor, tuning: TuningOptions) -> torch.Tensor:
+    """`sequences` as int64 [n, length]; ValueError for what calibration and `tuning` cannot take."""
+    sequences = torch.as_tensor(sequences)
+    if sequences.ndim != 2 or sequences.is_floating_point() or not sequences.numel():
+        raise ValueError(
+            f"sequences: got {sequences.dtype} {list(sequences.shape)}, expected token ids [n, length], at least one"
+        )
+    if tuning.finetune_epochs and len(sequences) < 2:
+        raise ValueError("sequences: got 1, expected at least 2: fine-tuning trains on some and validates on others")
+    check_token_ids("sequences", sequences, model)
+    return sequences.long()
+
+
+def sha256(source: str) -> str | None:
+    """Hex digest of a file's bytes or of the bundled text; None for a data set, known by its tokens only."""
+    if source == BUNDLED:
+        return hashlib.sha256("\n\n".join(_bundled()).encode()).hexdigest()
+    if _is_dataset(source):
+        return None
+    digest = hashlib.sha256()
+    with open(source, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def provenance(sources: Sequence[str], input_ids: torch.Tensor) -> dict[str, Any]:
+    """What a report keeps of the data: SHA-256 of each source and of the token ids (int64, little-endian)."""
+    ids = input_ids.numpy().astype("<i8", copy=False)
+    return {
+        "sources": {source: sha256(source) for source in (list(sources) or [BUNDLED])},
+        "input_ids": hashlib.sha256(np.ascontiguousarray(ids)).hexdigest(),
+    }
+
+
+def _is_dataset(source: str) -> bool:
+    return source != BUNDLED and Path(source).suffix not in FILE_TYPES
+
+
+def _dataset_name(source: str) -> tuple[str, str, str]:
+    """(name, config, split) of "name[,config][:split]", empty where left out."""
+    name, _, split = source.partition(":")
+    name, _, config = name.partition(",")
+    return name, config, split
+
+
+def _read(source: str, tokenizer: Any, limit: int | None, shuffle_seed: int | None = None) -> torch.Tensor:
+    """Token ids int64 [rows, n]; text is one row, of which `limit` tokens (or a few more) are enough."""
+    check_source(source)
+    if Path(source).suffix in (".npy", ".safetensors"):
+        return _token_ids(source, tokenizer)
+    # No more text is tokenised than the limit asks for. Twice the limit must come out of a text that was
+    # cut, because tokens near the cut may differ from those of the whole text.
+    max_chars = None if limit is None else 16 * limit
+    while True:
+        text, cut = _text(_documents(source, shuffle_seed), max_chars)
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        if not cut or len(ids) >= 2 * limit:
+            return torch.tensor(ids[:limit] if cut else ids, dtype=torch.int64)[None]
+        max_chars *= 4
+
+
+def _text(documents: Iterable[str], max_chars: int | None) -> tuple[str, bool]:
+    """Documents joined by blank lines, cut after max_chars characters; and whether anything was cut."""
+    parts, size = [], 0
+    for document in documents:
+        parts.append(document)
+        size += len(document) + 2
+        if max_chars is not None and size > max_chars:
+            return "\n\n".join(parts)[:max_chars], True
+    return "\n\n".join(parts), False
+
+
+def _documents(source: str, shuffle_seed: int | None) -> Iterator[str]:
+    if source == BUNDLED:
+        return iter(_bundled())
+    suffix = Path(source).suffix
+    if suffix == ".txt":
+        return _text_file(source)
+    return _jsonl(source) if suffix == ".jsonl" else _dataset(source, shuffle_seed)
+
+
+def _bundled() -> list[str]:
+    from pydoc_data import topics
+
+    return [topics.topics[name] for name in sorted(topics.topics)]
+
+
+def _text_file(path: str) -> Iterator[str]:
+    try:
+        yield Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data={path!r}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _jsonl(path: str) -> Iterator[str]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f'data={path!r}: line {number}: expected a JSON object with a string "text"')
+            yield text
+
+
+def _dataset(source: str, shuffle_seed: int | None) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"data={source!r}: no such file, and a data set needs `datasets`: pip install 'aqlm-c[hf]'"
+        ) from error
+    name, config, split = _dataset_name(source)
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        if shuffle_seed is not None:
+            rows = rows.shuffle(seed=shuffle_seed, buffer_size=_SHUFFLE_BUFFER)
+        first = next(iter(rows))
+    except Exception as error:  # of many types: hub, network, script, split, empty
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"data={source!r}: no such file, and no data set could be read: {reason}") from error
+    if not isinstance(first.get("text"), str):
+        raise ValueError(f'data={source!r}: columns {sorted(first)}, expected a string column "text"')
+    return (row["text"] for row in rows)
+
+
+def _token_ids(path: str, tokenizer: Any) -> torch.Tensor:
+    try:
+        if path.endswith(".npy"):
+            ids = np.load(path, allow_pickle=False)
+        else:
+            from safetensors.numpy import load_file
+
+            ids = load_file(path).get("input_ids")
+    except Exception as error:  # ValueError, EOFError, OSError, SafetensorError: all mean a damaged file
+        raise ValueError(f"data={path!r}: not a readable {Path(path).suffix} file: {error}") from error
+    if ids is None:
+        raise ValueError(f'data={path!r}: expected a tensor named "input_ids"')
+    if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
+        raise ValueError(f"data={path!r}: {ids.dtype} {list(ids.shape)}, expected integer token ids [n] or [rows, n]")
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < len(tokenizer):
+        raise ValueError(f"data={path!r}: token ids {ids.min()}..{ids.max()}, expected 0..{len(tokenizer) - 1}")
+    return torch.from_numpy(np.atleast_2d(ids).astype(np.int64))

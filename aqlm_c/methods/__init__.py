@@ -1,0 +1,29 @@
+"""The methods by name. A method is a file of this folder with a `METHOD`; a line here registers it.
+
+`AqlmConfig(solver=NAME)`, ``--solver NAME``. Nothing else in the package knows a method's name: what differs between
+them they are asked (`base.Method`). Listing the names imports none of them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ..errors import wrong
+
+if TYPE_CHECKING:
+    from .base import Method
+
+DEFAULT = "ldl"
+METHODS = {
+    "ldl": "aqlm",  # sequential error feedback, exact pair search, least-squares codebooks
+    "paper": "aqlm_paper",  # exactly the reference recipe, for comparison
+    "rtn": "rtn",  # round to nearest: the baseline without calibration
+}
+
+
+def get_method(name: str) -> Method:
+    """The method called `name`; ValueError for an unknown one."""
+    if name not in METHODS:
+        raise wrong("solver", name, f"one of {', '.join(METHODS)}")
+    return import_module(f".{METHODS[name]}", __name__).METHOD

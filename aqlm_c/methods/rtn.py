@@ -1,0 +1,101 @@
+"""Round to nearest: each weight on a uniform grid of its row, whatever H is. The baseline without calibration."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from ..config import MethodOptions
+from ..core import arrays
+from ..core.verbs import Array
+from ..errors import wrong
+from ..format import Format
+from .base import Cost, LayerProblem, QuantizedWeight, finished, signal_of
+from .state import check_searchable
+
+_MOST_BITS = 16  # of a weight
+
+
+class RoundToNearest:
+    """A row's scale is its largest absolute weight, and each weight takes the nearest of 2^b values from -scale to
+    scale, evenly spaced, where b is the scheme's bits per weight.
+
+    Additive codebooks hold such a grid exactly: the K B bits of a group's codes are dealt to its g weights in order,
+    and each entry is the sum of what its set bits are worth. Where g does not divide K B, the first weights of a group
+    get one bit more.
+    """
+
+    options_type = MethodOptions
+
+    def check(self, format: Format, options: MethodOptions) -> None:
+        check_searchable(format)
+        if format.code_bits_per_weight() > _MOST_BITS:
+            raise wrong("scheme", format.scheme, f"at most {_MOST_BITS} bits per weight to round to")
+
+    def quantize(self, problem: LayerProblem, options: MethodOptions) -> QuantizedWeight:
+        signal = signal_of(problem.weight, problem.hessian)
+        started = time.perf_counter()
+        weight = arrays.to_numpy(problem.weight)
+        grid = _Grid(problem.format)
+        scales = np.abs(weight).max(axis=1) / np.float32(grid.largest)
+        if problem.dtype != "float32":
+            scales = arrays.round_to(scales, problem.dtype)
+        state = (grid.codes(weight, scales), grid.codebooks, scales)
+        seconds = {"round": time.perf_counter() - started}
+        codes, codebooks, scales = (arrays.to_kind(array, problem.weight) for array in state)
+        result = finished(problem, codes, codebooks, scales, signal, seconds, [])
+        result.history.append(("rounded", result.relative_error))
+        return result
+
+    def search_again(self, problem: LayerProblem, quantized: QuantizedWeight, options: MethodOptions) -> Array | None:
+        return None
+
+    def cost(self, format: Format, shape: tuple[int, int], options: MethodOptions) -> Cost:
+        return Cost(flop=4.0 * shape[0] * shape[1])
+
+    def seconds_per_group(self, format: Format, options: MethodOptions) -> float:
+        return 0.0
+
+
+class _Grid:
+    """The grid in a format: weight i of a group has bits[i] bits, whose number v is (2 v - 2^bits + 1) steps[i].
+
+    Steps are powers of two where all weights have equally many bits, so that 16-bit floats hold the codebooks exactly.
+    """
+
+    def __init__(self, format: Format) -> None:
+        self.format = format
+        total, g = format.num_codebooks * format.nbits_per_codebook, format.in_group_size
+        self.bits = [total // g + (i < total % g) for i in range(g)]
+        most = max(self.bits)
+        self.largest = (2**most - 1) / 2 ** (most - 1)
+        self.steps = np.array([self.largest / (2**b - 1) if b else 0.0 for b in self.bits], np.float32)
+        self.places = [(i, p) for i, b in enumerate(self.bits) for p in range(b)]  # of each bit of a group's codes
+        self.codebooks = self._codebooks()
+
+    def _codebooks(self) -> np.ndarray:
+        """float32 [K, E, g]."""
+        format = self.format
+        books = np.zeros((format.num_codebooks, format.entries, format.in_group_size), np.float32)
+        books[0] -= self.steps * [2**b - 1 for b in self.bits]
+        entry = np.arange(format.entries)
+        for place, (i, p) in enumerate(self.places):
+            k, q = divmod(place, format.nbits_per_codebook)
+            books[k, :, i] += (entry >> q & 1) * (2 ** (p + 1) * self.steps[i])
+        return books
+
+    def codes(self, weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """Working codes uint16 [out, J, K] of weight [out, in] under scales [out]."""
+        format, most = self.format, np.array([2**b - 1 for b in self.bits], np.float32)
+        groups = weight.reshape(len(weight), -1, format.in_group_size)
+        units = np.where(scales > 0, scales, 1)[:, None, None] * np.where(self.steps > 0, self.steps, 1)
+        numbers = np.rint((groups / units + most) / 2).clip(0, most).astype(np.uint32)
+        codes = np.zeros((*groups.shape[:2], format.num_codebooks), np.uint16)
+        for place, (i, p) in enumerate(self.places):
+            k, q = divmod(place, format.nbits_per_codebook)
+            codes[..., k] |= ((numbers[..., i] >> p & 1) << q).astype(np.uint16)
+        return codes
+
+
+METHOD = RoundToNearest()

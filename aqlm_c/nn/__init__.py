@@ -1,0 +1,1 @@
+"""Layers with quantized weights and the operators they run on."""

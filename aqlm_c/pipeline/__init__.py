@@ -1,0 +1,1 @@
+"""The run over a model: plan, then for each block capture, quantize, tune, store and advance."""

@@ -1,0 +1,189 @@
+"""The stages of one step: capture what its layers are given, quantize them, tune the block."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..calibrate.sources import Calibration, LayerInputs, embedding_hessian
+from ..core import arrays
+from ..core.hessian import Hessian
+from ..format import Format
+from ..io.checkpoint import quantized_linears
+from ..methods import get_method
+from ..methods.base import LayerProblem, QuantizedWeight, gaussian_references
+from ..nn.embedding import quantized_class
+from ..nn.linear import QuantizedLayer
+from ..recipe import AqlmConfig
+from ..report.report import BlockReport, LayerReport
+from ..train.block import finetune_block
+from ..weights import layer_problem
+from .plan import BlockPlan, Plan
+from .progress import Phases
+
+Reports = dict[str, list[dict[str, Any]]]  # of a step, as JSON can hold them: "layers" and "blocks"
+
+
+def quantize_module(
+    name: str,
+    module: torch.nn.Linear | torch.nn.Embedding,
+    hessian: Any,
+    format: Format,
+    config: AqlmConfig,
+    dtype: torch.dtype | None = None,
+) -> tuple[QuantizedLayer, QuantizedWeight, LayerProblem]:
+    """The quantized layer for the place of a dense one, its weight, and the problem that it solves.
+
+    dtype: of codebooks and scales; None: the 16-bit float in which a layer of this dtype is stored.
+    """
+    dtype = dtype or disk_dtype(module.weight.dtype)
+    problem = layer_problem(name, module.weight, hessian, format, config, str(dtype).removeprefix("torch."))
+    solved = get_method(config.solver).quantize(problem, config.options)
+    return quantized_class(module).from_quantized_weight(solved, module, dtype), solved, problem
+
+
+def disk_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit float in which codebooks and scales of a layer of `dtype` are stored."""
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
+
+
+class BlockStages:
+    """Quantizes the steps of a plan, one at a time, in place. dtype: the model's."""
+
+    def __init__(
+        self, model: Any, plan: Plan, config: AqlmConfig, calibration: Calibration, phases: Phases, dtype: torch.dtype
+    ) -> None:
+        self.model, self.plan, self.config = model, plan, config
+        self.calibration, self.phases, self.dtype = calibration, phases, dtype
+
+    def quantize(self, step: BlockPlan) -> Reports:
+        """Quantize and tune a step; the reports of its layers and, after fine-tuning, of the block."""
+        reports: Reports = {"layers": [], "blocks": []}
+        if step.index is None:
+            self._quantize_embeddings(step, reports)
+        elif step.targets:
+            self._quantize_block(step, step.index, reports)
+        return reports
+
+    def _quantize_block(self, step: BlockPlan, index: int, reports: Reports) -> None:
+        block = self.plan.blocks[index]
+        tunes = self.config.tuning.finetune_epochs > 0 and self.calibration.inputs is not None
+        linears = {name: self.model.get_submodule(name) for name in step.targets}
+        with self.phases("calibrate"):
+            given = self.calibration.of_block(index, block, linears, outputs=tunes)
+        self.phases.move("calibrate", "hessian", given.seconds)
+        with given.outputs or contextlib.nullcontext():
+            problems = {}
+            for name, format in step.targets.items():
+                tokens = given.tokens.get(name)
+                problems[name] = self._quantize_layer(name, format, given.hessians[name], tokens, reports)
+            if tunes:
+                self._tune(step.name, index, given, problems, reports)
+
+    def _tune(
+        self, name: str, index: int, given: LayerInputs, problems: dict[str, LayerProblem], reports: Reports
+    ) -> None:
+        blocks, inputs = self.plan.blocks, self.calibration.inputs
+        assert inputs is not None and given.outputs is not None, "tuning compares activations"
+
+        def search(part: str, *state: torch.Tensor) -> torch.Tensor | None:
+            return search_again(problems[f"{name}.{part}"], self.config, *state)
+
+        with self.phases("finetune"), dense(blocks[index], self.dtype) as quantized:
+            tuned = finetune_block(name, index, blocks, quantized, inputs, given.outputs, self.config, search)
+        reports["blocks"].append(tuned.to_dict())
+        self.phases.progress.on_block_report(tuned)
+
+    def _quantize_embeddings(self, step: BlockPlan, reports: Reports) -> None:
+        """H of the output layer is that of its inputs in the model as it is; of the input embedding: see
+        `embedding_hessian`.
+        """
+        embeddings = self.plan.embeddings
+        of_output = None
+        if embeddings.output in step.targets or embeddings.tied:
+            with self.phases("calibrate"):
+                given = self.calibration.of_output(self.model, embeddings.output)
+            of_output = given.hessians[embeddings.output]
+            self.phases.move("calibrate", "hessian", given.seconds)
+        for name, format in step.targets.items():
+            hessian = of_output
+            if name == embeddings.input:
+                width = self.model.get_submodule(name).embedding_dim
+                hessian = embedding_hessian(width, of_output if embeddings.tied else None)
+            assert hessian is not None, "an output layer has one"
+            self._quantize_layer(name, format, hessian, self.calibration.tokens or None, reports)
+
+    def _quantize_layer(
+        self, name: str, format: Format, hessian: Hessian, tokens: int | None, reports: Reports
+    ) -> LayerProblem:
+        """Put the quantized layer in the place of the dense one; its report joins the others."""
+        module = self.model.get_submodule(name)
+        with self.phases("quantize"):
+            started = time.perf_counter()
+            try:
+                layer, solved, problem = quantize_module(name, module, hessian, format, self.config)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            seconds = time.perf_counter() - started
+        with self.phases("reference"):
+            report = layer_report(problem, solved, seconds)
+        report.tokens = tokens
+        self.model.set_submodule(name, layer)
+        reports["layers"].append(report.to_dict())
+        self.phases.progress.on_layer(report)
+        return problem
+
+
+def layer_report(problem: LayerProblem, quantized: QuantizedWeight, seconds: float) -> LayerReport:
+    """The layer's error beside that of Gaussian weights under the same H by reverse water-filling."""
+    out_features, in_features = problem.shape
+    code_rate, true_rate = gaussian_references(problem, quantized.signal)
+    return LayerReport(
+        name=problem.name,
+        out_features=out_features,
+        in_features=in_features,
+        scheme=problem.format.scheme,
+        relative_error=quantized.relative_error,
+        gaussian_code_rate=code_rate,
+        gaussian_true_rate=true_rate,
+        bits_per_weight=problem.format.bits_per_weight(out_features, in_features),
+        seconds=seconds,
+    )
+
+
+def search_again(
+    problem: LayerProblem, config: AqlmConfig, codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor | None:
+    """The method's new codes of a layer under other codebooks and scales, all as in QuantizedLinear; None if it has
+    none.
+    """
+    state = [arrays.of_tensor(tensor) for tensor in (codes, codebooks, scales)]
+    trained = QuantizedWeight(*state, problem.dtype, 0.0, {}, [])
+    found = get_method(config.solver).search_again(problem, trained, config.options)
+    return None if found is None else torch.as_tensor(found).to(codes.device)
+
+
+@contextlib.contextmanager
+def dense(block: torch.nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """The block with dense linears of `dtype` in place of the quantized, which are given by their names in it.
+
+    For runs over the calibration sequences: a dense product is the fastest there.
+    """
+    quantized: dict[str, Any] = dict(quantized_linears(block))
+    try:
+        for name, layer in quantized.items():
+            block.set_submodule(name, layer.dequantize(dtype))
+        block.requires_grad_(False)
+        yield quantized
+    finally:
+        for name, layer in quantized.items():
+            block.set_submodule(name, layer)
+
+
+def block_reports(reports: Reports) -> tuple[list[LayerReport], list[BlockReport]]:
+    """Those of a step, also after a way through JSON."""
+    return list(map(LayerReport.from_dict, reports["layers"])), list(map(BlockReport.from_dict, reports["blocks"]))

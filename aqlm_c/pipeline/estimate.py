@@ -1,0 +1,306 @@
+"""What a run will cost, in time, memory and disk: said before the work starts, corrected after every block."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..calibrate.activations import TOKENS_PER_BATCH
+from ..core import verbs
+from ..files import check_free_space, resident_memory, temporary_directory
+from ..format import Format
+from ..methods import get_method
+from ..recipe import AqlmConfig
+from ..units import binary_size, duration
+
+# How phases relate to the products that `Rates` counts: fitted to a run of SmolLM2 (64 x 1,024 tokens, 2x8g8, two
+# AVX-512 cores), of which they give every phase within a tenth. What they miss elsewhere, `Estimator` learns.
+_FORWARD = 1.65  # time of a forward pass over that of its products alone
+_BACKWARD = 3.5  # forward and backward pass with decoding, in forward passes
+_BACKWARD_AHEAD = 2.2  # of a block of the lookahead, to whose weights no gradient goes
+_SQUARED = 1.4  # flop per token and element of H: half of it is computed
+_CUBED = 10.0  # flop per in^3: the block factor of H; as much again: its eigenvalues
+_DECAY = 0.8  # weight of a block in the corrections, each time another one is finished
+_SLACK = 1.25  # memory that allocators take over what is asked for (measured: 1.1 and 1.2 times)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Speed of the machine, all threads together; the defaults are those of the run named above.
+
+    product: flop/s of torch in the model's dtype. gemm: flop/s of the C core in fp32. group: seconds to search
+    the codes of one group once.
+    """
+
+    product: float = 420e9
+    gemm: float = 150e9
+    group: float = 1.1e-6
+
+    @classmethod
+    def measure(cls, config: AqlmConfig, dtype: str = "bfloat16") -> Rates:
+        """The rates on this machine now, for this format and a model of `dtype`; takes about a tenth of a second."""
+        import torch
+
+        a, b = torch.ones(1024, 512, dtype=getattr(torch, dtype)), torch.ones(512, 512, dtype=getattr(torch, dtype))
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((2048, 512), dtype=np.float32)
+        sums = np.zeros((512, 512))
+        return cls(
+            product=2 * a.numel() * b.shape[1] / _fastest(lambda: a @ b),
+            gemm=_SQUARED * x.size * x.shape[1] / _fastest(lambda: verbs.accumulate_hessian(sums, x)),
+            group=get_method(config.solver).seconds_per_group(config.format, config.options),
+        )
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One block and the calibration that runs through it, in plain numbers.
+
+    layers: [out, in] of each linear to quantize. inputs: in_features of each distinct input among them, that is of
+    each H. weights: of all linears of the block. tokens: of the calibration, in sequences of sequence_length.
+    itemsize: bytes of a value of the model's dtype. heads: attention heads whose scores are kept for the backward
+    pass, 0 where attention is fused. formats: of each of the layers; none: that of `config` is all theirs.
+    """
+
+    layers: tuple[tuple[int, int], ...]
+    inputs: tuple[int, ...]
+    weights: int
+    tokens: int
+    sequence_length: int
+    hidden_size: int
+    config: AqlmConfig
+    itemsize: int = 2
+    heads: int = 0
+    formats: tuple[Format, ...] = ()
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, int]], weights: int | None = None, **fields: Any) -> Work:
+        """The work of linears given as name -> (out, in); `fields` are the other fields.
+
+        Which linears share an input shows only when the block runs: until then the last linear of a module (o_proj,
+        down_proj) is taken to have its own, the others to share by in_features.
+        """
+        parents: dict[str, list[int]] = {}
+        for name, (_, in_features) in shapes.items():
+            parents.setdefault(name.rpartition(".")[0], []).append(in_features)
+        inputs = [n for sizes in parents.values() for n in (*sorted(set(sizes[:-1])), sizes[-1])]
+        layers = tuple(shapes.values())
+        weights = sum(out * n for out, n in layers) if weights is None else weights
+        return cls(layers, tuple(inputs), weights, **fields)
+
+    def seconds(self, rates: Rates, resumed: bool = False) -> dict[str, float]:
+        """Seconds by the name of the phase; a block that is `resumed` is only run through."""
+        config = self.config
+        flop = 2 * self.tokens * (self.weights + 2 * self.sequence_length * self.hidden_size)
+        forward = _FORWARD * flop / rates.product
+        if resumed or not self.layers:
+            return {"propagate": forward}
+        costs = [get_method(config.solver).cost(layer, (out, n), config.options) for out, n, layer in self._each()]
+        solve = sum(cost.flop / rates.gemm + cost.group_searches * rates.group for cost in costs)
+        again = sum(cost.flop_again / rates.gemm + cost.group_searches_again * rates.group for cost in costs)
+        cubes = _CUBED * sum(n**3 for n in self.inputs) / rates.gemm
+        factors = cubes if any(cost.factors for cost in costs) else 0.0
+        tuning = config.tuning
+        held_out, ahead = tuning.finetune_held_out, tuning.finetune_lookahead
+        epoch = ((_BACKWARD + _BACKWARD_AHEAD * ahead) * (1 - held_out) + (1 + ahead) * held_out) * forward
+        searched = tuning.finetune_search
+        epochs = (1 + searched) * tuning.finetune_epochs
+        phases = {
+            "calibrate": forward,
+            "hessian": _SQUARED * self.tokens * sum(n * n for n in self.inputs) / rates.gemm,
+            "quantize": solve + factors,
+            "reference": cubes,
+            "finetune": ahead * forward + epochs * epoch + searched * again if epochs else 0.0,
+            "propagate": forward,
+        }
+        return {name: seconds for name, seconds in phases.items() if seconds}
+
+    def memory(self) -> int:
+        """Most bytes this block needs beside the model and the activations between blocks, at any one time."""
+        tuning_options, item = self.config.tuning, self.itemsize
+        width = sum(out + n for out, n in self.layers) or 2 * self.hidden_size
+        hessians = sum(n * n for n in self.inputs) * (8 + 4 + 4 + 4)  # the sum; H, damped and factored
+        solver = 8 * 4 * max(self._sizes(), default=0)  # fp32: the weight, its error, targets and gradients
+        gather = min(TOKENS_PER_BATCH, self.tokens) * width * item
+        batch = min(tuning_options.finetune_batch_size * self.sequence_length, self.tokens)
+        kept = (1 + tuning_options.finetune_lookahead) * (3 * width * item + self.heads * self.sequence_length * 6)
+        # Decoded weights and their gradients, in fp32 and in the model's dtype; what the backward pass keeps.
+        tuning = self.weights * (8 + 2 * item) + batch * kept
+        return int(_SLACK * (hessians + max(solver, gather, tuning if tuning_options.finetune_epochs else 0)))
+
+    def activations(self) -> int:
+        """Bytes of the activations between blocks: one copy, and for fine-tuning what its outputs should be."""
+        copies = 1
+        if self.config.tuning.finetune_epochs:
+            copies += 2 if self.config.tuning.finetune_lookahead else 1
+        return copies * self.tokens * self.hidden_size * self.itemsize
+
+    def stored(self) -> int:
+        """Bytes on disk of the quantized layers: codes, codebooks and scales."""
+        return sum(layer.stored_bytes(out, n) for out, n, layer in self._each())
+
+    def _each(self) -> Iterator[tuple[int, int, Format]]:
+        """out, in and format of each layer."""
+        formats = self.formats or (self.config.format,) * len(self.layers)
+        return ((out, n, layer) for (out, n), layer in zip(self.layers, formats, strict=True))
+
+    def _sizes(self) -> list[int]:
+        return [out * n for out, n in self.layers]
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """What a run holds at most, in bytes, and where its activations are."""
+
+    memory_bytes: int
+    disk_bytes: int
+    on_disk: bool
+    directory: Path | None  # of the activations on disk
+
+
+def plan_memory(
+    limit: int | None,
+    works: Sequence[Work],
+    *,
+    resident: int | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
+    other_bytes: int = 0,
+    resumed: int = 0,
+) -> MemoryPlan:
+    """Activations in memory, or on disk where `limit` bytes of memory do not hold them too.
+
+    resident: bytes held already, with the model; what this process holds now if None. work_dir: directory of the
+    finished blocks and of activations on disk, which go to the temporary directory without it. other_bytes: of the
+    output beside the quantized layers. resumed: so many blocks are in work_dir already.
+
+    Raises ValueError naming memory_limit if it is too small even with activations on disk, and OSError (ENOSPC)
+    if the disk has too little room for blocks and activations.
+    """
+    held = resident_memory() if resident is None else resident
+    blocks = held + max(work.memory() for work in works)
+    activations = max(work.activations() for work in works)
+    a_batch = int(min(1.0, TOKENS_PER_BATCH / max(1, works[0].tokens)) * activations)
+    on_disk = limit is not None and blocks + activations > limit
+    memory = blocks + (a_batch if on_disk else activations)
+    if limit is not None and memory > limit:
+        needed = f"at least {memory} ({binary_size(memory)})"
+        raise ValueError(
+            f"memory_limit: got {limit} ({binary_size(limit)}), expected {needed}, of which the model and its "
+            f"libraries hold {binary_size(held)} already; shorter sequences or a smaller finetune_batch_size need less"
+        )
+    stored = sum(work.stored() for work in works)
+    unfinished = sum(work.stored() for work in works[resumed:]) if work_dir else 0
+    written = unfinished + (activations if on_disk else 0)
+    directory = Path(work_dir or temporary_directory())
+    if written:
+        check_free_space(directory, written, "finished blocks and activations" if work_dir else "activations")
+    return MemoryPlan(memory, written + stored + other_bytes, on_disk, directory if on_disk else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """seconds_total counts from the start to the end, seconds_left from now; memory and disk are peaks in bytes."""
+
+    seconds_total: float
+    seconds_left: float
+    memory_bytes: int
+    disk_bytes: int
+    n_blocks: int
+    done: int
+
+    def describe(self) -> str:
+        """One line, such as "about 32 min, 1.4 GiB of memory, 0.1 GiB on disk"."""
+        span = duration(self.seconds_total)
+        if self.done:
+            span = f"{duration(self.seconds_left)} left of {span}"
+        return f"about {span}, {binary_size(self.memory_bytes)} of memory, {binary_size(self.disk_bytes)} on disk"
+
+
+class Estimator:
+    """Estimates of one run over blocks, from the work in each, the rates of the machine and the blocks finished.
+
+    What each phase took, over what it was predicted to take, corrects the prediction of the blocks left; later
+    blocks weigh more. resumed: so many blocks at the start are finished already and only run through.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[Work],
+        plan: MemoryPlan | None = None,
+        rates: Rates | None = None,
+        *,
+        resumed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._costs = [work.seconds(rates or Rates(), index < resumed) for index, work in enumerate(works)]
+        self._plan = plan
+        self._clock = clock
+        self._observed: dict[str, float] = {}
+        self._predicted: dict[str, float] = {}
+        self._phases: dict[str, float] = {}
+        self._done = 0
+        self._started = self._block_started = clock()
+
+    def start(self, phases: Mapping[str, float] | None = None) -> None:
+        """Count from now; `phases`: see `finish_block`."""
+        self._started = self._block_started = self._clock()
+        self._phases = dict(phases or {})
+
+    def finish_block(self, index: int, phases: Mapping[str, float] | None = None, *, alike: bool = True) -> None:
+        """Block `index` is finished, and all before it. alike: false for one that says nothing about the others.
+
+        phases: seconds by phase since the start of the run, as in `QuantizationReport.phases`, phases by the names
+        of `Work.seconds`; without it, each phase is taken to be off by as much as the whole block.
+        """
+        now = self._clock()
+        elapsed, cost = now - self._block_started, self._costs[index]
+        whole = sum(cost.values())
+        if phases is None or len(cost) == 1:
+            spent = {name: elapsed * seconds / (whole or 1.0) for name, seconds in cost.items()}
+        else:
+            spent = {name: phases.get(name, 0.0) - self._phases.get(name, 0.0) for name in cost}
+            spent["other"] = elapsed - sum(spent.values())  # such as saving: goes by the whole of the work
+        self._phases = dict(phases or {})
+        for name, seconds in spent.items() if alike else ():
+            self._observed[name] = _DECAY * self._observed.get(name, 0.0) + seconds
+            self._predicted[name] = _DECAY * self._predicted.get(name, 0.0) + cost.get(name, whole)
+        self._done, self._block_started = index + 1, now
+
+    def estimate(self) -> Estimate:
+        """What is known by now."""
+        now = self._clock()
+        left = [self._corrected(cost) for cost in self._costs[self._done :]]
+        if left:
+            left[0] = max(0.0, left[0] - (now - self._block_started))
+        plan = self._plan
+        return Estimate(
+            seconds_total=now - self._started + sum(left),
+            seconds_left=sum(left),
+            memory_bytes=plan.memory_bytes if plan else 0,
+            disk_bytes=plan.disk_bytes if plan else 0,
+            n_blocks=len(self._costs),
+            done=self._done,
+        )
+
+    def _corrected(self, cost: Mapping[str, float]) -> float:
+        known = sum(seconds * self._ratio(name, 1.0) for name, seconds in cost.items())
+        return max(0.0, known + self._ratio("other", 0.0) * sum(cost.values()))
+
+    def _ratio(self, phase: str, unknown: float) -> float:
+        predicted = self._predicted.get(phase, 0.0)
+        return self._observed[phase] / predicted if predicted > 0 else unknown

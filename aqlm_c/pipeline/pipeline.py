@@ -1,0 +1,145 @@
+"""One run over a model: the stages of each step of the plan, with progress, estimates and resume beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..calibrate.sources import Calibration, SequenceCalibration
+from ..core import runtime
+from ..files import peak_memory
+from ..model import experts
+from ..model.embeddings import tie
+from ..recipe import AqlmConfig
+from ..report.diagnose import diagnose
+from ..report.report import QuantizationReport
+from ..units import parse_size
+from .block import BlockStages, block_reports, dense
+from .estimate import Estimator, MemoryPlan, Rates, plan_memory
+from .plan import BlockPlan, Plan, make_plan, works_of
+from .progress import Phases, Progress
+from .resume import WorkDir, block_state, fingerprint, restore_block
+
+
+class Pipeline:
+    """Quantizes a model in place: `run`. What can be checked before any work is checked when it is made.
+
+    layers, progress, work_dir, memory_limit: as in `quantize_model`, which see for the errors.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: AqlmConfig,
+        calibration: Calibration,
+        *,
+        layers: str | None = None,
+        progress: Any = None,
+        work_dir: str | os.PathLike[str] | None = None,
+        memory_limit: int | str | None = None,
+    ) -> None:
+        self.model, self.config, self.calibration, self.layers = model, config, calibration, layers
+        self.progress = progress or Progress()
+        self.work_dir = work_dir
+        self.memory_limit = None if memory_limit is None else parse_size("memory_limit", memory_limit)
+        self.phases = Phases(self.progress)
+        self.plan: Plan = make_plan(model, config, layers)
+        dtype = model.dtype  # before its first parameters are codebooks
+        self.stages = BlockStages(model, self.plan, config, calibration, self.phases, dtype)
+        self.report = QuantizationReport(
+            tokens=calibration.tokens,
+            sequences=calibration.sequences,
+            config=config.to_dict(),
+            model=getattr(model.config, "_name_or_path", ""),
+            threads=runtime.get_num_threads(),
+            isa=runtime.get_isa(),
+            phases=self.phases.seconds,
+        )
+        self.store: WorkDir | None = None
+        self.finished = 0  # steps found in the work directory
+
+    def run(self) -> QuantizationReport:
+        """All steps; the report. The model is left in evaluation mode."""
+        self.model.eval()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(without_gradients(self.model))
+            if self.work_dir is not None:
+                self.store = stack.enter_context(WorkDir.open(self.work_dir, self._fingerprint()))
+                self.finished = self.store.finished
+            memory, estimator = self._estimate()
+            stack.enter_context(self.calibration)
+            for number, step in enumerate(self.plan.steps):
+                if step.index == 0:
+                    with self.phases("calibrate"):
+                        self.calibration.start(self.model, self.plan.blocks, memory.directory)
+                    if number == 0:
+                        estimator.start(self.phases.seconds)
+                self._step(number, step)
+                estimator.finish_block(number, self.phases.seconds, alike=step.index is not None)
+                self.progress.on_estimate(estimator.estimate())
+        experts.fuse(self.model)  # if none was quantized
+        self.report.peak_memory_bytes = peak_memory()
+        if self.calibration.tokens:
+            self.report.diagnoses = diagnose(self.report)
+        self.progress.on_finish(self.report)
+        return self.report
+
+    def _step(self, number: int, step: BlockPlan) -> None:
+        """Quantize a step, or take it from the work directory; then run on to the next block."""
+        self.progress.on_block(number, step.name)
+        module = self.model if step.index is None else self.plan.blocks[step.index]
+        if self.store is not None and number < self.finished:
+            tensors, reports = self.store.load_block(number)
+            restore_block(module, tensors)
+        else:
+            reports = self.stages.quantize(step)
+            if self.store is not None:
+                state = block_state(module, quantized_only=step.index is None) if step.targets else {}
+                self.store.save_block(number, state, reports)
+        if step.index is None and self.plan.embeddings.tied:
+            tie(self.model, self.plan.embeddings)
+        if step.index is not None and self.calibration.inputs is not None and number + 1 < len(self.plan.steps):
+            with self.phases("propagate"), dense(module, self.stages.dtype):
+                self.calibration.advance(step.index, module)
+        layers, blocks = block_reports(reports)
+        self.report.layers += layers
+        self.report.blocks += blocks
+
+    def _fingerprint(self) -> dict[str, Any]:
+        assert isinstance(self.calibration, SequenceCalibration), "without data nothing is kept"
+        ids, batch_size = self.calibration.ids, self.calibration.batch_size
+        return fingerprint(self.model, ids, self.config, self.layers, batch_size=batch_size)
+
+    def _estimate(self) -> tuple[MemoryPlan, Estimator]:
+        """What the run will take, as the progress is told."""
+        calibration, config = self.calibration, self.config
+        tuned = config if calibration.tokens else config.replace(finetune_epochs=0)
+        works = works_of(self.model, self.plan, tuned, calibration.tokens, calibration.sequence_length)
+        dense_bytes = sum(self.model.get_submodule(name).weight.nbytes for name in self.plan.targets())
+        kept = sum(parameter.nbytes for parameter in self.model.parameters()) - dense_bytes
+        memory = plan_memory(self.memory_limit, works, work_dir=self.work_dir, other_bytes=kept, resumed=self.finished)
+        rates = Rates.measure(config, str(self.stages.dtype).removeprefix("torch."))
+        estimator = Estimator(works, memory, rates, resumed=self.finished)
+        self.progress.on_start(len(works), self.plan.n_layers)
+        if self.finished:
+            self.progress.on_resume(self.finished)
+        self.progress.on_estimate(estimator.estimate())
+        estimator.start(self.phases.seconds)
+        return memory, estimator
+
+
+@contextlib.contextmanager
+def without_gradients(model: torch.nn.Module) -> Iterator[None]:
+    """No parameter of `model` asks for a gradient."""
+    asked = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():  # some are others by now
+            if name in asked:
+                parameter.requires_grad_()

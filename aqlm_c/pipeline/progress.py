@@ -1,0 +1,49 @@
+"""What a run tells while it works, and how long its phases take."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ..report.report import BlockReport, LayerReport, QuantizationReport
+from .estimate import Estimate
+
+PHASES = ("calibrate", "hessian", "quantize", "reference", "finetune", "propagate")
+
+
+class Progress:
+    """What `quantize_model` tells while it works; this one says nothing."""
+
+    def on_start(self, n_blocks: int, n_layers: int) -> None: ...
+    def on_resume(self, n_finished_blocks: int) -> None: ...
+    def on_estimate(self, estimate: Estimate) -> None: ...
+    def on_block(self, index: int, name: str) -> None: ...
+    def on_phase(self, name: str) -> None: ...
+    def on_layer(self, report: LayerReport) -> None: ...
+    def on_block_report(self, report: BlockReport) -> None: ...
+    def on_finish(self, report: QuantizationReport) -> None: ...
+
+
+class Phases:
+    """Seconds by phase; used as a context manager: ``with phases("calibrate"): ...``."""
+
+    def __init__(self, progress: Any) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.progress = progress
+        self._shown = ""
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if name not in (self._shown, "reference"):
+            self._shown = name
+            self.progress.on_phase(name)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Count seconds of one phase as another's."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds

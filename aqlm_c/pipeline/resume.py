@@ -1,0 +1,308 @@
+"""Runs that can be killed and go on: a directory with one safetensors file a finished block and a fingerprint.
+
+A file appears under its name only when it is complete and on the disk, so whatever is there can be used. The
+directory belongs to one run: model, data, options, seed and versions must be those it was begun with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..core import runtime
+from ..format import Format
+from ..io.checkpoint import quantized_linears, quantized_names, tensor_name
+from ..nn.embedding import quantized_class
+from ..nn.linear import QuantizedLayer
+from ..recipe import AqlmConfig
+from ..versions import versions
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: nothing keeps two processes apart
+    fcntl = None
+
+log = logging.getLogger("aqlm_c")
+
+_FINGERPRINT, _LOCK, _TEMPORARY = "fingerprint.json", "lock", ".new"
+_OURS_BEFORE_THE_FINGERPRINT = {_LOCK, _FINGERPRINT + _TEMPORARY}
+_BLOCK = re.compile(r"block-(\d{4,})\.safetensors")
+_SHOWN = 6  # differences in a message
+_VERSIONS = ("aqlm_c", "numpy", "torch", "transformers")
+_PLACE = ("_name_or_path", "transformers_version")  # of a model's config: say nothing about what it computes
+_HASHES = {
+    ("model", "weights"): "model: its weights differ",
+    ("data", "tokens"): "data: the calibration tokens differ",
+}
+
+
+def fingerprint(
+    model: Any, sequences: torch.Tensor, config: AqlmConfig, layers: str | None, **options: Any
+) -> dict[str, Any]:
+    """What the bits of a run's result depend on, ready for JSON: `WorkDir.open` compares it part by part.
+
+    Parts "model" (a transformers model: class, config, attention, SHA-256 of all parameters and buffers), "data"
+    (of the token ids [n, length]), "options" (every field of `config`, `layers` and `options`, such as the batch
+    size) and "versions" must be equal. "machine" (threads, device, torch's instruction set) may move the last
+    bits and only warns; aqlm_c's own instruction set moves none.
+    """
+    fields = json.loads(model.config.to_json_string(use_diff=False))
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {
+        "model": {
+            **{name: value for name, value in fields.items() if name not in _PLACE},
+            "class": type(model).__name__,
+            "attention": getattr(model.config, "_attn_implementation", None),
+            "weights": _sha256(tensors),
+        },
+        "data": {"shape": list(sequences.shape), "tokens": _sha256([("tokens", sequences.long())])},
+        "options": {**config.to_dict(), "rules": [*map(list, config.rules.items())], "layers": layers, **options},
+        "versions": {name: versions().get(name) for name in _VERSIONS},
+        "machine": {
+            "threads": [runtime.get_num_threads(), torch.get_num_threads()],
+            "device": str(tensors[0][1].device),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+        },
+    }
+
+
+class WorkDir:
+    """The directory of one run, locked while open; use it in a `with` statement or call `close`.
+
+    finished: number of finished blocks, 0 .. finished - 1 of the model.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.finished = 0
+        self._lock: Any = None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> WorkDir:
+        """Make the directory, or check that the one that is there belongs to the run of `fingerprint`.
+
+        A damaged block is removed with those after it, and a warning. Raises ValueError, saying what differs,
+        for the directory of another run, and for one that is not empty and holds no run; BlockingIOError if
+        another process uses it; OSError if it cannot be made, read or written.
+        """
+        work_dir = cls(path)
+        try:
+            work_dir._take()
+            work_dir._compare(json.loads(json.dumps(fingerprint)))
+            work_dir._check_blocks()
+        except BaseException:
+            work_dir.close()
+            raise
+        return work_dir
+
+    def save_block(self, index: int, tensors: Mapping[str, torch.Tensor], report: Mapping[str, Any]) -> None:
+        """Write block `index` = `finished`: its tensors, and a report that JSON can hold.
+
+        Raises OSError, on a full disk for example; the finished blocks stay, and nothing of this one.
+        """
+        if index != self.finished:
+            raise ValueError(f"index={index}: expected {self.finished}, blocks are finished in order")
+        owned = {  # safetensors refuses views and tensors that share memory
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        facts = {"sha256": _sha256(sorted(owned.items()), report), "report": report}
+        self._write(_block_name(index), save(owned, {"aqlm_c": json.dumps(facts)}))
+        self.finished += 1
+
+    def load_block(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(tensors, report) of a finished block, as saved; the tensors are contiguous, in CPU memory of their own.
+
+        Raises ValueError for a damaged file, OSError for one that cannot be read.
+        """
+        path = self.path / _block_name(index)
+        damaged = f"work_dir={str(self.path)!r}: {path.name} is damaged"
+        try:
+            with self._explained("reading", path.name), safe_open(path, framework="pt") as stored:
+                tensors = {name: stored.get_tensor(name).clone() for name in sorted(stored.keys())}
+                facts = json.loads(stored.metadata()["aqlm_c"])
+            sha256, report = facts["sha256"], facts["report"]
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{damaged}: {error}") from error
+        if sha256 != _sha256(tensors.items(), report):
+            raise ValueError(f"{damaged}: its SHA-256 differs from the one written with it")
+        return tensors, report
+
+    def close(self) -> None:
+        """Give the directory free; a process that ends in any way does so too."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def __enter__(self) -> WorkDir:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _take(self) -> None:
+        """Make the directory or see that it is ours, lock it, and remove what a killed writer left."""
+        with self._explained("opening", "it"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            foreign = sorted({path.name for path in self.path.iterdir()} - _OURS_BEFORE_THE_FINGERPRINT)
+            if foreign and _FINGERPRINT not in foreign:  # before anything is written into it
+                raise ValueError(
+                    f"work_dir={str(self.path)!r}: holds {foreign[0]!r} and no {_FINGERPRINT}; "
+                    "expected a new or an empty directory, or that of an earlier run"
+                )
+            self._lock = open(self.path / _LOCK, "ab")  # noqa: SIM115  (open as long as the run)
+        if fcntl is None:
+            log.warning("work_dir=%r: no file locks here: let no other process use it", str(self.path))
+        else:
+            try:
+                with self._explained("locking", "it"):
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(
+                    f"work_dir={str(self.path)!r}: another process uses it; expected a free one: "
+                    "wait until that run ends, or pass another --work-dir"
+                ) from None
+        with self._explained("cleaning", "it"):
+            for path in self.path.glob(f"*{_TEMPORARY}"):
+                if path.name.startswith(("block-", _FINGERPRINT)):
+                    path.unlink()
+
+    def _compare(self, now: Mapping[str, Any]) -> None:
+        """Write the fingerprint of a new directory; refuse the directory of another run."""
+        path = self.path / _FINGERPRINT
+        with self._explained("reading", _FINGERPRINT):
+            stored = path.read_bytes() if path.exists() else None
+        if stored is None:
+            self._write(_FINGERPRINT, json.dumps(now, indent=2).encode())
+            return
+        try:
+            begun = {part: dict(fields) for part, fields in json.loads(stored).items()}
+        except (ValueError, TypeError, AttributeError):
+            raise ValueError(
+                f"work_dir={str(self.path)!r}: {_FINGERPRINT} is damaged; expected JSON: pass another --work-dir"
+            ) from None
+        if refused := list(_differences(begun, now, (begun.keys() | now.keys()) - {"machine"})):
+            if len(refused) > _SHOWN:
+                refused[_SHOWN:] = [f"and {len(refused) - _SHOWN} more"]
+            raise ValueError(
+                f"work_dir={str(self.path)!r}: holds another run ({'; '.join(refused)}); "
+                "expected the same model, data, options and versions: use those, or pass another --work-dir"
+            )
+        for difference in _differences(begun, now, {"machine"}):
+            log.warning("work_dir=%r: %s: the last bits of the result may differ", str(self.path), difference)
+
+    def _check_blocks(self) -> None:
+        """Count the finished blocks; remove what follows a damaged or a missing one."""
+        while (self.path / _block_name(self.finished)).exists():
+            try:
+                self.load_block(self.finished)
+            except ValueError as error:
+                log.warning("%s; this block and those after it are done again", error)
+                break
+            self.finished += 1
+        with self._explained("cleaning", "it"):
+            for path in self.path.iterdir():
+                if (match := _BLOCK.fullmatch(path.name)) and int(match[1]) >= self.finished:
+                    path.unlink()
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Write a file that is either complete and on the disk or not there."""
+        temporary = self.path / (name + _TEMPORARY)
+        with self._explained("writing", name):
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.path / name)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise
+
+    @contextlib.contextmanager
+    def _explained(self, doing: str, name: str) -> Iterator[None]:
+        """An OSError says where and what now."""
+        try:
+            yield
+        except OSError as error:
+            explained = type(error)(
+                f"work_dir={str(self.path)!r}: {doing} {name}: {error.strerror or error}; expected a directory to "
+                "read and write, with room; finished blocks in it stay usable: cure this and run the same command"
+            )
+            explained.errno = error.errno
+            raise explained from error
+
+
+def block_state(block: torch.nn.Module, quantized_only: bool = False) -> dict[str, torch.Tensor]:
+    """What quantization changes in a block, for `WorkDir.save_block`: the tensors of its quantized layers and, unless
+    `quantized_only`, norms and biases, by their name in the block; they are the block's own, no copies.
+    """
+    quantized = tuple(f"{name}." for name, _ in quantized_linears(block))
+    named = block.named_parameters()
+    return {
+        name: p.detach()
+        for name, p in named
+        if name.startswith(quantized) or (p.squeeze().ndim <= 1 and not quantized_only)
+    }
+
+
+def restore_block(block: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, QuantizedLayer]:
+    """Give `block` the state `tensors` that `block_state` had of its quantized self.
+
+    A linear or an embedding whose codes are among them is quantized, in the format that its codebooks have; the block
+    takes over the tensors, on the device that it is on. Returns the new layers by their name in the block. No tensors
+    at all: a block in which nothing was quantized.
+    """
+    if not tensors:
+        return {}
+    device = next(block.parameters()).device
+    layers: dict[str, QuantizedLayer] = {}
+    for name in quantized_names(tensors):
+        codebooks = tensors[tensor_name(name, "codebooks")]
+        dense = block.get_submodule(name)
+        layers[name] = quantized_class(dense).empty(dense, Format.of_codebooks(codebooks.shape), codebooks.dtype)
+        block.set_submodule(name, layers[name])
+    found = block.load_state_dict({name: t.to(device) for name, t in tensors.items()}, strict=False, assign=True)
+    if found.unexpected_keys:
+        raise ValueError(f"tensors: got {found.unexpected_keys[0]!r}, expected names of the block's own")
+    for layer in layers.values():
+        for parameter in layer.parameters():  # as in a layer that was quantized in this process
+            parameter.requires_grad_(parameter.is_floating_point())
+    return layers
+
+
+def _block_name(index: int) -> str:
+    return f"block-{index:04d}.safetensors"
+
+
+def _sha256(tensors: Iterable[tuple[str, torch.Tensor]], report: Mapping[str, Any] | None = None) -> str:
+    """Of `report` as JSON and of names, dtypes, shapes and bytes of tensors."""
+    digest = hashlib.sha256(f"{json.dumps(report)}\n".encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _differences(
+    begun: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]], parts: Iterable[str]
+) -> Iterator[str]:
+    """What differs between two fingerprints in these parts, for people."""
+    for part in sorted(parts):
+        old, new = begun.get(part, {}), now.get(part, {})
+        for name in dict.fromkeys((*old, *new)):
+            if old.get(name) != new.get(name):
+                label = name if part == "options" else f"{part}.{name}"
+                plain = f"{label}: {old.get(name)!r} in WORK_DIR, {new.get(name)!r} now"
+                yield _HASHES.get((part, name), plain)

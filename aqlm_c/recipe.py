@@ -1,0 +1,349 @@
+"""What to quantize to and how, for one model or a run: one schema for the command line, YAML files and Python.
+
+Imports neither torch nor NumPy before a method is named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .config import CalibrationOptions, MethodOptions, TuningOptions
+from .errors import int_between, wrong
+from .format import FIELDS as FORMAT_FIELDS
+from .format import Format, Rules
+from .methods import DEFAULT, METHODS, get_method
+from .units import parse_size
+
+# Named sets of the options whose default in RunConfig is None.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"finetune_epochs": 0, "ldl_passes": 6, "max_sweeps": 8, "relative_mse_tolerance": 0.005},
+    "balanced": {},
+    "best": {
+        "ldl_passes": 14,
+        "max_sweeps": 16,
+        "relative_mse_tolerance": 0.002,
+        "finetune_epochs": 6,
+        "finetune_lookahead": 3,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AqlmConfig:
+    """What to quantize to and how: a format, other formats by layer, a method with its options, block fine-tuning.
+
+    solver: the method's name, of `aqlm_c.methods.METHODS`. options: of the class that this method has; None: its
+    defaults. seed: of everything random. `from_scheme` takes all options by name.
+
+    Raises ValueError naming the field, its value and what was expected.
+    """
+
+    format: Format = Format()
+    rules: Rules = Rules()
+    solver: str = DEFAULT
+    options: MethodOptions = None  # type: ignore[assignment]  # never None once it is made
+    tuning: TuningOptions = TuningOptions()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        kind = get_method(self.solver).options_type
+        if self.options is None:
+            object.__setattr__(self, "options", kind())
+        elif type(self.options) is not kind:
+            raise wrong("options", self.options, f"{kind.__name__}, of solver={self.solver!r}")
+        int_between("seed", self.seed, 0, 2**63 - 1)
+
+    @classmethod
+    def from_scheme(cls, scheme: str, **options: Any) -> AqlmConfig:
+        """The config of a scheme string (`Format.parse`) and any options by name: rules, solver, the method's,
+        those of `TuningOptions`, seed. None is the default. Raises ValueError for a name that is no option.
+        """
+        return cls.from_dict({**Format.parse(scheme).to_dict(), **options})
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> AqlmConfig:
+        """The config with these fields, as `to_dict` gives them; raises ValueError for a name that is not a field."""
+        given = {name: value for name, value in fields.items() if value is not None}
+        solver = given.get("solver", DEFAULT)
+        kind = get_method(solver).options_type
+        known = [*FORMAT_FIELDS, "rules", "solver", *_names(kind), *_names(TuningOptions), "seed"]
+        if unknown := sorted(set(fields) - set(known)):
+            raise ValueError(
+                f"unknown option {unknown[0]!r} with solver={solver!r}: expected one of {', '.join(known)}"
+            )
+
+        def chosen(kind: type) -> Any:
+            return kind(**{name: given[name] for name in _names(kind) if name in given})
+
+        return cls(
+            chosen(Format), Rules(given.get("rules")), solver, chosen(kind), chosen(TuningOptions), given.get("seed", 0)
+        )
+
+    def replace(self, **fields: Any) -> AqlmConfig:
+        """The config with other values of these fields, by their names in `to_dict`."""
+        return type(self).from_dict({**self.to_dict(), **fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, flat; `from_dict` reads it back."""
+        return {
+            **self.format.to_dict(),
+            "rules": self.rules.to_dict(),
+            "solver": self.solver,
+            **dataclasses.asdict(self.options),
+            **dataclasses.asdict(self.tuning),
+            "seed": self.seed,
+        }
+
+    @property
+    def scheme(self) -> str:
+        """The format as a string, such as "2x8g8"."""
+        return self.format.scheme
+
+    def format_for(self, name: str) -> Format | None:
+        """The format of the layer `name`, by the rules or else the common one; None if it stays dense."""
+        return self.rules.format_for(name, self.format)
+
+    def check_searchable(self) -> None:
+        """Raise ValueError for a format, of `rules` too, that the method cannot quantize to."""
+        for format in (*self.rules.formats(), self.format):
+            get_method(self.solver).check(format, self.options)
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def option_types() -> dict[str, str]:
+    """Annotation by name of every option of `AqlmConfig` but the format's, those of all methods among them."""
+    types = {"rules": "dict[str, str]", "solver": "str"}
+    for kind in [*(get_method(name).options_type for name in METHODS), TuningOptions]:
+        types |= {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    return {**types, "seed": "int"}
+
+
+class Resolved(NamedTuple):
+    """A run whose every option has a value. fields: all by name, flat, as report.json and run.yaml keep them."""
+
+    config: AqlmConfig
+    calibration: CalibrationOptions
+    fields: dict[str, Any]
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """What to quantize, to what and how; None takes an option from the preset or its default.
+
+    model: directory, hub name, .gguf file or "smollm2". out: directory to write. data: sources as in
+    `load_sequences`, none: the bundled text. threads: all cores if None. layers: regular expression, only linears
+    whose name it finds. work_dir: directory that keeps finished blocks, for the same run to go on from.
+    memory_limit: bytes, or text such as "8GiB". overwrite: replace `out` if it is a model. samples, sequence_length,
+    shuffle: see `CalibrationOptions`; rules, solver, seed: see `AqlmConfig`; beam_size to relative_damp: see
+    `AqlmOptions`; finetune_*: see `TuningOptions`. options: by name, those of a method that has others.
+
+    Raises ValueError naming the field, its value and what was expected.
+    """
+
+    model: str = ""
+    out: str = ""
+    scheme: str = "2x8g8"
+    preset: str = "balanced"
+    data: list[str] = dataclasses.field(default_factory=list)
+    samples: int | None = None
+    sequence_length: int = 1024
+    shuffle: bool = False
+    threads: int | None = None
+    layers: str | None = None
+    work_dir: str | None = None
+    memory_limit: int | str | None = None
+    overwrite: bool = False
+    _: dataclasses.KW_ONLY
+    rules: dict[str, str] | None = None
+    solver: str | None = None
+    beam_size: int | None = None
+    relative_mse_tolerance: float | None = None
+    init_max_iter: int | None = None
+    ldl_passes: int | None = None
+    max_sweeps: int | None = None
+    cg_steps: int | None = None
+    adam_steps: int | None = None
+    adam_learning_rate: float | None = None
+    relative_damp: float | None = None
+    finetune_epochs: int | None = None
+    finetune_batch_size: int | None = None
+    finetune_learning_rate: float | None = None
+    finetune_lookahead: int | None = None
+    finetune_patience: int | None = None
+    finetune_held_out: float | None = None
+    finetune_search: int | None = None
+    seed: int | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, _typed(field.name, str(field.type), getattr(self, field.name)))
+        if self.preset not in PRESETS:
+            raise wrong("preset", self.preset, f"one of {', '.join(PRESETS)}")
+        if self.threads is not None:
+            int_between("threads", self.threads, 1, 1024)
+        if self.memory_limit is not None:
+            self.memory_limit = parse_size("memory_limit", self.memory_limit)
+        self._calibration()
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> RunConfig:
+        """The run of these fields by name, also of options that only one method has; ValueError for an unknown one."""
+        own = {name: value for name, value in fields.items() if name in FIELDS}
+        others = {name: value for name, value in fields.items() if name not in FIELDS}
+        types = option_types() if others else {}
+        check_names(others, {**dict.fromkeys(FIELDS), **types})
+        typed = {name: _typed(name, types[name], value) for name, value in others.items()}
+        return cls(**{**own, "options": {**(own.get("options") or {}), **typed}})
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], **explicit: Any) -> RunConfig:
+        """The run that a YAML file describes, a mapping of the fields' names; `explicit` ones win over the file.
+
+        An explicit preset replaces all that presets set, also where the file gives it; so does an explicit solver
+        with what has another default for each solver. Raises ValueError naming
+        the file and what is wrong in it, OSError if it cannot be read.
+        """
+        fields = _read_yaml(Path(path))
+        try:
+            cls.from_fields(fields)
+        except ValueError as error:
+            raise ValueError(f"config={str(path)!r}: {error}") from None
+        replaced = set(PRESET_FIELDS if "preset" in explicit else []) | (
+            _by_solver() if "solver" in explicit else set()
+        )
+        fields = {name: value for name, value in fields.items() if name not in replaced}
+        return cls.from_fields({**fields, **explicit})
+
+    def resolve(self) -> Resolved:
+        """The run with the preset's and the method's values in place of None.
+
+        Raises ValueError for a value that is out of range and for what is missing.
+        """
+        for name, what in (("model", "a directory, a hub name, a .gguf file or smollm2"), ("out", "a directory")):
+            if not getattr(self, name):
+                raise ValueError(f"{name.upper()}: missing, expected {what}, as an argument or in the config file")
+        fields = {name: getattr(self, name) for name in FIELDS if name != "options"}
+        given = {name: fields.pop(name) for name in OPTION_FIELDS}
+        solver = self.solver or DEFAULT
+        kind = get_method(solver).options_type
+        preset = {name: value for name, value in PRESETS[self.preset].items() if name not in kind.fixed}
+        known = {*_names(kind), *_names(TuningOptions)}
+        chosen = {name: value for name, value in preset.items() if name in known}
+        chosen |= {name: value for name, value in {**given, **self.options}.items() if value is not None}
+        config = AqlmConfig.from_scheme(self.scheme, **chosen)
+        calibration = self._calibration()
+        fields |= dataclasses.asdict(calibration)
+        return Resolved(config, calibration, {**fields, **_without_format(config)})
+
+    def to_yaml(self) -> str:
+        """The fields that are set, as text that `from_file` reads."""
+        fields = {name: getattr(self, name) for name in FIELDS if name != "options"}
+        return yaml_text({**fields, **self.options})
+
+    def _calibration(self) -> CalibrationOptions:
+        samples = PRESETS[self.preset].get("samples") if self.samples is None else self.samples
+        default = CalibrationOptions.samples
+        return CalibrationOptions(default if samples is None else samples, self.sequence_length, self.shuffle)
+
+
+FIELDS: dict[str, str] = {field.name: str(field.type) for field in dataclasses.fields(RunConfig)}
+OPTION_FIELDS = list(FIELDS)[list(FIELDS).index("rules") : -1]  # those of AqlmConfig
+PRESET_FIELDS = sorted({name for preset in PRESETS.values() for name in preset})
+
+
+def _by_solver() -> set[str]:
+    """Names of the options whose default differs between methods."""
+    defaults: dict[str, set[Any]] = {}
+    for solver in METHODS:
+        for field in dataclasses.fields(get_method(solver).options_type):
+            defaults.setdefault(field.name, set()).add(field.default)
+    return {name for name, values in defaults.items() if len(values) > 1}
+
+
+def _without_format(config: AqlmConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name not in FORMAT_FIELDS}
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """Name and value of "name=value" for an option of `AqlmConfig`, typed as its field."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise wrong("--set", text, "name=value")
+    types = option_types()
+    check_names([name], types)
+    return name, _typed(name, types[name], value)
+
+
+def parse_rule(text: str) -> tuple[str, str]:
+    """Pattern and scheme of "regex=scheme" for `Rules`, which checks them."""
+    pattern, equals, scheme = text.rpartition("=")
+    if not (equals and pattern and scheme):
+        raise wrong("--rule", text, "regex=scheme, such as 'mlp.down_proj=3x8g8' or 'lm_head=4x8g8'")
+    return pattern, scheme
+
+
+def check_names(names: Iterable[Any], known: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first name that is not `known`, with the nearest one that is."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            raise ValueError(f"unknown option {name!r}: {hint}")
+
+
+_READ: dict[str, Any] = {"int": int, "float": float, "bool": {"true": True, "false": False}.__getitem__, "str": str}
+_MEANS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list[str]": "texts"}
+_MEANS |= {"dict[str, str]": "a mapping of texts to texts", "dict[str, Any]": "a mapping of options' names to values"}
+
+
+def _typed(name: str, kind: str, value: Any) -> Any:
+    """`value` as the annotation `kind` asks; text that reads as a number is one (YAML takes 1e-4 for text)."""
+    kinds = kind.split(" | ")
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if "list[str]" in kinds and isinstance(value, (str, list, tuple)):
+        return [_typed(name, "str", item) for item in ([value] if isinstance(value, str) else value)]
+    if "dict[str, str]" in kinds and isinstance(value, Mapping):
+        return {_typed(name, "str", key): _typed(name, "str", item) for key, item in value.items()}
+    if "dict[str, Any]" in kinds and isinstance(value, Mapping):
+        return {_typed(name, "str", key): item for key, item in value.items()}
+    if type(value).__name__ in kinds or (value is None and "None" in kinds):
+        return value
+    try:
+        if isinstance(value, str) or (type(value) is int and kinds[0] == "float"):
+            return _READ[kinds[0]](value)
+    except (ValueError, KeyError):
+        pass
+    raise wrong(name, value, _MEANS[kinds[0]])
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"config={str(path)!r}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config={str(path)!r}: not YAML: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(
+            f"config={str(path)!r}: got {type(fields).__name__}, expected a mapping such as 'scheme: 2x8g8'"
+        )
+    return fields
+
+
+def yaml_text(fields: Mapping[str, Any]) -> str:
+    """`overwrite` is left out: it permits one run to replace OUT, and no later one."""
+    import yaml
+
+    kept = {name: value for name, value in fields.items() if value is not None and name != "overwrite"}
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)

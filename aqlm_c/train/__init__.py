@@ -1,0 +1,1 @@
+"""Tuning of what is quantized: codebooks, scales, norms and biases, codes held."""

@@ -1,0 +1,38 @@
+"""Sizes and durations: read from text, written for people."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import wrong
+
+_UNITS = {"": 1, "B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
+_UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([A-Za-z]*)")
+
+
+def parse_size(name: str, size: int | str) -> int:
+    """Bytes of an int or of a text such as "8GiB" or "500 MB"; ValueError naming `name` for anything else."""
+    match = _SIZE.fullmatch(str(size).strip())
+    if isinstance(size, bool) or match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise wrong(name, size, "a number of bytes, or one with KB MB GB TB KiB MiB GiB TiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def duration(seconds: float) -> str:
+    """A span for people: "45 s", "32 min", "3.2 h", "2.5 days"."""
+    units = ((90, 1, "{:.0f} s"), (90 * 60, 60, "{:.0f} min"), (48 * 3600, 3600, "{:.1f} h"))
+    for limit, unit, text in units:
+        if seconds < limit:
+            return text.format(seconds / unit)
+    return f"{seconds / 86400:.1f} days"
+
+
+def binary_size(n_bytes: float) -> str:
+    """Bytes of memory for people: "1.4 GiB", "27 MiB"."""
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 / 10 else f"{n_bytes / 2**20:.0f} MiB"
+
+
+def megabytes(n_bytes: int) -> str:
+    """Bytes on disk for people: decimal megabytes."""
+    return f"{n_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,49 @@
+"""Quantizes one weight by the method that a config names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .core import arrays
+from .core.hessian import Hessian
+from .errors import wrong
+from .format import Format
+from .methods import get_method
+from .methods.base import LayerProblem, QuantizedWeight
+from .recipe import AqlmConfig
+
+__all__ = ["Hessian", "QuantizedWeight", "layer_problem", "quantize_weight"]
+
+
+def quantize_weight(weight: Any, H: Any, config: AqlmConfig, *, dtype: str = "float16") -> QuantizedWeight:
+    """Find codes, codebooks and scales that minimise tr((W - Wq) H (W - Wq)^T) (AQLM, arXiv 2401.06118, section 3).
+
+    weight: [out, in], an array or tensor of any float dtype; what lies on a GPU is quantized there. H: [in, in] =
+    X^T X / n_tokens over the layer's inputs, or a `Hessian`, which keeps what is derived from it for layers that share
+    an input. dtype: the 16-bit float (or "float32") whose values codebooks and scales are restricted to. How is said by
+    the method that `config.solver` names: see `AqlmMethod`, `PaperMethod`, `RoundToNearest`.
+
+    The result depends on the seed and not on the number of threads or the instruction set.
+
+    Raises ValueError naming the argument: for a shape that does not fit, for NaN or Inf, for an H under
+    which the weight has no output, for a format that the method does not know.
+    """
+    problem = layer_problem("weight", weight, H, config.format, config, dtype)
+    return get_method(config.solver).quantize(problem, config.options)
+
+
+def layer_problem(
+    name: str, weight: Any, H: Any, format: Format, config: AqlmConfig, dtype: str = "float16"
+) -> LayerProblem:
+    """The problem of quantizing the weight of the layer `name`, checked as `quantize_weight` says."""
+    W = arrays.as_matrix("weight", weight)
+    hessian = H if isinstance(H, Hessian) else Hessian(arrays.as_matrix("H", H))
+    if dtype not in arrays.GRIDS:
+        raise wrong("dtype", dtype, f"one of {arrays.GRIDS}")
+    if hessian.H.shape[0] != W.shape[1]:
+        raise ValueError(
+            f"H: got shape {tuple(hessian.H.shape)}, expected ({W.shape[1]}, {W.shape[1]}) for this weight"
+        )
+    get_method(config.solver).check(format, config.options)
+    format.check_layer(name, *W.shape)
+    return LayerProblem(name, W, hessian, format, dtype, config.seed)

@@ -1,0 +1,333 @@
+"""The benchmarks run on a tiny model, and write what they show."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import BYTES, byte_tokenizer, tiny_llama, write_published
+
+import aqlm_c
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs benchmarks/quantize_layer.py on a tiny model; gives the JSON it writes."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import _bench
+    import quantize_layer
+
+    monkeypatch.setattr(_bench, "RESULTS", tmp_path / "deep" / "results")
+    tiny_llama(vocab_size=BYTES).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+
+    def run(*options):
+        arguments = ["--model", tmp_path / "model", "--scheme", "2x4g8", "--samples", 4, "--sequence-length", 32]
+        arguments += ["--block", 1, "--layers", "mlp.gate_proj", "self_attn.q_proj"]
+        monkeypatch.setattr(sys, "argv", ["quantize_layer", *map(str, arguments), *options])
+        quantize_layer.main()
+        return json.loads((tmp_path / "deep" / "results" / "quantize_layer.json").read_text())
+
+    return run
+
+
+def test_quantize_layer(bench, capsys):
+    written = bench()
+    solvers = [(row["start"], row["search"], row["update"]) for row in written["rows"]]
+    assert len(solvers) == 2 * 6 == 2 * len(set(solvers))
+    assert {("LDL", "exact pairs", "CG"), ("k-means", "exact pairs", "CG")} < set(solvers)
+    assert {("k-means", f"beam {b}", "Adam (paper)") for b in (1, 8)} < set(solvers)
+    assert all(0 < row["error"] < row["held-out error"] < 1 for row in written["rows"])
+    assert written["machine"]["versions"]["aqlm_c"] == aqlm_c.__version__
+    stdout = capsys.readouterr().out
+    assert "self_attn.q_proj" in stdout and "…" not in stdout
+
+
+def test_set_replaces_the_table(bench):
+    rows = bench("--set", "beam_size=2", "--set", "ldl_passes=1", "--set", "max_sweeps=1")["rows"]
+    assert [(row["start"], row["search"]) for row in rows] == [("as set", "beam 2")] * 2
+    assert all(row["rounds"] == 2 for row in rows)
+
+
+def test_too_little_text_is_named(bench, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("abc")
+    with pytest.raises(SystemExit):
+        bench("--data", str(tmp_path / "short.txt"))
+    assert f"--data={tmp_path / 'short.txt'}: 3 tokens, expected 256" in capsys.readouterr().err
+
+
+def test_lora_step(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import lora_step
+
+    tiny_llama(vocab_size=BYTES, attention_bias=True).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    arguments = ["--model", tmp_path / "model", "--tokens", 40, "--steps", 2, "--json", tmp_path / "out.json"]
+    monkeypatch.setattr(sys, "argv", ["lora_step", *map(str, arguments)])
+    lora_step.main()
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+    assert all(row["ratio"] > 0 and row["ours s"] > 0 for row in rows)
+    assert rows[0]["max error"] <= 1e-5 and rows[1]["max error"] <= 2**-7
+    assert "LoRA step" in capsys.readouterr().out
+
+
+@pytest.fixture
+def matmul(monkeypatch, tmp_path):
+    """Runs benchmarks/matmul.py on a tiny layer; gives the JSON it writes."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import matmul
+
+    def run(*options):
+        arguments = ["--shapes", "192x64", "--cache", 0.02, "--seconds", 0, "--json", tmp_path / "out.json", *options]
+        monkeypatch.setattr(sys, "argv", ["matmul", *map(str, arguments)])
+        matmul.main()
+        return json.loads((tmp_path / "out.json").read_text())
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_matmul(matmul, tmp_path, capsys):
+    written = matmul("--rows", 1, 40, "--schemes", "2x8g8", "1x9g8")
+    most = {"float32": 1e-5, "bfloat16": 4e-3}
+    assert [(row["scheme"], row["rows"], row["dtype"]) for row in written["rows"]] == [
+        (scheme, rows, dtype) for scheme in ("2x8g8", "1x9g8") for rows in (1, 40) for dtype in most
+    ]
+    assert written["bandwidth"] > 0 and all(written["peak"][dtype] > 0 for dtype in most)
+    for row in written["rows"]:
+        assert row["error"] <= most[row["dtype"]] and row["x upstream"] is None
+        assert row["x fp32"] == row["fp32 ms"] / row["ours ms"] > 0
+        assert row["GB/s"] == pytest.approx(row["weight bytes"] / row["ours ms"] * 1e-6)
+        assert row["% of read"] == pytest.approx(100 * row["GB/s"] / written["bandwidth"])
+        assert set(row["parts ms"]) == {"reading codes"} | (
+            {"arithmetic"} if row["rows"] == 40 else {"lookups", "setup"}
+        )
+        most_of_it = max(row["parts ms"], key=row["parts ms"].get)
+        assert row["bound"].startswith(most_of_it) and row["bound"].endswith("%")
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    assert str(tmp_path) not in json.dumps(written)
+    stdout = capsys.readouterr().out
+    assert "quantized weight" in stdout and "| 40 | 1x9g8 | bfloat16 | " in stdout and "…" not in stdout
+
+
+UPSTREAM = """
+import torch
+class QuantizedLinear(torch.nn.Module):
+    def __init__(self, in_features, out, g, og, K, B, bias, device):
+        super().__init__()
+        assert (in_features, out, g, og, bias, device) == (64, 192, 8, 1, False, "meta")
+        self.K = K
+    def forward(self, x):
+        assert self.K < 3, "no kernel"
+        assert self.codes.shape == (192, 8, self.K) and self.codebooks.dtype == self.scales.dtype == torch.float32
+        print("compiling")
+        return x @ torch.zeros(64, 192)
+"""
+
+
+def test_matmul_beside_upstream(matmul, monkeypatch, tmp_path, capsys):
+    (tmp_path / "aqlm.py").write_text(UPSTREAM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    written = matmul("--rows", 1, 2, "--schemes", "2x8g8", "3x8g8", "--upstream", sys.executable)
+    assert all(row["x upstream"] == row["upstream ms"] / row["ours ms"] for row in written["rows"][:4])
+    assert all(row["x upstream"] is None for row in written["rows"][4:])
+    assert "upstream: 3x8g8, 192x64: no kernel" in capsys.readouterr().err
+    assert sys.executable not in json.dumps(written)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--upstream", sys.executable], "No module named 'aqlm', expected an interpreter that imports"),
+        (["--upstream", "/nowhere/python"], "No such file or directory, expected a Python interpreter"),
+        (["--upstream", "true"], "ended early, expected an interpreter that imports"),
+        (["--shapes", "4096"], "--shapes: got 4096, expected OUTxIN"),
+        (["--schemes", "2y8"], "2y8"),
+    ],
+)
+def test_matmul_names_what_is_wrong(matmul, capsys, options, named):
+    with pytest.raises(SystemExit) as raised:
+        matmul("--rows", 1, *options)
+    assert named in f"{raised.value}{capsys.readouterr().err}"
+
+
+def test_matmul_on_a_gpu(matmul, capsys):
+    """Where there is none, that is said."""
+    import torch
+
+    from aqlm_c.nn import ops
+
+    options = ["--device", "cuda", "--rows", 1, 40, "--schemes", "2x8g8"]
+    if not (torch.cuda.is_available() and ops.has_cuda):
+        with pytest.raises(SystemExit):
+            matmul(*options)
+        assert "--device=cuda: expected a GPU" in capsys.readouterr().err
+        pytest.skip("needs a GPU that torch can use, and aqlm_c built with _cuda")
+    written = matmul(*options)
+    assert [row["rows"] for row in written["rows"]] == [1, 40] and written["machine"]["gpu"]
+    assert all(row["x fp16"] > 0 and row["% of copy"] > 0 for row in written["rows"])
+    assert written["decode_rows"][0]["% of copy"] > 0
+    assert {(row["call"], row["mode"]) for row in written["eager_calls"]} == {
+        (call, mode) for call in ("op", "module") for mode in ("inference", "grad", "grad to x")
+    }
+
+
+@pytest.fixture
+def generate(monkeypatch, tmp_path):
+    """benchmarks/generate.py as a module, whose main takes its arguments and gives the JSON it writes."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import generate
+
+    def main(*arguments):
+        out = tmp_path / "out.json"
+        sizes = ["--prompt-tokens", 5, "--new-tokens", 6, "--prefill-tokens", 24, "--repeats", 1, "--threads", 1]
+        monkeypatch.setattr(sys, "argv", ["generate", *map(str, [*arguments, *sizes, "--json", out])])
+        run_as_script()
+        return json.loads(out.read_text())
+
+    run_as_script, generate.main = generate.main, main
+    yield generate
+    generate.main = run_as_script
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Directories of a quantized tiny model and of the dense one."""
+    ours, dense = tmp_path / "ours", tmp_path / "dense"
+    write_published(ours, (2, 8, 8, 1), vocab_size=BYTES).save_pretrained(dense)
+    for directory in (ours, dense):
+        byte_tokenizer().save_pretrained(directory)
+    return ours, dense
+
+
+LLAMA = """
+import os
+LLAMA_FTYPE_MOSTLY_Q4_1, LLAMA_FTYPE_MOSTLY_Q2_K = 3, 10
+class Params: pass
+def llama_model_quantize_default_params(): return Params()
+def llama_model_quantize(source, target, params):
+    assert params.allow_requantize and params.nthread == 1
+    open(target, "wb").write(bytes(params.ftype))
+    return 0
+class Llama:
+    def __init__(self, path, n_ctx, n_batch, n_threads, n_threads_batch, verbose):
+        assert n_ctx > 24 and n_batch >= 24 and n_threads == n_threads_batch == 1
+        self.metadata = {"general.file_type": {100: "3", 10: "10"}[os.path.getsize(path)]}
+    def n_vocab(self): return 50
+    def reset(self): self.n = 0
+    def eval(self, tokens): self.n += len(tokens)
+    def generate(self, tokens, temp):
+        assert self.n == temp == 0
+        self.eval(tokens)
+        while self.n < 5 + 6:
+            self.n += 1
+            yield 1
+"""
+
+
+def test_generate(generate, models, capsys):
+    written = generate.main(models[0], "--dense", models[1], "--dtypes", "float32")
+    ours, dense = written["rows"]
+    assert (ours["contender"], dense["contender"], ours["format"]) == ("ours", "dense", "float32")
+    assert dense["x dense"] == 1.0 and ours["x dense"] == ours["tokens/s"] / dense["tokens/s"]
+    assert 0 < ours["outside %"] < 100 and dense["outside %"] is None
+    sizes = [sum(p.stat().st_size for p in d.glob("*.safetensors")) / 1e6 for d in models]
+    assert ours["model MB"] == pytest.approx(sizes[0], rel=0.3) and dense["model MB"] == pytest.approx(
+        sizes[1], rel=0.3
+    )
+    for r in written["rows"]:
+        assert r["prefill/s"] > 0 and 0 < r["bare MB"] < r["resident MB"] <= r["peak MB"]
+        assert r["x model"] == pytest.approx((r["resident MB"] - r["bare MB"]) / r["model MB"])
+    assert written["arguments"]["new_tokens"] == 6 and str(models[0]) not in json.dumps(written)
+    stdout = capsys.readouterr().out
+    assert "6 new tokens" in stdout and "x the checkpoint" in stdout
+
+
+def test_generate_beside_llama(generate, monkeypatch, tmp_path, capsys):
+    (tmp_path / "llama_cpp.py").write_text(LLAMA)
+    (tmp_path / "model.gguf").write_bytes(bytes(100))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    args = argparse.Namespace(llama=sys.executable, llama_formats=["Q2_K", "IQ9"])
+    common = {"prompt_tokens": 5, "new_tokens": 6, "prefill_tokens": 24, "repeats": 2, "threads": 1}
+    rows = generate.llama_rows(args, common, str(tmp_path / "model.gguf"))
+    assert [(r["format"], r["model MB"]) for r in rows] == [("Q4_1", 1e-4), ("Q2_K", 1e-5)]
+    assert all(r["tokens/s"] > 0 and r["resident MB"] > 0 for r in rows)
+    assert "no IQ9: AttributeError" in capsys.readouterr().err
+
+
+def test_generate_compares_alike(generate):
+    rows = [
+        {"contender": contender, "compiled": compiled, "tokens/s": speed}
+        for contender, compiled, speed in [
+            ("ours", "no", 3.0), ("dense", "no", 1.0), ("dense", "no", 2.0),
+            ("ours", "yes", 12.0), ("dense", "yes", 8.0), ("llama.cpp", "no", 16.0),
+        ]
+    ]  # fmt: skip
+    generate.against_dense(rows)
+    assert [row["x dense"] for row in rows] == [1.5, 0.5, 1.0, 1.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("swap, named", [(True, "no quantized layer"), (False, "expected a GGUF file")])
+def test_generate_names_what_is_wrong(generate, models, swap, named):
+    model, dense = reversed(models) if swap else models
+    options = [] if swap else ["--llama", "python"]
+    with pytest.raises(SystemExit, match=named):
+        generate.main(model, "--dense", dense, "--dtypes", "float32", *options)
+
+
+def test_generate_on_a_gpu(generate, capsys):
+    """Where there is none, that is said."""
+    import torch
+
+    from aqlm_c.nn import ops
+
+    options = ["--device", "cuda", "--shape", "tiny", "--compile"]
+    if not (torch.cuda.is_available() and ops.has_cuda):
+        with pytest.raises(SystemExit):
+            generate.main(*options)
+        assert "--device=cuda: expected a GPU" in capsys.readouterr().err
+        pytest.skip("needs a GPU that torch can use, and aqlm_c built with _cuda")
+    rows = generate.main(*options)["rows"]
+    assert [(row["format"], row["compiled"]) for row in rows] == [
+        (name, compiled) for name in ("2x8g8", "1x16g8", "float16") for compiled in ("no", "yes")
+    ]
+    for row in rows:
+        assert row["tokens/s"] > 0 and row["peak GiB"] > 0 and row["context"] == 11
+        assert row["x dense"] > 0 and 0 < row["outside %"] < 100
+        assert any(kernel["launches"] >= 1 for kernel in row["kernels"])
+
+
+@pytest.mark.parametrize("scheme", ["2x8g8", None])
+def test_generate_decodes_as_transformers_does(generate, scheme):
+    """The loop around the layers of Llama, which is that of the GPU, without a graph."""
+    import _llama
+    import torch
+
+    torch.manual_seed(0)
+    model = _llama.build("tiny", scheme, torch.float32, "cpu")
+    prompt = torch.randint(model.config.vocab_size, (1, 5))
+    expected = model.generate(prompt, min_new_tokens=6, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    decoder = _llama.Decoder(model, 11)
+    with torch.inference_mode():
+        decoder.prefill(prompt)
+        tokens = [int(decoder.token)]
+        for _ in range(5):
+            decoder.step()
+            tokens.append(int(decoder.token))
+    assert tokens == expected[0, 5:].tolist() and len(set(tokens)) > 1
+
+
+def test_generate_times_a_shape(generate):
+    import _llama
+
+    job = {"device": "cpu", "shape": "tiny", "dtype": "float32", "prompt_tokens": 5, "new_tokens": 6, "repeats": 1}
+    ours, dense = (_llama.worker({**job, "scheme": s, "compile": False})[0] for s in ("2x8g8", None))
+    generate.against_dense([ours, dense])
+    assert (ours["contender"], dense["contender"], ours["context"]) == ("ours", "dense", 11)
+    assert ours["x dense"] == ours["tokens/s"] / dense["tokens/s"] and dense["x dense"] == 1
+    assert ours["outside %"] < 100 and 0 < ours["model GB"] < dense["model GB"]

@@ -1,0 +1,174 @@
+"""The build: what is compiled how, that the doors stay apart, and that a missing one is said aloud."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import aqlm_c
+from aqlm_c import _core
+
+ROOT = Path(__file__).resolve().parents[2]
+C_FILES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/*/*.c"))
+CC, CXX = (sysconfig.get_config_var(name).split()[0] for name in ("CC", "CXX"))
+
+
+def setup_names():
+    """setup.py's names, without building."""
+    cwd = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        return SimpleNamespace(**runpy.run_path("setup.py", run_name="setup"))
+    finally:
+        os.chdir(cwd)
+
+
+BUILD = setup_names()
+LIBRARIES = dict(BUILD.c_libraries(list(BUILD.ISA_FLAGS)))
+COMPILED = [path for _, info in BUILD.c_libraries(BUILD.compiled_isas()) for path in info["sources"]]
+
+
+def python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+def test_core_and_package_import_no_torch():
+    run = python("import sys, aqlm_c, aqlm_c._core; sys.exit('torch' in sys.modules)")
+    assert run.returncode == 0, run.stderr
+
+
+def test_doors_are_one_binary_for_every_python():
+    from aqlm_c.nn import ops
+
+    for door in (_core, ops._torch):
+        assert Path(door.__file__).name.split(".", 1)[1] == "abi3.so"
+
+
+def test_doors_take_the_isa_from_the_environment():
+    code = "import aqlm_c._core as a, aqlm_c.nn.ops as b; print(a.get_isa(), b.get_isa())"
+    assert python(code, AQLM_C_ISA="scalar").stdout.split() == ["scalar", "scalar"]
+
+
+def test_only_isa_libraries_use_isa_flags():
+    for name, info in LIBRARIES.items():
+        flags = info["cflags"]
+        assert "-ffp-contract=off" in flags and "-fno-lto" in flags and "-ffast-math" not in flags
+        machine = [flag for flag in flags if flag.startswith("-m")]
+        assert bool(machine) == (name in ("aqlm_avx2", "aqlm_avx512", "aqlm_bfloat")), (name, machine)
+    assert {name for name, _ in LIBRARIES["aqlm_core"]["macros"]} == {
+        "AQLM_HAVE_AVX2",
+        "AQLM_HAVE_AVX512",
+        "AQLM_HAVE_BFLOAT",
+        "AQLM_HAVE_NEON",
+    }
+
+
+def test_every_machine_has_scalar():
+    compiled = BUILD.compiled_isas
+    assert compiled("x86_64") == ["scalar", "avx2", "avx512", "bfloat"]
+    assert compiled("arm64") == compiled("aarch64") == ["scalar", "neon"]
+    assert compiled("riscv64") == ["scalar"]
+    assert set(_core.available_isas()) <= set(compiled())
+
+
+def test_every_c_file_is_built_and_every_header_watched():
+    built = {source for info in LIBRARIES.values() for source in info["sources"]} | {"csrc/python/module.c"}
+    assert built == set(C_FILES)
+    headers = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/**/*.h")}
+    for info in LIBRARIES.values():
+        assert headers <= set(info["obj_deps"][""])
+
+
+@pytest.mark.parametrize("path", COMPILED)
+def test_core_is_plain_c11_without_warnings(path):
+    """Also without Python, NumPy and torch: none of their folders is on the include path."""
+    isa_flags = BUILD.ISA_FLAGS.get(Path(path).stem.removeprefix("kernels_"), [])
+    run = subprocess.run(
+        [CC, *BUILD.C_FLAGS, *isa_flags, "-Wpedantic", "-Werror", "-fsyntax-only", "-Icsrc", path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_header_is_also_cpp():
+    run = subprocess.run(
+        [CXX, "-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", "-Icsrc", "-xc++", "-"],
+        cwd=ROOT,
+        input='#include "aqlm.h"\nint main() { return aqlm_status_text(AQLM_OK) == nullptr; }\n',
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_torch_door_uses_the_stable_abi_only():
+    includes = {
+        include
+        for path in ROOT.glob("csrc/torch/*")
+        for include in re.findall(r"#include <((?:torch|ATen|c10)/[^>]+)>", path.read_text())
+    }
+    assert includes
+    stable = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
+    assert all(i.startswith(stable) for i in includes), includes
+
+
+def test_missing_torch_is_printed_or_an_error():
+    hide = (
+        "import importlib.util as u, runpy; find = u.find_spec;"
+        "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a);"
+        "print([e.name for e in runpy.run_path('setup.py', run_name='setup')['doors']({})])"
+    )
+    run = python(hide.format([]))
+    assert run.returncode == 0, run.stderr
+    assert "✓ aqlm_c._core" in run.stdout and "✗ aqlm_c._torch: torch is not installed here" in run.stdout
+    assert "['aqlm_c._core']" in run.stdout
+
+    run = python(hide.format(["torch"]))
+    assert run.returncode == 1
+    assert "AQLM_C_REQUIRE=torch, but torch is not installed" in run.stderr and "--no-build-isolation" in run.stderr
+
+    run = python(hide.format(["tpu"]))
+    assert run.returncode == 1 and "AQLM_C_REQUIRE: got tpu, expected" in run.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("CC", "C compiler /nowhere/cc: not found, .*gcc"),
+        ("CXX", r"C\+\+ compiler /nowhere/cc: not found, .*g\+\+"),
+        ("Python.h", "Python headers .*: not found, .*python3-dev"),
+        ("venv", "Python module venv: not found, .*python3-venv"),
+    ],
+)
+def test_make_names_what_this_machine_lacks(tmp_path, missing, message):
+    stub = tmp_path / "python"  # lacks `missing`, has all else, and would make the environment in vain
+    stub.write_text(f'#!/bin/sh\ncase "$*" in *{missing}*) exit 1; esac\n')
+    stub.chmod(0o755)
+    tools = {"CC": "true", "CXX": "true"} | ({missing: "/nowhere/cc"} if missing.startswith("C") else {})
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
+    run = subprocess.run(
+        ["make", f"PYTHON={stub}", f"VENV={tmp_path / 'venv'}", str(tmp_path / "venv" / ".tools")],
+        cwd=ROOT,
+        env={**outer, **tools},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert re.match(rf"{message}.*\nmake: \*\*\*", run.stderr), run.stderr
+
+
+def test_versions_agree():
+    said = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert said and said[1] == aqlm_c.__version__
