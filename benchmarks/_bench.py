@@ -76,8 +76,19 @@ def save(name: str, rows: list[dict[str, Any]], path: str | None = None, device:
     target = Path(path) if path else RESULTS / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps({"benchmark": name, "machine": machine(device), **more, "rows": rows}, indent=1) + "\n"
-    )
+    temporary.write_text(as_lines({"benchmark": name, "machine": machine(device), **more, "rows": rows}))
     os.replace(temporary, target)
     return target
+
+
+def as_lines(fields: dict[str, Any]) -> str:
+    """JSON with a line for each field and, where a field is a list of rows, for each row: files stay short, and a diff
+    of two runs shows rows.
+    """
+    lines = []
+    for name, value in fields.items():
+        text_of = json.dumps(value)
+        if value and isinstance(value, list) and all(isinstance(row, dict) for row in value):
+            text_of = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        lines.append(f" {json.dumps(name)}: {text_of}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
