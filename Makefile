@@ -13,7 +13,7 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
-C_CODE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c csrc/*/*.cpp)
+C_CODE := $(shell find csrc -name '*.h' -o -name '*.c' -o -name '*.cpp')
 CUDA   := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh)
 
 # Tests of what transformers does with our models.

@@ -1,11 +1,11 @@
-"""Builds the C core and its doors; metadata is in pyproject.toml.
+"""Builds the C core and its bindings; metadata is in pyproject.toml.
 
 The core is plain C: one static library of csrc/core and one of csrc/simd per instruction set, each with its
 own compiler flags, because a file compiled for AVX-512 must hold nothing that runs before dispatch. Both
-doors, `_core` (NumPy) and `_torch` (torch's stable ABI), link the same libraries. `_cuda` holds the kernels for GPUs,
-which nvcc compiles, and links no driver: a wheel with it imports and works without one.
+bindings, `_core` (NumPy) and `_torch` (torch's stable ABI), link the same libraries. `_cuda` holds the kernels for
+GPUs, which nvcc compiles, and links no driver: a wheel with it imports and works without one.
 
-AQLM_C_REQUIRE=torch,cuda makes a door that cannot be built an error instead of a printed ✗.
+AQLM_C_REQUIRE=torch,cuda makes a binding that cannot be built an error instead of a printed ✗.
 """
 
 import os
@@ -39,7 +39,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512vnni", "-mfma"],
     "neon": [],
-    "bfloat": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"],
+    "avx512bf16": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"],
 }
 
 
@@ -56,15 +56,16 @@ def compiled_isas(machine=None):
     """Names of the instruction sets compiled for `machine` (as platform.machine() says it)."""
     machine = (machine or platform.machine()).lower()
     if machine in ("x86_64", "amd64"):
-        return ["scalar", "avx2", "avx512", "bfloat"]
+        return ["scalar", "avx2", "avx512", "avx512bf16"]
     return ["scalar", "neon"] if machine in ("aarch64", "arm64") else ["scalar"]
 
 
 def sources(*patterns):
-    return sorted(path for pattern in patterns for path in glob(pattern))
+    return sorted(path for pattern in patterns for path in glob(pattern, recursive=True))
 
 
-HEADERS = sources("csrc/*.h", "csrc/*/*.h")
+HEADERS = sources("csrc/**/*.h")
+EVERYTHING = sources("csrc/**/*.*")  # what a binding links is newer than it where any of these is
 
 
 def c_libraries(isas):
@@ -80,11 +81,11 @@ def c_libraries(isas):
         }
 
     have = [(f"AQLM_HAVE_{isa.upper()}", "1") for isa in isas if isa != "scalar"]
-    core = ("aqlm_core", library(sources("csrc/core/*.c"), [], have))
+    core = ("aqlm_core", library(sources("csrc/core/*/*.c"), [], have))
     return [core] + [(f"aqlm_{isa}", library([f"csrc/simd/kernels_{isa}.c"], ISA_FLAGS[isa])) for isa in isas]
 
 
-def core_door():
+def core_binding():
     return Extension(
         "aqlm_c._core",
         ["csrc/python/module.c"],
@@ -92,7 +93,7 @@ def core_door():
         define_macros=[LIMITED_API],
         extra_compile_args=C_FLAGS,
         extra_link_args=LINK_FLAGS,
-        depends=sources("csrc/*.h", "csrc/*/*"),
+        depends=EVERYTHING,
         py_limited_api=True,
     )
 
@@ -119,7 +120,7 @@ def nvcc():
 
 
 def torch_extension(name, files, include_dirs=(), define_macros=(), library_dirs=(), link=(), **options):
-    """A door by torch's stable ABI."""
+    """A binding by torch's stable ABI."""
     root = Path(util.find_spec("torch").origin).parent  # importing torch would cost seconds
     return Extension(
         f"aqlm_c.{name}",
@@ -137,18 +138,18 @@ def torch_extension(name, files, include_dirs=(), define_macros=(), library_dirs
         library_dirs=[str(root / "lib"), *library_dirs],
         extra_link_args=[*LINK_FLAGS, *link],
         language="c++",
-        depends=sources("csrc/*.h", "csrc/*/*"),
+        depends=EVERYTHING,
         py_limited_api=True,
         **options,
     )
 
 
-def torch_door():
+def torch_binding():
     return torch_extension("_torch", ["csrc/torch/module.cpp", "csrc/torch/ops_cpu.cpp"], libraries=["torch_cpu"])
 
 
-def cuda_door():
-    """Torch's CUDA library may be absent where this is built: what it offers is found when the door is loaded."""
+def cuda_binding():
+    """Torch's CUDA library may be absent where this is built: what it offers is found when the binding is loaded."""
     said = subprocess.run([nvcc(), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     toolkit = Path(re.search(r"TOP=(.*)", said)[1])  # nvcc on the PATH may be a script that calls another
     return torch_extension(
@@ -162,9 +163,9 @@ def cuda_door():
     )
 
 
-def doors(required):
+def bindings(required):
     """The extensions that can be built here. SystemExit if one named in `required` cannot."""
-    found = {"torch": (torch_problem(), torch_door), "cuda": (cuda_problem(), cuda_door)}
+    found = {"torch": (torch_problem(), torch_binding), "cuda": (cuda_problem(), cuda_binding)}
     unknown = set(required) - set(found)
     if unknown:
         names = ", ".join(found)
@@ -174,7 +175,7 @@ def doors(required):
         print(f"✗ aqlm_c._{name}: {problem}" if problem else f"✓ aqlm_c._{name}", flush=True)
         if problem and name in required:
             sys.exit(f"AQLM_C_REQUIRE={name}, but {problem}")
-    return [core_door()] + [door() for problem, door in found.values() if not problem]
+    return [core_binding()] + [binding() for problem, binding in found.values() if not problem]
 
 
 class BuildCLib(build_clib):
@@ -218,7 +219,7 @@ class BuildExt(build_ext):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=doors([door for door in os.environ.get("AQLM_C_REQUIRE", "").split(",") if door]),
+        ext_modules=bindings([name for name in os.environ.get("AQLM_C_REQUIRE", "").split(",") if name]),
         libraries=c_libraries(compiled_isas()),
         cmdclass={"build_clib": BuildCLib, "build_ext": BuildExt},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},

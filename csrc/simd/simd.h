@@ -1,4 +1,4 @@
-/* simd.h: the table of hot loops. One table per ISA, filled by kernels.h, picked once by core/dispatch.c.
+/* simd.h: the table of hot loops. One table per ISA, filled by kernels.h, picked once by core/runtime/dispatch.c.
  *
  * All ISAs give the same bits: products are summed by fma in one fixed order, sums over lanes are cut into
  * AQLM_LANES virtual lanes whatever the register width, and minima are exact with ties to the lowest index.
@@ -57,7 +57,7 @@ static inline int32_t aqlm_table_offset(int planes) { return aqlm_table_largest(
 /* Sums of integer products start here: then bits AQLM_TABLE_SHIFT.. are v + the offset of 2 planes. */
 #define AQLM_SHORT_START ((1 << 30) + (1 << (AQLM_TABLE_SHIFT - 1)))
 
-/* What a kernel fetches to the second level for those after it: `width` bytes at at + t * step as table t has its turn.
+/* What a kernel fetches to the second level for those after it: `width` bytes at at + t * step as it looks up table t.
  */
 typedef struct aqlm_ahead {
     const uint8_t *at;
@@ -87,7 +87,7 @@ typedef struct aqlm_kernels {
     /* c[tile_rows, tile_cols] += a^T b;  a [k, tile_rows] and b [k, tile_cols] packed. Sums run over k in order. */
     void (*gemm_tile)(float *c, int64_t ldc, const float *a, const float *b, int64_t k);
 
-    /* c[rows, cols] += a[rows, k] b[k, cols]; cols is rounded up to AQLM_LANES: c and b must have the room. */
+    /* c[rows, cols] += a[rows, k] b[k, cols]; cols is rounded up to AQLM_LANES: c and b must have space for it. */
     void (*rank_update)(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t rows,
                         int64_t k, int64_t cols);
 
@@ -135,7 +135,7 @@ typedef struct aqlm_kernels {
                               int64_t n, aqlm_ahead ahead);
 
     /* y[r, o] += scales[r] * sum_t tables[r, t][codes(t, o)] for r < rows: an exact sum of integers and one fma.
-     * tables [rows, AQLM_TABLE_BLOCK, planes, AQLM_PLANE]; y must have room for outputs rounded up to 64. */
+     * tables [rows, AQLM_TABLE_BLOCK, planes, AQLM_PLANE]; y must have space for outputs rounded up to 64. */
     void (*table_sums)(float *y, int64_t ldy, const aqlm_codes_block *block, const uint8_t *tables, const float *scales,
                        int64_t rows, int planes);
 } aqlm_kernels;

@@ -1,4 +1,4 @@
-"""The build: what is compiled how, that the doors stay apart, and that a missing one is said aloud."""
+"""The build: what is compiled how, that the bindings stay apart, and that a missing one is said aloud."""
 
 import os
 import re
@@ -16,7 +16,7 @@ import aqlm_c
 from aqlm_c import _core
 
 ROOT = Path(__file__).resolve().parents[2]
-C_FILES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/*/*.c"))
+C_FILES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/**/*.c"))
 CC, CXX = (sysconfig.get_config_var(name).split()[0] for name in ("CC", "CXX"))
 
 
@@ -46,14 +46,14 @@ def test_core_and_package_import_no_torch():
     assert run.returncode == 0, run.stderr
 
 
-def test_doors_are_one_binary_for_every_python():
-    from aqlm_c.nn import ops
+def test_bindings_are_one_binary_for_every_python():
+    from aqlm_c.core import extensions
 
-    for door in (_core, ops._torch):
-        assert Path(door.__file__).name.split(".", 1)[1] == "abi3.so"
+    for binding in (_core, extensions._torch):
+        assert Path(binding.__file__).name.split(".", 1)[1] == "abi3.so"
 
 
-def test_doors_take_the_isa_from_the_environment():
+def test_bindings_take_the_isa_from_the_environment():
     code = "import aqlm_c._core as a, aqlm_c.nn.ops as b; print(a.get_isa(), b.get_isa())"
     assert python(code, AQLM_C_ISA="scalar").stdout.split() == ["scalar", "scalar"]
 
@@ -63,18 +63,18 @@ def test_only_isa_libraries_use_isa_flags():
         flags = info["cflags"]
         assert "-ffp-contract=off" in flags and "-fno-lto" in flags and "-ffast-math" not in flags
         machine = [flag for flag in flags if flag.startswith("-m")]
-        assert bool(machine) == (name in ("aqlm_avx2", "aqlm_avx512", "aqlm_bfloat")), (name, machine)
+        assert bool(machine) == (name in ("aqlm_avx2", "aqlm_avx512", "aqlm_avx512bf16")), (name, machine)
     assert {name for name, _ in LIBRARIES["aqlm_core"]["macros"]} == {
         "AQLM_HAVE_AVX2",
         "AQLM_HAVE_AVX512",
-        "AQLM_HAVE_BFLOAT",
+        "AQLM_HAVE_AVX512BF16",
         "AQLM_HAVE_NEON",
     }
 
 
 def test_every_machine_has_scalar():
     compiled = BUILD.compiled_isas
-    assert compiled("x86_64") == ["scalar", "avx2", "avx512", "bfloat"]
+    assert compiled("x86_64") == ["scalar", "avx2", "avx512", "avx512bf16"]
     assert compiled("arm64") == compiled("aarch64") == ["scalar", "neon"]
     assert compiled("riscv64") == ["scalar"]
     assert set(_core.available_isas()) <= set(compiled())
@@ -112,7 +112,7 @@ def test_header_is_also_cpp():
     assert run.returncode == 0, run.stderr
 
 
-def test_torch_door_uses_the_stable_abi_only():
+def test_torch_binding_uses_the_stable_abi_only():
     includes = {
         include
         for path in ROOT.glob("csrc/torch/*")
@@ -127,7 +127,7 @@ def test_missing_torch_is_printed_or_an_error():
     hide = (
         "import importlib.util as u, runpy; find = u.find_spec;"
         "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a);"
-        "print([e.name for e in runpy.run_path('setup.py', run_name='setup')['doors']({})])"
+        "print([e.name for e in runpy.run_path('setup.py', run_name='setup')['bindings']({})])"
     )
     run = python(hide.format([]))
     assert run.returncode == 0, run.stderr

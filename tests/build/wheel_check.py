@@ -50,22 +50,22 @@ def said(*command):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def problems_of(door):
+def problems_of(binding):
     """What in a shared library would tie it to a machine; and the glibc that it needs."""
-    dynamic, symbols = said("readelf", "-d", door), said("nm", "-D", "--undefined-only", door)
-    allowed = [SYSTEM] if "_core" in door.name else [SYSTEM, TORCH]
+    dynamic, symbols = said("readelf", "-d", binding), said("nm", "-D", "--undefined-only", binding)
+    allowed = [SYSTEM] if "_core" in binding.name else [SYSTEM, TORCH]
     for needed in re.findall(r"NEEDED.*\[(.+)\]", dynamic):
         if not any(pattern.match(needed) for pattern in allowed):
-            yield f"{door.name} needs {needed}"
+            yield f"{binding.name} needs {needed}"
     for path in re.findall(r"(?:RPATH|RUNPATH).*\[(.+)\]", dynamic):
-        yield f"{door.name} looks for libraries in {path}"
+        yield f"{binding.name} looks for libraries in {path}"
     for symbol in re.findall(r" U (\w+)", symbols):
         if FOREIGN.match(symbol):
-            yield f"{door.name} wants {symbol}"
+            yield f"{binding.name} wants {symbol}"
 
 
-def glibc(door):
-    versions = re.findall(r"GLIBC_(\d+)\.(\d+)", said("nm", "-D", "--undefined-only", door))
+def glibc(binding):
+    versions = re.findall(r"GLIBC_(\d+)\.(\d+)", said("nm", "-D", "--undefined-only", binding))
     return max(tuple(map(int, version)) for version in versions)
 
 
@@ -79,11 +79,11 @@ def check(wheel):
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
-        doors = sorted(Path(folder, "aqlm_c").glob("*.so"))
-        names = {door.name.split(".", 1)[0] for door in doors}
-        problems += [f"{door.name}: expected *.abi3.so" for door in doors if not door.name.endswith(".abi3.so")]
+        bindings = sorted(Path(folder, "aqlm_c").glob("*.so"))
+        names = {binding.name.split(".", 1)[0] for binding in bindings}
+        problems += [f"{b.name}: expected *.abi3.so" for b in bindings if not b.name.endswith(".abi3.so")]
         problems += [f"{name} is missing" for name in sorted({"_core", "_torch"} - names)]
-        problems += [problem for door in doors for problem in problems_of(door)]
+        problems += [problem for binding in bindings for problem in problems_of(binding)]
         if not problems:
             for code in (WITHOUT_TORCH, WITH_TORCH):
                 command = [sys.executable, "-c", code]
@@ -93,7 +93,7 @@ def check(wheel):
                     problems.append((run.stderr.strip().splitlines() or ["failed"])[-1])
         if problems:
             sys.exit("\n".join(problems))
-        needs = ".".join(map(str, max(map(glibc, doors))))
+        needs = ".".join(map(str, max(map(glibc, bindings))))
     print(f"✓ {wheel.name}: {wheel.stat().st_size * 1e-6:.1f} MB, {', '.join(sorted(names))}, glibc {needs} or newer")
 
 

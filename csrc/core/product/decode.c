@@ -1,21 +1,9 @@
 /* decode.c: codes -> rows of W. This file defines the format. */
-#include "core.h"
-
-static void sum_entries(float *q, const uint16_t *codes, const float *codebooks, const aqlm_shape *s) {
-    const int64_t g = s->in_group_size, stride = g << s->nbits_per_codebook;
-    memcpy(q, codebooks + codes[0] * g, (size_t)g * sizeof *q);
-    for (int64_t k = 1; k < s->num_codebooks; k++) {
-        const float *entry = codebooks + k * stride + codes[k] * g;
-        for (int64_t d = 0; d < g; d++) q[d] += entry[d];
-    }
-}
-
-void aqlm_decode_working(float *q, const uint16_t *codes, const float *codebooks, const aqlm_shape *s, int64_t begin,
-                         int64_t end) {
-    const int64_t groups = s->in_features / s->in_group_size;
-    for (int64_t i = begin * groups; i < end * groups; i++)
-        sum_entries(q + (i - begin * groups) * s->in_group_size, codes + i * s->num_codebooks, codebooks, s);
-}
+#include "core/product/stored.h"
+#include "core/runtime/convert.h"
+#include "core/runtime/isa.h"
+#include "core/runtime/memory.h"
+#include "core/runtime/parallel.h"
 
 int64_t aqlm_codes_scratch(const aqlm_weight *w, int64_t groups) {
     return w->packed ? AQLM_ROWS * groups * w->shape.num_codebooks : 0;

@@ -1,5 +1,5 @@
 /* search.c: the codes of all groups under H (AQLM section 3.2), by coordinate sweeps or by one pass of
- * sequential error feedback (method.md). Both are the same walk over groups: within one output, group j has
+ * sequential error feedback (docs/method.md). Both are the same walk over groups: within one output, group j has
  * the metric S_j and a linear term that the groups already fixed contribute, tr(D H D^T) being quadratic.
  *
  *   sweep: S_j = H_jj,         target' = w_j S_j + sum over i != j of D_i H_ij
@@ -8,7 +8,14 @@
  * and the cost of the sum of entries q (scale divided out) is q S q - 2 target' q. Outputs are independent, so
  * threads take rows; groups are taken in `order`, in blocks: what D contributes to a block is one matrix
  * product, what changes inside the block is added by small rank-g updates (lazy batched updates, as GPTQ). */
-#include "core.h"
+#include "aqlm/quantizer.h"
+#include "core/quantizer/small.h"
+#include "core/quantizer/working.h"
+#include "core/runtime/gemm.h"
+#include "core/runtime/isa.h"
+#include "core/runtime/memory.h"
+#include "core/runtime/parallel.h"
+#include "core/runtime/rng.h"
 
 #include <math.h>
 

@@ -1,5 +1,10 @@
 /* kmeans.c: residual k-means, the start of AQLM (arXiv 2401.06118, section 3.1). */
-#include "core.h"
+#include "aqlm/quantizer.h"
+#include "core/quantizer/working.h"
+#include "core/runtime/isa.h"
+#include "core/runtime/memory.h"
+#include "core/runtime/parallel.h"
+#include "core/runtime/rng.h"
 
 #include <math.h>
 

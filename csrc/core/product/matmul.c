@@ -1,11 +1,17 @@
 /* matmul.c: y = x W^T + b and its gradient to x (y = x W), W decoded tile by tile; few rows go to tables.c or gather.c.
  * Sums run in order, in fp32: the same on every ISA, for any threads and any number of rows. */
-#include "core.h"
+#include "core/product/paths.h"
+#include "core/product/stored.h"
+#include "core/runtime/convert.h"
+#include "core/runtime/gemm.h"
+#include "core/runtime/isa.h"
+#include "core/runtime/memory.h"
+#include "core/runtime/parallel.h"
 
 enum {
-    TILE = 128,     /* columns of y whose weights are decoded at once; a multiple of every g */
-    BLOCK = 512,    /* rows of x a tile is used for */
-    MOST_SLOTS = 64 /* pieces that can run at once, each with its own scratch */
+    TILE = 128,      /* columns of y whose weights are decoded at once; a multiple of every g */
+    BLOCK = 512,     /* rows of x a tile is used for */
+    MOST_PIECES = 64 /* pieces that can run at once, each with its own scratch */
 };
 
 typedef struct matmul_job {
@@ -13,19 +19,19 @@ typedef struct matmul_job {
     const float *scales, *bias, *x;
     void *y;
     aqlm_dtype dtype;
-    bool transposed;                  /* y = x W: x [n_rows, out], y [n_rows, in] */
-    int64_t n_rows, depth, width;     /* x [n_rows, depth], y [n_rows, width] */
-    int64_t unit, n_slots, slot_size; /* columns of y that stay together; pieces; floats of scratch in each */
-    int64_t codes_at;                 /* where in it unpacked codes lie */
-    float *slots;
+    bool transposed;                      /* y = x W: x [n_rows, out], y [n_rows, in] */
+    int64_t n_rows, depth, width;         /* x [n_rows, depth], y [n_rows, width] */
+    int64_t unit, n_pieces, scratch_size; /* columns of y that stay together; pieces; floats of scratch in each */
+    int64_t codes_at;                     /* where in it unpacked codes lie */
+    float *scratch;
 } matmul_job;
 
 /* Where the workspace keeps what, in floats. */
 typedef struct layout {
-    int64_t scales, bias, x, slots, total;
+    int64_t scales, bias, x, scratch, total;
 } layout;
 
-/* Fills the sizes of the job; n_slots is what the threads could use. */
+/* Fills the sizes of the job; n_pieces is what the threads could use. */
 static layout plan(matmul_job *job, const aqlm_weight *w, int64_t n_rows, bool transposed) {
     const aqlm_shape *s = &w->shape;
     const int64_t width = transposed ? s->in_features : s->out_features;
@@ -36,15 +42,15 @@ static layout plan(matmul_job *job, const aqlm_weight *w, int64_t n_rows, bool t
     job->depth = depth;
     job->width = width;
     job->unit = transposed ? s->in_group_size : 1;
-    job->n_slots = aqlm_min(aqlm_min(aqlm_get_num_threads(), MOST_SLOTS), (width + TILE - 1) / TILE);
-    const int64_t scratch = aqlm_codes_scratch(w, transposed ? TILE / s->in_group_size : depth / s->in_group_size);
+    job->n_pieces = aqlm_min(aqlm_min(aqlm_get_num_threads(), MOST_PIECES), (width + TILE - 1) / TILE);
+    const int64_t codes = aqlm_codes_scratch(w, transposed ? TILE / s->in_group_size : depth / s->in_group_size);
     job->codes_at = TILE * depth + aqlm_min(n_rows, BLOCK) * TILE + aqlm_gemm_workspace();
-    job->slot_size = aqlm_round_up(job->codes_at + (scratch + 3) / 4, 16);
+    job->scratch_size = aqlm_round_up(job->codes_at + (codes + 3) / 4, 16);
     layout l = {0};
     l.bias = aqlm_round_up(s->out_features / s->out_group_size, 16);
     l.x = l.bias + (transposed ? 0 : aqlm_round_up(width, 16));
-    l.slots = l.x + aqlm_round_up(n_rows * depth, 16);
-    l.total = l.slots + job->n_slots * job->slot_size;
+    l.scratch = l.x + aqlm_round_up(n_rows * depth, 16);
+    l.total = l.scratch + job->n_pieces * job->scratch_size;
     return l;
 }
 
@@ -54,20 +60,20 @@ static size_t workspace_bytes(const aqlm_weight *w, int64_t n_rows, bool transpo
     return (size_t)plan(&job, w, n_rows, transposed).total * sizeof(float);
 }
 
-typedef enum way { TILES, TABLES, GATHER, BFLOAT } way;
+typedef enum path { TILES, TABLES, GATHER, BF16 } path;
 
-static way way_of(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows) {
+static path path_of(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows) {
     if (aqlm_get_exact() > 0 || aqlm_check_weight(w)) return TILES;
-    if (aqlm_bfloat_fits(w, dtype, n_rows)) return BFLOAT;
+    if (aqlm_bf16_fits(w, dtype, n_rows)) return BF16;
     return aqlm_tables_fit(&w->shape, n_rows) ? TABLES : aqlm_gather_fits(w, n_rows) ? GATHER : TILES;
 }
 
 size_t aqlm_matmul_workspace(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows) {
     if (aqlm_check_weight(w) || n_rows < 1) return 0;
-    switch (way_of(w, dtype, n_rows)) {
+    switch (path_of(w, dtype, n_rows)) {
     case TABLES: return aqlm_tables_workspace(w, n_rows);
     case GATHER: return aqlm_gather_workspace(w, n_rows);
-    case BFLOAT: return aqlm_bfloat_workspace(w, n_rows);
+    case BF16: return aqlm_bf16_workspace(w, n_rows);
     default: return workspace_bytes(w, n_rows, false);
     }
 }
@@ -122,14 +128,14 @@ static void many_rows(const matmul_job *job, int64_t begin, int64_t end, float *
     }
 }
 
-/* The range runs over slots, so that two pieces never share scratch whatever the runner does. */
-static void matmul_slots(int64_t begin, int64_t end, void *ctx) {
+/* The range is over pieces, so that no two share scratch whatever the runner does. */
+static void matmul_pieces(int64_t begin, int64_t end, void *ctx) {
     const matmul_job *job = ctx;
     const int64_t units = job->width / job->unit;
-    for (int64_t slot = begin; slot < end && !aqlm_cancelled(); slot++) {
-        const int64_t first = units * slot / job->n_slots * job->unit;
-        const int64_t last = units * (slot + 1) / job->n_slots * job->unit;
-        float *scratch = job->slots + slot * job->slot_size;
+    for (int64_t piece = begin; piece < end && !aqlm_cancelled(); piece++) {
+        const int64_t first = units * piece / job->n_pieces * job->unit;
+        const int64_t last = units * (piece + 1) / job->n_pieces * job->unit;
+        float *scratch = job->scratch + piece * job->scratch_size;
         many_rows(job, first, last, scratch);
     }
 }
@@ -141,8 +147,8 @@ static aqlm_status run(void *y, const void *x, aqlm_dtype dtype, const aqlm_weig
     if (n_rows == 0) return AQLM_OK;
     matmul_job job;
     const layout l = plan(&job, w, n_rows, transposed);
-    job.n_slots = ((int64_t)(workspace_size / sizeof(float)) - l.slots) / job.slot_size;
-    if (job.n_slots < 1) return AQLM_BAD_ARGUMENT;
+    job.n_pieces = ((int64_t)(workspace_size / sizeof(float)) - l.scratch) / job.scratch_size;
+    if (job.n_pieces < 1) return AQLM_BAD_ARGUMENT;
     float *f = workspace;
     aqlm_to_f32(f + l.scales, w->scales, w->dtype, s->out_features / s->out_group_size);
     if (bias) aqlm_to_f32(f + l.bias, bias, dtype, job.width);
@@ -152,16 +158,16 @@ static aqlm_status run(void *y, const void *x, aqlm_dtype dtype, const aqlm_weig
     job.x = dtype == AQLM_F32 ? x : f + l.x;
     job.y = y;
     job.dtype = dtype;
-    job.slots = f + l.slots;
-    aqlm_parallel(0, job.n_slots, 1, matmul_slots, &job);
+    job.scratch = f + l.scratch;
+    aqlm_parallel(0, job.n_pieces, 1, matmul_pieces, &job);
     aqlm_shared_status status = {AQLM_OK};
     return aqlm_get_status(&status);
 }
 
 aqlm_status aqlm_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w, const void *bias,
                         int64_t n_rows, void *workspace, size_t workspace_size) {
-    switch (way_of(w, dtype, n_rows)) {
-    case BFLOAT: return aqlm_bfloat_matmul(y, x, w, bias, n_rows, workspace, workspace_size);
+    switch (path_of(w, dtype, n_rows)) {
+    case BF16: return aqlm_bf16_matmul(y, x, w, bias, n_rows, workspace, workspace_size);
     case TABLES: return aqlm_tables_matmul(y, x, dtype, w, bias, n_rows, workspace, workspace_size);
     case GATHER: return aqlm_gather_matmul(y, x, dtype, w, bias, n_rows, workspace, workspace_size);
     default: return run(y, x, dtype, w, bias, n_rows, false, workspace, workspace_size);

@@ -1,5 +1,5 @@
 /* pack.c: working codes <-> the disk layout (int8 for B <= 8, else int16; code - 2^B from 2^(B-1) on). */
-#include "core.h"
+#include "aqlm/product.h"
 
 static int64_t code_count(const aqlm_shape *s) {
     return s->out_features / s->out_group_size * (s->in_features / s->in_group_size) * s->num_codebooks;

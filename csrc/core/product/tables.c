@@ -8,7 +8,12 @@
  * integers of 16 bits as well, which makes that 3e-4. A block's integers are summed exactly, the blocks of a chunk in
  * order by fma, and the chunks in order: the same bits on every ISA, for any threads, and for any number of rows up to
  * AQLM_TABLE_ROWS. */
-#include "core.h"
+#include "core/product/paths.h"
+#include "core/product/stored.h"
+#include "core/runtime/convert.h"
+#include "core/runtime/isa.h"
+#include "core/runtime/memory.h"
+#include "core/runtime/parallel.h"
 
 #include <math.h>
 #include <stdatomic.h>
@@ -16,10 +21,10 @@
 enum {
     AQLM_TABLE_ROWS = 16, /* more rows are cheaper decoded */
     PASS = 8,             /* rows whose codes are read once */
-    CHUNKS = 8,           /* pieces that a row is cut into, each with sums of its own */
+    CHUNKS = 8,           /* of a row, each with sums of its own */
     GROUP = 4,            /* even: blocks of codes in the disk layout that are taken at a time */
-    MOST_SLOTS = 64,      /* pieces that can run at once, each with its own tables */
-    MOST_ITEMS = CHUNKS * MOST_SLOTS,
+    MOST_PIECES = 64,     /* pieces that can run at once, each with its own tables */
+    MOST_ITEMS = CHUNKS * MOST_PIECES,
     LEAST_CODES = 1 << 18, /* worth a thread: about 10 microseconds of lookups */
     LEAD = 1024            /* outputs: how far ahead of lookups packed codes are fetched (measured) */
 };
@@ -46,12 +51,12 @@ typedef struct tables_job {
     int planes;
     int64_t n_rows, per_row, blocks, padded; /* rows in this pass; codes of an output; blocks of them; outputs */
     int64_t chunks, parts, group;            /* items of work: chunks of blocks, by parts of the outputs */
-    int64_t n_slots, slot_size;              /* in bytes */
+    int64_t n_pieces, scratch_size;          /* in bytes */
     const float *x, *ct, *scales, *bias;
     const int16_t *short_ct;
-    double radius;  /* of the codebooks' longest entry */
-    float *sums;    /* [chunks, n_rows, padded] */
-    uint8_t *slots; /* each: tables [group, n_rows, AQLM_TABLE_BLOCK, planes, AQLM_PLANE] */
+    double radius;    /* of the codebooks' longest entry */
+    float *sums;      /* [chunks, n_rows, padded] */
+    uint8_t *scratch; /* each: tables [group, n_rows, AQLM_TABLE_BLOCK, planes, AQLM_PLANE] */
     _Atomic bool begun[MOST_ITEMS];
     void *y;
     aqlm_dtype dtype;
@@ -59,7 +64,7 @@ typedef struct tables_job {
 
 /* Where the workspace keeps what, in floats. */
 typedef struct layout {
-    int64_t ct, scales, bias, x, sums, slots, total;
+    int64_t ct, scales, bias, x, sums, scratch, total;
 } layout;
 
 static layout plan(tables_job *job, const aqlm_weight *w, int64_t n_rows) {
@@ -71,18 +76,18 @@ static layout plan(tables_job *job, const aqlm_weight *w, int64_t n_rows) {
     job->chunks = aqlm_min(CHUNKS, job->blocks);
     job->group = w->packed ? 1 : GROUP;
     const int64_t worth = 1 + job->per_row * job->padded * rows / LEAST_CODES;
-    const int64_t threads = aqlm_min(aqlm_get_num_threads(), aqlm_min(worth, MOST_SLOTS));
+    const int64_t threads = aqlm_min(aqlm_get_num_threads(), aqlm_min(worth, MOST_PIECES));
     job->parts = aqlm_max(1, aqlm_min(threads / (job->chunks / 2 + 1), job->padded / AQLM_TABLE_OUTPUTS));
-    job->n_slots = aqlm_min(threads, job->chunks * job->parts);
-    job->slot_size = job->group * rows * AQLM_TABLE_BLOCK * job->planes * AQLM_PLANE;
+    job->n_pieces = aqlm_min(threads, job->chunks * job->parts);
+    job->scratch_size = job->group * rows * AQLM_TABLE_BLOCK * job->planes * AQLM_PLANE;
     layout l = {0};
     l.ct = aqlm_round_up((K << s->nbits_per_codebook) * s->in_group_size, 16); /* after the codebooks in fp32 */
     l.scales = l.ct + K * s->in_group_size * 256;
     l.bias = l.scales + job->padded;
     l.x = l.bias + job->padded;
     l.sums = l.x + aqlm_round_up(rows * s->in_features, 16);
-    l.slots = l.sums + job->chunks * rows * job->padded;
-    l.total = l.slots + job->n_slots * job->slot_size / 4;
+    l.scratch = l.sums + job->chunks * rows * job->padded;
+    l.total = l.scratch + job->n_pieces * job->scratch_size / 4;
     return l;
 }
 
@@ -135,7 +140,7 @@ static void transpose_short(int16_t *ct, const float *codebooks, const aqlm_shap
         }
 }
 
-/* The order in which a slot reads packed codes: tiles of AQLM_TABLE_BLOCK tables and AQLM_TABLE_OUTPUTS outputs. */
+/* The order in which a piece reads packed codes: tiles of AQLM_TABLE_BLOCK tables and AQLM_TABLE_OUTPUTS outputs. */
 typedef struct cursor {
     const tables_job *job;
     int64_t block, last_block, output, first, last; /* outputs first..last of each block */
@@ -223,7 +228,7 @@ static void look_up(cursor *c, float *sums, uint8_t *tables, int64_t begin, int6
         }
 }
 
-/* Items first..last of work, in order, unless another slot has begun them. */
+/* Items first..last of work, in order, unless another piece has begun them. */
 static void run_items(tables_job *job, int64_t first, int64_t last, uint8_t *tables) {
     cursor c = {.job = job, .block = -1};
     for (int64_t item = first; item < last && !aqlm_cancelled(); item++) {
@@ -243,13 +248,13 @@ static void run_items(tables_job *job, int64_t first, int64_t last, uint8_t *tab
     }
 }
 
-/* A slot does its own items and then what is left of the others'. */
-static void run_slots(int64_t begin, int64_t end, void *ctx) {
+/* A piece does its own items and then what is left of the others'. */
+static void run_pieces(int64_t begin, int64_t end, void *ctx) {
     tables_job *job = ctx;
-    const int64_t items = job->chunks * job->parts, slots = job->n_slots;
-    for (int64_t slot = begin; slot < end; slot++) {
-        uint8_t *tables = job->slots + slot * job->slot_size;
-        run_items(job, items * slot / slots, items * (slot + 1) / slots, tables);
+    const int64_t items = job->chunks * job->parts, pieces = job->n_pieces;
+    for (int64_t piece = begin; piece < end; piece++) {
+        uint8_t *tables = job->scratch + piece * job->scratch_size;
+        run_items(job, items * piece / pieces, items * (piece + 1) / pieces, tables);
         for (int64_t item = items - 1; item >= 0; item--) run_items(job, item, item + 1, tables);
     }
 }
@@ -275,9 +280,9 @@ aqlm_status aqlm_tables_matmul(void *y, const void *x, aqlm_dtype dtype, const a
     const aqlm_shape *s = &w->shape;
     tables_job job = {.w = w, .dtype = dtype, .planes = dtype == AQLM_F32 && aqlm_get_exact() ? 3 : 2};
     const layout l = plan(&job, w, n_rows);
-    const int64_t room = (int64_t)workspace_size - l.slots * (int64_t)sizeof(float);
-    job.n_slots = aqlm_min(job.n_slots, room / job.slot_size);
-    if (room < 0 || job.n_slots < 1) return AQLM_BAD_ARGUMENT;
+    const int64_t left = (int64_t)workspace_size - l.scratch * (int64_t)sizeof(float);
+    job.n_pieces = aqlm_min(job.n_pieces, left / job.scratch_size);
+    if (left < 0 || job.n_pieces < 1) return AQLM_BAD_ARGUMENT;
     const size_t size = aqlm_dtype_size(dtype);
     float *f = workspace;
     aqlm_to_f32(f, w->codebooks, w->dtype, (s->num_codebooks << s->nbits_per_codebook) * s->in_group_size);
@@ -291,7 +296,7 @@ aqlm_status aqlm_tables_matmul(void *y, const void *x, aqlm_dtype dtype, const a
     job.scales = f + l.scales;
     job.bias = bias ? f + l.bias : NULL;
     job.sums = f + l.sums;
-    job.slots = (uint8_t *)(f + l.slots);
+    job.scratch = (uint8_t *)(f + l.scratch);
     for (int64_t r = 0; r < n_rows; r += PASS) {
         const char *rows = (const char *)x + (size_t)(r * s->in_features) * size;
         job.n_rows = aqlm_min(PASS, n_rows - r);
@@ -299,9 +304,9 @@ aqlm_status aqlm_tables_matmul(void *y, const void *x, aqlm_dtype dtype, const a
         job.x = dtype == AQLM_F32 ? (const float *)(const void *)rows : f + l.x;
         job.y = (char *)y + (size_t)(r * s->out_features) * size;
         for (int64_t i = 0; i < job.chunks * job.parts; i++) job.begun[i] = false;
-        aqlm_parallel(0, job.n_slots, 1, run_slots, &job);
+        aqlm_parallel(0, job.n_pieces, 1, run_pieces, &job);
         const int64_t panels = job.padded / AQLM_PANEL;
-        aqlm_parallel(0, panels, aqlm_max((panels + job.n_slots - 1) / job.n_slots, 1), finish, &job);
+        aqlm_parallel(0, panels, aqlm_max((panels + job.n_pieces - 1) / job.n_pieces, 1), finish, &job);
     }
     aqlm_shared_status status = {AQLM_OK};
     return aqlm_get_status(&status);

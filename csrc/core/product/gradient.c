@@ -1,6 +1,10 @@
 /* gradient.c: from the gradient to W those to its codebooks and scales, codes held (autograd, block fine-tuning).
  * Entries are summed in fp32 over fixed chunks of outputs, then over chunks in double: threads change no bit. */
-#include "core.h"
+#include "core/product/stored.h"
+#include "core/runtime/convert.h"
+#include "core/runtime/isa.h"
+#include "core/runtime/memory.h"
+#include "core/runtime/parallel.h"
 
 enum { LEAST_CHUNKS = 2, MOST_CHUNKS = 32 };
 
@@ -23,6 +27,11 @@ static int64_t count_chunks(const aqlm_shape *s, int64_t n_entries) {
     return aqlm_max(LEAST_CHUNKS, aqlm_min(worth, MOST_CHUNKS));
 }
 
+/* The i-th stored code; `wide`: int16, else int8. */
+static inline uint32_t stored_code(const void *codes, int64_t i, const aqlm_shape *s, bool wide) {
+    return (wide ? ((const uint16_t *)codes)[i] : ((const uint8_t *)codes)[i]) & ((1u << s->nbits_per_codebook) - 1);
+}
+
 /* sums[k, code] += scale * grad for every group of one row. */
 static inline void add_row(float *restrict sums /* [K, E, og, g] */, const float *restrict grad /* [in] */,
                            const void *codes, float scale, const aqlm_shape *s, int64_t inner, bool wide, int64_t g) {
@@ -32,13 +41,26 @@ static inline void add_row(float *restrict sums /* [K, E, og, g] */, const float
         float scaled[32];
         for (int64_t d = 0; d < g; d++) scaled[d] = scale * grad[j * g + d];
         for (int64_t k = 0; k < K; k++) {
-            float *entry = sums + inner * g + k * stride + aqlm_stored_code(codes, j * K + k, s, wide) * entry_size;
+            float *entry = sums + inner * g + k * stride + stored_code(codes, j * K + k, s, wide) * entry_size;
             float sum[32];
             for (int64_t d = 0; d < g; d++) sum[d] = entry[d] + scaled[d];
             memcpy(entry, sum, (size_t)g * sizeof *sum); /* all loads before all stores: so it vectorises */
         }
     }
 }
+
+/* Calls body(..., wide, g) with constants in their place: one inline body for every (code width, g). */
+#define WITH_FORMAT(s, body, ...)                                                                                      \
+    switch ((s)->in_group_size * 2 + ((s)->nbits_per_codebook > 8)) {                                                  \
+    case 8: body(__VA_ARGS__, false, 4); break;                                                                        \
+    case 9: body(__VA_ARGS__, true, 4); break;                                                                         \
+    case 16: body(__VA_ARGS__, false, 8); break;                                                                       \
+    case 17: body(__VA_ARGS__, true, 8); break;                                                                        \
+    case 32: body(__VA_ARGS__, false, 16); break;                                                                      \
+    case 33: body(__VA_ARGS__, true, 16); break;                                                                       \
+    case 64: body(__VA_ARGS__, false, 32); break;                                                                      \
+    case 65: body(__VA_ARGS__, true, 32); break;                                                                       \
+    }
 
 static void gradient_chunks(int64_t begin, int64_t end, void *ctx) {
     const gradient_job *job = ctx;
@@ -67,7 +89,7 @@ static void gradient_chunks(int64_t begin, int64_t end, void *ctx) {
                 const float *grad = job->row_dtype == AQLM_F32 ? from : converted;
                 if (job->row_dtype != AQLM_F32) aqlm_to_f32(converted, from, job->row_dtype, in);
                 const void *own = (const char *)codes + (o - first) * step;
-                if (sums) AQLM_WITH_FORMAT(s, add_row, sums, grad, own, job->scales[o], s, inner)
+                if (sums) WITH_FORMAT(s, add_row, sums, grad, own, job->scales[o], s, inner)
                 if (!job->grad_scales) continue;
                 const aqlm_entries entries = aqlm_entries_of(w, inner, groups);
                 aqlm_isa()->decode_row(decoded, &entries, own, 1.0f);

@@ -1,7 +1,8 @@
 /* parallel.c: the one loop runner. Threads live for one call (no pool survives a fork); a host that has a
  * pool of its own installs it with aqlm_set_parallel. Results never depend on how a range is cut. */
 #define _GNU_SOURCE
-#include "core.h"
+#include "core/runtime/memory.h"
+#include "core/runtime/parallel.h"
 
 #include <pthread.h>
 #include <sched.h>

@@ -1,5 +1,5 @@
 /* small.c: dense algebra on g x g blocks, in double. */
-#include "core.h"
+#include "core/quantizer/small.h"
 #include <math.h>
 
 bool aqlm_cholesky_small(double *l, const double *a, int64_t g) {

@@ -1,5 +1,7 @@
 /* gemm.c: one packed, single-threaded matrix product on top of the ISA's tile. Callers cut the rows. */
-#include "core.h"
+#include "core/runtime/gemm.h"
+#include "core/runtime/isa.h"
+#include "core/runtime/memory.h"
 
 enum { DEPTH = 256, WIDTH = 512, MOST_TILE = 64 }; /* a packed b block is 512 KB, a packed a panel 12 KB */
 

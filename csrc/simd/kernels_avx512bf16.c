@@ -1,5 +1,5 @@
-/* kernels_bfloat.c: bfloat.h in AVX512-BF16. */
-#include "bfloat.h"
+/* kernels_avx512bf16.c: bf16.h in AVX512-BF16. */
+#include "bf16.h"
 
 #include <immintrin.h>
 #include <stdbool.h>
@@ -30,7 +30,7 @@ ALWAYS_INLINE void store_group(uint16_t *panel, const __m512i *z) {
 
 /* Where the codes of the panel's outputs start. */
 ALWAYS_INLINE void find_outputs(const uint8_t **at, const aqlm_strided_codes *codes, int64_t outputs) {
-    for (int64_t o = 0; o < AQLM_BFLOAT_PANEL; o++)
+    for (int64_t o = 0; o < AQLM_BF16_PANEL; o++)
         at[o] = codes->at + (o < outputs ? o : outputs - 1) * codes->output_step;
 }
 
@@ -39,10 +39,10 @@ ALWAYS_INLINE void decode(uint16_t *panel, const aqlm_entries *from, const aqlm_
                           const int dtype, const int K, const bool wide, const bool together) {
     const int64_t size = dtype == 0 ? 32 : 16, book_bytes = size << from->nbits;
     const uint32_t mask = (1u << from->nbits) - 1;
-    const uint8_t *at[AQLM_BFLOAT_PANEL];
+    const uint8_t *at[AQLM_BF16_PANEL];
     find_outputs(at, codes, outputs);
     int64_t offset = 0;
-    for (int64_t j = 0; j < from->groups; j++, panel += 4 * 2 * AQLM_BFLOAT_PANEL) {
+    for (int64_t j = 0; j < from->groups; j++, panel += 4 * 2 * AQLM_BF16_PANEL) {
         __m512 sum[8]; /* of outputs (i, 4 + i) and (8 + i, 12 + i) */
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) sum[i] = _mm512_setzero_ps();
@@ -76,12 +76,12 @@ ALWAYS_INLINE int64_t decode_fours(uint16_t *panel, const aqlm_entries *from, co
     const int64_t size = dtype == 0 ? 32 : 16;
     const uint64_t mask = ((UINT64_C(1) << from->nbits) - 1) * UINT64_C(0x0001000100010001);
     const char *book = from->codebooks;
-    const uint8_t *at[AQLM_BFLOAT_PANEL];
+    const uint8_t *at[AQLM_BF16_PANEL];
     find_outputs(at, codes, outputs);
     int64_t j = 0;
-    for (; j + 4 <= from->groups; j += 4, panel += 4 * 4 * 2 * AQLM_BFLOAT_PANEL) {
+    for (; j + 4 <= from->groups; j += 4, panel += 4 * 4 * 2 * AQLM_BF16_PANEL) {
         __m512i z[4][4];
-        for (int o = 0; o < AQLM_BFLOAT_PANEL && j % (LINE / 2) == 0; o++)
+        for (int o = 0; o < AQLM_BF16_PANEL && j % (LINE / 2) == 0; o++)
             _mm_prefetch((const char *)(at[o] + 2 * j + codes->ahead), _MM_HINT_T1);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
@@ -101,14 +101,14 @@ ALWAYS_INLINE int64_t decode_fours(uint16_t *panel, const aqlm_entries *from, co
             }
         }
 #pragma GCC unroll 4
-        for (int n = 0; n < 4; n++) store_group(panel + n * 4 * 2 * AQLM_BFLOAT_PANEL, z[n]);
+        for (int n = 0; n < 4; n++) store_group(panel + n * 4 * 2 * AQLM_BF16_PANEL, z[n]);
     }
     return j;
 }
 
 ALWAYS_INLINE void decode_dtype(uint16_t *panel, const aqlm_entries *from, const aqlm_strided_codes *codes,
                                 int64_t outputs, const int dtype) {
-    const bool wide = from->nbits > 8, together = codes->output_step == 1 && outputs == AQLM_BFLOAT_PANEL;
+    const bool wide = from->nbits > 8, together = codes->output_step == 1 && outputs == AQLM_BF16_PANEL;
     const int K = (int)from->num_codebooks;
     if (wide && K == 1 && codes->code_step == 2) {
         const int64_t done = decode_fours(panel, from, codes, outputs, dtype);
@@ -116,7 +116,7 @@ ALWAYS_INLINE void decode_dtype(uint16_t *panel, const aqlm_entries *from, const
         aqlm_strided_codes rest_codes = *codes;
         rest.groups -= done;
         rest_codes.at += done * 2;
-        decode(panel + done * 4 * 2 * AQLM_BFLOAT_PANEL, &rest, &rest_codes, outputs, dtype, 1, true, false);
+        decode(panel + done * 4 * 2 * AQLM_BF16_PANEL, &rest, &rest_codes, outputs, dtype, 1, true, false);
     } else if (wide) decode(panel, from, codes, outputs, dtype, K, true, false);
     else if (together && K == 1) decode(panel, from, codes, outputs, dtype, 1, false, true);
     else if (together && K == 2) decode(panel, from, codes, outputs, dtype, 2, false, true);
@@ -134,9 +134,9 @@ static void decode_panel(uint16_t *panel, const aqlm_entries *from, const aqlm_s
 
 ALWAYS_INLINE void tile(float *c, int64_t ldc, const uint16_t *x, const uint16_t *panels, int64_t panel_step,
                         int64_t pairs, const int rows, int more) {
-    __m512 acc[AQLM_BFLOAT_ROWS][2];
+    __m512 acc[AQLM_BF16_ROWS][2];
 #pragma GCC unroll 12
-    for (int r = 0; r < AQLM_BFLOAT_ROWS; r++)
+    for (int r = 0; r < AQLM_BF16_ROWS; r++)
         for (int i = 0; i < 2; i++)
             acc[r][i] = more && r < rows ? _mm512_loadu_ps(c + r * ldc + 16 * i) : _mm512_setzero_ps();
     for (int64_t p = 0; p < pairs; p++, panels += 32, x += 2 * rows) {
@@ -164,4 +164,4 @@ static void multiply(float *c, int64_t ldc, const uint16_t *x, const uint16_t *p
     switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) }
 }
 
-const aqlm_bfloat aqlm_kernels_bfloat = {.decode_panel = decode_panel, .multiply = multiply};
+const aqlm_bf16_kernels aqlm_kernels_avx512bf16 = {.decode_panel = decode_panel, .multiply = multiply};

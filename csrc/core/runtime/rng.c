@@ -1,5 +1,5 @@
 /* rng.c: xoshiro256** (Blackman and Vigna 2018), seeded by splitmix64. */
-#include "core.h"
+#include "core/runtime/rng.h"
 
 aqlm_rng aqlm_rng_seed(uint64_t seed) {
     aqlm_rng rng;

@@ -1,5 +1,8 @@
 /* hessian.c: H from activations, its block factor for error feedback, and the Gaussian reference. */
-#include "core.h"
+#include "aqlm/quantizer.h"
+#include "core/runtime/gemm.h"
+#include "core/runtime/memory.h"
+#include "core/runtime/parallel.h"
 
 #include <math.h>
 

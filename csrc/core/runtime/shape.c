@@ -1,5 +1,8 @@
-/* shape.c: what a valid layer is, in one place. */
-#include "core.h"
+/* shape.c: what a valid layer is, in one place, and what each status says. */
+#include "aqlm/shape.h"
+#include "aqlm/status.h"
+
+#include <stddef.h>
 
 const char *aqlm_status_text(aqlm_status status) {
     switch (status) {
@@ -24,21 +27,4 @@ const char *aqlm_check_shape(const aqlm_shape *s) {
     if (s->in_features % s->in_group_size) return "in_features must be a multiple of in_group_size";
     if (s->out_features % s->out_group_size) return "out_features must be a multiple of out_group_size";
     return NULL;
-}
-
-aqlm_status aqlm_check_quantizer_shape(const aqlm_shape *s) {
-    return aqlm_check_shape(s) || s->out_group_size != 1 ? AQLM_BAD_ARGUMENT : AQLM_OK;
-}
-
-aqlm_status aqlm_check_working_codes(const uint16_t *codes, const aqlm_shape *s) {
-    const int64_t n = s->out_features * (s->in_features / s->in_group_size) * s->num_codebooks;
-    uint16_t any = 0;
-    for (int64_t i = 0; i < n; i++) any |= (uint16_t)(codes[i] >> (s->nbits_per_codebook - 1) >> 1);
-    return any ? AQLM_BAD_ARGUMENT : AQLM_OK;
-}
-
-void *aqlm_alloc(int64_t count, size_t size) {
-    if (count < 0 || (uint64_t)count > (SIZE_MAX - 64) / (size ? size : 1)) return NULL;
-    size_t bytes = ((size_t)count * size + 63) / 64 * 64;
-    return aligned_alloc(64, bytes ? bytes : 64);
 }

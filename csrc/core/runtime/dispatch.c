@@ -1,12 +1,15 @@
 /* dispatch.c: asks the CPU once, then every call goes through one table of kernels. */
-#include "../simd/bfloat.h"
-#include "core.h"
+#include "aqlm/runtime.h"
+#include "core/runtime/isa.h"
+
+#include <stdlib.h>
+#include <string.h>
 
 static const aqlm_kernels *chosen;
 static const char *names[5];
 static const aqlm_kernels *tables[4];
 static int count;
-static const aqlm_bfloat *bfloat;
+static const aqlm_bf16_kernels *bf16;
 
 static void add(const aqlm_kernels *table) {
     tables[count] = table;
@@ -25,21 +28,21 @@ __attribute__((constructor)) static void find_isas(void) {
         __builtin_cpu_supports("avx512vnni"))
         add(&aqlm_kernels_avx512);
 #endif
-#ifdef AQLM_HAVE_BFLOAT
+#ifdef AQLM_HAVE_AVX512BF16
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16"))
-        bfloat = &aqlm_kernels_bfloat;
+        bf16 = &aqlm_kernels_avx512bf16;
 #endif
 #ifdef AQLM_HAVE_NEON
     add(&aqlm_kernels_neon); /* every AArch64 CPU has it */
 #endif
     chosen = tables[count - 1];
     const char *wish = getenv("AQLM_C_ISA");
-    if (wish && *wish) aqlm_set_isa(wish); /* an unknown name leaves the best one; door 1 reports it */
+    if (wish && *wish) aqlm_set_isa(wish); /* an unknown name leaves the best one; the NumPy binding reports it */
 }
 
 const aqlm_kernels *aqlm_isa(void) { return chosen; }
-const aqlm_bfloat *aqlm_bfloat_isa(void) { return bfloat; }
+const aqlm_bf16_kernels *aqlm_bf16_isa(void) { return bf16; }
 const char *aqlm_get_isa(void) { return chosen->name; }
 const char *const *aqlm_available_isas(void) { return names; }
 

@@ -1,6 +1,11 @@
 /* gather.c: y = x W^T + b for few rows, without W: the entries that codes name are multiplied where they lie, which
  * serves codebooks too large for tables. Sums run in AQLM_GATHER partial sums, whatever the ISA and the threads. */
-#include "core.h"
+#include "core/product/paths.h"
+#include "core/product/stored.h"
+#include "core/runtime/convert.h"
+#include "core/runtime/isa.h"
+#include "core/runtime/memory.h"
+#include "core/runtime/parallel.h"
 
 enum {
     MOST_ROWS = 16, /* more are cheaper decoded (measured) */

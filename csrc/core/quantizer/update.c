@@ -1,7 +1,12 @@
 /* update.c: with the codes fixed, codebooks are linear least squares under H and scales are closed form
- * (method.md); the paper takes steps of Adam on both. The normal equations are never formed: one product with
+ * (docs/method.md); the paper takes steps of Adam on both. The normal equations are never formed: one product with
  * them, and one gradient, is decode, one matrix product with H, and a gather of each entry's members. */
-#include "core.h"
+#include "aqlm/quantizer.h"
+#include "core/quantizer/small.h"
+#include "core/quantizer/working.h"
+#include "core/runtime/gemm.h"
+#include "core/runtime/memory.h"
+#include "core/runtime/parallel.h"
 
 #include <math.h>
 

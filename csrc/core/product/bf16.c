@@ -1,61 +1,65 @@
-/* bfloat.c: y = x W^T + b for rows of bfloat16 on CPUs that multiply these: tiles of W are decoded to bfloat16, scales
+/* bf16.c: y = x W^T + b for rows of bfloat16 on CPUs that multiply these: tiles of W are decoded to bfloat16, scales
  * are applied to the sums. A product's last bits therefore depend on the CPU, but not on threads. */
-#include "../simd/bfloat.h"
-#include "core.h"
+#include "core/product/paths.h"
+#include "core/product/stored.h"
+#include "core/runtime/convert.h"
+#include "core/runtime/isa.h"
+#include "core/runtime/memory.h"
+#include "core/runtime/parallel.h"
 
 enum {
-    TILE = 64,       /* outputs whose weights are decoded at once, */
-    DEPTH = 512,     /* and inputs: 64 KB */
-    BLOCK = 1020,    /* rows that a tile is used for */
-    MOST_SLOTS = 64, /* pieces that can run at once, each with its own tile */
-    PAIR = 2 * AQLM_BFLOAT_PANEL
+    TILE = 64,        /* outputs whose weights are decoded at once, */
+    DEPTH = 512,      /* and inputs: 64 KB */
+    BLOCK = 1020,     /* rows that a tile is used for */
+    MOST_PIECES = 64, /* pieces that can run at once, each with its own tile */
+    PAIR = 2 * AQLM_BF16_PANEL
 };
 
-typedef struct bfloat_job {
+typedef struct bf16_job {
     const aqlm_weight *w;
-    const aqlm_bfloat *isa;
+    const aqlm_bf16_kernels *isa;
     int64_t n_rows, block_rows, row_blocks; /* of this pass; of a block of x; such blocks */
-    int64_t n_slots, slot_size;             /* in floats */
+    int64_t n_pieces, scratch_size;         /* in floats */
     const uint16_t *from;                   /* x [n_rows, in] */
     uint16_t *x;                            /* for DEPTH inputs at a time [row_blocks] of [DEPTH / 2, rows, 2] */
     const float *scales, *bias;
-    float *slots; /* each: sums [n_rows, TILE], panels [TILE / PANEL, DEPTH / 2, PANEL, 2] */
+    float *scratch; /* each: sums [n_rows, TILE], panels [TILE / PANEL, DEPTH / 2, PANEL, 2] */
     uint16_t *y;
-} bfloat_job;
+} bf16_job;
 
 typedef struct layout {
-    int64_t scales, bias, slots, total; /* in floats, after x */
+    int64_t scales, bias, scratch, total; /* in floats, after x */
 } layout;
 
-static layout plan(bfloat_job *job, const aqlm_weight *w, int64_t n_rows) {
+static layout plan(bf16_job *job, const aqlm_weight *w, int64_t n_rows) {
     const aqlm_shape *s = &w->shape;
     const int64_t rows = aqlm_min(n_rows, BLOCK);
-    job->n_slots = aqlm_min(aqlm_min(aqlm_get_num_threads(), MOST_SLOTS), (s->out_features + TILE - 1) / TILE);
-    job->slot_size = aqlm_round_up(rows * TILE, 16) + TILE * DEPTH / 2;
+    job->n_pieces = aqlm_min(aqlm_min(aqlm_get_num_threads(), MOST_PIECES), (s->out_features + TILE - 1) / TILE);
+    job->scratch_size = aqlm_round_up(rows * TILE, 16) + TILE * DEPTH / 2;
     layout l = {.scales = aqlm_round_up(rows * s->in_features / 2, 16)};
     l.bias = l.scales + aqlm_round_up(s->out_features, 16);
-    l.slots = l.bias + aqlm_round_up(s->out_features, 16);
-    l.total = l.slots + job->n_slots * job->slot_size;
+    l.scratch = l.bias + aqlm_round_up(s->out_features, 16);
+    l.total = l.scratch + job->n_pieces * job->scratch_size;
     return l;
 }
 
-bool aqlm_bfloat_fits(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows) {
+bool aqlm_bf16_fits(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows) {
     enum { BY_TABLES = 17, BY_MANY_TABLES = 12, GATHERED = 3 }; /* fewer are cheaper so (measured) */
     const int64_t least = !aqlm_tables_fit(&w->shape, 1) ? GATHERED
                           : w->shape.num_codebooks <= 2  ? BY_TABLES
                                                          : BY_MANY_TABLES;
-    return dtype == AQLM_BF16 && aqlm_bfloat_isa() && w->shape.in_group_size == 8 && w->shape.out_group_size == 1 &&
+    return dtype == AQLM_BF16 && aqlm_bf16_isa() && w->shape.in_group_size == 8 && w->shape.out_group_size == 1 &&
            n_rows >= least;
 }
 
-size_t aqlm_bfloat_workspace(const aqlm_weight *w, int64_t n_rows) {
-    bfloat_job job;
+size_t aqlm_bf16_workspace(const aqlm_weight *w, int64_t n_rows) {
+    bf16_job job;
     return (size_t)plan(&job, w, n_rows).total * sizeof(float);
 }
 
 /* Blocks begin..end of rows of x, pairs of inputs together. */
 static void pack_rows(int64_t begin, int64_t end, void *ctx) {
-    const bfloat_job *job = ctx;
+    const bf16_job *job = ctx;
     const int64_t in = job->w->shape.in_features;
     for (int64_t b = begin; b < end; b++) {
         const int64_t first = b * job->block_rows, rows = aqlm_min(job->block_rows, job->n_rows - first);
@@ -70,28 +74,28 @@ static void pack_rows(int64_t begin, int64_t end, void *ctx) {
 }
 
 /* Outputs first..first + width of all rows. */
-static void one_tile(const bfloat_job *job, int64_t first, int64_t width, float *sums, uint16_t *panels) {
+static void one_tile(const bf16_job *job, int64_t first, int64_t width, float *sums, uint16_t *panels) {
     const aqlm_shape *s = &job->w->shape;
     const int64_t in = s->in_features, K = s->num_codebooks, bytes = s->nbits_per_codebook <= 8 ? 1 : 2;
-    const int64_t panel_size = DEPTH * AQLM_BFLOAT_PANEL;
+    const int64_t panel_size = DEPTH * AQLM_BF16_PANEL;
     const bool packed = job->w->packed;
     for (int64_t i = 0; i < in; i += DEPTH) {
         const int64_t depth = aqlm_min(DEPTH, in - i);
         const aqlm_entries entries = aqlm_entries_of(job->w, 0, depth / 8);
-        for (int64_t p = 0; p < width; p += AQLM_BFLOAT_PANEL) {
+        for (int64_t p = 0; p < width; p += AQLM_BF16_PANEL) {
             aqlm_strided_codes codes = {.output_step = packed ? 1 : in / 8 * K * bytes,
                                         .code_step = packed ? s->out_features : bytes};
             codes.ahead = i + DEPTH < in ? DEPTH / 8 * K * codes.code_step
                                          : TILE * codes.output_step - i / 8 * K * codes.code_step;
             codes.at = (const uint8_t *)job->w->codes + (first + p) * codes.output_step + i / 8 * K * codes.code_step;
-            job->isa->decode_panel(panels + p / AQLM_BFLOAT_PANEL * panel_size, &entries, &codes,
-                                   aqlm_min(AQLM_BFLOAT_PANEL, width - p));
+            job->isa->decode_panel(panels + p / AQLM_BF16_PANEL * panel_size, &entries, &codes,
+                                   aqlm_min(AQLM_BF16_PANEL, width - p));
         }
         for (int64_t r = 0; r < job->n_rows; r += job->block_rows) {
             const int64_t rows = aqlm_min(job->block_rows, job->n_rows - r);
             for (int64_t p = 0; p < width; p += PAIR)
                 job->isa->multiply(sums + r * TILE + p, TILE, job->x + i * job->n_rows + r * depth,
-                                   panels + p / AQLM_BFLOAT_PANEL * panel_size, panel_size, depth / 2, rows, i > 0);
+                                   panels + p / AQLM_BF16_PANEL * panel_size, panel_size, depth / 2, rows, i > 0);
         }
     }
     for (int64_t r = 0; r < job->n_rows; r++) {
@@ -102,41 +106,42 @@ static void one_tile(const bfloat_job *job, int64_t first, int64_t width, float 
     }
 }
 
-/* The range runs over slots, so that two pieces never share a tile whatever the runner does. */
-static void run_slots(int64_t begin, int64_t end, void *ctx) {
-    const bfloat_job *job = ctx;
+/* The range is over pieces, so that no two share a tile whatever the runner does. */
+static void run_pieces(int64_t begin, int64_t end, void *ctx) {
+    const bf16_job *job = ctx;
     const int64_t out = job->w->shape.out_features, tiles = (out + TILE - 1) / TILE;
-    for (int64_t slot = begin; slot < end; slot++) {
-        float *sums = job->slots + slot * job->slot_size;
+    for (int64_t piece = begin; piece < end; piece++) {
+        float *sums = job->scratch + piece * job->scratch_size;
         uint16_t *panels = (uint16_t *)(sums + aqlm_round_up(job->n_rows * TILE, 16));
-        for (int64_t t = tiles * slot / job->n_slots; t < tiles * (slot + 1) / job->n_slots && !aqlm_cancelled(); t++)
+        for (int64_t t = tiles * piece / job->n_pieces; t < tiles * (piece + 1) / job->n_pieces && !aqlm_cancelled();
+             t++)
             one_tile(job, t * TILE, aqlm_min(TILE, out - t * TILE), sums, panels);
     }
 }
 
-aqlm_status aqlm_bfloat_matmul(void *y, const void *x, const aqlm_weight *w, const void *bias, int64_t n_rows,
-                               void *workspace, size_t workspace_size) {
+aqlm_status aqlm_bf16_matmul(void *y, const void *x, const aqlm_weight *w, const void *bias, int64_t n_rows,
+                             void *workspace, size_t workspace_size) {
     const aqlm_shape *s = &w->shape;
-    bfloat_job job = {.w = w, .isa = aqlm_bfloat_isa()};
+    bf16_job job = {.w = w, .isa = aqlm_bf16_isa()};
     const layout l = plan(&job, w, n_rows);
-    job.n_slots = aqlm_min(job.n_slots, ((int64_t)(workspace_size / sizeof(float)) - l.slots) / job.slot_size);
-    if (job.n_slots < 1) return AQLM_BAD_ARGUMENT;
+    job.n_pieces = aqlm_min(job.n_pieces, ((int64_t)(workspace_size / sizeof(float)) - l.scratch) / job.scratch_size);
+    if (job.n_pieces < 1) return AQLM_BAD_ARGUMENT;
     float *f = workspace;
     aqlm_to_f32(f + l.scales, w->scales, w->dtype, s->out_features);
     if (bias) aqlm_to_f32(f + l.bias, bias, AQLM_BF16, s->out_features);
     job.x = workspace;
     job.scales = f + l.scales;
     job.bias = bias ? f + l.bias : NULL;
-    job.slots = f + l.slots;
+    job.scratch = f + l.scratch;
     for (int64_t r = 0; r < n_rows; r += job.n_rows) {
         job.n_rows = aqlm_min(BLOCK, n_rows - r);
-        job.row_blocks = (job.n_rows + AQLM_BFLOAT_ROWS - 1) / AQLM_BFLOAT_ROWS;
+        job.row_blocks = (job.n_rows + AQLM_BF16_ROWS - 1) / AQLM_BF16_ROWS;
         job.block_rows = (job.n_rows + job.row_blocks - 1) / job.row_blocks;
         job.row_blocks = (job.n_rows + job.block_rows - 1) / job.block_rows;
         job.from = (const uint16_t *)x + r * s->in_features;
         job.y = (uint16_t *)y + r * s->out_features;
         aqlm_parallel(0, job.row_blocks, aqlm_even_grain(job.row_blocks, 4), pack_rows, &job);
-        aqlm_parallel(0, job.n_slots, 1, run_slots, &job);
+        aqlm_parallel(0, job.n_pieces, 1, run_pieces, &job);
     }
     aqlm_shared_status status = {AQLM_OK};
     return aqlm_get_status(&status);
