@@ -25,7 +25,7 @@ _HOMES = {
     "load_sequences": "io.data",
     "token_stream": "io.data",
     "perplexity": "evaluate",
-    "LayerReport": "report.report",
+    "LayerReport": "report.layers",
     "QuantizationReport": "report.report",
     "PRESETS": "recipe",
     "RunConfig": "recipe",
@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from .recipe import PRESETS as PRESETS
     from .recipe import AqlmConfig as AqlmConfig
     from .recipe import RunConfig as RunConfig
-    from .report.report import LayerReport as LayerReport
+    from .report.layers import LayerReport as LayerReport
     from .report.report import QuantizationReport as QuantizationReport
     from .weights import Hessian as Hessian
     from .weights import QuantizedWeight as QuantizedWeight

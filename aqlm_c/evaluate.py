@@ -36,9 +36,9 @@ def perplexity(
     stream = torch.as_tensor(input_ids).reshape(-1)
     available = stream.numel() // sequence_length if sequence_length > 1 else 0
     if sequence_length < 2:
-        raise ValueError(f"sequence_length={sequence_length}: expected at least 2")
+        raise ValueError(f"sequence_length: got {sequence_length}, expected at least 2")
     if windows is not None and windows < 1:
-        raise ValueError(f"windows={windows}: expected at least 1")
+        raise ValueError(f"windows: got {windows}, expected at least 1")
     if available < (windows or 1):
         needed = (windows or 1) * sequence_length
         raise ValueError(

@@ -164,7 +164,7 @@ class Rules(Mapping[str, str]):
         return repr(self._schemes)
 
     def __hash__(self) -> int:
-        return hash(tuple(self._schemes.items()))
+        return hash(frozenset(self._schemes.items()))
 
     def scheme_for(self, name: str) -> str | None:
         """The scheme, or "dense", of the first rule that fits the layer `name`; None if no rule does."""

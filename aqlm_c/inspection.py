@@ -190,10 +190,10 @@ def _read(directory: Path) -> tuple[dict[str, Any], bool, dict[str, checkpoint.S
     fields = read_json_object(directory / "config.json")
     tensors = checkpoint.read_directory(directory)
     if not tensors:
-        raise ValueError(f"model={str(directory)!r}: no tensors in that directory, expected *.safetensors")
+        raise ValueError(f"model: got {str(directory)!r}: no tensors in that directory, expected *.safetensors")
     quantization = fields.get("quantization_config") or {}
     if not isinstance(quantization, dict):
-        raise ValueError(f"{directory / 'config.json'}: quantization_config={quantization!r}: expected an object")
+        raise ValueError(f"{directory / 'config.json'}: quantization_config: got {quantization!r}, expected an object")
     if quantization.get("quant_method") not in _METHODS:
         return fields, False, tensors
     try:
@@ -213,7 +213,9 @@ def _quantized(name: str, parts: dict[str, checkpoint.StoredTensor]) -> Matrix:
     """By the shapes of its tensors, whatever config.json says of its format."""
     codes, books = parts["codes"], parts.get("codebooks")
     if books is None:
-        raise ValueError(f"{name}.codes in {codes.file}: unexpected without {name}.codebooks")
+        raise ValueError(
+            f"{checkpoint.tensor_name(name, 'codes')} in {codes.file}: got no codebooks, expected them beside it"
+        )
     for part, n_sides in (("codes", 3), ("codebooks", 4)):
         if len(parts[part].shape) != n_sides:
             raise ValueError(

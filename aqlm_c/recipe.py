@@ -51,6 +51,8 @@ class AqlmConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rules, Rules):
+            object.__setattr__(self, "rules", Rules(self.rules))
         kind = get_method(self.solver).options_type
         if self.options is None:
             object.__setattr__(self, "options", kind())
@@ -74,7 +76,7 @@ class AqlmConfig:
         known = [*FORMAT_FIELDS, "rules", "solver", *_names(kind), *_names(TuningOptions), "seed"]
         if unknown := sorted(set(fields) - set(known)):
             raise ValueError(
-                f"unknown option {unknown[0]!r} with solver={solver!r}: expected one of {', '.join(known)}"
+                f"unknown option {unknown[0]!r} with solver: got {solver!r}, expected one of {', '.join(known)}"
             )
 
         def chosen(kind: type) -> Any:
@@ -216,7 +218,7 @@ class RunConfig:
         try:
             cls.from_fields(fields)
         except ValueError as error:
-            raise ValueError(f"config={str(path)!r}: {error}") from None
+            raise ValueError(f"config: got {str(path)!r}: {error}") from None
         replaced = set(PRESET_FIELDS if "preset" in explicit else []) | (
             _by_solver() if "solver" in explicit else set()
         )
@@ -331,12 +333,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"config={str(path)!r}: no such file") from None
+        raise ValueError(f"config: got {str(path)!r}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config={str(path)!r}: not YAML: {error}") from None
+        raise ValueError(f"config: got {str(path)!r}: not YAML: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(
-            f"config={str(path)!r}: got {type(fields).__name__}, expected a mapping such as 'scheme: 2x8g8'"
+            f"config: got {str(path)!r}: got {type(fields).__name__}, expected a mapping such as 'scheme: 2x8g8'"
         )
     return fields
 

@@ -31,7 +31,7 @@ def quantized_weight(shape: tuple[int, int], config: AqlmConfig, device: str) ->
 
 
 def format_of(config: AqlmConfig) -> tuple[int, int, int]:
-    return config.num_codebooks, config.nbits_per_codebook, config.in_group_size
+    return config.format.num_codebooks, config.format.nbits_per_codebook, config.format.in_group_size
 
 
 def error(x: Tensor, weight: Weight) -> float:
@@ -126,7 +126,7 @@ class Bench:
 
     def without_reading(self, call: Callable[[Weight], Any], weight: Weight, config: AqlmConfig) -> dict[str, float]:
         """Milliseconds of the same product with codes that are in the cache: scaled up from fewer outputs."""
-        out, in_features = len(weight[0]), weight[0].shape[1] * config.in_group_size
+        out, in_features = len(weight[0]), weight[0].shape[1] * config.format.in_group_size
 
         def warm(outs: int) -> float:
             return self.device.time(call, [quantized_weight((outs, in_features), config, self.device.name)] * 16).ms

@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 import aqlm_c.hf  # noqa: F401  (teaches PEFT the quantized layer)
 from aqlm_c import AqlmConfig
 from aqlm_c.hf.models import load_model
+from aqlm_c.model.blocks import find_blocks
 from aqlm_c.nn import ops
 from aqlm_c.nn.linear import QuantizedLinear
 
@@ -35,7 +36,7 @@ def with_random_codes(dense, scheme):
                 for part in ("codes", "codebooks", "scales"):
                     tensor = torch.empty_like(getattr(layer, part), device="cpu")
                     setattr(layer, part, torch.nn.Parameter(tensor, requires_grad=False))
-                half = 2 ** (config.nbits_per_codebook - 1)
+                half = 2 ** (config.format.nbits_per_codebook - 1)
                 layer.codes.random_(-half, half)
                 layer.codebooks.normal_(std=0.02)
                 layer.scales.fill_(1.0)

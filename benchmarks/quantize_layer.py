@@ -20,9 +20,14 @@ import numpy as np
 import torch
 
 from aqlm_c import AqlmConfig
+from aqlm_c.calibrate.activations import capture
+from aqlm_c.calibrate.hessians import HessianSums
 from aqlm_c.core.hessian import Hessian
 from aqlm_c.hf.models import load_model
 from aqlm_c.io.data import BUNDLED, token_stream
+from aqlm_c.methods.aqlm import search_options
+from aqlm_c.model.blocks import find_blocks
+from aqlm_c.recipe import parse_option
 from aqlm_c.weights import quantize_weight
 
 DEFAULT = AqlmConfig()
@@ -30,7 +35,10 @@ SOLVERS = {  # by start
     "LDL": [{}, {"beam_size": 8}],
     "LDL, more rounds": [{"ldl_passes": 14, "max_sweeps": 12, "relative_mse_tolerance": 0.002}],
     "k-means": [
-        {"ldl_passes": 0, "max_sweeps": DEFAULT.ldl_passes + DEFAULT.max_sweeps},  # as many rounds in all
+        {
+            "ldl_passes": 0,
+            "max_sweeps": DEFAULT.options.ldl_passes + DEFAULT.options.max_sweeps,
+        },  # as many rounds in all
         {"solver": "paper", "beam_size": 1},
         {"solver": "paper", "beam_size": 8},
     ],
@@ -81,14 +89,16 @@ def main() -> None:
     seen, held_out = (torch.cat([text[part] for text in windows]) for part in (slice(n), slice(n, None)))
     weights, shown = hessians(model, seen, args.block, args.layers)
     _, hidden = hessians(model, held_out, args.block, args.layers)
-    options = {name: type(getattr(DEFAULT, name))(value) for name, value in (s.split("=") for s in args.set)}
+    options = dict(map(parse_option, args.set))
     solvers = {"as set": [options]} if options else {"LDL": [{}]} if args.default_only else SOLVERS
 
     rows = []
     for layer, (start, solver) in itertools.product(args.layers, ((s, o) for s in solvers for o in solvers[s])):
         config = AqlmConfig.from_scheme(args.scheme, **solver)
         paper = config.solver == "paper"
-        beam_size = config.search_beam_size
+        beam_size, _ = (
+            (config.options.beam_size or 1, False) if paper else search_options(config.format, config.options)
+        )
         fresh = Hessian(shown[layer].H)  # so that its factor is timed too
         started = time.perf_counter()
         found = quantize_weight(weights[layer], fresh, config, dtype="bfloat16")

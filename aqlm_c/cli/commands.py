@@ -178,7 +178,7 @@ def evaluate(
             try:
                 result = perplexity(network, input_ids, sequence_length, windows, display.on_window)
             except ValueError as error:
-                raise ValueError(f"data={source!r}: {error}") from error
+                raise ValueError(f"data: got {source!r}: {error}") from error
             results.append({"data": source, "sha256": sha256(source), **result})
     if json:
         write_json(json, {"model": model, "results": results})
@@ -217,9 +217,9 @@ def generate(
     int_between("--max-new-tokens", max_new_tokens, 1)
     int_between("--seed", seed, 0, 2**63 - 1)
     if temperature != 0 and not 1e-4 <= temperature < math.inf:  # logits are divided by it
-        raise ValueError(f"--temperature={temperature}: expected 0 or a finite number of at least 0.0001")
+        raise ValueError(f"--temperature: got {temperature}, expected 0 or a finite number of at least 0.0001")
     if not 0 < top_p <= 1:
-        raise ValueError(f"--top-p={top_p}: expected a number in (0, 1]")
+        raise ValueError(f"--top-p: got {top_p}, expected a number in (0, 1]")
     prepare(threads)
 
     import torch
@@ -239,7 +239,7 @@ def generate(
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
-        raise ValueError("PROMPT='': expected at least one token")
+        raise ValueError("PROMPT: got '': expected at least one token")
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     torch.manual_seed(seed)
     with torch.inference_mode():
@@ -283,11 +283,11 @@ def doctor() -> int:
 
 def _check_json(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise ValueError(f"--json={str(path)!r}: expected a file in a directory that exists")
+        raise ValueError(f"--json: got {str(path)!r}, expected a file in a directory that exists")
 
 
 def _check_data(data: list[str] | None) -> list[str]:
-    from .data import check_source
+    from ..io.data import check_source
 
     for source in data or []:
         check_source(source)

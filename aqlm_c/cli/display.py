@@ -19,7 +19,8 @@ from rich.progress import (
 )
 
 from ..errors import int_between
-from ..report.report import BlockReport, LayerReport, QuantizationReport
+from ..report.layers import BlockReport, LayerReport
+from ..report.report import QuantizationReport
 from ..report.tables import db_text, error_text
 
 

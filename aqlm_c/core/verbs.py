@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 import numpy as np
 
 from .. import _core
+from ..format import Format
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +35,7 @@ def _library(array: Array) -> Any:
 def residual_kmeans(
     weight: Array,
     scales: Array,
-    num_codebooks: int,
-    nbits_per_codebook: int,
-    in_group_size: int,
+    format: Format,
     init_max_iter: int,
     tolerance: float,
     seed: int,
@@ -46,7 +45,7 @@ def residual_kmeans(
 
     column_weight [in] weighs each input's squared distance.
     """
-    sizes = (num_codebooks, nbits_per_codebook, in_group_size)
+    sizes = (format.num_codebooks, format.nbits_per_codebook, format.in_group_size)
     return _library(weight).residual_kmeans(weight, scales, *sizes, init_max_iter, tolerance, seed, column_weight)
 
 
@@ -99,9 +98,7 @@ def update_scales(scales: Array, weight: Array, H: Array, codes: Array, codebook
 
 
 def update_adam(
-    codebooks: Array,
-    scales: Array,
-    moments: Array,
+    state: tuple[Array, Array, Array],
     weight: Array,
     H: Array,
     codes: Array,
@@ -109,8 +106,10 @@ def update_adam(
     learning_rate: float,
     steps_before: int,
 ) -> tuple[Array, Array, Array]:
-    """(codebooks, scales, moments) after steps of Adam (AQLM, section 3.3); moments: float64 [2, K E g + out]."""
-    state = (codebooks, scales, moments)
+    """(codebooks, scales, moments) after steps of Adam from `state` (AQLM, section 3.3).
+
+    moments: float64 [2, K E g + out], zeros before the first of steps_before + steps.
+    """
     return _library(weight).update_adam(*state, weight, H, codes, steps, learning_rate, steps_before)
 
 

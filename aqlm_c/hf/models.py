@@ -57,12 +57,12 @@ def load_model(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any, 
         return _load_gguf(name, _smollm2_file(), dtype)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ValueError(f"model={name!r}: no such file")
+            raise ValueError(f"model: got {name!r}: no such file")
         return _load_gguf(name, path, dtype)
     if name and path.is_dir():
         return _load_directory(name, path, dtype)
     if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
-        raise ValueError(f"model={name!r}: no such model directory; {_EXPECTED}")
+        raise ValueError(f"model: got {name!r}: no such model directory; {_EXPECTED}")
     model, tokenizer = _from_pretrained(name, name, dtype, local_files_only=not _hub_reachable())
     return model, tokenizer, ModelSource(name, "hub", name, quantized=_is_quantized(model))
 
@@ -75,10 +75,10 @@ def saved_sizes(model: Any, directory: str | os.PathLike[str]) -> dict[str, int]
 
 def _load_directory(name: str, path: Path, dtype: str | torch.dtype) -> tuple[Any, Any, ModelSource]:
     if not (path / "config.json").is_file():
-        raise ValueError(f"model={name!r}: no config.json in that directory; {_EXPECTED}")
+        raise ValueError(f"model: got {name!r}: no config.json in that directory; {_EXPECTED}")
     tensors = checkpoint.read_directory(path)  # a damaged file is named here, before anything is loaded
     if not tensors:
-        raise ValueError(f"model={name!r}: no tensors in that directory, expected *.safetensors")
+        raise ValueError(f"model: got {name!r}: no tensors in that directory, expected *.safetensors")
     model, tokenizer = _from_pretrained(name, path, dtype)
     sizes = checkpoint.disk_sizes(path, embedding_names(model))
     return model, tokenizer, ModelSource(name, "directory", str(path), *sizes, quantized=_is_quantized(model))
@@ -142,7 +142,7 @@ def _damage_named(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         log.debug("loading %s failed", name, exc_info=True)
-        raise ValueError(f"model={name!r}: cannot be loaded ({one_line(error)[:300]}); {_EXPECTED}") from None
+        raise ValueError(f"model: got {name!r}: cannot be loaded ({one_line(error)[:300]}); {_EXPECTED}") from None
 
 
 def _from_pretrained(
@@ -156,11 +156,13 @@ def _from_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(where, **for_both)
         model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random values
-        raise ValueError(f"model={name!r}: {len(missing)} tensors are missing from its files, such as {missing[0]}")
+        raise ValueError(
+            f"model: got {name!r}: {len(missing)} tensors are missing from its files, such as {missing[0]}"
+        )
     if unexpected := sorted(info["unexpected_keys"]):
         if weights := [key for key in unexpected if key.endswith(".weight") or checkpoint.quantized_names([key])]:
             raise ValueError(
-                f"model={name!r}: {len(weights)} weights in its files have no place in the model that its config "
+                f"model: got {name!r}: {len(weights)} weights in its files have no place in the model that its config "
                 f"describes, such as {weights[0]}"
             )
         log.warning("%s: %d tensors of its files are not used, such as %s", name, len(unexpected), unexpected[0])

@@ -43,9 +43,9 @@ def load_sequences(
     """
     sources = list(sources) or [BUNDLED]
     if samples < len(sources):
-        raise ValueError(f"samples={samples}: expected at least one for each of the {len(sources)} data sources")
+        raise ValueError(f"samples: got {samples}, expected at least one for each of the {len(sources)} data sources")
     if sequence_length < 2:
-        raise ValueError(f"sequence_length={sequence_length}: expected at least 2 tokens")
+        raise ValueError(f"sequence_length: got {sequence_length}, expected at least 2 tokens")
     share, rest = divmod(samples, len(sources))
     generator = torch.Generator().manual_seed(seed)
     parts = []
@@ -57,7 +57,7 @@ def load_sequences(
         windows = rows[:, : usable * sequence_length].reshape(-1, sequence_length)
         if len(windows) < wanted:
             raise ValueError(
-                f"data={source!r}: {rows.numel()} tokens hold {len(windows)} sequences of {sequence_length}, "
+                f"data: got {source!r}: {rows.numel()} tokens hold {len(windows)} sequences of {sequence_length}, "
                 f"expected {wanted} ({wanted * sequence_length} tokens)"
             )
         order = torch.randperm(len(windows), generator=generator) if shuffle else torch.arange(wanted)
@@ -77,14 +77,14 @@ def check_source(source: str) -> None:
     """Raise ValueError if `source` is a file that is missing or of an unknown type; reads nothing."""
     path = Path(source)
     if path.is_dir() and path.suffix in FILE_TYPES:
-        raise ValueError(f"data={source!r}: is a directory, expected a {path.suffix} file")
+        raise ValueError(f"data: got {source!r}: is a directory, expected a {path.suffix} file")
     if path.is_file() and path.suffix not in FILE_TYPES:
-        raise ValueError(f"data={source!r}: expected a file of type {' '.join(FILE_TYPES)}")
+        raise ValueError(f"data: got {source!r}, expected a file of type {' '.join(FILE_TYPES)}")
     if _is_dataset(source):  # whose name may be that of a local directory
         path = Path(_dataset_name(source)[0])
     is_path = path.suffix in FILE_TYPES or source.startswith((".", "/", "~")) or source.count("/") > 1
     if is_path and not path.exists():
-        raise ValueError(f"data={source!r}: no such file")
+        raise ValueError(f"data: got {source!r}: no such file")
 
 
 def check_token_ids(name: str, input_ids: torch.Tensor, model: Any) -> None:
@@ -190,7 +190,7 @@ def _text_file(path: str) -> Iterator[str]:
     try:
         yield Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"data={path!r}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise ValueError(f"data: got {path!r}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _jsonl(path: str) -> Iterator[str]:
@@ -203,7 +203,7 @@ def _jsonl(path: str) -> Iterator[str]:
             except (ValueError, KeyError, TypeError):
                 text = None
             if not isinstance(text, str):
-                raise ValueError(f'data={path!r}: line {number}: expected a JSON object with a string "text"')
+                raise ValueError(f'data: got {path!r}: line {number}: expected a JSON object with a string "text"')
             yield text
 
 
@@ -212,7 +212,7 @@ def _dataset(source: str, shuffle_seed: int | None) -> Iterator[str]:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"data={source!r}: no such file, and a data set needs `datasets`: pip install 'aqlm-c[hf]'"
+            f"data: got {source!r}: no such file, and a data set needs `datasets`: pip install 'aqlm-c[hf]'"
         ) from error
     name, config, split = _dataset_name(source)
     try:
@@ -222,9 +222,9 @@ def _dataset(source: str, shuffle_seed: int | None) -> Iterator[str]:
         first = next(iter(rows))
     except Exception as error:  # of many types: hub, network, script, split, empty
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"data={source!r}: no such file, and no data set could be read: {reason}") from error
+        raise ValueError(f"data: got {source!r}: no such file, and no data set could be read: {reason}") from error
     if not isinstance(first.get("text"), str):
-        raise ValueError(f'data={source!r}: columns {sorted(first)}, expected a string column "text"')
+        raise ValueError(f'data: got {source!r}: columns {sorted(first)}, expected a string column "text"')
     return (row["text"] for row in rows)
 
 
@@ -237,11 +237,13 @@ def _token_ids(path: str, tokenizer: Any) -> torch.Tensor:
 
             ids = load_file(path).get("input_ids")
     except Exception as error:  # ValueError, EOFError, OSError, SafetensorError: all mean a damaged file
-        raise ValueError(f"data={path!r}: not a readable {Path(path).suffix} file: {error}") from error
+        raise ValueError(f"data: got {path!r}: not a readable {Path(path).suffix} file: {error}") from error
     if ids is None:
-        raise ValueError(f'data={path!r}: expected a tensor named "input_ids"')
+        raise ValueError(f'data: got {path!r}, expected a tensor named "input_ids"')
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
-        raise ValueError(f"data={path!r}: {ids.dtype} {list(ids.shape)}, expected integer token ids [n] or [rows, n]")
+        raise ValueError(
+            f"data: got {path!r}: {ids.dtype} {list(ids.shape)}, expected integer token ids [n] or [rows, n]"
+        )
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < len(tokenizer):
-        raise ValueError(f"data={path!r}: token ids {ids.min()}..{ids.max()}, expected 0..{len(tokenizer) - 1}")
+        raise ValueError(f"data: got {path!r}: token ids {ids.min()}..{ids.max()}, expected 0..{len(tokenizer) - 1}")
     return torch.from_numpy(np.atleast_2d(ids).astype(np.int64))

@@ -38,7 +38,7 @@ class PaperMethod:
         for iteration in range(_ROUNDS):
             before, codes = state.error, state.codes
             codebooks, scales, moments = state.timed(
-                *("codebooks", verbs.update_adam, state.codebooks, state.scales, moments, W, H, codes),
+                *("codebooks", verbs.update_adam, (state.codebooks, state.scales, moments), W, H, codes),
                 *(steps, rate, iteration * steps),
             )
             codes = state.timed(

@@ -43,11 +43,9 @@ class SolverState:
         column_weight: Array | None,
     ) -> None:
         """Residual k-means of `points` [out, in] / `sizes` [out], whose codes stand for the weight under `scales`."""
-        format = self.problem.format
         self.scales = scales
         self.codes, self.codebooks = self.timed(
-            *("kmeans", verbs.residual_kmeans, points, sizes),
-            *(format.num_codebooks, format.nbits_per_codebook, format.in_group_size),
+            *("kmeans", verbs.residual_kmeans, points, sizes, self.problem.format),
             *(options.init_max_iter, tolerance, self.problem.seed, column_weight),
         )
         self.error = self._error(self.codes, self.codebooks, self.scales)

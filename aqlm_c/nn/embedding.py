@@ -61,9 +61,8 @@ class QuantizedEmbedding(QuantizedLayer):
 
     def head(self, bias: Tensor | None = None) -> QuantizedLinear:
         """The output layer tied to this embedding: it has the same parameters."""
-        head = QuantizedLinear.of_format(
-            self.embedding_dim, self.num_embeddings, bias is not None, self.format, self.codebooks.dtype
-        )
+        sizes = (self.embedding_dim, self.num_embeddings)
+        head = QuantizedLinear(*sizes, bias is not None, self.format, "meta", self.codebooks.dtype)
         for name in WEIGHT:
             setattr(head, name, getattr(self, name))
         head.tied = True

@@ -158,15 +158,11 @@ class QuantizedLinear(QuantizedLayer):
         in_features: int,
         out_features: int,
         bias: bool,
-        in_group_size: int,
-        out_group_size: int,
-        num_codebooks: int,
-        nbits_per_codebook: int,
+        format: Format,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        format = Format(num_codebooks, nbits_per_codebook, in_group_size, out_group_size)
         self._set_format(out_features, in_features, format, device, dtype)
         self.in_features, self.out_features = in_features, out_features
         self.register_parameter(
@@ -179,17 +175,10 @@ class QuantizedLinear(QuantizedLayer):
 
         It takes over the bias, in the dtype of the model, which need not be that of the codebooks.
         """
-        layer = cls.of_format(module.in_features, module.out_features, module.bias is not None, format, dtype)
+        layer = cls(module.in_features, module.out_features, module.bias is not None, format, "meta", dtype)
         if module.bias is not None:
             layer.bias = module.bias
         return layer.requires_grad_(False)
-
-    @classmethod
-    def of_format(
-        cls, in_features: int, out_features: int, bias: bool, format: Format, dtype: torch.dtype
-    ) -> QuantizedLinear:
-        """A layer on the meta device."""
-        return cls(in_features, out_features, bias, **format.to_dict(), device="meta", dtype=dtype)
 
     @torch.no_grad()
     def pack(self) -> None:

@@ -19,7 +19,7 @@ from ..methods.base import LayerProblem, QuantizedWeight, gaussian_references
 from ..nn.embedding import quantized_class
 from ..nn.linear import QuantizedLayer
 from ..recipe import AqlmConfig
-from ..report.report import BlockReport, LayerReport
+from ..report.layers import BlockReport, LayerReport
 from ..train.block import finetune_block
 from ..weights import layer_problem
 from .plan import BlockPlan, Plan

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ..report.report import BlockReport, LayerReport, QuantizationReport
+from ..report.layers import BlockReport, LayerReport
+from ..report.report import QuantizationReport
 from .estimate import Estimate
 
 PHASES = ("calibrate", "hessian", "quantize", "reference", "finetune", "propagate")

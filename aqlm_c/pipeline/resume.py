@@ -112,7 +112,7 @@ class WorkDir:
         Raises OSError, on a full disk for example; the finished blocks stay, and nothing of this one.
         """
         if index != self.finished:
-            raise ValueError(f"index={index}: expected {self.finished}, blocks are finished in order")
+            raise ValueError(f"index: got {index}, expected {self.finished}, blocks are finished in order")
         owned = {  # safetensors refuses views and tensors that share memory
             name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
@@ -127,7 +127,7 @@ class WorkDir:
         Raises ValueError for a damaged file, OSError for one that cannot be read.
         """
         path = self.path / _block_name(index)
-        damaged = f"work_dir={str(self.path)!r}: {path.name} is damaged"
+        damaged = f"work_dir: got {str(self.path)!r}: {path.name} is damaged"
         try:
             with self._explained("reading", path.name), safe_open(path, framework="pt") as stored:
                 tensors = {name: stored.get_tensor(name).clone() for name in sorted(stored.keys())}
@@ -157,7 +157,7 @@ class WorkDir:
             foreign = sorted({path.name for path in self.path.iterdir()} - _OURS_BEFORE_THE_FINGERPRINT)
             if foreign and _FINGERPRINT not in foreign:  # before anything is written into it
                 raise ValueError(
-                    f"work_dir={str(self.path)!r}: holds {foreign[0]!r} and no {_FINGERPRINT}; "
+                    f"work_dir: got {str(self.path)!r}: holds {foreign[0]!r} and no {_FINGERPRINT}; "
                     "expected a new or an empty directory, or that of an earlier run"
                 )
             self._lock = open(self.path / _LOCK, "ab")  # noqa: SIM115  (open as long as the run)
@@ -169,7 +169,7 @@ class WorkDir:
                     fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BlockingIOError(
-                    f"work_dir={str(self.path)!r}: another process uses it; expected a free one: "
+                    f"work_dir: got {str(self.path)!r}: another process uses it; expected a free one: "
                     "wait until that run ends, or pass another --work-dir"
                 ) from None
         with self._explained("cleaning", "it"):
@@ -189,13 +189,13 @@ class WorkDir:
             begun = {part: dict(fields) for part, fields in json.loads(stored).items()}
         except (ValueError, TypeError, AttributeError):
             raise ValueError(
-                f"work_dir={str(self.path)!r}: {_FINGERPRINT} is damaged; expected JSON: pass another --work-dir"
+                f"work_dir: got {str(self.path)!r}: {_FINGERPRINT} is damaged; expected JSON: pass another --work-dir"
             ) from None
         if refused := list(_differences(begun, now, (begun.keys() | now.keys()) - {"machine"})):
             if len(refused) > _SHOWN:
                 refused[_SHOWN:] = [f"and {len(refused) - _SHOWN} more"]
             raise ValueError(
-                f"work_dir={str(self.path)!r}: holds another run ({'; '.join(refused)}); "
+                f"work_dir: got {str(self.path)!r}: holds another run ({'; '.join(refused)}); "
                 "expected the same model, data, options and versions: use those, or pass another --work-dir"
             )
         for difference in _differences(begun, now, {"machine"}):
@@ -237,7 +237,7 @@ class WorkDir:
             yield
         except OSError as error:
             explained = type(error)(
-                f"work_dir={str(self.path)!r}: {doing} {name}: {error.strerror or error}; expected a directory to "
+                f"work_dir: got {str(self.path)!r}: {doing} {name}: {error.strerror or error}; expected a directory to "
                 "read and write, with room; finished blocks in it stay usable: cure this and run the same command"
             )
             explained.errno = error.errno

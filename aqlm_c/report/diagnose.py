@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from ..format import Format
-from .report import BlockReport, LayerReport, QuantizationReport
+from .layers import BlockReport, LayerReport
+from .report import QuantizationReport
 
 _CODEBOOK_SHARE = 1 / 3  # of a layer's bits
 _RISE = 0.02  # of the held-out error above its lowest

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..model.kinds import kind_of
 from ..units import megabytes
-
-if TYPE_CHECKING:
-    from .report import BlockReport, LayerReport, QuantizationReport
-
-
-def report_tables(report: QuantizationReport) -> Any:
-    """Layers by kind, blocks, sizes on disk, seconds by phase, diagnoses."""
-    from rich.console import Group
-
-    parts = [
-        _layer_table(report),
-        "dB: above the Gaussian reference, at the rate of the codes and at the true rate\n",
-        *([_block_table(report.blocks)] if report.blocks else []),
-        _size_table(report),
-        *([report.note] if report.note else []),
-        _summary(report),
-        *([_diagnosis_list(report.diagnoses)] if report.diagnoses else []),
-    ]
-    return Group(*parts)
+from .layers import BlockReport, LayerReport
 
 
 def db_text(distance: float | None) -> str:
@@ -32,12 +15,13 @@ def db_text(distance: float | None) -> str:
     return "-" if distance is None else f"{distance:+.2f}"
 
 
-def _mean(values: list[float | None]) -> float | None:
+def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def make_table(title: str, headers: tuple[str, ...]) -> Any:
+    """An empty table in the style of all."""
     from rich import box
     from rich.table import Table
 
@@ -47,33 +31,35 @@ def make_table(title: str, headers: tuple[str, ...]) -> Any:
     return table
 
 
-def _layer_table(report: QuantizationReport) -> Any:
+def layer_table(layers: Sequence[LayerReport], bits_per_weight: float, tuned: bool) -> Any:
+    """Errors by kind of layer, of blocks that were `tuned` afterwards or not."""
     table = make_table(
-        f"{len(report.layers)} layers at {report.bits_per_weight:.3f} bits per weight, means over blocks"
-        + (", before fine-tuning" if report.blocks else ""),
+        f"{len(layers)} layers at {bits_per_weight:.3f} bits per weight, means over blocks"
+        + (", before fine-tuning" if tuned else ""),
         ("layer", "n", "out x in", "error", "worst", "dB code", "dB true", "bits"),
     )
-    mixed = len({layer.scheme for layer in report.layers}) > 1
+    mixed = len({layer.scheme for layer in layers}) > 1
     groups: dict[tuple[str, str], list[LayerReport]] = {}
-    for layer in report.layers:
+    for layer in layers:
         kind = f"{kind_of(layer.name)} {layer.scheme}" if mixed else kind_of(layer.name)
         groups.setdefault((kind, f"{layer.out_features}x{layer.in_features}"), []).append(layer)
-    for (kind, shape), layers in groups.items():
-        errors = [layer.relative_error for layer in layers]
+    for (kind, shape), alike in groups.items():
+        errors = [layer.relative_error for layer in alike]
         table.add_row(
             kind,
-            str(len(layers)),
+            str(len(alike)),
             shape,
             f"{_mean(errors):.5f}",
             f"{max(errors):.5f}",
-            db_text(_mean([layer.db_above_code_rate for layer in layers])),
-            db_text(_mean([layer.db_above_true_rate for layer in layers])),
-            f"{layers[0].bits_per_weight:.2f}",
+            db_text(_mean([layer.db_above_code_rate for layer in alike])),
+            db_text(_mean([layer.db_above_true_rate for layer in alike])),
+            f"{alike[0].bits_per_weight:.2f}",
         )
     return table
 
 
-def _block_table(blocks: list[BlockReport]) -> Any:
+def block_table(blocks: Sequence[BlockReport]) -> Any:
+    """What fine-tuning did to each block."""
     table = make_table(
         "Relative error of each block's output, before and after fine-tuning",
         ("block", "held out", "after", "change", "training", "after", "epochs"),
@@ -97,7 +83,8 @@ def error_text(error: float | None) -> str:
     return "-" if error is None else f"{error:.5f}"
 
 
-def _diagnosis_list(sentences: list[str]) -> Any:
+def list_of(sentences: Sequence[str]) -> Any:
+    """One sentence a line, each marked."""
     from rich.table import Table
     from rich.text import Text
 
@@ -107,20 +94,12 @@ def _diagnosis_list(sentences: list[str]) -> Any:
     return table
 
 
-def _size_table(report: QuantizationReport) -> Any:
+def size_table(sizes: Mapping[str, int]) -> Any:
+    """Bytes on disk, as `QuantizationReport.sizes` has them."""
     table = make_table("Size on disk", ("", "all", "embeddings", "without embeddings"))
     for which in ("original", "quantized"):
-        total = report.sizes.get(f"{which}_bytes")
-        embedding = report.sizes.get(f"{which}_embedding_bytes", 0)
+        total = sizes.get(f"{which}_bytes")
+        embedding = sizes.get(f"{which}_embedding_bytes", 0)
         if total is not None:
             table.add_row(which, megabytes(total), megabytes(embedding), megabytes(total - embedding))
     return table
-
-
-def _summary(report: QuantizationReport) -> Any:
-    phases = " · ".join(f"{name} {seconds:.1f}" for name, seconds in report.phases.items())
-    return (
-        f"{report.sequences} sequences, {report.tokens:,} tokens · {report.threads} threads, {report.isa} · "
-        f"peak memory {report.peak_memory_bytes / 2**30:.2f} GiB\n"
-        f"seconds: {phases} · total {sum(report.phases.values()):.1f}"
-    )

@@ -19,7 +19,7 @@ from ..calibrate.activations import Activations
 from ..nn import ops
 from ..nn.linear import QuantizedLinear
 from ..recipe import AqlmConfig
-from ..report.report import BlockReport
+from ..report.layers import BlockReport
 
 log = logging.getLogger("aqlm_c")
 

@@ -92,7 +92,7 @@ inline void check_bias(const Tensor &bias, const Tensor &x, int64_t out_features
           ", expected that of x, ", torch::headeronly::toString(x.scalar_type()));
 }
 
-/* The weights of matmul_joined, a list for each of their tensors; no biases at all, or one each. */
+/* The weights of matmul_grouped, a list for each of their tensors; no biases at all, or one each. */
 struct Joined {
     const std::vector<Tensor> &codes, &codebooks, &scales, &biases;
 

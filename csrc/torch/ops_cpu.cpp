@@ -180,7 +180,7 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
 }
 
 /* matmul with several weights, one after the other: each is on all threads. */
-std::vector<Tensor> matmul_joined(const Tensor &x, std::vector<Tensor> codes, std::vector<Tensor> codebooks,
+std::vector<Tensor> matmul_grouped(const Tensor &x, std::vector<Tensor> codes, std::vector<Tensor> codebooks,
                                   std::vector<Tensor> scales, std::vector<Tensor> biases) {
     return Joined{codes, codebooks, scales, biases}.one_by_one(x, matmul);
 }
@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows_in, cons
 
 STABLE_TORCH_LIBRARY(aqlm_c, m) {
     m.def("matmul(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, Tensor? bias) -> Tensor");
-    m.def("matmul_joined(Tensor x, Tensor[] codes, Tensor[] codebooks, Tensor[] scales, Tensor[] biases) -> Tensor[]");
+    m.def("matmul_grouped(Tensor x, Tensor[] codes, Tensor[] codebooks, Tensor[] scales, Tensor[] biases) -> Tensor[]");
     m.def("matmul_backward(Tensor grad_y, Tensor codes, Tensor codebooks, Tensor scales) -> Tensor");
     m.def("decode_rows(Tensor codes, Tensor codebooks, Tensor scales) -> Tensor");
     m.def("decode_rows_backward(Tensor grad_rows, Tensor codes, Tensor codebooks, Tensor scales, bool need_codebooks, "
@@ -244,7 +244,7 @@ STABLE_TORCH_LIBRARY(aqlm_c, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CPU, m) {
     m.impl("matmul", TORCH_BOX(&matmul));
-    m.impl("matmul_joined", TORCH_BOX(&matmul_joined));
+    m.impl("matmul_grouped", TORCH_BOX(&matmul_grouped));
     m.impl("matmul_backward", TORCH_BOX(&matmul_backward));
     m.impl("decode_rows", TORCH_BOX(&decode_rows));
     m.impl("decode_rows_backward", TORCH_BOX(&decode_rows_backward));

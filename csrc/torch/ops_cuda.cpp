@@ -160,7 +160,7 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
 }
 
 /* matmul with several weights, with one row in one launch where aqlm_cuda_matmul has it. */
-std::vector<Tensor> matmul_joined(const Tensor &x, std::vector<Tensor> codes, std::vector<Tensor> codebooks,
+std::vector<Tensor> matmul_grouped(const Tensor &x, std::vector<Tensor> codes, std::vector<Tensor> codebooks,
                                   std::vector<Tensor> scales, std::vector<Tensor> biases) {
     const Joined joined = {codes, codebooks, scales, biases};
     if (x.dim() == 0 || x.numel() != x.size(x.dim() - 1)) return joined.one_by_one(x, matmul);
@@ -248,7 +248,7 @@ PyModuleDef module = {
 
 STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CUDA, m) {
     m.impl("matmul", TORCH_BOX(&matmul));
-    m.impl("matmul_joined", TORCH_BOX(&matmul_joined));
+    m.impl("matmul_grouped", TORCH_BOX(&matmul_grouped));
     m.impl("matmul_backward", TORCH_BOX(&matmul_backward));
     m.impl("decode_rows", TORCH_BOX(&decode_rows));
     m.impl("decode_rows_backward", TORCH_BOX(&decode_rows_backward));

@@ -54,7 +54,7 @@ def test_too_little_text_is_named(bench, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("abc")
     with pytest.raises(SystemExit):
         bench("--data", str(tmp_path / "short.txt"))
-    assert f"--data={tmp_path / 'short.txt'}: 3 tokens, expected 256" in capsys.readouterr().err
+    assert f"--data: got {tmp_path / 'short.txt'}: 3 tokens, expected 256" in capsys.readouterr().err
 
 
 def test_lora_step(monkeypatch, tmp_path, capsys):
@@ -166,7 +166,7 @@ def test_matmul_on_a_gpu(matmul, capsys):
     if not (torch.cuda.is_available() and ops.has_cuda):
         with pytest.raises(SystemExit):
             matmul(*options)
-        assert "--device=cuda: expected a GPU" in capsys.readouterr().err
+        assert "--device: got cuda, expected a GPU" in capsys.readouterr().err
         pytest.skip("needs a GPU that torch can use, and aqlm_c built with _cuda")
     written = matmul(*options)
     assert [row["rows"] for row in written["rows"]] == [1, 40] and written["machine"]["gpu"]
@@ -290,7 +290,7 @@ def test_generate_on_a_gpu(generate, capsys):
     if not (torch.cuda.is_available() and ops.has_cuda):
         with pytest.raises(SystemExit):
             generate.main(*options)
-        assert "--device=cuda: expected a GPU" in capsys.readouterr().err
+        assert "--device: got cuda, expected a GPU" in capsys.readouterr().err
         pytest.skip("needs a GPU that torch can use, and aqlm_c built with _cuda")
     rows = generate.main(*options)["rows"]
     assert [(row["format"], row["compiled"]) for row in rows] == [

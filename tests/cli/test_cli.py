@@ -174,7 +174,7 @@ WRONG_OPTIONS = {
     "seed": (["--seed", "-1"], ["seed=-1", "expected"]),
     "threads": (["--threads", "0"], ["--threads=0", "expected"]),
     "too many threads": (["--threads", "5000"], ["--threads=5000", "1..1024"]),
-    "groups of outputs": (["--scheme", "2x4g8o2"], ["out_group_size=2", "'2x4g8o2'", "expected 1"]),
+    "groups of outputs": (["--scheme", "2x4g8o2"], ["out_group_size: got 2", "'2x4g8o2'", "expected 1"]),
     "tolerance": (["--tolerance", "2"], ["relative_mse_tolerance=2", "expected"]),
     "beam size": (["--beam-size", "-3"], ["beam_size=-3", "expected"]),
     "no such data": (["--data", "nosuch.txt"], ["data='nosuch.txt'", "no such file"]),
@@ -221,7 +221,7 @@ def assert_refused(result, words, progress=False):
 def test_what_needs_no_model_is_checked_before_it_is_loaded(run, tmp_path, monkeypatch, option):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").mkdir()
-    monkeypatch.setattr("aqlm_c.models.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("aqlm_c.hf.models.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert_refused(run("quantize", "smollm2", "out", *option), [option[1]], progress=True)
 
 
@@ -426,11 +426,11 @@ def test_verbose_shows_the_log(run, quantized_dir, monkeypatch):
 # ---- Ctrl-C and full disks, in a process of its own ------------------------------------------------------------------
 
 CLI = "import sys; from aqlm_c.__main__ import main; sys.exit(main())"
-STUCK = """import hashlib, sys, aqlm_c.models
+STUCK = """import hashlib, sys, aqlm_c.hf.models
 def stuck(*_):
     print("stuck", file=sys.stderr, flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as a long call of LAPACK: no Python runs in the main thread
-aqlm_c.models.load_model = stuck
+aqlm_c.hf.models.load_model = stuck
 """
 
 

@@ -170,7 +170,7 @@ def test_safetensors_without_input_ids(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("source", ["nosuch.txt", "./nosuch", "/nosuch/data", "a/b/c", "no/such.jsonl"])
 def test_missing_file(tokenizer, source):
-    with pytest.raises(ValueError, match=f"data='{source}': no such file"):
+    with pytest.raises(ValueError, match=f"data: got '{source}': no such file"):
         data.load_sequences([source], tokenizer, 4, 8)
 
 
@@ -179,12 +179,12 @@ def test_a_directory_is_no_file(tmp_path, tokenizer, suffix):
     path = tmp_path / f"text{suffix}"
     path.mkdir()
     for read in (data.check_source, lambda source: data.token_stream(source, tokenizer)):
-        with pytest.raises(ValueError, match=f"data='{path}': is a directory, expected a {suffix} file"):
+        with pytest.raises(ValueError, match=f"data: got '{path}': is a directory, expected a {suffix} file"):
             read(str(path))
 
 
 def test_unknown_dataset(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"data='nosuch-\w+': no such file, and no data set could be read: ."):
+    with pytest.raises(ValueError, match=r"data: got 'nosuch-\w+': no such file, and no data set could be read: ."):
         data.token_stream("nosuch-dataset", tokenizer)
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(ValueError, match=r"columns \['body'\], expected a string column \"text\""):
@@ -193,7 +193,11 @@ def test_unknown_dataset(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("samples", "length", "message"),
-    [(0, 8, "samples=0"), (1, 8, "samples=1: expected at least one for each of the 2"), (4, 1, "sequence_length=1")],
+    [
+        (0, 8, "samples=0"),
+        (1, 8, "samples: got 1, expected at least one for each of the 2"),
+        (4, 1, "sequence_length=1"),
+    ],
 )
 def test_bad_counts(tokenizer, samples, length, message):
     with pytest.raises(ValueError, match=message):

@@ -47,8 +47,8 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity():
     [
         ({"sequence_length": 65}, r"input_ids: 64 tokens, expected at least 65"),
         ({"sequence_length": 16, "windows": 5}, r"64 tokens, expected at least 80 for windows=5"),
-        ({"sequence_length": 16, "windows": 0}, r"windows=0: expected at least 1"),
-        ({"sequence_length": 1}, r"sequence_length=1: expected at least 2"),
+        ({"sequence_length": 16, "windows": 0}, r"windows: got 0, expected at least 1"),
+        ({"sequence_length": 1}, r"sequence_length: got 1, expected at least 2"),
     ],
 )
 def test_wrong_input(options, message):

@@ -159,7 +159,7 @@ def test_check_names_the_tensor(published, inspect, edit, words):
     [
         ("config.json", "{", "config.json: not JSON"),
         ("config.json", "[]", "config.json: expected a JSON object"),
-        ("config.json", '{"quantization_config": [1]}', "quantization_config=[1]: expected an object"),
+        ("config.json", '{"quantization_config": [1]}', "quantization_config: got [1], expected an object"),
         ("config.json", '{"quantization_config": {"quant_method": "aqlm"}}', "config.json: num_codebooks=None"),
         ("model.safetensors", "x", "model.safetensors: expected a complete safetensors file"),
         ("report.json", "{", "report.json: not JSON"),

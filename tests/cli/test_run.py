@@ -40,7 +40,7 @@ def test_every_option_of_the_solver_is_one_of_a_run():
     options = {field.name for field in dataclasses.fields(AqlmConfig)}
     assert options - set(FIELDS) == {"num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size"}
     config, resolved = RunConfig("m", "o", scheme="1x4g16").resolve()
-    assert config == AqlmConfig(1, 4, 16)
+    assert config == AqlmConfig.from_scheme("1x4g16")
     assert resolved.keys() == FIELDS.keys() and resolved["samples"] == 64
     assert config.to_dict().items() >= {name: resolved[name] for name in options & resolved.keys()}.items()
     assert all(resolved[name] is not None for name in options & resolved.keys())  # also where AqlmConfig decides
@@ -67,7 +67,7 @@ def test_presets_resolve_and_explicit_options_win(monkeypatch):
 def test_an_explicit_solver_brings_its_own_defaults(file):
     path = file("model: a\nout: b\npreset: fast\nsolver: ldl\ninit_max_iter: 20\nrelative_mse_tolerance: 0.02\n")
     config, resolved = RunConfig.from_file(path, solver="paper").resolve()
-    assert (config.init_max_iter, config.relative_mse_tolerance) == (100, 0.01)
+    assert (config.options.init_max_iter, config.options.relative_mse_tolerance) == (100, 0.01)
     assert resolved["init_max_iter"] == 100
     assert RunConfig.from_file(path, solver="paper", init_max_iter=7).resolve()[0].init_max_iter == 7
 
@@ -75,7 +75,7 @@ def test_an_explicit_solver_brings_its_own_defaults(file):
 @pytest.mark.parametrize("inside", [".", "work", "a/b"])
 def test_a_work_dir_inside_out_is_refused_before_any_work(model_dir, tmp_path, inside):
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match=r"work_dir=.*: expected a folder outside of OUT="):
+    with pytest.raises(ValueError, match=r"work_dir: got .*, expected a folder outside of OUT="):
         run(RunConfig(model_dir, out, work_dir=out / inside, **SMALL))
     assert not out.exists()
 
@@ -104,20 +104,20 @@ def test_explicit_options_win_over_the_file(file):
         "zzzzzzzz: 3": "unknown option 'zzzzzzzz': expected one of .*scheme",
         "1: 3": "unknown option 1: expected one of",
         "num_codebooks: 3": "unknown option 'num_codebooks'",
-        "samples: few": "samples='few': expected an integer",
-        "samples: 1.5": r"samples=1\.5: expected an integer",
-        "samples: [1]": r"samples=\[1\]: expected an integer",
-        "seed: true": "seed=True: expected an integer",
-        "shuffle: 1": "shuffle=1: expected true or false",
-        "shuffle: maybe": "shuffle='maybe': expected true or false",
-        "scheme: 28": "scheme=28: expected text",
-        "scheme: null": "scheme=None: expected text",
-        "data: [1]": "data=1: expected text",
-        "data: {a: b}": "data={'a': 'b'}: expected texts",
-        "relative_damp: x": "relative_damp='x': expected a number",
-        "preset: slow": "preset='slow': expected one of fast, balanced, best",
-        "memory_limit: 8 elephants": "memory_limit='8 elephants': expected a number of bytes",
-        "threads: 0": r"threads=0: expected an integer in 1\.\.1024",
+        "samples: few": "samples: got 'few', expected an integer",
+        "samples: 1.5": r"samples: got 1\.5, expected an integer",
+        "samples: [1]": r"samples: got \[1\], expected an integer",
+        "seed: true": "seed: got True, expected an integer",
+        "shuffle: 1": "shuffle: got 1, expected true or false",
+        "shuffle: maybe": "shuffle: got 'maybe', expected true or false",
+        "scheme: 28": "scheme: got 28, expected text",
+        "scheme: null": "scheme: got None, expected text",
+        "data: [1]": "data: got 1, expected text",
+        "data: {a: b}": "data: got {'a': 'b'}, expected texts",
+        "relative_damp: x": "relative_damp: got 'x', expected a number",
+        "preset: slow": "preset: got 'slow', expected one of fast, balanced, best",
+        "memory_limit: 8 elephants": "memory_limit: got '8 elephants', expected a number of bytes",
+        "threads: 0": r"threads: got 0, expected an integer in 1\.\.1024",
         "- scheme": "list, expected a mapping",
         "": "NoneType, expected a mapping",
         "a: b: c": "not YAML: .*mapping values",
@@ -127,18 +127,18 @@ def test_explicit_options_win_over_the_file(file):
 )
 def test_a_wrong_file_is_named_with_what_is_wrong(file, text, words):
     path = file(text)
-    with pytest.raises(ValueError, match=f"(?s)config='{path}': {words}"):
+    with pytest.raises(ValueError, match=f"(?s)config: got '{path}': {words}"):
         RunConfig.from_file(path)
 
 
 def test_a_missing_file_and_missing_fields(tmp_path):
-    with pytest.raises(ValueError, match=f"config='{tmp_path}/no.yaml': no such file"):
+    with pytest.raises(ValueError, match=f"config: got '{tmp_path}/no.yaml': no such file"):
         RunConfig.from_file(tmp_path / "no.yaml")
     with pytest.raises(ValueError, match="MODEL: missing, expected a directory, a hub name"):
         RunConfig(out="o").resolve()
     with pytest.raises(ValueError, match="OUT: missing, expected a directory"):
         RunConfig("m").resolve()
-    with pytest.raises(ValueError, match="solver='x': expected one of"):
+    with pytest.raises(ValueError, match="solver: got 'x', expected one of"):
         RunConfig("m", "o", solver="x").resolve()
 
 
@@ -148,7 +148,7 @@ def test_sizes():
         if size is not None:
             assert parse_size("x", text) == size
             continue
-        with pytest.raises(ValueError, match=r"x='1\.5 kB': expected a number of bytes"):
+        with pytest.raises(ValueError, match=r"x: got '1\.5 kB', expected a number of bytes"):
             parse_size("x", text)
     for wrong in (0, -1, True, "", "GiB", "nan", "0 MB"):
         with pytest.raises(ValueError, match="expected a number of bytes"):
@@ -160,9 +160,9 @@ def test_options_as_text_have_the_type_of_their_field():
     assert parse_option("relative_damp=1e-3") == ("relative_damp", 1e-3)
     assert parse_option("solver=paper") == ("solver", "paper")
     for text, words in {
-        "max_sweeps": "--set='max_sweeps': expected name=value",
+        "max_sweeps": "--set: got 'max_sweeps', expected name=value",
         "max_sweep=3": "unknown option 'max_sweep': did you mean 'max_sweeps'?",
-        "max_sweeps=3.5": "max_sweeps='3.5': expected an integer",
+        "max_sweeps=3.5": "max_sweeps: got '3.5', expected an integer",
         "num_codebooks=3": "unknown option 'num_codebooks'",
         "out=x": "unknown option 'out'",
     }.items():
@@ -198,15 +198,15 @@ def test_out_holds_what_reproduces_it(model_dir, tmp_path):
 
 def test_a_loaded_model_is_not_loaded_again(model_dir, tmp_path, monkeypatch):
     loaded = load_model(str(model_dir))
-    monkeypatch.setattr("aqlm_c.models.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("aqlm_c.hf.models.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert run(RunConfig(model_dir, tmp_path / "out", **SMALL), loaded=loaded).model == str(model_dir)
 
 
 def test_wrong_input_is_refused_before_the_model_is_loaded(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("aqlm_c.models.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("aqlm_c.hf.models.load_model", lambda *_: pytest.fail("the model was loaded"))
     for options, words in [
-        ({"data": ["no.txt"]}, r"data='no\.txt': no such file"),
-        ({"scheme": "2x4g8o2"}, "out_group_size=2"),
+        ({"data": ["no.txt"]}, r"data: got 'no\.txt': no such file"),
+        ({"scheme": "2x4g8o2"}, "out_group_size: got 2"),
         ({"out": tmp_path}, "OUT="),
     ]:
         with pytest.raises((ValueError, OSError), match=words):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from weights import dense, random_weight
 from tolerances import error_budget, max_error
+from weights import dense, random_weight
 
 from aqlm_c.nn import ops
 

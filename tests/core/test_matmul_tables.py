@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from weights import dense, random_weight
 from tolerances import EPS
+from weights import dense, random_weight
 
 from aqlm_c.nn import ops
 

@@ -9,6 +9,7 @@ import torch
 from tolerances import error_budget, max_error
 
 from aqlm_c import QuantizedLinear, join_linears
+from aqlm_c.format import Format
 from aqlm_c.nn import ops
 
 if not torch.cuda.is_available():
@@ -250,7 +251,7 @@ def test_joined_linears():
 
     attention = Attention()
     for i, (name, out) in enumerate((("q_proj", 512), ("k_proj", 128), ("v_proj", 128))):
-        linear = QuantizedLinear(512, out, False, 8, 1, 2, 8, device="cuda", dtype=torch.float16).requires_grad_(False)
+        linear = QuantizedLinear(512, out, False, Format(), device="cuda", dtype=torch.float16).requires_grad_(False)
         for parameter, value in zip(
             linear.parameters(), random_weight((out, 512, 2, 8, 1, 8), torch.float16, seed=i), strict=True
         ):

@@ -7,8 +7,7 @@ import types
 import huggingface_hub
 import pytest
 import torch
-from tiny import FAST, SCHEME
-from tiny import random_tokens, tiny_llama, tiny_tokenizer
+from tiny import FAST, SCHEME, random_tokens, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import aqlm_c

@@ -23,7 +23,7 @@ from aqlm_c.io.checkpoint import check_output, save_quantized
 from aqlm_c.quantize import quantize_model
 from aqlm_c.recipe import AqlmConfig
 
-CONFIG = AqlmConfig(nbits_per_codebook=4, max_sweeps=1, ldl_passes=1)
+CONFIG = AqlmConfig.from_scheme("2x4g8", max_sweeps=1, ldl_passes=1)
 
 
 def quantized(**options):
@@ -145,12 +145,16 @@ def test_overwrite_replaces_a_model_and_nothing_else(tmp_path, shared):
 def test_an_output_that_cannot_be_made_is_named_early(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
-        with pytest.raises(PermissionError, match=f"OUT='{out}': expected '{tmp_path / 'file'}' to be a directory"):
+        with pytest.raises(
+            PermissionError, match=f"OUT: got '{out}', expected '{tmp_path / 'file'}' to be a directory"
+        ):
             check_output(out)
     access = os.access  # root may write everywhere
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
     for out in (tmp_path / "out", tmp_path / "deep" / "out"):
-        with pytest.raises(PermissionError, match=f"OUT='{out}': expected '{tmp_path}' to be a directory that can be"):
+        with pytest.raises(
+            PermissionError, match=f"OUT: got '{out}', expected '{tmp_path}' to be a directory that can be"
+        ):
             check_output(out)
 
 
@@ -361,13 +365,15 @@ def test_shards(tmp_path, shared):
 
 @pytest.mark.parametrize("name", ["", "./nowhere", "/nowhere/at/all", "a/b/c", "nowhere.gguf"])
 def test_no_such_model(name):
-    with pytest.raises(ValueError, match=rf"model={name!r}: no such") as error:
+    with pytest.raises(ValueError, match=rf"model: got {name!r}: no such") as error:
         load_model(name)
     assert "\n" not in str(error.value)
 
 
 def test_no_such_hub_model_without_network():
-    with pytest.raises(ValueError, match=r"model='nobody/nothing': .*expected a model directory, a hub name") as error:
+    with pytest.raises(
+        ValueError, match=r"model: got 'nobody/nothing': .*expected a model directory, a hub name"
+    ) as error:
         load_model("nobody/nothing")
     assert "\n" not in str(error.value)
 
@@ -447,7 +453,7 @@ def test_damaged_json_is_one_line(tmp_path, file, fields, message):
     tiny_tokenizer().save_pretrained(tmp_path)
     content = json.loads((tmp_path / file).read_text())
     (tmp_path / file).write_text(json.dumps([] if fields is None else content | fields))
-    with pytest.raises(ValueError, match=f"model='{tmp_path}': {message}") as error:
+    with pytest.raises(ValueError, match=f"model: got '{tmp_path}': {message}") as error:
         load_model(str(tmp_path))
     assert "\n" not in str(error.value)
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 import aqlm_c.hf  # noqa: F401  (registers)
 from aqlm_c.calibrate.activations import Activations, capture
 from aqlm_c.calibrate.hessians import HessianSums
-from aqlm_c.hf import experts
+from aqlm_c.model import experts
 from aqlm_c.io.checkpoint import save_quantized
 from aqlm_c.model.blocks import find_blocks, routers
 from aqlm_c.quantize import quantize_model
@@ -141,7 +141,9 @@ def test_an_expert_that_lacks_a_tensor_is_named(tmp_path):
 def test_quantized_attention_and_dense_experts(tmp_path):
     model = tiny_mixtral()
     names = set(model.state_dict())
-    quantize_model(model, random_tokens(4, 16), AqlmConfig(2, 4, finetune_epochs=0, **QUICK), layers="self_attn")
+    quantize_model(
+        model, random_tokens(4, 16), AqlmConfig.from_scheme("2x4g8", finetune_epochs=0, **QUICK), layers="self_attn"
+    )
     dense = {name for name in names if "self_attn" not in name}
     assert dense <= set(model.state_dict())  # experts as they were
     save_quantized(model, None, tmp_path / "out")
@@ -153,7 +155,7 @@ def test_quantized_attention_and_dense_experts(tmp_path):
 
 def test_quantized_experts_of_one_block(tmp_path):
     model = tiny_mixtral()
-    config = AqlmConfig(2, 4, finetune_epochs=0, **QUICK)
+    config = AqlmConfig.from_scheme("2x4g8", finetune_epochs=0, **QUICK)
     report = quantize_model(model, random_tokens(4, 16), config, layers=r"layers\.1\..*experts\.\d+\.w[12]$")
     assert len(report.layers) == 2 * EXPERTS
     save_quantized(model, None, tmp_path / "out")
@@ -221,7 +223,9 @@ def test_experts_of_another_layout_stay_dense_with_a_warning(caplog):
     model = random_model(config)
     before = model.model.layers[0].mlp.experts.gate_up_proj.detach().clone()
     with caplog.at_level(logging.WARNING, "aqlm_c"):
-        report = quantize_model(model, random_tokens(4, 16), AqlmConfig(2, 4, finetune_epochs=0, **QUICK))
+        report = quantize_model(
+            model, random_tokens(4, 16), AqlmConfig.from_scheme("2x4g8", finetune_epochs=0, **QUICK)
+        )
     assert "model.layers.0.mlp.experts (GptOssExperts) stays dense" in caplog.text
     assert len(report.layers) == 8 and not any("experts" in layer.name for layer in report.layers)
     assert torch.equal(model.model.layers[0].mlp.experts.gate_up_proj, before)
@@ -338,7 +342,7 @@ def test_quantizing_with_starved_experts_and_fine_tuning(tmp_path, caplog):
     tokens = random_tokens(6, 6)
     gate = next(value for name, value in model.state_dict().items() if name.endswith("gate.weight")).clone()
     with caplog.at_level(logging.WARNING, "aqlm_c"):
-        report = quantize_model(model, tokens, AqlmConfig(2, 4, finetune_epochs=2, **QUICK))
+        report = quantize_model(model, tokens, AqlmConfig.from_scheme("2x4g8", finetune_epochs=2, **QUICK))
     warned = [record.getMessage() for record in caplog.records if "experts taken" in record.getMessage()]
     assert len(warned) == 2 and "layers.0." in warned[0] and "layers.1." in warned[1]  # one a block
     assert len(report.layers) == 2 * (4 + 3 * 8) and len(report.blocks) == 2

@@ -77,7 +77,7 @@ def test_quantize_save_load_generate(tmp_path, family):
     tokens = random_tokens(4, 24)
     original = model(tokens).logits
     quick = {"max_sweeps": 1, "ldl_passes": 1, "init_max_iter": 2, "finetune_lookahead": 1}
-    scheme = AqlmConfig(2, 4, finetune_epochs=epochs, **quick)
+    scheme = AqlmConfig.from_scheme("2x4g8", finetune_epochs=epochs, **quick)
     report = quantize_model(model, tokens, scheme)
     assert len(report.layers) == n_linears == len(quantized_names(model))
     assert not [name for name in dense_names(model) if not name.endswith((".gate", "lm_head", "embed_out"))]

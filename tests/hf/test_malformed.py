@@ -171,7 +171,7 @@ def test_a_new_head_and_a_base_model_are_no_error(model):
         ({"out_group_size": 2}, r"\.codes in .*expected I16 \[16, 8, 2\]"),
         ({"in_group_size": 8, "num_codebooks": 4}, r"\.codes in .*expected I16 \[32, 4, 4\]"),  # as many bytes
         ({"in_group_size": 8, "nbits_per_codebook": 11}, r"\.codes in .*expected I16 \[32, 4, 2\]"),
-        ({"in_group_size": 32, "out_group_size": 3}, "out_group_size=3: expected a divisor"),
+        ({"in_group_size": 32, "out_group_size": 3}, "out_group_size: got 3, expected a divisor"),
     ],
 )
 def test_a_config_that_lies(model, lies, message):

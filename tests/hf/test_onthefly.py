@@ -147,18 +147,18 @@ def test_embeddings_without_data(dense, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scheme": "2 bits"}, "scheme='2 bits': expected"),
-        ({"scheme": "2x8g8o2"}, "out_group_size=2"),
+        ({"scheme": "2 bits"}, "scheme: got '2 bits', expected"),
+        ({"scheme": "2x8g8o2"}, "out_group_size: got 2"),
         ({"sample": 3}, "unknown option 'sample': did you mean 'samples'"),
         ({"finetune_epoch": 3}, "unknown option 'finetune_epoch': did you mean 'finetune_epochs'"),
         ({"num_codebooks": 3}, "unknown option 'num_codebooks'"),
-        ({"preset": "slow"}, "preset='slow': expected one of"),
-        ({"max_sweeps": -1}, "max_sweeps=-1: expected"),
+        ({"preset": "slow"}, "preset: got 'slow', expected one of"),
+        ({"max_sweeps": -1}, "max_sweeps: got -1, expected"),
         ({"dataset": "/no/such/file.txt"}, "no such file"),
-        ({"dataset": []}, r"dataset=\[\]: expected a source"),
-        ({"dataset": 5}, "dataset=5: expected a source"),
+        ({"dataset": []}, r"dataset: got \[\], expected a source"),
+        ({"dataset": 5}, "dataset: got 5, expected a source"),
         ({"dataset": [[1, 2]]}, r"dataset=\[\[1, 2\]\]: expected a source"),
-        ({"samples": 3}, "samples=3: expected a dataset"),
+        ({"samples": 3}, "samples: got 3, expected a dataset"),
         ({"rules": {"(": "1x8g8"}}, "regular expression"),
     ],
 )
@@ -180,7 +180,7 @@ def text_file(directory, n):
         ({"dataset": TOKENS[0]}, {}, "expected token ids"),
         ({"dataset": TOKENS[:1], "finetune_epochs": 1}, {}, "at least 2"),
         ({"dataset": 20, "samples": 2, "sequence_length": 16}, {}, "20 tokens hold 1 sequences of 16, expected 2"),
-        ({}, {"dtype": torch.float64}, "dtype=torch.float64: expected one of torch.float32"),
+        ({}, {"dtype": torch.float64}, "dtype: got torch.float64, expected one of torch.float32"),
         ({}, {"device_map": {"": "meta"}}, "device_map: meta, expected cpu"),
         ({}, {"device_map": {"model": "cpu", "lm_head": "disk"}}, "device_map: disk, expected cpu"),
     ],
@@ -196,7 +196,7 @@ def test_wrong_data_is_refused_before_any_work(dense, tmp_path, monkeypatch, opt
 
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="tokenizer=None: expected one, none could be loaded"):
+    with pytest.raises(ValueError, match="tokenizer: got None, expected one, none could be loaded"):
         from_pretrained(tmp_path, config(dataset=text_file(tmp_path, 99), samples=1, sequence_length=16))
 
 
@@ -210,7 +210,7 @@ def test_a_tokenizer_of_another_model_is_refused(dense, tmp_path):
 def test_a_dense_model_needs_a_scheme(dense, no_scheme):
     import transformers
 
-    with pytest.raises(ValueError, match="scheme=None: expected"):
+    with pytest.raises(ValueError, match="scheme: got None, expected"):
         from_pretrained(dense, no_scheme or transformers.AqlmConfig())
 
 
@@ -220,8 +220,13 @@ def test_rules_in_a_published_config_are_refused():
         aqlm_c.hf.AqlmConfig.from_dict({**fields, "rules": {"lm_head": "4x8g8"}})
     rules = {"lm_head": "4x8g8"}
     own = aqlm_c.hf.AqlmConfig.from_dict({**fields, "quant_method": "aqlm_c", "rules": rules})
-    assert own.to_dict()["rules"] == [["lm_head", "4x8g8"]] and own.layer_config() == AqlmConfig(rules=rules)
-    assert aqlm_c.hf.AqlmConfig.from_layer_config(AqlmConfig(rules=rules), []).quant_method == "aqlm_c"
+    assert own.to_dict()["rules"] == [["lm_head", "4x8g8"]] and own.layer_config() == AqlmConfig.from_scheme(
+        "2x8g8", rules=rules
+    )
+    assert (
+        aqlm_c.hf.AqlmConfig.from_layer_config(AqlmConfig.from_scheme("2x8g8", rules=rules), []).quant_method
+        == "aqlm_c"
+    )
     assert "rules" not in aqlm_c.hf.AqlmConfig.from_layer_config(AqlmConfig(), []).to_dict()
 
 

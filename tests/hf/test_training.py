@@ -158,7 +158,7 @@ def test_gradient_checkpointing(directory, peft, use_reentrant):
 LAYER = """
 def check():
     from peft import LoraConfig, get_peft_model
-    layer = QuantizedLinear(16, 8, False, 8, 1, 2, 8)
+    layer = QuantizedLinear(16, 8, False, Format())
     torch.nn.init.zeros_(layer.codes), torch.nn.init.zeros_(layer.codebooks), torch.nn.init.zeros_(layer.scales)
     model = get_peft_model(torch.nn.ModuleDict({"first": layer}), LoraConfig(target_modules=["first"]))
     assert type(model.base_model.model["first"]).__name__ == "LoraQuantizedLinear", model
@@ -175,7 +175,7 @@ def test_import_order(order):
     if order != "no peft":
         pytest.importorskip("peft")
     lines = ["import sys, torch", *ORDERS[order]]
-    lines.insert(lines.index("import aqlm_c.hf") + 1, "from aqlm_c.nn.linear import QuantizedLinear")
+    lines.insert(lines.index("import aqlm_c.hf") + 1, "from aqlm_c import Format, QuantizedLinear")
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -236,7 +236,9 @@ def test_a_loaded_model_trains_as_any_other(directory, tmp_path):
 def test_tuning_keeps_the_dtype_after_a_quantized_embedding():
     model = tiny_llama(torch.bfloat16, tie_word_embeddings=False)
     fast = {"ldl_passes": 1, "max_sweeps": 1, "finetune_epochs": 0}
-    aqlm_c.quantize_model(model, TOKENS, aqlm_c.AqlmConfig(1, 4, rules={"embed_tokens": "1x4g8"}, **fast))
+    aqlm_c.quantize_model(
+        model, TOKENS, aqlm_c.AqlmConfig.from_scheme("1x4g8", rules={"embed_tokens": "1x4g8"}, **fast)
+    )
     for _ in range(2):
         aqlm_c.hf.prepare_model_for_tuning(model)
     output = model(TOKENS, labels=TOKENS)

@@ -27,7 +27,7 @@ def test_the_reported_error_is_that_of_the_stored_values(scheme, dtype):
         assert part.dtype == np.float32
         if dtype != "float32":
             np.testing.assert_array_equal(part, round_to(part, dtype))
-    K, B, g = config.num_codebooks, config.nbits_per_codebook, config.in_group_size
+    K, B, g = config.format.num_codebooks, config.format.nbits_per_codebook, config.format.in_group_size
     assert found.codes.dtype == (np.int8 if B <= 8 else np.int16) and found.codes.shape == (48, 96 // g, K)
     assert found.codebooks.shape == (K, 2**B, 1, g) and found.scales.shape == (48, 1, 1, 1)
 
@@ -52,7 +52,7 @@ def test_the_paper_s_solver(every_isa, scheme):
     assert found.relative_error == pytest.approx(relative_error(W, H, found), rel=1e-4)
     errors = [error for _, error in found.history]
     assert errors[-1] == min(errors) < 0.8 * errors[0] and found.seconds.keys() >= {"kmeans", "codebooks", "search"}
-    assert "factor" not in found.seconds and config.relative_mse_tolerance == 0.01
+    assert "factor" not in found.seconds and config.options.relative_mse_tolerance == 0.01
     few = AqlmConfig.from_scheme(scheme, solver="paper", adam_steps=3, ldl_passes=1, max_sweeps=1)
 
     def run():
@@ -143,10 +143,10 @@ def test_a_weight_without_rows_that_matter():
         ({"H": np.full((32, 32), np.inf)}, "H: got NaN or Inf"),
         ({"H": np.eye(16)}, r"H: got shape \(16, 16\), expected \(32, 32\)"),
         ({"H": np.zeros((3, 4))}, r"H: got shape \(3, 4\), expected a square matrix"),
-        ({"H": np.zeros((32, 32))}, "H: under it this weight has no output"),
+        ({"H": np.zeros((32, 32))}, "H: got one under which this weight has no output"),
         ({"dtype": "int8"}, "dtype: got 'int8', expected one of"),
-        ({"config": AqlmConfig.from_scheme("2x4g8o2")}, "out_group_size: got 2, expected 1"),
-        ({"weight": np.ones((4, 36)), "H": np.eye(36)}, "in_group_size=8: expected a divisor of in_features=36"),
+        ({"config": AqlmConfig.from_scheme("2x4g8o2")}, "out_group_size: got 2 .*, expected 1"),
+        ({"weight": np.ones((4, 36)), "H": np.eye(36)}, "in_group_size: got 8, expected a divisor of in_features=36"),
         ({"weight": np.full((4, 32), 1e6)}, "too large for float16"),
     ],
 )

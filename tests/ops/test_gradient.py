@@ -4,9 +4,9 @@ from itertools import product
 
 import pytest
 import torch
-from weights import SHAPES, SMALL, dense, random_weight
 from tolerances import EPS, max_error
 from torch import nn
+from weights import SHAPES, SMALL, dense, random_weight
 
 from aqlm_c import _core
 from aqlm_c.nn import ops

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import aqlm_c.hf  # noqa: F401
 from aqlm_c import QuantizedLinear, join_linears
+from aqlm_c.format import Format
 from aqlm_c.nn import ops
 from aqlm_c.nn.grouped import LinearGroup
 
@@ -24,7 +25,7 @@ IN = 32
 
 def linear(out, bias=False, num_codebooks=2, seed=0):
     torch.manual_seed(seed + out)
-    layer = QuantizedLinear(IN, out, bias, 8, 1, num_codebooks, 8).requires_grad_(False)
+    layer = QuantizedLinear(IN, out, bias, Format(num_codebooks)).requires_grad_(False)
     layer.codes.random_(-128, 128)
     for parameter in layer.parameters():
         if parameter.is_floating_point():
@@ -118,7 +119,7 @@ def test_several_rows_are_apart(calls):
     attention = joined()
     for rows in (0, 2):
         check(attention, row(rows=rows))
-    assert calls == [] and attention.q_proj.joined[0].is_on
+    assert calls == [] and attention.q_proj.grouped[0].is_on
 
 
 def test_outside_of_the_forward_each_is_by_itself(calls):
@@ -165,7 +166,7 @@ def test_a_forward_that_wants_less_ends_it(calls):
     for seed in range(5):
         assert equal(attention(row(seed)), attention.apart(row(seed))[:1])
     assert calls == [3]
-    group = attention.q_proj.joined[0]
+    group = attention.q_proj.grouped[0]
     assert not group.is_on and group._left is None
     attention.use = None
     check(attention, row())
@@ -182,7 +183,7 @@ def test_a_forward_that_fails_leaves_nothing(calls):
     attention = joined(use=use)
     with pytest.raises(ValueError):
         attention(row())
-    assert attention.q_proj.joined[0]._left is None
+    assert attention.q_proj.grouped[0]._left is None
     attention.use = None  # and is no reason to stop
     check(attention, row())
     assert calls == [3, 3]
@@ -298,7 +299,7 @@ def test_threads(calls):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and attention.q_proj.joined[0].is_on
+    assert not wrong and attention.q_proj.grouped[0].is_on
 
 
 def test_copies_and_memory(calls):

@@ -4,7 +4,6 @@ import copy
 import subprocess
 import sys
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +12,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from weights import SHAPE_IDS, SHAPES, SMALL, dense, random_weight
 
+from aqlm_c.format import Format
+from aqlm_c.methods.base import QuantizedWeight
 from aqlm_c.nn import ops
 from aqlm_c.nn.linear import QuantizedLinear
+
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -147,7 +149,7 @@ def test_opcheck(op):
 def make_layer(shape=SMALL, dtype=torch.float32, bias=True):
     codes, codebooks, scales = random_weight(shape)
     grid = [t.to(dtype).float().numpy() for t in (codebooks, scales)]
-    qw = SimpleNamespace(codes=codes.numpy(), codebooks=grid[0], scales=grid[1])
+    qw = QuantizedWeight(codes.numpy(), *grid, str(dtype).removeprefix("torch."), 0.0, {}, [])
     linear = torch.nn.Linear(shape[1], shape[0], bias, device="meta")
     if bias:
         linear.bias = torch.nn.Parameter(torch.linspace(-1, 1, shape[0]).to(dtype))
@@ -175,7 +177,7 @@ def test_layer_survives_state_dict_copy_and_dtype_moves():
         "scales": (torch.float32, (6, 1, 1, 1)),
         "bias": (torch.float32, (12,)),
     }
-    fresh = QuantizedLinear(16, 12, True, 4, 2, 2, 3)
+    fresh = QuantizedLinear(16, 12, True, Format(2, 3, 4, 2))
     fresh.load_state_dict(layer.state_dict())
     assert torch.equal(fresh(x), y) and torch.equal(copy.deepcopy(layer)(x), y)
     half = copy.deepcopy(layer).half()
@@ -248,7 +250,7 @@ def test_layer_refuses_codes_outside_the_codebook():
     layer = make_layer()
     state = layer.state_dict()
     state["codes"] = torch.full_like(state["codes"], 4)
-    fresh = nn.ModuleDict({"proj": QuantizedLinear(16, 12, True, 4, 2, 2, 3)})
+    fresh = nn.ModuleDict({"proj": QuantizedLinear(16, 12, True, Format(2, 3, 4, 2))})
     with pytest.raises(ValueError, match=r"proj\.codes: got codes from 4 to 4, expected -4 to 3 for 3 bits"):
         fresh.load_state_dict({f"proj.{name}": t for name, t in state.items()})
     with pytest.raises(RuntimeError, match=r"size mismatch for proj\.codes"):
@@ -258,27 +260,27 @@ def test_layer_refuses_codes_outside_the_codebook():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(in_group_size=5), "in_group_size=5: expected one of"),
-        (dict(in_features=18), "in_group_size=4: expected a divisor of in_features=18 of layer QuantizedLinear"),
-        (dict(out_group_size=5), "out_group_size=5: expected a divisor of out_features=12 of layer QuantizedLinear"),
-        (dict(out_group_size=0), "out_group_size=0: expected an integer >= 1"),
-        (dict(num_codebooks=9), "num_codebooks=9: expected an integer in 1..8"),
-        (dict(nbits_per_codebook=17), "nbits_per_codebook=17: expected an integer in 1..16"),
+        (dict(in_group_size=5), "in_group_size: got 5, expected one of"),
+        (dict(in_features=18), "in_group_size: got 4, expected a divisor of in_features=18 of layer QuantizedLinear"),
+        (
+            dict(out_group_size=5),
+            "out_group_size: got 5, expected a divisor of out_features=12 of layer QuantizedLinear",
+        ),
+        (dict(out_group_size=0), "out_group_size: got 0, expected an integer >= 1"),
+        (dict(num_codebooks=9), "num_codebooks: got 9, expected an integer in 1..8"),
+        (dict(nbits_per_codebook=17), "nbits_per_codebook: got 17, expected an integer in 1..16"),
     ],
 )
 def test_layer_names_the_wrong_size(change, message):
-    sizes = dict(
-        in_features=16, out_features=12, bias=False, in_group_size=4, out_group_size=2, num_codebooks=2,
-        nbits_per_codebook=3,
-    )  # fmt: skip
+    numbers = dict(in_group_size=4, out_group_size=2, num_codebooks=2, nbits_per_codebook=3, in_features=16) | change
     with pytest.raises(ValueError, match=message):
-        QuantizedLinear(**(sizes | change))
+        QuantizedLinear(numbers.pop("in_features"), 12, False, Format(**numbers))
 
 
 def test_a_layer_can_be_traced(tmp_path):
     """By torch.fx and, gradients on, by torch.jit, which saves the op."""
     codes, codebooks, scales = random_weight((32, 64, 2, 8, 1, 8))
-    layer = QuantizedLinear(64, 32, False, in_group_size=8, out_group_size=1, num_codebooks=2, nbits_per_codebook=8)
+    layer = QuantizedLinear(64, 32, False, Format())
     layer.load_state_dict({"codes": codes, "codebooks": codebooks, "scales": scales})
     model, x = nn.Sequential(layer), torch.randn(3, 64)
     expected = model(x)
@@ -294,4 +296,4 @@ def test_missing_door_gives_the_cure():
     code = "import sys; sys.modules['aqlm_c._torch'] = None; import aqlm_c.nn.ops"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1
-    assert "ImportError: aqlm_c.nn.ops needs aqlm_c._torch" in run.stderr and "--no-build-isolation" in run.stderr
+    assert "ImportError: aqlm_c._torch: got none that loads here" in run.stderr and "--no-build-isolation" in run.stderr

@@ -2,13 +2,13 @@
 
 import pytest
 
-from aqlm_c.recipe import AqlmConfig
+from aqlm_c.format import Format
 from aqlm_c.report.diagnose import diagnose
 from aqlm_c.report.report import BlockReport, LayerReport, QuantizationReport
 
 
 def layers(scheme="2x8g8", out=1536, in_features=576, n=7, db=2.6, tokens=None):
-    bits = AqlmConfig.from_scheme(scheme).bits_per_weight(out, in_features)
+    bits = Format.parse(scheme).bits_per_weight(out, in_features)
     error = 0.01 * 10 ** (db / 10)
     return [
         LayerReport(f"model.layers.{i}.up", out, in_features, scheme, error, bits, 0.012, 0.01, tokens=tokens)

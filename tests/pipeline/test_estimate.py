@@ -10,20 +10,13 @@ import pytest
 import torch
 from tiny import random_tokens, tiny_llama
 
-from aqlm_c import quantize
-from aqlm_c.pipeline.estimate import (
-    Estimate,
-    Estimator,
-    MemoryPlan,
-    Rates,
-    Work,
-    check_free_space,
-    duration,
-    plan_memory,
-    resident_memory,
-    size,
-)
+from aqlm_c.calibrate.activations import capture
+from aqlm_c.calibrate.hessians import HessianSums
+from aqlm_c.files import check_free_space, resident_memory
+from aqlm_c.model.blocks import find_blocks, quantizable_linears
+from aqlm_c.pipeline.estimate import Estimate, Estimator, MemoryPlan, Rates, Work, plan_memory
 from aqlm_c.recipe import AqlmConfig
+from aqlm_c.units import binary_size, duration
 
 
 def llama(hidden=576, wide=1536, kv=192):
@@ -44,15 +37,19 @@ def work(shapes=None, config=None, **fields):
 
 def test_the_default_rates_are_those_of_the_measured_run():
     measured = {"calibrate": 67, "hessian": 62, "quantize": 350, "reference": 9, "propagate": 77}
-    predicted = work(config=AqlmConfig(finetune_epochs=0, ldl_passes=6, max_sweeps=8)).seconds(Rates())
+    predicted = work(config=AqlmConfig.from_scheme("2x8g8", finetune_epochs=0, ldl_passes=6, max_sweeps=8)).seconds(
+        Rates()
+    )
     assert predicted.keys() == measured.keys()
     for phase, seconds in measured.items():
         assert 30 * predicted[phase] == pytest.approx(seconds, rel=0.15), phase
-    tuned = work(config=AqlmConfig(finetune_lookahead=1, finetune_epochs=3)).seconds(Rates())["finetune"]
+    tuned = work(config=AqlmConfig.from_scheme("2x8g8", finetune_lookahead=1, finetune_epochs=3)).seconds(Rates())[
+        "finetune"
+    ]
     assert 30 * tuned == pytest.approx(1183, rel=0.15)
 
 
-def test_ends_of_the_model_say_nothing_about_its_blocks():
+def test_embeddings_say_nothing_about_its_blocks():
     now = 0.0
     estimator = Estimator([work(), *[work()] * 4], clock=lambda: now)
     before = estimator.estimate().seconds_left
@@ -67,7 +64,7 @@ def test_ends_of_the_model_say_nothing_about_its_blocks():
 def test_inputs_are_those_that_the_block_shows_when_it_runs():
     model = tiny_llama()
     prefix, blocks = find_blocks(model)
-    linears = quantize._select(f"{prefix}.0", blocks[0], None, AqlmConfig())
+    linears = {n: model.get_submodule(n) for n in quantizable_linears(f"{prefix}.0", blocks[0], None, AqlmConfig())}
     sums = HessianSums(linears)
     sums.gather(capture(model, blocks, random_tokens(2, 8)), 0, blocks[0])
     seen = sorted(linears[name].in_features for name in set(sums.leader.values()))
@@ -87,7 +84,7 @@ def test_inputs_are_those_that_the_block_shows_when_it_runs():
     ],
 )
 def test_options_that_cost(less, more):
-    times = [sum(work(config=AqlmConfig(**options)).seconds(Rates()).values()) for options in (less, more)]
+    times = [sum(work(config=AqlmConfig.from_dict(options)).seconds(Rates()).values()) for options in (less, more)]
     assert times[0] < times[1]
 
 
@@ -104,15 +101,17 @@ class Machine:
         tokens, weights, config = block.tokens, block.weights, block.config
         forward = tokens * (2 * weights + 3 * block.sequence_length * block.hidden_size) / 150e9
         layers = block.layers
-        seconds = {"propagate": forward * (2 if config.finetune_epochs else 1)}
+        seconds = {"propagate": forward * (2 if config.tuning.finetune_epochs else 1)}
         if layers:
             seconds["calibrate"] = 0.8 * forward
             seconds["hessian"] = tokens * sum(n * n for n in block.inputs) / 40e9
-            products = 15 + (2 * config.adam_steps if config.solver == "paper" else 0)
-            search = sum(out * n / config.in_group_size * 4e-6 + products * out * n * n / 90e9 for out, n in layers)
-            seconds["quantize"] = (config.ldl_passes + 0.9 * config.max_sweeps) * search + 0.3
+            products = 15 + (2 * config.options.adam_steps if config.solver == "paper" else 0)
+            search = sum(
+                out * n / config.format.in_group_size * 4e-6 + products * out * n * n / 90e9 for out, n in layers
+            )
+            seconds["quantize"] = (config.options.ldl_passes + 0.9 * config.options.max_sweeps) * search + 0.3
             seconds["reference"] = sum(n**3 for n in block.inputs) / 30e9
-            epochs = config.finetune_epochs
+            epochs = config.tuning.finetune_epochs
             seconds["finetune"] = 5 * forward * (epochs - self.random.randint(0, epochs // 6))  # may stop early
         for phase, plain in seconds.items():
             took = plain * self.slow.get(phase, 1.0) * self.random.uniform(0.9, 1.1)
@@ -147,7 +146,7 @@ SPEEDS = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("run", RUNS)
 def test_within_20_percent_from_the_second_block_on(run, options, speed):
-    config = AqlmConfig(**OPTIONS[options])
+    config = AqlmConfig.from_dict(OPTIONS[options])
     widths = [max((n for _, n in shapes.values()), default=1536) for shapes in RUNS[run]]
     works = [
         work(shapes, config, hidden_size=1024 if wide == 2816 else 576, weights=None if shapes else 3_500_000)
@@ -229,19 +228,19 @@ GIB = 2**30
 
 
 def test_memory_counts_streams_and_the_phase_that_needs_most():
-    plain, tuned = work(config=AqlmConfig(finetune_epochs=0)), work()
+    plain, tuned = work(config=AqlmConfig.from_scheme("2x8g8", finetune_epochs=0)), work()
     assert plain.activations() == 65536 * 576 * 2
     assert tuned.activations() == 3 * plain.activations()  # and what its outputs should be, twice
     assert plain.memory() > sum(n * n for n in plain.inputs) * 20
     assert tuned.memory() > plain.memory()
     whole = work(heads=9).memory() - tuned.memory()  # attention that keeps its scores
-    assert whole >= AqlmConfig().finetune_batch_size * 9 * 1024 * 1024 * 6
+    assert whole >= AqlmConfig().tuning.finetune_batch_size * 9 * 1024 * 1024 * 6
 
 
 def test_stored_bytes_are_those_of_the_true_bits():
     for scheme in ("2x8g8", "1x16g8"):
         config = AqlmConfig.from_scheme(scheme)
-        bits = sum(config.bits_per_weight(*shape) * math.prod(shape) for shape in llama().values())
+        bits = sum(config.format.bits_per_weight(*shape) * math.prod(shape) for shape in llama().values())
         assert work(config=config).stored() == pytest.approx(bits / 8, rel=1e-12)
 
 
@@ -261,7 +260,7 @@ def test_activations_go_to_disk_only_under_a_limit_that_needs_it(tmp_path):
 
 def test_a_limit_that_is_too_small_says_what_is_needed():
     works = [work()]
-    with pytest.raises(ValueError, match="memory_limit=1073741824") as caught:
+    with pytest.raises(ValueError, match="memory_limit: got 1073741824") as caught:
         plan_memory(GIB, works, resident=GIB)
     needed = int(str(caught.value).partition("at least ")[2].split()[0])
     assert plan_memory(needed, works, resident=GIB).on_disk
@@ -296,4 +295,4 @@ def test_one_line_for_people():
     assert Estimator([work()], plan).estimate().describe().endswith("1.0 GiB of memory, 27 MiB on disk")
     spans = [duration(seconds) for seconds in (45, 1920, 11520, 216000)]
     assert spans == ["45 s", "32 min", "3.2 h", "2.5 days"]
-    assert size(3 * GIB) == "3.0 GiB"
+    assert binary_size(3 * GIB) == "3.0 GiB"

@@ -1,23 +1,24 @@
 """Config, calibration and quantize_model on tiny random models."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from tiny import random_model, random_tokens, tiny_llama
 from transformers import Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, MistralConfig, OlmoConfig
 
-from aqlm_c import quantize
+from aqlm_c.calibrate import sources
 from aqlm_c.calibrate.activations import capture
 from aqlm_c.calibrate.hessians import HessianSums
 from aqlm_c.core.hessian import Hessian
-from aqlm_c.model.blocks import find_blocks
+from aqlm_c.format import Format
+from aqlm_c.methods.aqlm import METHOD
+from aqlm_c.model.blocks import find_blocks, quantizable_linears
 from aqlm_c.nn.linear import QuantizedLinear
+from aqlm_c.pipeline.progress import Progress
 from aqlm_c.quantize import quantize_linear, quantize_model
 from aqlm_c.recipe import AqlmConfig
 
-CONFIG = AqlmConfig(nbits_per_codebook=4, max_sweeps=2, ldl_passes=2)
+CONFIG = AqlmConfig.from_scheme("2x4g8", max_sweeps=2, ldl_passes=2)
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -30,22 +31,22 @@ KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 )
 def test_schemes(scheme, values):
     config = AqlmConfig.from_scheme(scheme, seed=3)
-    assert tuple(parse_scheme(scheme).values()) == values
+    assert tuple(Format.parse(scheme).to_dict().values()) == values
     assert config.scheme == (scheme if "g" in scheme else scheme + "g8")
     assert AqlmConfig.from_dict(config.to_dict()) == config and config.seed == 3
 
 
 def test_bits_per_weight_counts_everything():
-    bits = AqlmConfig.from_scheme("2x8g8").bits_per_weight(1536, 576)
+    bits = Format.parse("2x8g8").bits_per_weight(1536, 576)
     stored = 1536 * 72 * 2 * 8 + 2 * 256 * 8 * 16 + 1536 * 16
     assert bits == pytest.approx(stored / (1536 * 576), rel=1e-12)
-    halves = AqlmConfig.from_scheme("2x8g8o2").bits_per_weight(1536, 576)
+    halves = Format.parse("2x8g8o2").bits_per_weight(1536, 576)
     assert halves == pytest.approx((768 * 72 * 2 * 8 + 2 * 256 * 16 * 16 + 768 * 16) / (1536 * 576), rel=1e-12)
 
 
 @pytest.mark.parametrize("scheme", ["", "2y8", "2x8g", "x8g8", "2x8g8 extra", "-1x8", None, 2])
 def test_unknown_scheme(scheme):
-    with pytest.raises(ValueError, match=r"scheme=.*expected .*2x8g8"):
+    with pytest.raises(ValueError, match=r"scheme: got .*expected .*2x8g8"):
         AqlmConfig.from_scheme(scheme)
 
 
@@ -67,27 +68,27 @@ def test_unknown_scheme(scheme):
     ],
 )
 def test_config_refuses(field, value):
-    with pytest.raises(ValueError, match=rf"{field}={value!r}: expected"):
-        AqlmConfig(**{field: value})
+    with pytest.raises(ValueError, match=rf"{field}: got {value!r}, expected"):
+        AqlmConfig.from_dict({field: value})
 
 
 def test_formats_that_cannot_be_searched_are_named():
     AqlmConfig.from_scheme("2x8g8").check_searchable()
-    with pytest.raises(ValueError, match=r"out_group_size=2 \(scheme '2x8g8o2'\): expected 1"):
+    with pytest.raises(ValueError, match=r"out_group_size: got 2 \(scheme '2x8g8o2'\), expected 1"):
         AqlmConfig.from_scheme("2x8g8o2").check_searchable()
 
 
 @pytest.mark.parametrize(
     ("out_features", "in_features", "message"),
     [
-        (64, 20, "in_group_size=8: expected a divisor of in_features=20 of layer up"),
-        (64, 0, "in_group_size=8: expected a divisor of in_features=0 of layer up"),
-        (63, 64, "out_group_size=2: expected a divisor of out_features=63 of layer up"),
+        (64, 20, "in_group_size: got 8, expected a divisor of in_features=20 of layer up"),
+        (64, 0, "in_group_size: got 8, expected a divisor of in_features=0 of layer up"),
+        (63, 64, "out_group_size: got 2, expected a divisor of out_features=63 of layer up"),
     ],
 )
 def test_groups_tile_the_layer(out_features, in_features, message):
     with pytest.raises(ValueError, match=message):
-        AqlmConfig.from_scheme("2x8g8o2").check_layer("up", out_features, in_features)
+        Format.parse("2x8g8o2").check_layer("up", out_features, in_features)
 
 
 def test_config_refuses_unknown_options():
@@ -122,7 +123,9 @@ def test_stream_equals_the_models_own_forward(family):
     assert name == ("gpt_neox.layers" if family == "gpt_neox" else "model.layers")
 
     expected = []
-    hook = blocks[-1].register_forward_hook(lambda *call: expected.append(calibration._hidden_states(call[-1])))
+    hook = blocks[-1].register_forward_hook(
+        lambda *call: expected.append(call[-1][0] if isinstance(call[-1], tuple) else call[-1])
+    )
     with torch.no_grad():
         for batch in tokens.split(2):
             model(batch)
@@ -147,7 +150,7 @@ def test_hessians_are_means_over_tokens_and_shared_by_input():
     model = tiny_llama()
     prefix, blocks = find_blocks(model)
     inputs = {}
-    linears = quantize._select(f"{prefix}.0", blocks[0], None, AqlmConfig())
+    linears = {n: model.get_submodule(n) for n in quantizable_linears(f"{prefix}.0", blocks[0], None, AqlmConfig())}
     hooks = [
         module.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0]))
         for name, module in linears.items()
@@ -179,7 +182,7 @@ def test_hessians_are_means_over_tokens_and_shared_by_input():
 
 
 def test_model_without_blocks():
-    with pytest.raises(ValueError, match="no list of blocks"):
+    with pytest.raises(ValueError, match="model: got Linear, expected one with a list of blocks"):
         find_blocks(torch.nn.Linear(4, 4))
 
 
@@ -202,11 +205,11 @@ def test_quantize_linear(dtype):
     assert 0 < solved.relative_error < 0.4
     again, _ = quantize_linear(linear, Hessian(H.numpy()), CONFIG)
     assert torch.equal(layer.codes, again.codes) and torch.equal(layer.codebooks, again.codebooks)
-    with pytest.raises(ValueError, match="in_group_size=32"):
-        quantize_linear(torch.nn.Linear(48, 8), np.eye(48), AqlmConfig(in_group_size=32))
+    with pytest.raises(ValueError, match="in_group_size: got 32"):
+        quantize_linear(torch.nn.Linear(48, 8), np.eye(48), AqlmConfig.from_scheme("2x8g32"))
 
 
-class Recorder(quantize.Progress):
+class Recorder(Progress):
     def __init__(self):
         self.calls = []
 
@@ -235,7 +238,7 @@ def test_quantize_model_replaces_the_linears_of_every_block():
     assert report.peak_memory_bytes > 2**20 and report.config == CONFIG.to_dict() and report.isa and report.threads
     for layer in report.layers:
         assert 0 < layer.relative_error < 1 and layer.seconds > 0 and layer.scheme == "2x4g8"
-        assert layer.bits_per_weight == CONFIG.bits_per_weight(layer.out_features, layer.in_features)
+        assert layer.bits_per_weight == CONFIG.format.bits_per_weight(layer.out_features, layer.in_features)
         assert 0 < layer.gaussian_true_rate < layer.gaussian_code_rate < 1
     assert progress.calls[0] == ("on_start", 2, 14)
     assert [call[1:] for call in progress.calls if call[0] == "on_block"] == [
@@ -252,8 +255,10 @@ def parts():
 
 
 def test_each_block_sees_the_quantized_blocks_before_it(monkeypatch):
-    used, solve = [], quantize.quantize_weight
-    monkeypatch.setattr(quantize, "quantize_weight", lambda *args, **kw: used.append(args[1]) or solve(*args, **kw))
+    used, solve = [], METHOD.quantize
+    monkeypatch.setattr(
+        type(METHOD), "quantize", lambda _, problem, options: used.append(problem.hessian) or solve(problem, options)
+    )
     model, report = quantized()
     H = dict(zip([layer.name for layer in report.layers], used, strict=True))["model.layers.1.self_attn.q_proj"].H
 
@@ -275,7 +280,7 @@ def test_quantizing_is_deterministic_and_close():
     state = second.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in first.state_dict().items())
     original, fine = tiny_llama(), tiny_llama()
-    quantize_model(fine, random_tokens(6, 16), AqlmConfig(num_codebooks=4, nbits_per_codebook=6, max_sweeps=1))
+    quantize_model(fine, random_tokens(6, 16), AqlmConfig.from_scheme("4x6g8", max_sweeps=1))
     logits = original(tokens).logits
     errors = [(net(tokens).logits - logits).norm() / logits.norm() for net in (fine, first)]
     assert errors[0] < 0.5 * errors[1]
@@ -309,38 +314,38 @@ def poison(name, value, model=None):
         (
             lambda: poison("model.layers.1.mlp.up_proj.weight", torch.nan),
             {},
-            r"layers.1.mlp.up_proj.weight: NaN or Inf",
+            r"layers.1.mlp.up_proj.weight: got NaN or Inf",
         ),
-        (lambda: poison("model.layers.0.self_attn.q_proj.weight", torch.inf), {}, r"q_proj.weight: NaN or Inf"),
+        (lambda: poison("model.layers.0.self_attn.q_proj.weight", torch.inf), {}, r"q_proj.weight: got NaN or Inf"),
         (
             lambda: poison("model.layers.1.input_layernorm.weight", torch.nan),
             {},
-            r"1.input_layernorm.weight: NaN or Inf",
+            r"1.input_layernorm.weight: got NaN or Inf",
         ),
-        (lambda: poison("model.embed_tokens.weight", torch.inf), {}, r"model.embed_tokens.weight: NaN or Inf"),
+        (lambda: poison("model.embed_tokens.weight", torch.inf), {}, r"model.embed_tokens.weight: got NaN or Inf"),
         (
             lambda: poison("lm_head.weight", torch.nan, tiny_llama(tie_word_embeddings=False)),
             {"layers": r"\.0\."},
-            r"lm_head.weight: NaN or Inf",
+            r"lm_head.weight: got NaN or Inf",
         ),
-        (tiny_llama, {"config": AqlmConfig.from_scheme("2x4g8o2")}, r"out_group_size=2 .*expected 1"),
+        (tiny_llama, {"config": AqlmConfig.from_scheme("2x4g8o2")}, r"out_group_size: got 2 .*expected 1"),
         (tiny_llama, {"layers": "w1"}, r"layers='w1': matches no linear"),
-        (tiny_llama, {"layers": "("}, r"layers='\(': expected a regular expression"),
+        (tiny_llama, {"layers": "("}, r"layers: got '\(', expected a regular expression"),
         (tiny_llama, {"tokens": torch.zeros(0, 16, dtype=torch.long)}, r"sequences: .*at least one"),
         (tiny_llama, {"tokens": torch.zeros(16, dtype=torch.long)}, r"sequences: "),
-        (tiny_llama, {"tokens": torch.zeros(2, 16)}, r"sequences: torch.float32"),
+        (tiny_llama, {"tokens": torch.zeros(2, 16)}, r"sequences: got torch.float32"),
         (tiny_llama, {"tokens": torch.full((2, 16), 96)}, r"token id 96, expected 0..95"),
         (tiny_llama, {"tokens": torch.full((2, 16), -1)}, r"token id -1"),
         (
             lambda: tiny_llama(intermediate_size=60),
             {},
-            r"in_group_size=8: expected a divisor of in_features=60 .*down_proj",
+            r"in_group_size: got 8, expected a divisor of in_features=60 .*down_proj",
         ),
     ],
 )
 def test_wrong_input_is_named_before_any_work(monkeypatch, model, options, message):
     model = model()
-    monkeypatch.setattr(calibration, "start_stream", lambda *_: pytest.fail("calibration started"))
+    monkeypatch.setattr(sources, "capture", lambda *_: pytest.fail("calibration started"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         quantized(model, **options)
@@ -365,9 +370,9 @@ def test_a_float32_model_without_norms_and_biases():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size=0: expected an integer >= 1"),
-        ({"memory_limit": "8 bits"}, "memory_limit='8 bits': expected a number of bytes"),
-        ({"memory_limit": "1MiB"}, "memory_limit=1048576 .*: expected at least"),
+        ({"batch_size": 0}, "batch_size: got 0, expected an integer >= 1"),
+        ({"memory_limit": "8 bits"}, "memory_limit: got '8 bits', expected a number of bytes"),
+        ({"memory_limit": "1MiB"}, "memory_limit: got 1048576 .*, expected at least"),
     ],
 )
 def test_wrong_limits(options, message):
@@ -376,18 +381,18 @@ def test_wrong_limits(options, message):
 
 
 def test_a_model_elsewhere_is_refused():
-    with pytest.raises(ValueError, match="model: on meta, expected cpu"):
+    with pytest.raises(ValueError, match="model: got one on meta, expected cpu"):
         quantize_model(tiny_llama().to("meta"), random_tokens(6, 16), CONFIG)
 
 
 @pytest.mark.parametrize("value", [3e38, 1e25], ids=["overflow", "overflow of the square"])
 def test_activations_that_are_not_finite_name_the_layer(value):
-    in_h = r"model.layers.1.self_attn.q_proj: NaN or Inf in H of the layer's input"
-    for epochs, message in ((1, r"model.layers.0: NaN or Inf in the output of .* the 1 after it"), (0, in_h)):
+    in_h = r"model.layers.1.self_attn.q_proj: got NaN or Inf in H of the layer's input"
+    for epochs, message in ((1, r"model.layers.0: got NaN or Inf in the output of .* the 1 after it"), (0, in_h)):
         model = tiny_llama()
         model.model.layers[1].input_layernorm.weight.data.fill_(value)  # finite, unlike what it leads to
         with pytest.raises(ValueError, match=message):
-            quantized(model, config=dataclasses.replace(CONFIG, finetune_epochs=epochs))
+            quantized(model, config=CONFIG.replace(finetune_epochs=epochs))
 
 
 def test_a_quantized_model_is_refused():

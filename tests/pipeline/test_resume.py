@@ -1,7 +1,6 @@
 """The directory of a resumable run, and runs that are killed at any moment. As a script: those runs, in one process."""
 
 import copy
-import dataclasses
 import errno
 import json
 import os
@@ -28,9 +27,10 @@ from aqlm_c.pipeline import resume
 from aqlm_c.pipeline.resume import WorkDir, block_state, fingerprint, restore_block
 from aqlm_c.quantize import quantize_linear, quantize_model
 from aqlm_c.recipe import AqlmConfig
+from aqlm_c.versions import versions
 
-CONFIG = AqlmConfig(
-    nbits_per_codebook=4,
+CONFIG = AqlmConfig.from_scheme(
+    "2x4g8",
     ldl_passes=1,
     max_sweeps=1,
     finetune_epochs=2,
@@ -106,7 +106,7 @@ def other_model(change):
             r"\(in_group_size: 8 in WORK_DIR, 4 now; seed: 0 in WORK_DIR, 7 now\)",
         ),
         (
-            lambda: {"config": dataclasses.replace(CONFIG, rules={"up": "1x4g8", "mlp": "dense"})},
+            lambda: {"config": CONFIG.replace(rules={"up": "1x4g8", "mlp": "dense"})},
             r"\(rules: \[\] in WORK_DIR, \[\['up', '1x4g8'\], \['mlp', 'dense'\]\] now\)",
         ),
         (lambda: {"layers": "mlp"}, r"\(layers: None in WORK_DIR, 'mlp' now\)"),
@@ -115,7 +115,7 @@ def other_model(change):
 )
 def test_another_run_is_refused(three_blocks, other, said):
     before = names(three_blocks)
-    with pytest.raises(ValueError, match=rf"work_dir='.*work': holds another run.*{said}.*another --work-dir"):
+    with pytest.raises(ValueError, match=rf"work_dir: got '.*work': holds another run.*{said}.*another --work-dir"):
         WorkDir.open(three_blocks, fingerprint_of(**other()))
     assert names(three_blocks) == before
     WorkDir.open(three_blocks, fingerprint_of()).close()  # refusing gave it free
@@ -123,8 +123,8 @@ def test_another_run_is_refused(three_blocks, other, said):
 
 def test_the_order_of_rules_counts(tmp_path):
     rules = {"up": "1x4g8", "mlp": "dense"}
-    WorkDir.open(tmp_path / "w", fingerprint_of(config=dataclasses.replace(CONFIG, rules=rules))).close()
-    turned = dataclasses.replace(CONFIG, rules=dict(reversed(rules.items())))
+    WorkDir.open(tmp_path / "w", fingerprint_of(config=CONFIG.replace(rules=rules))).close()
+    turned = CONFIG.replace(rules=dict(reversed(rules.items())))
     with pytest.raises(ValueError, match="rules: "):
         WorkDir.open(tmp_path / "w", fingerprint_of(config=turned))
 
@@ -135,7 +135,7 @@ def test_a_refusal_is_short_where_everything_differs(three_blocks):
 
 
 def test_another_version_is_refused(three_blocks, monkeypatch):
-    monkeypatch.setattr(resume, "versions", lambda: {**aqlm_c.report.versions(), "torch": "1.0"})
+    monkeypatch.setattr(resume, "versions", lambda: {**versions(), "torch": "1.0"})
     with pytest.raises(ValueError, match=r"versions.torch: .* in WORK_DIR, '1.0' now"):
         WorkDir.open(three_blocks, fingerprint_of())
 
@@ -169,7 +169,7 @@ def test_a_new_directory_is_made_with_its_parents(tmp_path):
 
 def test_a_directory_of_something_else_is_refused_and_untouched(tmp_path):
     (tmp_path / "thesis.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"work_dir=.*holds 'thesis.txt' and no fingerprint.json; expected a new"):
+    with pytest.raises(ValueError, match=r"work_dir: got .*holds 'thesis.txt' and no fingerprint.json; expected a new"):
         WorkDir.open(tmp_path, fingerprint_of())
     assert names(tmp_path) == ["thesis.txt"]
 
@@ -184,7 +184,7 @@ def test_a_damaged_fingerprint_is_refused(three_blocks):
 def test_two_runs_do_not_share_a_directory(three_blocks):
     with (
         WorkDir.open(three_blocks, fingerprint_of()),
-        pytest.raises(BlockingIOError, match=r"work_dir='.*work': another process uses it; .* another --work-dir"),
+        pytest.raises(BlockingIOError, match=r"work_dir: got '.*work': another process uses it; .* another --work-dir"),
     ):
         WorkDir.open(three_blocks, fingerprint_of())
     WorkDir.open(three_blocks, fingerprint_of()).close()
@@ -244,7 +244,7 @@ def test_finished_blocks_are_found_again(three_blocks):
         for index in range(3):
             loaded, report = work_dir.load_block(index)
             assert torch.equal(loaded["norm"], tensors(index)["norm"]) and report == {"index": index}
-        with pytest.raises(ValueError, match="index=4: expected 3"):
+        with pytest.raises(ValueError, match="index: got 4, expected 3"):
             work_dir.save_block(4, tensors(), {})
         work_dir.save_block(3, tensors(), {})
         assert work_dir.finished == 4
@@ -321,7 +321,7 @@ def test_a_disk_that_refuses(three_blocks, monkeypatch, call, code):
     with WorkDir.open(three_blocks, fingerprint_of()) as work_dir:
         with monkeypatch.context() as patch:
             patch.setattr(os, call, refuse)
-            said = f"work_dir='.*work': writing block-0003.safetensors: {os.strerror(code)}; .*{USABLE}"
+            said = f"work_dir: got '.*work': writing block-0003.safetensors: {os.strerror(code)}; .*{USABLE}"
             with pytest.raises(OSError, match=said) as caught:
                 work_dir.save_block(3, tensors(), {})
         assert caught.value.errno == code and work_dir.finished == 3
@@ -344,7 +344,7 @@ def test_a_file_that_the_system_cuts_off(three_blocks):
 def test_a_place_where_no_directory_can_be(tmp_path):
     (tmp_path / "file").touch()
     for path, said in ((tmp_path / "file" / "work", "Not a directory"), (tmp_path / "file", "File exists")):
-        with pytest.raises(OSError, match=rf"work_dir='{path}': opening it: {said}; expected a directory"):
+        with pytest.raises(OSError, match=rf"work_dir: got '{path}': opening it: {said}; expected a directory"):
             WorkDir.open(path, fingerprint_of())
 
 
@@ -364,7 +364,7 @@ def test_a_restored_block_equals_the_quantized_one(tmp_path, dtype):
         work_dir.save_block(0, block_state(block), {})
         loaded, _ = work_dir.load_block(0)
 
-    layers = restore_block(fresh, loaded, CONFIG.for_layer)
+    layers = restore_block(fresh, loaded)
     assert len(layers) == 6 and all(fresh.get_submodule(name) is layer for name, layer in layers.items())
     assert all(isinstance(layer, QuantizedLinear) for layer in layers.values())
     assert isinstance(fresh.mlp.down_proj, torch.nn.Linear)
@@ -381,7 +381,7 @@ def test_a_block_without_quantized_layers(tmp_path):
     with WorkDir.open(tmp_path / "work", fingerprint_of()) as work_dir:
         work_dir.save_block(0, {}, {"layers": []})
         loaded, report = work_dir.load_block(0)
-    assert restore_block(block, loaded, CONFIG.for_layer) == {} and report == {"layers": []}
+    assert restore_block(block, loaded) == {} and report == {"layers": []}
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
 
 
@@ -393,7 +393,9 @@ IN_SAVING = ("write", "fsync", "after replace")
 
 def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path):
     """Every result of runs that were killed, some twice, equals the uninterrupted one byte for byte."""
-    script = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=280)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, __file__, str(tmp_path)]
+    script = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert script.returncode == 0, script.stderr
     result = json.loads(script.stdout.splitlines()[-1])
     assert result["random kills"] == KILLS and result["kills in saving"] == list(IN_SAVING)

@@ -1,6 +1,5 @@
 """Per-layer schemes, quantized embeddings and output layers: in memory, on disk, loaded again."""
 
-import dataclasses
 import json
 import logging
 
@@ -18,6 +17,7 @@ from aqlm_c.inspection import check_model, inspect_model
 from aqlm_c.io.checkpoint import save_quantized
 from aqlm_c.nn.embedding import QuantizedEmbedding
 from aqlm_c.nn.linear import QuantizedLinear
+from aqlm_c.pipeline.progress import Progress
 from aqlm_c.recipe import AqlmConfig, RunConfig, parse_rule
 
 RULES = {
@@ -27,14 +27,16 @@ RULES = {
     "embed_tokens": "2x4g4",
     "lm_head": "2x6g8",
 }
-CONFIG = AqlmConfig(2, 4, 8, rules=RULES, ldl_passes=1, max_sweeps=1, finetune_epochs=1, finetune_held_out=0.5)
+CONFIG = AqlmConfig.from_scheme(
+    "2x4g8", rules=RULES, ldl_passes=1, max_sweeps=1, finetune_epochs=1, finetune_held_out=0.5
+)
 SEQUENCES = random_tokens(4, 24)
 GEMMA = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
 
 
 def quantized(tied, **changes):
     model = tiny_llama(tie_word_embeddings=tied)
-    report = quantize_model(model, SEQUENCES, dataclasses.replace(CONFIG, **changes.pop("config", {})), **changes)
+    report = quantize_model(model, SEQUENCES, CONFIG.replace(**changes.pop("config", {})), **changes)
     return model, report
 
 
@@ -44,22 +46,22 @@ def schemes(model):
 
 
 def test_rules_give_each_layer_its_config():
-    assert CONFIG.for_layer("model.layers.0.mlp.down_proj") is None
-    assert CONFIG.for_layer("model.layers.1.mlp.down_proj").scheme == "3x4g8"
-    up = CONFIG.for_layer("model.layers.1.mlp.up_proj")
-    assert (up.scheme, up.rules, up.max_sweeps) == ("2x4g8", {}, 1)
-    assert CONFIG.rule_for("model.layers.1.mlp.up_proj") is None
+    assert CONFIG.format_for("model.layers.0.mlp.down_proj") is None
+    assert CONFIG.format_for("model.layers.1.mlp.down_proj").scheme == "3x4g8"
+    up = CONFIG.format_for("model.layers.1.mlp.up_proj")
+    assert up == CONFIG.format
+    assert CONFIG.rules.scheme_for("model.layers.1.mlp.up_proj") is None
     assert AqlmConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
 
 
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        (3, "rules=3: expected a mapping"),
-        ({"(": "2x8g8"}, r"rules: '\(': expected a regular expression"),
-        ({"down_proj": "9x8g8"}, "rules: 'down_proj': num_codebooks=9"),
-        ({"down_proj": "none"}, "rules: 'down_proj': scheme='none'.*'dense'"),
-        ([["up", "2x8g8"], ["up", "3x8g8"]], "rules: 'up': given twice"),
+        (3, "rules: got 3, expected a mapping"),
+        ({"(": "2x8g8"}, r"rules: got '\(', expected a regular expression"),
+        ({"down_proj": "9x8g8"}, "rules: 'down_proj': num_codebooks: got 9"),
+        ({"down_proj": "none"}, "rules: 'down_proj': scheme: got 'none'.*'dense'"),
+        ([["up", "2x8g8"], ["up", "3x8g8"]], "rules: got 'up' twice"),
     ],
 )
 @pytest.mark.parametrize("config", [AqlmConfig, aqlm_c.hf.AqlmConfig])
@@ -155,13 +157,13 @@ def test_a_rule_for_the_head_of_a_tied_model_is_one_for_the_embedding(tmp_path):
         assert torch.equal(body(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
 
 
-def test_resumed_ends_are_the_same(tmp_path, caplog):
+def test_resumed_embeddings_are_the_same(tmp_path, caplog):
     model, _ = quantized(False)
 
     class Stopped(Exception):
         pass
 
-    class Stop(aqlm_c.quantize.Progress):
+    class Stop(Progress):
         def on_block(self, index, name):
             if index == 2:
                 raise Stopped
@@ -176,7 +178,7 @@ def test_resumed_ends_are_the_same(tmp_path, caplog):
     assert report.layers[0].name == "model.embed_tokens"
 
 
-def test_ends_alone(tmp_path):
+def test_embeddings_alone(tmp_path):
     """What is not to be quantized stays as it is, bit by bit."""
     original = tiny_llama(tie_word_embeddings=False)
     model, _ = quantized(False, layers="down_proj", config={"rules": {"down_proj": "dense", "lm_head": "2x4g8"}})
@@ -200,9 +202,9 @@ def test_a_rule_that_decides_nothing(rules, message):
 
 def test_an_embedding_that_does_more_than_looking_up(monkeypatch):
     model = random_model(Gemma3TextConfig(**GEMMA))
-    monkeypatch.setattr("aqlm_c.quantize._quantize", None)
-    with pytest.raises(ValueError, match=r"rules: model\.embed_tokens is a Gemma3TextScaledWordEmbedding"):
-        quantize_model(model, SEQUENCES, dataclasses.replace(CONFIG, rules={"embed": "2x4g8"}))
+    monkeypatch.setattr("aqlm_c.pipeline.block.quantize_module", None)
+    with pytest.raises(ValueError, match=r"rules: got model\.embed_tokens, a Gemma3TextScaledWordEmbedding"):
+        quantize_model(model, SEQUENCES, CONFIG.replace(rules={"embed": "2x4g8"}))
 
 
 def test_nothing_left_names_the_rules():
@@ -232,7 +234,7 @@ def test_a_task_model_leaves_a_quantized_head_out(tmp_path):
 
 
 def test_refused_before_any_work():
-    with pytest.raises(ValueError, match="out_group_size=2"):
+    with pytest.raises(ValueError, match="out_group_size: got 2"):
         quantized(False, config={"rules": {"lm_head": "2x8g8o2"}})
 
 
@@ -243,7 +245,7 @@ def test_rules_of_a_run():
             parse_rule(text)
     run = RunConfig("m", "o", rules=RULES)
     assert run.resolve()[0].rules == RULES
-    with pytest.raises(ValueError, match="rules='x': expected a mapping"):
+    with pytest.raises(ValueError, match="rules: got 'x', expected a mapping"):
         RunConfig("m", "o", rules="x")
 
 

@@ -1,26 +1,20 @@
 """Block fine-tuning on tiny random models: what it lowers, what it keeps and what it refuses."""
 
-import dataclasses
-
+import numpy as np
 import pytest
 import torch
-from aqlm_c.finetune import block as block_module
 from tiny import random_tokens, tiny_llama
 
-from aqlm_c import quantize
 from aqlm_c.calibrate.activations import Activations, capture
+from aqlm_c.methods.aqlm import AqlmMethod
 from aqlm_c.nn.linear import QuantizedLinear
 from aqlm_c.quantize import quantize_model
 from aqlm_c.recipe import AqlmConfig
+from aqlm_c.train import block as block_module
 from aqlm_c.train.block import finetune_block, gradient_scale, held_out_batches
 
-CONFIG = AqlmConfig(
-    nbits_per_codebook=4,
-    max_sweeps=1,
-    ldl_passes=1,
-    finetune_epochs=4,
-    finetune_learning_rate=5e-3,
-    finetune_patience=4,
+CONFIG = AqlmConfig.from_scheme(
+    "2x4g8", max_sweeps=1, ldl_passes=1, finetune_epochs=4, finetune_learning_rate=5e-3, finetune_patience=4
 )
 SEQUENCES = random_tokens(32, 48)
 
@@ -36,7 +30,7 @@ def tuned(config=CONFIG, model=None, sequences=SEQUENCES, **options):
 
 @pytest.mark.parametrize("lookahead", [0, 1, 5])
 def test_held_out_error_falls_in_every_block(lookahead):
-    _, report = tuned(dataclasses.replace(CONFIG, finetune_lookahead=lookahead))
+    _, report = tuned(CONFIG.replace(finetune_lookahead=lookahead))
     assert [block.name for block in report.blocks] == [f"model.layers.{i}" for i in range(3)]
     for block in report.blocks:
         assert block.held_out_after < block.held_out_before
@@ -65,7 +59,7 @@ def tiny_dense(model, dtype):
 
 
 def test_everything_continuous_is_trained_and_nothing_else():
-    untuned, _ = tuned(dataclasses.replace(CONFIG, finetune_epochs=0))
+    untuned, _ = tuned(CONFIG.replace(finetune_epochs=0))
     model, _ = tuned()
     before, after = untuned.state_dict(), model.state_dict()
     assert before.keys() == after.keys()
@@ -81,8 +75,8 @@ def test_everything_continuous_is_trained_and_nothing_else():
 
 
 def test_gradients_are_accumulated():
-    whole = tuned(dataclasses.replace(CONFIG, finetune_batch_size=8), batch_size=8)[0].state_dict()
-    parts = tuned(dataclasses.replace(CONFIG, finetune_batch_size=8), batch_size=2)[0].state_dict()
+    whole = tuned(CONFIG.replace(finetune_batch_size=8), batch_size=8)[0].state_dict()
+    parts = tuned(CONFIG.replace(finetune_batch_size=8), batch_size=2)[0].state_dict()
     # Other sequences are held out, but the steps are as many, and alike.
     name = "model.layers.0.input_layernorm.weight"
     start = biased_llama().state_dict()[name]
@@ -97,7 +91,7 @@ def test_a_smaller_last_batch_counts_by_its_sequences(monkeypatch, first):
     steps = []
     step = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: steps.append(1) or step(self))
-    config = dataclasses.replace(CONFIG, finetune_epochs=1)
+    config = CONFIG.replace(finetune_epochs=1)
     tuned(config, sequences=random_tokens(33, 16), layers="layers.0.mlp")
     assert len(steps) == 8
 
@@ -120,9 +114,9 @@ def test_float16_gradients_do_not_vanish(monkeypatch):
 
 
 def test_a_rate_that_destroys_keeps_the_start_and_stops_early():
-    config = dataclasses.replace(CONFIG, finetune_learning_rate=0.9, finetune_patience=2, finetune_epochs=9)
+    config = CONFIG.replace(finetune_learning_rate=0.9, finetune_patience=2, finetune_epochs=9)
     model, report = tuned(config, sequences=SEQUENCES[:8], batch_size=1)
-    untuned, _ = tuned(dataclasses.replace(config, finetune_epochs=0), sequences=SEQUENCES[:8], batch_size=1)
+    untuned, _ = tuned(config.replace(finetune_epochs=0), sequences=SEQUENCES[:8], batch_size=1)
     block = report.blocks[0]
     assert block.epochs == 2 and block.history[-1][1] > block.history[0][1]
     assert block.held_out_after == block.held_out_before
@@ -131,22 +125,22 @@ def test_a_rate_that_destroys_keeps_the_start_and_stops_early():
 
 
 def test_the_best_epoch_is_kept():
-    _, report = tuned(dataclasses.replace(CONFIG, finetune_lookahead=0, finetune_learning_rate=0.05))
+    _, report = tuned(CONFIG.replace(finetune_lookahead=0, finetune_learning_rate=0.05))
     for block in report.blocks:
         errors = [held_out for _, held_out in block.history]
         assert block.held_out_before == errors[0] and block.held_out_after == min(errors)
 
 
 def test_codes_are_searched_again_where_that_helps(monkeypatch):
-    config = dataclasses.replace(CONFIG, finetune_search=1)
+    config = CONFIG.replace(finetune_search=1)
     calls = []
 
-    def worse(linear, hessian, config, codes, codebooks, scales):
-        assert codebooks.dtype == scales.dtype == torch.float32 and codes.dtype == torch.int8
-        calls.append(codes)
-        return torch.zeros_like(codes)
+    def worse(self, problem, quantized, options):
+        assert quantized.codebooks.dtype == quantized.scales.dtype == np.float32 and quantized.codes.dtype == np.int8
+        calls.append(quantized.codes)
+        return np.zeros_like(quantized.codes)
 
-    monkeypatch.setattr(quantize, "_search_codes", worse)
+    monkeypatch.setattr(AqlmMethod, "search_again", worse)
     model, report = tuned(config)
     assert len(calls) == 21 and all(block.searched == 0 for block in report.blocks)
     assert all(layer.codes.unique().numel() > 1 for _, layer in model.named_modules() if hasattr(layer, "codes"))
@@ -159,16 +153,15 @@ def test_codes_are_searched_again_where_that_helps(monkeypatch):
 
 def test_same_seed_same_bits_other_seed_others():
     first, again, other = (
-        tuned(dataclasses.replace(CONFIG, seed=seed))[0].state_dict()["model.layers.1.mlp.up_proj.codebooks"]
-        for seed in (0, 0, 1)
+        tuned(CONFIG.replace(seed=seed))[0].state_dict()["model.layers.1.mlp.up_proj.codebooks"] for seed in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_one_sequence_is_too_few():
-    with pytest.raises(ValueError, match="sequences: 1, expected at least 2: fine-tuning"):
+    with pytest.raises(ValueError, match="sequences: got 1, expected at least 2: fine-tuning"):
         tuned(sequences=SEQUENCES[:1])
-    _, report = tuned(dataclasses.replace(CONFIG, finetune_epochs=0), sequences=SEQUENCES[:1])
+    _, report = tuned(CONFIG.replace(finetune_epochs=0), sequences=SEQUENCES[:1])
     assert report.blocks == [] and report.phases["finetune"] == 0
 
 
@@ -185,7 +178,9 @@ def test_nan_in_outputs(batch, caplog):
     targets = Activations([stream.run(0, blocks[0], i) for i in range(8)], stream.arguments)
     targets.hidden[batch] = targets.hidden[batch] * torch.nan
     if batch == 4:
-        with pytest.raises(ValueError, match="layer 0: NaN or Inf in the output of this block or of the 2 after it"):
+        with pytest.raises(
+            ValueError, match="layer 0: got NaN or Inf in the output of this block or of the 2 after it"
+        ):
             finetune_block("layer 0", 0, blocks, {}, stream, targets, CONFIG)
         return
     report = finetune_block("layer 0", 0, blocks, {}, stream, targets, CONFIG)

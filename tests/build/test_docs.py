@@ -10,10 +10,10 @@ import torch
 from tiny import random_tokens, tiny_llama, write_published
 
 from aqlm_c import AqlmConfig, quantize_model
-from aqlm_c.checkpoint import quantized_linears
-from aqlm_c.hf import AqlmConfig as HfConfig
+from aqlm_c.io.checkpoint import quantized_linears
+from aqlm_c.recipe import AqlmConfig as HfConfig
 
-CHECKPOINT = Path(__file__).parents[1] / "docs" / "checkpoint.md"
+CHECKPOINT = Path(__file__).parents[2] / "docs" / "checkpoint.md"
 FAST = {"ldl_passes": 1, "max_sweeps": 1, "init_max_iter": 1, "finetune_epochs": 0}
 
 
@@ -41,7 +41,7 @@ def test_the_worked_example(reader):
 def test_the_reader_decodes_what_we_save(reader, tmp_path, dtype, shards):
     model = tiny_llama(dtype, tie_word_embeddings=False)
     rules = {"lm_head": "3x5g4", "down_proj": "1x9g16"}
-    quantize_model(model, random_tokens(4, 16), AqlmConfig(2, 4, rules=rules, **FAST))
+    quantize_model(model, random_tokens(4, 16), AqlmConfig.from_scheme("2x4g8", rules=rules, **FAST))
     model.save_pretrained(tmp_path, max_shard_size="10KB" if shards else "5GB")
     assert (tmp_path / "model.safetensors").exists() != shards
     layers = dict(quantized_linears(model))
