@@ -7,7 +7,8 @@ import math
 import pytest
 
 from aqlm_c.files import write_json
-from aqlm_c.report.report import BlockReport, LayerReport, QuantizationReport, decibels
+from aqlm_c.report.layers import BlockReport, LayerReport, decibels
+from aqlm_c.report.report import QuantizationReport
 
 
 def layer(name, error=0.02, out=64, bits=2.5):
