@@ -526,11 +526,11 @@ static PyObject *matmul(PyObject *self, PyObject *args, PyObject *kwargs) {
     aqlm_status status = AQLM_NO_MEMORY;
     if (rows && (b == Py_None || (bias = array_of(b, "bias", NPY_FLOAT, 1, out)))) {
         npy_intp dims[2] = {in[0], out[0]};
-        const size_t size = aqlm_matmul_workspace(&s.w, AQLM_F32, in[0] ? in[0] : 1);
-        void *workspace = aligned_alloc(64, (size + 63) / 64 * 64);
+        const aqlm_plan plan = aqlm_matmul_plan(&s.w, AQLM_F32, in[0], false);
+        void *workspace = aligned_alloc(64, (plan.workspace / 64 + 1) * 64);
         y = new_array(NPY_FLOAT, 2, dims);
         if (workspace && y)
-            UNLOCKED(aqlm_matmul(data(y), data(rows), AQLM_F32, &s.w, data(bias), in[0], workspace, size));
+            UNLOCKED(aqlm_matmul(data(y), data(rows), AQLM_F32, &s.w, data(bias), in[0], &plan, workspace));
         free(workspace);
     }
     Py_XDECREF((PyObject *)rows);

@@ -56,20 +56,17 @@ struct Product {
     }
 };
 
-/* 64-byte aligned, of size_of() bytes. What few rows need is kept for the thread's next call: malloc would cut
- * tensors that stay, such as a cache's, out of freed ones, and be left with as many holes as there are layers. */
+/* 64-byte aligned. What few rows need is kept for the thread's next call: malloc would cut tensors that stay, such as a
+ * cache's, out of freed ones, and be left with as many holes as there are layers. */
 struct Workspace {
     using Memory = std::unique_ptr<void, decltype(&std::free)>;
-    size_t bytes;
     Memory own{nullptr, std::free};
     void *memory;
 
-    template <class SizeOf> explicit Workspace(SizeOf size_of) {
+    explicit Workspace(size_t bytes) {
         constexpr size_t line = 64, most_kept = size_t{4} << 20;
         thread_local Memory kept{nullptr, std::free};
         thread_local size_t n_kept = 0;
-        aqlm_set_num_threads(static_cast<int>(torch::stable::get_num_threads())); /* follows torch.set_num_threads */
-        bytes = size_of();
         const size_t n = (bytes / line + 1) * line;
         if (n <= n_kept) {
             memory = kept.get();
@@ -85,16 +82,10 @@ struct Workspace {
     }
 };
 
-/* Whether torch's product, which has the CPU's bf16 instructions, beats the core's (measured), which has them for y = x
- * W^T with groups of 8 alone. The ISA chosen for the core has no say, so results do not depend on it. */
-bool torch_is_faster(const Product &p) {
-#ifdef __x86_64__
-    constexpr int64_t LEAST_ROWS = 32;
-    return p.dtype == AQLM_BF16 && p.n_rows >= LEAST_ROWS && aqlm_get_exact() <= 0 &&
-           __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
-#endif
+/* The core's plan: torch's product has the CPU's bf16 instructions. */
+template <class Plan> aqlm_plan plan_of(Plan plan, const Product &p, const Weight &w) {
+    aqlm_set_num_threads(static_cast<int>(torch::stable::get_num_threads())); /* follows torch.set_num_threads */
+    return plan(&w.view, p.dtype, p.n_rows, true);
 }
 
 /* y = x W^T + bias, or y = x W if transposed, by aten::linear on tiles of W rounded to bf16. One thread multiplies a
@@ -167,14 +158,14 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
         bias = as_contiguous(*bias_in);
     }
     if (p.n_rows == 0) return p.y;
-    const bool groups_of_8 = w.view.shape.in_group_size == 8 && w.view.shape.out_group_size == 1;
-    if (!groups_of_8 && torch_is_faster(p)) {
+    const aqlm_plan plan = plan_of(aqlm_matmul_plan, p, w);
+    if (plan.path == AQLM_PATH_CALLER) {
         torch_product(p, w, bias, false);
         return p.y;
     }
-    const Workspace space([&] { return aqlm_matmul_workspace(&w.view, p.dtype, p.n_rows); });
+    const Workspace workspace(plan.workspace);
     check(aqlm_matmul(p.y.mutable_data_ptr(), p.x.const_data_ptr(), p.dtype, &w.view,
-                      bias ? bias->const_data_ptr() : nullptr, p.n_rows, space.memory, space.bytes),
+                      bias ? bias->const_data_ptr() : nullptr, p.n_rows, &plan, workspace.memory),
           "matmul");
     return p.y;
 }
@@ -190,13 +181,14 @@ Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &
     const Weight w(codes, codebooks, scales);
     Product p(grad_y, "grad_y", w.view.shape.out_features, w.view.shape.in_features);
     if (p.n_rows == 0) return p.y;
-    if (torch_is_faster(p)) {
+    const aqlm_plan plan = plan_of(aqlm_matmul_backward_plan, p, w);
+    if (plan.path == AQLM_PATH_CALLER) {
         torch_product(p, w, std::nullopt, true);
         return p.y;
     }
-    const Workspace space([&] { return aqlm_matmul_backward_workspace(&w.view, p.n_rows); });
-    check(aqlm_matmul_backward(p.y.mutable_data_ptr(), p.x.const_data_ptr(), p.dtype, &w.view, p.n_rows, space.memory,
-                               space.bytes),
+    const Workspace workspace(plan.workspace);
+    check(aqlm_matmul_backward(p.y.mutable_data_ptr(), p.x.const_data_ptr(), p.dtype, &w.view, p.n_rows, &plan,
+                               workspace.memory),
           "matmul_backward");
     return p.y;
 }
