@@ -31,7 +31,7 @@ else:
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-__all__ = ["decode_rows", "get_exact", "get_isa", "matmul", "matmul_joined", "pack", "packs", "set_exact", "set_isa"]
+__all__ = ["decode_rows", "get_exact", "get_isa", "matmul", "matmul_grouped", "pack", "packs", "set_exact", "set_isa"]
 
 Weight = tuple[Tensor, Tensor, Tensor, "Tensor | None"]  # codes, codebooks, scales, bias
 
@@ -89,7 +89,7 @@ def _is_trained(x: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | Non
     )
 
 
-def matmul_joined(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
+def matmul_grouped(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     """`matmul` of x with each of `weights`, (codes, codebooks, scales, bias).
 
     With one row on a GPU, two or three share a launch if they differ in `out` alone, which is at least 16, have at
@@ -107,7 +107,7 @@ def matmul_joined(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
         return [matmul(x, *weight) for weight in weights]
     codes, codebooks, scales, biases = map(list, zip(*weights, strict=True))
     biases = [] if biases[0] is None else biases
-    return torch.ops.aqlm_c.matmul_joined(x, codes, codebooks, scales, biases)
+    return torch.ops.aqlm_c.matmul_grouped(x, codes, codebooks, scales, biases)
 
 
 def decode_rows(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _(x, codes, codebooks, scales, bias):
     return x.new_empty((*x.shape[:-1], codes.shape[0] * codebooks.shape[2]))
 
 
-@torch.library.register_fake("aqlm_c::matmul_joined")
+@torch.library.register_fake("aqlm_c::matmul_grouped")
 def _(x, codes, codebooks, scales, biases):
     return [x.new_empty((*x.shape[:-1], c.shape[0] * b.shape[2])) for c, b in zip(codes, codebooks, strict=True)]
 

@@ -175,7 +175,7 @@ def joined_rows(device: Any, schemes: list[str]) -> list[Row]:
             first = some()
             nbytes = sum(t.nbytes for weight in first for t in weight[:3])
             groups = [first, *(some() for _ in range(device.copies(nbytes) - 1))]
-            joined = device.time(lambda group, x=x: ops.matmul_joined(x, group), groups)
+            joined = device.time(lambda group, x=x: ops.matmul_grouped(x, group), groups)
             apart = device.time(lambda group, x=x: [ops.matmul(x, *weight) for weight in group], groups)
             rows.append(
                 {

@@ -232,12 +232,12 @@ def test_joined(outs, shape, name):
         x = random(rows, shape[0], dtype=dtype)
         for biases in ([None] * len(outs), [random(out, dtype=dtype, seed=out) for out in outs]):
             all_of = [(*weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-            ys = ops.matmul_joined(x, all_of)
+            ys = ops.matmul_grouped(x, all_of)
             for y, weight, bias in zip(ys, weights, biases, strict=True):
                 W = dense(*weight)
                 truth = x.double() @ W.T + (0 if bias is None else bias.double())
                 check_close(y, torch.nn.functional.linear(x, W.to(dtype), bias), truth)
-            assert all(torch.equal(y, z) for y, z in zip(ys, ops.matmul_joined(x, all_of), strict=True))
+            assert all(torch.equal(y, z) for y, z in zip(ys, ops.matmul_grouped(x, all_of), strict=True))
 
 
 def test_joined_linears():
@@ -259,7 +259,7 @@ def test_joined_linears():
     x = random(1, 512, dtype=torch.float16)
 
     with torch.no_grad():
-        expected = ops.matmul_joined(x, [(*linear.parameters(), None) for linear in attention.children()])
+        expected = ops.matmul_grouped(x, [(*linear.parameters(), None) for linear in attention.children()])
         launches = kernels_of(lambda: attention(x))
         assert len(launches) == 1, launches
         compiled = torch.compile(attention, fullgraph=True)

@@ -1,5 +1,5 @@
 """Linears of one input that share launches: whose product is whose, and when each is by itself. On the CPU, where
-`matmul_joined` is one product after the other, groups are told to join."""
+`matmul_grouped` is one product after the other, groups are told to join."""
 
 import copy
 import gc
@@ -56,16 +56,16 @@ def no_grad():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many weights each call of `matmul_joined` had."""
+    """How many weights each call of `matmul_grouped` had."""
     found = []
 
     def joined(x, weights):
         found.append(len(weights))
         return operator(x, weights)
 
-    operator = ops.matmul_joined
+    operator = ops.matmul_grouped
     monkeypatch.setattr(Joined, "device_type", "cpu")
-    monkeypatch.setattr(ops, "matmul_joined", joined)
+    monkeypatch.setattr(ops, "matmul_grouped", joined)
     return found
 
 
@@ -274,8 +274,8 @@ def test_biases_that_are_not_alike():
         attention = Attention(bias=True)
         attention.get_submodule(without).bias = None
         weights = [(m.codes, m.codebooks, m.scales, m.bias) for m in attention.children()]
-        assert equal(ops.matmul_joined(row(), weights), attention.apart(row()))
-    assert ops.matmul_joined(row(), []) == []
+        assert equal(ops.matmul_grouped(row(), weights), attention.apart(row()))
+    assert ops.matmul_grouped(row(), []) == []
 
 
 def test_threads(calls):
@@ -344,7 +344,7 @@ def test_compiled(on_cpu):
             for seed in range(3):
                 assert equal(f(row(seed)), attention.apart(row(seed)))
             torch._dynamo.reset()
-    assert found == [["matmul_joined"]]
+    assert found == [["matmul_grouped"]]
 
 
 def test_compiled_cross_attention(on_cpu):
@@ -353,7 +353,7 @@ def test_compiled_cross_attention(on_cpu):
     f = torch.compile(attention, fullgraph=True, backend=backend)
     for seed in range(10):
         assert equal(f(row(seed)), attention.apart(row(seed))[:1])
-    assert found == [["matmul_joined"], ["matmul"]]
+    assert found == [["matmul_grouped"], ["matmul"]]
 
 
 def test_members_compiled_by_themselves(on_cpu):
@@ -417,22 +417,22 @@ def test_layers_share_a_compiled_graph(on_cpu, tmp_path):
         layer.compile(fullgraph=True, backend=backend)
     for _ in range(2):
         assert torch.equal(model(random_tokens(1, 1), use_cache=False).logits, expected)
-    assert found == [["matmul_joined", "matmul", "matmul_joined", "matmul"]]
+    assert found == [["matmul_grouped", "matmul", "matmul_grouped", "matmul"]]
 
 
 def test_the_operator():
     x = row()
     weights = [(m.codes, m.codebooks, m.scales, m.bias) for m in Attention(bias=True).children()]
     codes, codebooks, scales, biases = map(list, zip(*weights, strict=True))
-    torch.library.opcheck(torch.ops.aqlm_c.matmul_joined.default, (x, codes, codebooks, scales, biases))
-    torch.library.opcheck(torch.ops.aqlm_c.matmul_joined.default, (row(rows=3), codes, codebooks, scales, []))
+    torch.library.opcheck(torch.ops.aqlm_c.matmul_grouped.default, (x, codes, codebooks, scales, biases))
+    torch.library.opcheck(torch.ops.aqlm_c.matmul_grouped.default, (row(rows=3), codes, codebooks, scales, []))
     with pytest.raises(RuntimeError, match="scales: got 2 tensors, expected 3 as in codes"):
-        torch.ops.aqlm_c.matmul_joined(x, codes, codebooks, scales[:2], [])
+        torch.ops.aqlm_c.matmul_grouped(x, codes, codebooks, scales[:2], [])
     with pytest.raises(RuntimeError, match="biases: got 1 tensors, expected 3 as in codes"):
-        torch.ops.aqlm_c.matmul_joined(x, codes, codebooks, scales, biases[:1])
+        torch.ops.aqlm_c.matmul_grouped(x, codes, codebooks, scales, biases[:1])
     with pytest.raises(RuntimeError, match="codes: got an empty list, expected a tensor for each weight"):
-        torch.ops.aqlm_c.matmul_joined(x, [], [], [], [])
+        torch.ops.aqlm_c.matmul_grouped(x, [], [], [], [])
     with pytest.raises(RuntimeError, match=r"x: got shape \[1, 31\], expected \[..., 32\]"):
-        torch.ops.aqlm_c.matmul_joined(x[:, 1:], codes, codebooks, scales, [])
+        torch.ops.aqlm_c.matmul_grouped(x[:, 1:], codes, codebooks, scales, [])
     with pytest.raises(RuntimeError, match=r"x: got shape \[\], expected \[..., 32\]"):
         joined()(torch.tensor(1.0))

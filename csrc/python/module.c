@@ -5,7 +5,8 @@
 #define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
 #include <numpy/arrayobject.h>
 
-#include "../aqlm.h"
+#include "aqlm.h"
+#include "python/settings.h"
 
 #include <math.h>
 #include <stdbool.h>
@@ -585,7 +586,7 @@ static PyObject *unpack_codes(PyObject *self, PyObject *args, PyObject *kwargs) 
     return convert_codes(args, kwargs, false);
 }
 
-/* ---- threads and ISA --------------------------------------------------------------------------------------------- */
+/* ---- threads --------------------------------------------------------------------------------------------- */
 
 static PyObject *set_num_threads(PyObject *self, PyObject *n) {
     (void)self;
@@ -599,56 +600,6 @@ static PyObject *set_num_threads(PyObject *self, PyObject *n) {
 static PyObject *get_num_threads(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
     return PyLong_FromLong(aqlm_get_num_threads());
-}
-
-static PyObject *get_isa(PyObject *self, PyObject *unused) {
-    (void)self, (void)unused;
-    return PyUnicode_FromString(aqlm_get_isa());
-}
-
-static PyObject *available_isas(PyObject *self, PyObject *unused) {
-    (void)self, (void)unused;
-    PyObject *list = PyList_New(0);
-    for (const char *const *name = aqlm_available_isas(); list && *name; name++) {
-        PyObject *text = PyUnicode_FromString(*name);
-        if (!text || PyList_Append(list, text)) Py_CLEAR(list);
-        Py_XDECREF(text);
-    }
-    return list;
-}
-
-static bool choose_isa(PyObject *name, const char *argument) {
-    PyObject *bytes = PyUnicode_AsUTF8String(name);
-    if (!bytes) return false;
-    const char *text = PyBytes_AsString(bytes);
-    const aqlm_status status = aqlm_set_isa(text);
-    Py_DECREF(bytes);
-    if (!status) return true;
-    PyObject *names = available_isas(NULL, NULL);
-    if (names) PyErr_Format(PyExc_ValueError, "%s: got %R, expected one of %R on this CPU", argument, name, names);
-    Py_XDECREF(names);
-    return false;
-}
-
-static PyObject *set_isa(PyObject *self, PyObject *name) {
-    (void)self;
-    if (!choose_isa(name, "name")) return NULL;
-    Py_RETURN_NONE;
-}
-
-static PyObject *set_exact(PyObject *self, PyObject *exact) {
-    (void)self;
-    const int yes = exact == Py_None ? 0 : PyObject_IsTrue(exact);
-    if (yes < 0) return NULL;
-    aqlm_set_exact(exact == Py_None ? -1 : yes);
-    Py_RETURN_NONE;
-}
-
-static PyObject *get_exact(PyObject *self, PyObject *unused) {
-    (void)self, (void)unused;
-    const int exact = aqlm_get_exact();
-    if (exact < 0) Py_RETURN_NONE;
-    return PyBool_FromLong(exact);
 }
 
 #define VERB(name, text) {#name, (PyCFunction)(void (*)(void))name, METH_VARARGS | METH_KEYWORDS, text}
@@ -672,12 +623,7 @@ static PyMethodDef methods[] = {
     VERB(unpack_codes, "unpack_codes(codes, nbits_per_codebook) -> uint16 codes"),
     {"set_num_threads", set_num_threads, METH_O, "set_num_threads(n)"},
     {"get_num_threads", get_num_threads, METH_NOARGS, "get_num_threads() -> int"},
-    {"set_isa", set_isa, METH_O, "set_isa(name)"},
-    {"get_isa", get_isa, METH_NOARGS, "get_isa() -> str"},
-    {"available_isas", available_isas, METH_NOARGS, "available_isas() -> list of str, slowest first"},
-    {"set_exact", set_exact, METH_O,
-     "set_exact(exact): True: matmul without rounded products; None: rounded to 23 bits; False: to 16"},
-    {"get_exact", get_exact, METH_NOARGS, "get_exact() -> bool | None"},
+    AQLM_SETTINGS,
     {NULL, NULL, 0, NULL},
 };
 

@@ -2,12 +2,9 @@
 #ifndef AQLM_TORCH_CHECK_H
 #define AQLM_TORCH_CHECK_H
 
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -84,36 +81,6 @@ inline aqlm_shape shape_of_weight(const Tensor &codes, const Tensor &codebooks, 
           ", expected a valid layer: ", problem ? problem : "");
     return shape;
 }
-
-inline void check_bias(const Tensor &bias, const Tensor &x, int64_t out_features) {
-    check(bias.dim() == 1 && bias.size(0) == out_features, "bias: got shape ", shape_of(bias), ", expected [",
-          out_features, "]");
-    check(bias.scalar_type() == x.scalar_type(), "bias: got dtype ", torch::headeronly::toString(bias.scalar_type()),
-          ", expected that of x, ", torch::headeronly::toString(x.scalar_type()));
-}
-
-/* The weights of matmul_joined, a list for each of their tensors; no biases at all, or one each. */
-struct Joined {
-    const std::vector<Tensor> &codes, &codebooks, &scales, &biases;
-
-    size_t size() const {
-        const size_t n = codes.size();
-        check(n > 0, "codes: got an empty list, expected a tensor for each weight");
-        for (const auto &[list, name] : {std::pair{&codebooks, "codebooks"}, {&scales, "scales"}, {&biases, "biases"}})
-            check(list->size() == n || (list == &biases && list->empty()), name, ": got ", list->size(),
-                  " tensors, expected ", n, " as in codes");
-        return n;
-    }
-    std::optional<Tensor> bias(size_t m) const {
-        return biases.empty() ? std::nullopt : std::optional<Tensor>(biases[m]);
-    }
-    /* matmul(x, codes, codebooks, scales, bias) with one after the other. */
-    template <class Matmul> std::vector<Tensor> one_by_one(const Tensor &x, const Matmul &matmul) const {
-        std::vector<Tensor> ys;
-        for (size_t m = 0, n = size(); m < n; ++m) ys.push_back(matmul(x, codes[m], codebooks[m], scales[m], bias(m)));
-        return ys;
-    }
-};
 
 /* Whether codes [O, J, K] lie in memory as [J, K, O] (QuantizedLinear.pack). */
 inline bool is_packed(const Tensor &codes) {

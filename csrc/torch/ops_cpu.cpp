@@ -1,4 +1,4 @@
-/* ops_cpu.cpp: door 2, torch tensors on the CPU -> aqlm.h, by torch's stable ABI.
+/* ops_cpu.cpp: the torch binding, tensors on the CPU -> aqlm.h, by torch's stable ABI.
  *
  * Fake kernels and gradients are registered in aqlm_c/ops.py (the stable ABI has neither). */
 #include <algorithm>
@@ -13,7 +13,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "check.h"
+#include "product.h"
 
 namespace aqlm_torch {
 namespace {
@@ -38,23 +38,8 @@ struct Weight {
     }
 };
 
-/* The rows of x, [..., from], and as many new ones, y [..., to], of x's dtype. */
-struct Product {
-    Tensor x, y;
-    aqlm_dtype dtype;
-    int64_t n_rows;
-
-    Product(const Tensor &x_in, const char *name, int64_t from, int64_t to) : x(x_in), y(x_in) {
-        check(x_in.dim() >= 1 && x_in.size(x_in.dim() - 1) == from, name, ": got shape ", shape_of(x_in),
-              ", expected [..., ", from, "]");
-        dtype = dtype_of(x_in, name);
-        x = as_contiguous(x_in);
-        std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
-        size.back() = to;
-        y = torch::stable::new_empty(x, size);
-        n_rows = x.numel() / from;
-    }
-};
+using Product = ProductOf<as_contiguous>;
+using Gradients = GradientsOf<as_contiguous>;
 
 /* 64-byte aligned. What few rows need is kept for the thread's next call: malloc would cut tensors that stay, such as a
  * cache's, out of freed ones, and be left with as many holes as there are layers. */
@@ -171,9 +156,9 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
 }
 
 /* matmul with several weights, one after the other: each is on all threads. */
-std::vector<Tensor> matmul_joined(const Tensor &x, std::vector<Tensor> codes, std::vector<Tensor> codebooks,
-                                  std::vector<Tensor> scales, std::vector<Tensor> biases) {
-    return Joined{codes, codebooks, scales, biases}.one_by_one(x, matmul);
+std::vector<Tensor> matmul_grouped(const Tensor &x, std::vector<Tensor> codes, std::vector<Tensor> codebooks,
+                                   std::vector<Tensor> scales, std::vector<Tensor> biases) {
+    return Grouped{codes, codebooks, scales, biases}.one_by_one(x, matmul);
 }
 
 /* grad_x [..., in] = grad_y [..., out] W, of grad_y's dtype; W is never whole in memory. */
@@ -202,32 +187,23 @@ Tensor decode_rows(const Tensor &codes, const Tensor &codebooks, const Tensor &s
     return rows;
 }
 
-/* The gradients to codebooks and scales, of their shapes and dtype, from that to W; [0] where not needed. */
-std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows_in, const Tensor &codes,
-                                                const Tensor &codebooks, const Tensor &scales, bool need_codebooks,
-                                                bool need_scales) {
+/* The gradients to codebooks and scales from that to W. */
+std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows, const Tensor &codes, const Tensor &codebooks,
+                                                const Tensor &scales, bool need_codebooks, bool need_scales) {
     const Weight w(codes, codebooks, scales);
-    const int64_t in_features = w.view.shape.in_features, out_features = w.view.shape.out_features;
-    check(grad_rows_in.dim() == 2 && grad_rows_in.size(0) == out_features && grad_rows_in.size(1) == in_features,
-          "grad_rows: got shape ", shape_of(grad_rows_in), ", expected [", out_features, ", ", in_features, "]");
-    const Tensor grad_rows = as_contiguous(grad_rows_in);
-    const aqlm_dtype dtype = dtype_of(grad_rows, "grad_rows");
-    const auto gradient_of = [](const Tensor &t, bool needed) {
-        return needed ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0});
-    };
-    Tensor grad_codebooks = gradient_of(w.codebooks, need_codebooks), grad_scales = gradient_of(w.scales, need_scales);
-    check(aqlm_decode_rows_backward(need_codebooks ? grad_codebooks.mutable_data_ptr() : nullptr,
-                                    need_scales ? grad_scales.mutable_data_ptr() : nullptr, grad_rows.const_data_ptr(),
-                                    dtype, &w.view),
+    const Gradients g(grad_rows, w, need_codebooks, need_scales);
+    check(aqlm_decode_rows_backward(need_codebooks ? g.codebooks.mutable_data_ptr() : nullptr,
+                                    need_scales ? g.scales.mutable_data_ptr() : nullptr, g.rows.const_data_ptr(),
+                                    g.dtype, &w.view),
           "decode_rows_backward");
-    return {grad_codebooks, grad_scales};
+    return g.result();
 }
 
 } // namespace
 
 STABLE_TORCH_LIBRARY(aqlm_c, m) {
     m.def("matmul(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, Tensor? bias) -> Tensor");
-    m.def("matmul_joined(Tensor x, Tensor[] codes, Tensor[] codebooks, Tensor[] scales, Tensor[] biases) -> Tensor[]");
+    m.def("matmul_grouped(Tensor x, Tensor[] codes, Tensor[] codebooks, Tensor[] scales, Tensor[] biases) -> Tensor[]");
     m.def("matmul_backward(Tensor grad_y, Tensor codes, Tensor codebooks, Tensor scales) -> Tensor");
     m.def("decode_rows(Tensor codes, Tensor codebooks, Tensor scales) -> Tensor");
     m.def("decode_rows_backward(Tensor grad_rows, Tensor codes, Tensor codebooks, Tensor scales, bool need_codebooks, "
@@ -236,7 +212,7 @@ STABLE_TORCH_LIBRARY(aqlm_c, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CPU, m) {
     m.impl("matmul", TORCH_BOX(&matmul));
-    m.impl("matmul_joined", TORCH_BOX(&matmul_joined));
+    m.impl("matmul_grouped", TORCH_BOX(&matmul_grouped));
     m.impl("matmul_backward", TORCH_BOX(&matmul_backward));
     m.impl("decode_rows", TORCH_BOX(&decode_rows));
     m.impl("decode_rows_backward", TORCH_BOX(&decode_rows_backward));
