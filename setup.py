@@ -145,7 +145,8 @@ def torch_extension(name, files, include_dirs=(), define_macros=(), library_dirs
 
 
 def torch_binding():
-    return torch_extension("_torch", ["csrc/torch/module.cpp", "csrc/torch/ops_cpu.cpp"], libraries=["torch_cpu"])
+    files = ["csrc/torch/module.cpp", *sources("csrc/torch/*_cpu.cpp")]
+    return torch_extension("_torch", files, libraries=["torch_cpu"])
 
 
 def cuda_binding():

@@ -16,12 +16,13 @@ namespace aqlm_torch {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-/* STD_TORCH_CHECK would put the C++ file and line in front of a message meant for the caller. */
-template <class... Parts> inline void check(bool ok, const Parts &...parts) {
+/* RuntimeError in Python, or ValueError if Error is std::invalid_argument. STD_TORCH_CHECK would put the C++ file and
+ * line in front of a message meant for the caller. */
+template <class Error = std::runtime_error, class... Parts> inline void check(bool ok, const Parts &...parts) {
     if (ok) return;
     std::ostringstream text;
     (text << ... << parts);
-    throw std::runtime_error(text.str());
+    throw Error(text.str());
 }
 
 inline void check(aqlm_status status, const char *what) {
@@ -39,6 +40,24 @@ inline std::ostream &operator<<(std::ostream &text, const shape_of &shape) {
     return text << (shape.t.dim() ? "]" : "[]");
 }
 
+/* As Python writes it. */
+inline const char *name_of(ScalarType type) {
+    switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::UInt16: return "uint16";
+    case ScalarType::Bool: return "bool";
+    default: return torch::headeronly::toString(type);
+    }
+}
+
 inline aqlm_dtype dtype_of(const Tensor &t, const char *name) {
     switch (t.scalar_type()) {
     case ScalarType::Float: return AQLM_F32;
@@ -46,8 +65,7 @@ inline aqlm_dtype dtype_of(const Tensor &t, const char *name) {
     case ScalarType::BFloat16: return AQLM_BF16;
     default: break;
     }
-    check(false, name, ": got dtype ", torch::headeronly::toString(t.scalar_type()),
-          ", expected float32, float16 or bfloat16");
+    check(false, name, ": got dtype ", name_of(t.scalar_type()), ", expected float32, float16 or bfloat16");
     return AQLM_F32;
 }
 
@@ -65,11 +83,10 @@ inline aqlm_shape shape_of_weight(const Tensor &codes, const Tensor &codebooks, 
     check(scales.numel() == codes.size(0) && (scales.dim() == 1 || scales.dim() == 4), "scales: got shape ",
           shape_of(scales), ", expected [", codes.size(0), ", 1, 1, 1]");
     const ScalarType stored = nbits <= 8 ? ScalarType::Char : ScalarType::Short;
-    check(codes.scalar_type() == stored, "codes: got dtype ", torch::headeronly::toString(codes.scalar_type()),
-          ", expected ", nbits <= 8 ? "int8" : "int16", " for ", nbits, " bits per codebook");
-    check(scales.scalar_type() == codebooks.scalar_type(), "scales: got dtype ",
-          torch::headeronly::toString(scales.scalar_type()), ", expected that of codebooks, ",
-          torch::headeronly::toString(codebooks.scalar_type()));
+    check(codes.scalar_type() == stored, "codes: got dtype ", name_of(codes.scalar_type()), ", expected ",
+          name_of(stored), " for ", nbits, " bits per codebook");
+    check(scales.scalar_type() == codebooks.scalar_type(), "scales: got dtype ", name_of(scales.scalar_type()),
+          ", expected that of codebooks, ", name_of(codebooks.scalar_type()));
     const aqlm_shape shape = {codes.size(0) * codebooks.size(2),
                               codes.size(1) * codebooks.size(3),
                               codes.size(2),

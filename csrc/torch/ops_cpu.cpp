@@ -13,13 +13,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu.h"
 #include "product.h"
 
 namespace aqlm_torch {
 namespace {
-
-/* torch's own goes through the dispatcher even if there is nothing to do. */
-Tensor as_contiguous(const Tensor &t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 /* Contiguous tensors and the core's view of them, which borrows their memory. */
 struct Weight {
@@ -69,7 +67,7 @@ struct Workspace {
 
 /* The core's plan: torch's product has the CPU's bf16 instructions. */
 template <class Plan> aqlm_plan plan_of(Plan plan, const Product &p, const Weight &w) {
-    aqlm_set_num_threads(static_cast<int>(torch::stable::get_num_threads())); /* follows torch.set_num_threads */
+    follow_torch_threads();
     return plan(&w.view, p.dtype, p.n_rows, true);
 }
 

@@ -38,8 +38,8 @@ template <Tensor (*Dense)(const Tensor &)> struct ProductOf {
 inline void check_bias(const Tensor &bias, const Tensor &x, int64_t out_features) {
     check(bias.dim() == 1 && bias.size(0) == out_features, "bias: got shape ", shape_of(bias), ", expected [",
           out_features, "]");
-    check(bias.scalar_type() == x.scalar_type(), "bias: got dtype ", torch::headeronly::toString(bias.scalar_type()),
-          ", expected that of x, ", torch::headeronly::toString(x.scalar_type()));
+    check(bias.scalar_type() == x.scalar_type(), "bias: got dtype ", name_of(bias.scalar_type()),
+          ", expected that of x, ", name_of(x.scalar_type()));
 }
 
 /* Of decode_rows_backward: grad_rows [out, in], and what it returns, of the shapes and dtype of codebooks and scales,
