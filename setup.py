@@ -88,7 +88,7 @@ def c_libraries(isas):
 def core_binding():
     return Extension(
         "aqlm_c._core",
-        ["csrc/python/module.c"],
+        sources("csrc/python/*.c"),
         include_dirs=["csrc", numpy.get_include()],
         define_macros=[LIMITED_API],
         extra_compile_args=C_FLAGS,
