@@ -88,7 +88,7 @@ def c_libraries(isas):
 def core_binding():
     return Extension(
         "aqlm_c._core",
-        ["csrc/python/module.c"],
+        sources("csrc/python/*.c"),
         include_dirs=["csrc", numpy.get_include()],
         define_macros=[LIMITED_API],
         extra_compile_args=C_FLAGS,
@@ -145,7 +145,8 @@ def torch_extension(name, files, include_dirs=(), define_macros=(), library_dirs
 
 
 def torch_binding():
-    return torch_extension("_torch", ["csrc/torch/module.cpp", "csrc/torch/ops_cpu.cpp"], libraries=["torch_cpu"])
+    files = ["csrc/torch/module.cpp", *sources("csrc/torch/*_cpu.cpp")]
+    return torch_extension("_torch", files, libraries=["torch_cpu"])
 
 
 def cuda_binding():

@@ -1,4 +1,4 @@
-"""Door 1: the C core on NumPy arrays (csrc/python/module.c). No torch.
+"""The NumPy binding: the C core on NumPy arrays (csrc/python). No torch.
 
 Letters: out, in = out_features, in_features; g, og = in_group_size, out_group_size; J = in / g; K codebooks of
 E = 2^B entries. Arrays are C-contiguous float32 unless said otherwise (strided ones are copied). Every function

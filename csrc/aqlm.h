@@ -9,7 +9,7 @@
  * Matrices are dense and row-major. Every function checks its sizes and returns a status; none of
  * them prints, exits, or keeps state. The process holds three pieces of state: the ISA table (core/runtime/dispatch.c),
  * the loop runner with its threads and poll function (core/runtime/parallel.c), on neither of which a result depends,
- * and aqlm_set_exact's choice (core/product/plan.c).
+ * and aqlm_set_exact's choice (core/product/matmul.c).
  */
 #ifndef AQLM_H
 #define AQLM_H

@@ -270,7 +270,9 @@ ALWAYS_INLINE void gather_step(vf *to, const aqlm_entries *from, const void *cod
     }
 }
 
-/* Outputs that x is loaded for once, if it is one row: entries drive x out of the first cache. */
+/* Outputs that x is loaded for once, if it is one row. Gathered entries drive x out of the first cache, which then
+ * costs half as many fills again as the entries, of 64 bytes and 2 cycles each: 1x16g8 at 4096x4096 took 1.2 ms with
+ * one output and takes 1.0 with eight. */
 enum { GATHER_OUTPUTS = VF_LANES == 16 ? 8 : 2 };
 
 /* `outputs` outputs, whose codes are `step` bytes apart; what is not a parameter is constant at the usual call sites.

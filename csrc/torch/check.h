@@ -2,12 +2,9 @@
 #ifndef AQLM_TORCH_CHECK_H
 #define AQLM_TORCH_CHECK_H
 
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -19,12 +16,13 @@ namespace aqlm_torch {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-/* STD_TORCH_CHECK would put the C++ file and line in front of a message meant for the caller. */
-template <class... Parts> inline void check(bool ok, const Parts &...parts) {
+/* RuntimeError in Python, or ValueError if Error is std::invalid_argument. STD_TORCH_CHECK would put the C++ file and
+ * line in front of a message meant for the caller. */
+template <class Error = std::runtime_error, class... Parts> inline void check(bool ok, const Parts &...parts) {
     if (ok) return;
     std::ostringstream text;
     (text << ... << parts);
-    throw std::runtime_error(text.str());
+    throw Error(text.str());
 }
 
 inline void check(aqlm_status status, const char *what) {
@@ -42,6 +40,24 @@ inline std::ostream &operator<<(std::ostream &text, const shape_of &shape) {
     return text << (shape.t.dim() ? "]" : "[]");
 }
 
+/* As Python writes it. */
+inline const char *name_of(ScalarType type) {
+    switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::UInt16: return "uint16";
+    case ScalarType::Bool: return "bool";
+    default: return torch::headeronly::toString(type);
+    }
+}
+
 inline aqlm_dtype dtype_of(const Tensor &t, const char *name) {
     switch (t.scalar_type()) {
     case ScalarType::Float: return AQLM_F32;
@@ -49,8 +65,7 @@ inline aqlm_dtype dtype_of(const Tensor &t, const char *name) {
     case ScalarType::BFloat16: return AQLM_BF16;
     default: break;
     }
-    check(false, name, ": got dtype ", torch::headeronly::toString(t.scalar_type()),
-          ", expected float32, float16 or bfloat16");
+    check(false, name, ": got dtype ", name_of(t.scalar_type()), ", expected float32, float16 or bfloat16");
     return AQLM_F32;
 }
 
@@ -68,11 +83,10 @@ inline aqlm_shape shape_of_weight(const Tensor &codes, const Tensor &codebooks, 
     check(scales.numel() == codes.size(0) && (scales.dim() == 1 || scales.dim() == 4), "scales: got shape ",
           shape_of(scales), ", expected [", codes.size(0), ", 1, 1, 1]");
     const ScalarType stored = nbits <= 8 ? ScalarType::Char : ScalarType::Short;
-    check(codes.scalar_type() == stored, "codes: got dtype ", torch::headeronly::toString(codes.scalar_type()),
-          ", expected ", nbits <= 8 ? "int8" : "int16", " for ", nbits, " bits per codebook");
-    check(scales.scalar_type() == codebooks.scalar_type(), "scales: got dtype ",
-          torch::headeronly::toString(scales.scalar_type()), ", expected that of codebooks, ",
-          torch::headeronly::toString(codebooks.scalar_type()));
+    check(codes.scalar_type() == stored, "codes: got dtype ", name_of(codes.scalar_type()), ", expected ",
+          name_of(stored), " for ", nbits, " bits per codebook");
+    check(scales.scalar_type() == codebooks.scalar_type(), "scales: got dtype ", name_of(scales.scalar_type()),
+          ", expected that of codebooks, ", name_of(codebooks.scalar_type()));
     const aqlm_shape shape = {codes.size(0) * codebooks.size(2),
                               codes.size(1) * codebooks.size(3),
                               codes.size(2),
@@ -84,36 +98,6 @@ inline aqlm_shape shape_of_weight(const Tensor &codes, const Tensor &codebooks, 
           ", expected a valid layer: ", problem ? problem : "");
     return shape;
 }
-
-inline void check_bias(const Tensor &bias, const Tensor &x, int64_t out_features) {
-    check(bias.dim() == 1 && bias.size(0) == out_features, "bias: got shape ", shape_of(bias), ", expected [",
-          out_features, "]");
-    check(bias.scalar_type() == x.scalar_type(), "bias: got dtype ", torch::headeronly::toString(bias.scalar_type()),
-          ", expected that of x, ", torch::headeronly::toString(x.scalar_type()));
-}
-
-/* The weights of matmul_grouped, a list for each of their tensors; no biases at all, or one each. */
-struct Joined {
-    const std::vector<Tensor> &codes, &codebooks, &scales, &biases;
-
-    size_t size() const {
-        const size_t n = codes.size();
-        check(n > 0, "codes: got an empty list, expected a tensor for each weight");
-        for (const auto &[list, name] : {std::pair{&codebooks, "codebooks"}, {&scales, "scales"}, {&biases, "biases"}})
-            check(list->size() == n || (list == &biases && list->empty()), name, ": got ", list->size(),
-                  " tensors, expected ", n, " as in codes");
-        return n;
-    }
-    std::optional<Tensor> bias(size_t m) const {
-        return biases.empty() ? std::nullopt : std::optional<Tensor>(biases[m]);
-    }
-    /* matmul(x, codes, codebooks, scales, bias) with one after the other. */
-    template <class Matmul> std::vector<Tensor> one_by_one(const Tensor &x, const Matmul &matmul) const {
-        std::vector<Tensor> ys;
-        for (size_t m = 0, n = size(); m < n; ++m) ys.push_back(matmul(x, codes[m], codebooks[m], scales[m], bias(m)));
-        return ys;
-    }
-};
 
 /* Whether codes [O, J, K] lie in memory as [J, K, O] (QuantizedLinear.pack). */
 inline bool is_packed(const Tensor &codes) {

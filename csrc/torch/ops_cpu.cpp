@@ -1,4 +1,4 @@
-/* ops_cpu.cpp: door 2, torch tensors on the CPU -> aqlm.h, by torch's stable ABI.
+/* ops_cpu.cpp: the torch binding, tensors on the CPU -> aqlm.h, by torch's stable ABI.
  *
  * Fake kernels and gradients are registered in aqlm_c/ops.py (the stable ABI has neither). */
 #include <algorithm>
@@ -13,13 +13,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "check.h"
+#include "cpu.h"
+#include "product.h"
 
 namespace aqlm_torch {
 namespace {
-
-/* torch's own goes through the dispatcher even if there is nothing to do. */
-Tensor as_contiguous(const Tensor &t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 /* Contiguous tensors and the core's view of them, which borrows their memory. */
 struct Weight {
@@ -38,38 +36,20 @@ struct Weight {
     }
 };
 
-/* The rows of x, [..., from], and as many new ones, y [..., to], of x's dtype. */
-struct Product {
-    Tensor x, y;
-    aqlm_dtype dtype;
-    int64_t n_rows;
+using Product = ProductOf<as_contiguous>;
+using Gradients = GradientsOf<as_contiguous>;
 
-    Product(const Tensor &x_in, const char *name, int64_t from, int64_t to) : x(x_in), y(x_in) {
-        check(x_in.dim() >= 1 && x_in.size(x_in.dim() - 1) == from, name, ": got shape ", shape_of(x_in),
-              ", expected [..., ", from, "]");
-        dtype = dtype_of(x_in, name);
-        x = as_contiguous(x_in);
-        std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
-        size.back() = to;
-        y = torch::stable::new_empty(x, size);
-        n_rows = x.numel() / from;
-    }
-};
-
-/* 64-byte aligned, of size_of() bytes. What few rows need is kept for the thread's next call: malloc would cut
- * tensors that stay, such as a cache's, out of freed ones, and be left with as many holes as there are layers. */
+/* 64-byte aligned. What few rows need is kept for the thread's next call: malloc would cut tensors that stay, such as a
+ * cache's, out of freed ones, and be left with as many holes as there are layers. */
 struct Workspace {
     using Memory = std::unique_ptr<void, decltype(&std::free)>;
-    size_t bytes;
     Memory own{nullptr, std::free};
     void *memory;
 
-    template <class SizeOf> explicit Workspace(SizeOf size_of) {
+    explicit Workspace(size_t bytes) {
         constexpr size_t line = 64, most_kept = size_t{4} << 20;
         thread_local Memory kept{nullptr, std::free};
         thread_local size_t n_kept = 0;
-        aqlm_set_num_threads(static_cast<int>(torch::stable::get_num_threads())); /* follows torch.set_num_threads */
-        bytes = size_of();
         const size_t n = (bytes / line + 1) * line;
         if (n <= n_kept) {
             memory = kept.get();
@@ -85,16 +65,10 @@ struct Workspace {
     }
 };
 
-/* Whether torch's product, which has the CPU's bf16 instructions, beats the core's (measured), which has them for y = x
- * W^T with groups of 8 alone. The ISA chosen for the core has no say, so results do not depend on it. */
-bool torch_is_faster(const Product &p) {
-#ifdef __x86_64__
-    constexpr int64_t LEAST_ROWS = 32;
-    return p.dtype == AQLM_BF16 && p.n_rows >= LEAST_ROWS && aqlm_get_exact() <= 0 &&
-           __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
-#endif
+/* The core's plan: torch's product has the CPU's bf16 instructions. */
+template <class Plan> aqlm_plan plan_of(Plan plan, const Product &p, const Weight &w) {
+    follow_torch_threads();
+    return plan(&w.view, p.dtype, p.n_rows, true);
 }
 
 /* y = x W^T + bias, or y = x W if transposed, by aten::linear on tiles of W rounded to bf16. One thread multiplies a
@@ -167,22 +141,22 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
         bias = as_contiguous(*bias_in);
     }
     if (p.n_rows == 0) return p.y;
-    const bool groups_of_8 = w.view.shape.in_group_size == 8 && w.view.shape.out_group_size == 1;
-    if (!groups_of_8 && torch_is_faster(p)) {
+    const aqlm_plan plan = plan_of(aqlm_matmul_plan, p, w);
+    if (plan.path == AQLM_PATH_CALLER) {
         torch_product(p, w, bias, false);
         return p.y;
     }
-    const Workspace space([&] { return aqlm_matmul_workspace(&w.view, p.dtype, p.n_rows); });
+    const Workspace workspace(plan.workspace);
     check(aqlm_matmul(p.y.mutable_data_ptr(), p.x.const_data_ptr(), p.dtype, &w.view,
-                      bias ? bias->const_data_ptr() : nullptr, p.n_rows, space.memory, space.bytes),
+                      bias ? bias->const_data_ptr() : nullptr, p.n_rows, &plan, workspace.memory),
           "matmul");
     return p.y;
 }
 
 /* matmul with several weights, one after the other: each is on all threads. */
 std::vector<Tensor> matmul_grouped(const Tensor &x, std::vector<Tensor> codes, std::vector<Tensor> codebooks,
-                                  std::vector<Tensor> scales, std::vector<Tensor> biases) {
-    return Joined{codes, codebooks, scales, biases}.one_by_one(x, matmul);
+                                   std::vector<Tensor> scales, std::vector<Tensor> biases) {
+    return Grouped{codes, codebooks, scales, biases}.one_by_one(x, matmul);
 }
 
 /* grad_x [..., in] = grad_y [..., out] W, of grad_y's dtype; W is never whole in memory. */
@@ -190,13 +164,14 @@ Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &
     const Weight w(codes, codebooks, scales);
     Product p(grad_y, "grad_y", w.view.shape.out_features, w.view.shape.in_features);
     if (p.n_rows == 0) return p.y;
-    if (torch_is_faster(p)) {
+    const aqlm_plan plan = plan_of(aqlm_matmul_backward_plan, p, w);
+    if (plan.path == AQLM_PATH_CALLER) {
         torch_product(p, w, std::nullopt, true);
         return p.y;
     }
-    const Workspace space([&] { return aqlm_matmul_backward_workspace(&w.view, p.n_rows); });
-    check(aqlm_matmul_backward(p.y.mutable_data_ptr(), p.x.const_data_ptr(), p.dtype, &w.view, p.n_rows, space.memory,
-                               space.bytes),
+    const Workspace workspace(plan.workspace);
+    check(aqlm_matmul_backward(p.y.mutable_data_ptr(), p.x.const_data_ptr(), p.dtype, &w.view, p.n_rows, &plan,
+                               workspace.memory),
           "matmul_backward");
     return p.y;
 }
@@ -210,25 +185,16 @@ Tensor decode_rows(const Tensor &codes, const Tensor &codebooks, const Tensor &s
     return rows;
 }
 
-/* The gradients to codebooks and scales, of their shapes and dtype, from that to W; [0] where not needed. */
-std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows_in, const Tensor &codes,
-                                                const Tensor &codebooks, const Tensor &scales, bool need_codebooks,
-                                                bool need_scales) {
+/* The gradients to codebooks and scales from that to W. */
+std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows, const Tensor &codes, const Tensor &codebooks,
+                                                const Tensor &scales, bool need_codebooks, bool need_scales) {
     const Weight w(codes, codebooks, scales);
-    const int64_t in_features = w.view.shape.in_features, out_features = w.view.shape.out_features;
-    check(grad_rows_in.dim() == 2 && grad_rows_in.size(0) == out_features && grad_rows_in.size(1) == in_features,
-          "grad_rows: got shape ", shape_of(grad_rows_in), ", expected [", out_features, ", ", in_features, "]");
-    const Tensor grad_rows = as_contiguous(grad_rows_in);
-    const aqlm_dtype dtype = dtype_of(grad_rows, "grad_rows");
-    const auto gradient_of = [](const Tensor &t, bool needed) {
-        return needed ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0});
-    };
-    Tensor grad_codebooks = gradient_of(w.codebooks, need_codebooks), grad_scales = gradient_of(w.scales, need_scales);
-    check(aqlm_decode_rows_backward(need_codebooks ? grad_codebooks.mutable_data_ptr() : nullptr,
-                                    need_scales ? grad_scales.mutable_data_ptr() : nullptr, grad_rows.const_data_ptr(),
-                                    dtype, &w.view),
+    const Gradients g(grad_rows, w, need_codebooks, need_scales);
+    check(aqlm_decode_rows_backward(need_codebooks ? g.codebooks.mutable_data_ptr() : nullptr,
+                                    need_scales ? g.scales.mutable_data_ptr() : nullptr, g.rows.const_data_ptr(),
+                                    g.dtype, &w.view),
           "decode_rows_backward");
-    return {grad_codebooks, grad_scales};
+    return g.result();
 }
 
 } // namespace

@@ -1,5 +1,5 @@
-/* ops_cuda.cpp: door 3, torch tensors on a GPU -> aqlm_cuda.h, by torch's stable ABI. A library of its own, since torch
- * without CUDA lacks what it links to. Schemas: ops_cpu.cpp; fake kernels and gradients: aqlm_c/ops.py. */
+/* ops_cuda.cpp: the CUDA binding, torch tensors on a GPU -> aqlm_cuda.h, by torch's stable ABI. A library of its own,
+ * since torch without CUDA lacks what it links to. Schemas: ops_cpu.cpp; fake kernels and gradients: aqlm_c/ops.py. */
 #include <Python.h>
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "check.h"
 #include "cuda/aqlm_cuda.h"
+#include "product.h"
 
 namespace aqlm_torch {
 namespace {
@@ -69,30 +69,12 @@ struct Weight {
     }
 };
 
-/* The rows of x, [..., from], and as many new ones, y [..., to], of x's dtype. */
-struct Product {
-    Tensor x, y;
-    aqlm_dtype dtype;
-    int64_t n_rows;
-
-    Product(const Tensor &x_in, const char *name, int64_t from, int64_t to) : x(x_in), y(x_in) {
-        aqlm_torch::check(x_in.dim() >= 1 && x_in.size(x_in.dim() - 1) == from, name, ": got shape ", shape_of(x_in),
-                          ", expected [..., ", from, "]");
-        dtype = dtype_of(x_in, name);
-        x = ready(x_in);
-        std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
-        size.back() = to;
-        y = torch::stable::new_empty(x, size);
-        n_rows = x.numel() / from;
-    }
-
-    Tensor x_rows() const { return torch::stable::view(x, {n_rows, x.size(x.dim() - 1)}); }
-    Tensor y_rows() const { return torch::stable::view(y, {n_rows, y.size(y.dim() - 1)}); }
-};
+using Product = ProductOf<ready>;
+using Gradients = GradientsOf<ready>;
 
 constexpr int64_t TILE = 128; /* widths of which torch's product is fast */
 
-/* How many of `count` outputs or groups, `width` entries of W each, are dense at a time: room for a GPU to be busy,
+/* How many of `count` outputs or groups, `width` entries of W each, are dense at a time: enough for a GPU to be busy,
  * little beside a model. */
 int64_t slice_of(int64_t count, int64_t width, int64_t multiple) {
     constexpr int64_t MOST = int64_t{1} << 26;
@@ -161,19 +143,19 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
 
 /* matmul with several weights, with one row in one launch where aqlm_cuda_matmul has it. */
 std::vector<Tensor> matmul_grouped(const Tensor &x, std::vector<Tensor> codes, std::vector<Tensor> codebooks,
-                                  std::vector<Tensor> scales, std::vector<Tensor> biases) {
-    const Joined joined = {codes, codebooks, scales, biases};
-    if (x.dim() == 0 || x.numel() != x.size(x.dim() - 1)) return joined.one_by_one(x, matmul);
+                                   std::vector<Tensor> scales, std::vector<Tensor> biases) {
+    const Grouped grouped = {codes, codebooks, scales, biases};
+    if (x.dim() == 0 || x.numel() != x.size(x.dim() - 1)) return grouped.one_by_one(x, matmul);
     std::deque<Weight> weights; /* which do not move */
     std::vector<Product> made;
     std::vector<std::optional<Tensor>> added;
     std::vector<aqlm_product> products;
     std::vector<Tensor> ys;
-    for (size_t m = 0, n = joined.size(); m < n; ++m) {
+    for (size_t m = 0, n = grouped.size(); m < n; ++m) {
         const Weight &w = weights.emplace_back(x, "x", codes[m], codebooks[m], scales[m]);
         Product &p = made.emplace_back(x, "x", w.view.shape.in_features, w.view.shape.out_features);
         products.push_back(
-            product_of(p, w, added.emplace_back(ready_bias(joined.bias(m), x, w.view.shape.out_features))));
+            product_of(p, w, added.emplace_back(ready_bias(grouped.bias(m), x, w.view.shape.out_features))));
         ys.push_back(p.y);
     }
     run(made[0], products.data(), static_cast<int64_t>(products.size()), weights[0].stream);
@@ -206,43 +188,32 @@ Tensor decode_rows(const Tensor &codes, const Tensor &codebooks, const Tensor &s
     return w.decode(w.codebooks, 0, s.out_features, 0, s.in_features / s.in_group_size);
 }
 
-/* The gradients to codebooks and scales, of their shapes and dtype, from that to W; [0] where not needed. Groups are
- * sorted by code for sums of a fixed order. */
-std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows_in, const Tensor &codes,
-                                                const Tensor &codebooks, const Tensor &scales, bool need_codebooks,
-                                                bool need_scales) {
-    const Weight w(grad_rows_in, "grad_rows", codes, codebooks, scales);
-    const aqlm_shape &s = w.view.shape;
-    aqlm_torch::check(
-        grad_rows_in.dim() == 2 && grad_rows_in.size(0) == s.out_features && grad_rows_in.size(1) == s.in_features,
-        "grad_rows: got shape ", shape_of(grad_rows_in), ", expected [", s.out_features, ", ", s.in_features, "]");
-    const Tensor grad_rows = ready(grad_rows_in);
-    const aqlm_dtype dtype = dtype_of(grad_rows, "grad_rows");
-    const auto gradient_of = [](const Tensor &t, bool needed) {
-        return needed ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0});
-    };
-    Tensor grad_codebooks = gradient_of(w.codebooks, need_codebooks), grad_scales = gradient_of(w.scales, need_scales);
-    for (int64_t k = 0; need_codebooks && k < s.num_codebooks; ++k) {
+/* The gradients to codebooks and scales from that to W. Groups are sorted by code for sums of a fixed order. */
+std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows, const Tensor &codes, const Tensor &codebooks,
+                                                const Tensor &scales, bool need_codebooks, bool need_scales) {
+    const Weight w(grad_rows, "grad_rows", codes, codebooks, scales);
+    const Gradients g(grad_rows, w, need_codebooks, need_scales);
+    for (int64_t k = 0; need_codebooks && k < w.view.shape.num_codebooks; ++k) {
         Tensor keys = torch::stable::new_empty(w.codes, {w.codes.size(0) * w.codes.size(1)}, ScalarType::Int);
         check(aqlm_cuda_codes_of(static_cast<int32_t *>(keys.mutable_data_ptr()), &w.view, k, w.stream),
               "decode_rows_backward");
         const auto [sorted, order] =
             call<2>("aten::sort", "stable", keys, std::optional<bool>(true), int64_t{0}, false);
-        check(aqlm_cuda_codebook_gradient(grad_codebooks.mutable_data_ptr(),
+        check(aqlm_cuda_codebook_gradient(g.codebooks.mutable_data_ptr(),
                                           static_cast<const int32_t *>(sorted.const_data_ptr()),
-                                          static_cast<const int64_t *>(order.const_data_ptr()),
-                                          grad_rows.const_data_ptr(), dtype, &w.view, k, w.stream),
+                                          static_cast<const int64_t *>(order.const_data_ptr()), g.rows.const_data_ptr(),
+                                          g.dtype, &w.view, k, w.stream),
               "decode_rows_backward");
     }
     if (need_scales)
-        check(aqlm_cuda_scale_gradient(grad_scales.mutable_data_ptr(), grad_rows.const_data_ptr(), dtype, &w.view,
-                                       w.stream),
-              "decode_rows_backward");
-    return {grad_codebooks, grad_scales};
+        check(
+            aqlm_cuda_scale_gradient(g.scales.mutable_data_ptr(), g.rows.const_data_ptr(), g.dtype, &w.view, w.stream),
+            "decode_rows_backward");
+    return g.result();
 }
 
 PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_cuda", "The CUDA door of aqlm_c.", 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+    PyModuleDef_HEAD_INIT, "_cuda", "aqlm_c's CUDA binding.", 0, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 } // namespace
 

@@ -179,14 +179,12 @@ static void *run(const call *c, const char *isa, int threads) {
     aqlm_set_num_threads(threads);
     aqlm_set_parallel(threads == MOST_THREADS ? run_pieces : NULL);
     aqlm_set_exact(c->exact);
-    const size_t size = decode    ? 0
-                        : forward ? aqlm_matmul_workspace(w, c->dtype, c->n_rows)
-                                  : aqlm_matmul_backward_workspace(w, c->n_rows);
-    void *y = take_bytes((size_t)c->n * size_of(c->dtype)), *workspace = take(size + !size, 64);
+    const aqlm_plan plan = (forward ? aqlm_matmul_plan : aqlm_matmul_backward_plan)(w, c->dtype, c->n_rows, false);
+    void *y = take_bytes((size_t)c->n * size_of(c->dtype)), *workspace = take(plan.workspace + !plan.workspace, 64);
     const aqlm_status status =
         decode    ? aqlm_decode_rows(y, c->dtype, w, 3, w->shape.out_features - 3)
-        : forward ? aqlm_matmul(y, c->x, c->dtype, w, c->bias ? c->b : NULL, c->n_rows, workspace, size)
-                  : aqlm_matmul_backward(y, c->x, c->dtype, w, c->n_rows, workspace, size);
+        : forward ? aqlm_matmul(y, c->x, c->dtype, w, c->bias ? c->b : NULL, c->n_rows, &plan, workspace)
+                  : aqlm_matmul_backward(y, c->x, c->dtype, w, c->n_rows, &plan, workspace);
     free(workspace);
     if (status == AQLM_OK) return y;
     fail(c, isa, threads, aqlm_status_text(status));
@@ -278,6 +276,57 @@ static void check_layer(const aqlm_shape *s, aqlm_dtype dtype) {
     free_layer(&l);
 }
 
+static void expect(bool ok, const char *what) {
+    if (ok) return;
+    printf("plan: %s\n", what);
+    failures++;
+}
+
+/* What is asked of plans beside results: a smaller workspace is enough for fewer threads, none for none, and paths that
+ * are not the core's, or not this weight's, are refused. */
+static void check_plans(void) {
+    const aqlm_shape s = {128, 64, 2, 8, 16, 1}, wide = {128, 64, 1, 12, 16, 1};
+    layer l = make_layer(&s, AQLM_F32), other = make_layer(&wide, AQLM_BF16);
+    enum { N = 40 };
+    float *x = take_bytes(N * 64 * sizeof *x), *y = take_bytes(N * 128 * sizeof *y);
+    put_random(x, AQLM_F32, N * 64, false);
+    aqlm_set_exact(-1);
+    for (int n_rows = 1; n_rows <= N; n_rows += N - 1) { /* tables; tiles */
+        aqlm_set_num_threads(1);
+        const aqlm_plan one = aqlm_matmul_plan(&l.plain, AQLM_F32, n_rows, true);
+        aqlm_set_num_threads(MOST_THREADS);
+        const aqlm_plan many = aqlm_matmul_plan(&l.plain, AQLM_F32, n_rows, true);
+        void *workspace = take(many.workspace, 64);
+        const aqlm_plan less = {one.path, one.workspace - 64}, none = {AQLM_PATH_NONE, 0};
+        expect(one.path == many.path && one.path == (n_rows == 1 ? AQLM_PATH_TABLES_23BIT : AQLM_PATH_TILES), "path");
+        expect(aqlm_matmul(y, x, AQLM_F32, &l.plain, NULL, n_rows, &one, workspace) == AQLM_OK, "one thread's bytes");
+        expect(aqlm_matmul(y, x, AQLM_F32, &l.plain, NULL, n_rows, &less, workspace) != AQLM_OK, "too few bytes");
+        expect(aqlm_matmul(y, x, AQLM_F32, &l.plain, NULL, n_rows, &none, workspace) != AQLM_OK, "no path");
+        expect(aqlm_matmul(y, x, AQLM_F32, &l.plain, NULL, 0, &none, workspace) == AQLM_OK, "no rows");
+        free(workspace);
+    }
+    const aqlm_plan tables = {AQLM_PATH_TABLES_16BIT, SIZE_MAX / 4}, gather = {AQLM_PATH_GATHER, SIZE_MAX / 4};
+    const aqlm_plan caller = aqlm_matmul_plan(&other.plain, AQLM_BF16, N, true);
+    const aqlm_plan own = aqlm_matmul_plan(&other.plain, AQLM_BF16, N, false);
+    expect(caller.path == AQLM_PATH_CALLER || caller.path == AQLM_PATH_TILES, "bf16"); /* where the CPU has none */
+    expect(own.path == AQLM_PATH_TILES, "bf16 by the core");
+    expect(caller.path == aqlm_matmul_backward_plan(&l.plain, AQLM_BF16, N, true).path, "bf16 of a gradient");
+    expect(aqlm_matmul_plan(&other.plain, AQLM_F32, N, true).path == AQLM_PATH_TILES, "fp32 of a caller with bf16");
+    if (caller.path == AQLM_PATH_CALLER)
+        expect(aqlm_matmul(y, x, AQLM_BF16, &other.plain, NULL, N, &caller, NULL) != AQLM_OK, "the caller's path");
+    expect(aqlm_matmul(y, x, AQLM_BF16, &other.plain, NULL, 1, &tables, NULL) != AQLM_OK, "tables of 12 bits");
+    expect(aqlm_matmul(y, x, AQLM_F32, &l.packed, NULL, 1, &gather, NULL) != AQLM_OK, "packed codes gathered");
+    aqlm_set_exact(1);
+    expect(aqlm_matmul_plan(&l.plain, AQLM_F32, 1, true).path == AQLM_PATH_TILES, "exact");
+    expect(aqlm_matmul_plan(&other.plain, AQLM_BF16, N, true).path == AQLM_PATH_TILES, "exact bf16");
+    aqlm_set_exact(0);
+    expect(aqlm_matmul_plan(&l.plain, AQLM_F32, 1, true).path == AQLM_PATH_TABLES_16BIT, "16 bits");
+    free(x);
+    free(y);
+    free_layer(&l);
+    free_layer(&other);
+}
+
 int main(int argc, char **argv) {
     const int all = sizeof shapes / sizeof *shapes, wanted = argc > 1 ? atoi(argv[1]) : all;
     for (int i = 0; i < wanted && i < all; i++)
@@ -285,6 +334,7 @@ int main(int argc, char **argv) {
             state = (uint64_t)(3 * i + dtype);
             check_layer(&shapes[i], (aqlm_dtype)dtype);
         }
+    check_plans();
     for (const char *const *isa = aqlm_available_isas(); *isa; isa++) printf("%s ", *isa);
     printf("%016llx\n", (unsigned long long)hash);
     return failures != 0;

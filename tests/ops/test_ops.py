@@ -98,20 +98,20 @@ def test_threads_give_the_same_bits(dtype):
 
 BAD = {
     "x: got shape": lambda a: a.update(x=a["x"][:, 1:]),
-    "x: got dtype Double": lambda a: a.update(x=a["x"].double()),
+    "x: got dtype float64": lambda a: a.update(x=a["x"].double()),
     "codes: got shape": lambda a: a.update(codes=a["codes"][0]),
-    "codes: got dtype Short, expected int8": lambda a: a.update(codes=a["codes"].short()),
+    "codes: got dtype int16, expected int8": lambda a: a.update(codes=a["codes"].short()),
     "codebooks: got shape": lambda a: a.update(codebooks=a["codebooks"][0]),
     "codebooks: got 7 entries": lambda a: a.update(codebooks=a["codebooks"][:, 1:]),
     "codebooks: got 1 codebooks, expected 2": lambda a: a.update(codebooks=a["codebooks"][:1]),
-    "codebooks: got dtype Int": lambda a: a.update(codebooks=a["codebooks"].int(), scales=a["scales"].int()),
+    "codebooks: got dtype int32": lambda a: a.update(codebooks=a["codebooks"].int(), scales=a["scales"].int()),
     "codes and codebooks: got shapes [6, 4, 2] and [2, 8, 2, 3], expected a valid layer": lambda a: a.update(
         codebooks=a["codebooks"][..., :3]
     ),
     "scales: got shape": lambda a: a.update(scales=a["scales"][1:]),
-    "scales: got dtype Half": lambda a: a.update(scales=a["scales"].half()),
+    "scales: got dtype float16": lambda a: a.update(scales=a["scales"].half()),
     "bias: got shape": lambda a: a.update(bias=a["bias"][1:]),
-    "bias: got dtype Half": lambda a: a.update(bias=a["bias"].half()),
+    "bias: got dtype float16": lambda a: a.update(bias=a["bias"].half()),
 }
 
 

@@ -8,9 +8,8 @@
 #include "core/runtime/parallel.h"
 
 enum {
-    MOST_ROWS = 16, /* more are cheaper decoded (measured) */
-    PASS = 8,       /* rows taken at once */
-    PIECE = 64      /* outputs that are worth a thread */
+    PASS = 8,  /* rows taken at once */
+    PIECE = 64 /* outputs that are worth a thread */
 };
 
 typedef struct gather_job {
@@ -26,7 +25,7 @@ typedef struct layout {
     int64_t row, scales, bias, sums, total; /* in floats, after the blocks of x */
 } layout;
 
-static layout plan(const aqlm_shape *s, int64_t n_rows) {
+static layout lay_out(const aqlm_shape *s, int64_t n_rows) {
     const int64_t rows = aqlm_min(n_rows, PASS);
     layout l = {.row = rows * aqlm_round_up(s->in_features, AQLM_GATHER)};
     l.scales = l.row + aqlm_round_up(s->in_features, AQLM_GATHER);
@@ -36,10 +35,10 @@ static layout plan(const aqlm_shape *s, int64_t n_rows) {
     return l;
 }
 
-bool aqlm_gather_fits(const aqlm_weight *w, int64_t n_rows) { return n_rows >= 1 && n_rows <= MOST_ROWS && !w->packed; }
+bool aqlm_gather_fits(const aqlm_weight *w) { return !w->packed; }
 
 size_t aqlm_gather_workspace(const aqlm_weight *w, int64_t n_rows) {
-    return (size_t)plan(&w->shape, n_rows).total * sizeof(float);
+    return (size_t)lay_out(&w->shape, n_rows).total * sizeof(float);
 }
 
 /* Fetches the codebooks in the order of memory, each thread from another place on: entries one by one would come late.
@@ -83,8 +82,8 @@ static void gather_range(int64_t begin, int64_t end, void *ctx) {
 aqlm_status aqlm_gather_matmul(void *y, const void *x, aqlm_dtype dtype, const aqlm_weight *w, const void *bias,
                                int64_t n_rows, void *workspace, size_t workspace_size) {
     const aqlm_shape *s = &w->shape;
-    if (workspace_size < aqlm_gather_workspace(w, n_rows)) return AQLM_BAD_ARGUMENT;
-    const layout l = plan(s, n_rows);
+    if (!aqlm_gather_fits(w) || workspace_size < aqlm_gather_workspace(w, n_rows)) return AQLM_BAD_ARGUMENT;
+    const layout l = lay_out(s, n_rows);
     const int64_t in = s->in_features, padded = aqlm_round_up(in, AQLM_GATHER);
     const size_t size = aqlm_dtype_size(dtype);
     float *blocks = workspace, *row = blocks + l.row, *scales = blocks + l.scales;

@@ -1,0 +1,98 @@
+/* product.h: what the ops of both devices do before and after the product itself. `Dense` makes of a tensor what the
+ * kernels of a device read: itself where possible. */
+#ifndef AQLM_TORCH_PRODUCT_H
+#define AQLM_TORCH_PRODUCT_H
+
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "check.h"
+
+namespace aqlm_torch {
+
+/* The rows of x, [..., from], and as many new ones, y [..., to], of x's dtype. */
+template <Tensor (*Dense)(const Tensor &)> struct ProductOf {
+    Tensor x, y;
+    aqlm_dtype dtype;
+    int64_t n_rows;
+
+    ProductOf(const Tensor &x_in, const char *name, int64_t from, int64_t to) : x(x_in), y(x_in) {
+        aqlm_torch::check(x_in.dim() >= 1 && x_in.size(x_in.dim() - 1) == from, name, ": got shape ", shape_of(x_in),
+                          ", expected [..., ", from, "]");
+        dtype = dtype_of(x_in, name);
+        x = Dense(x_in);
+        std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
+        size.back() = to;
+        y = torch::stable::new_empty(x, size);
+        n_rows = x.numel() / from;
+    }
+
+    Tensor x_rows() const { return torch::stable::view(x, {n_rows, x.size(x.dim() - 1)}); }
+    Tensor y_rows() const { return torch::stable::view(y, {n_rows, y.size(y.dim() - 1)}); }
+};
+
+inline void check_bias(const Tensor &bias, const Tensor &x, int64_t out_features) {
+    check(bias.dim() == 1 && bias.size(0) == out_features, "bias: got shape ", shape_of(bias), ", expected [",
+          out_features, "]");
+    check(bias.scalar_type() == x.scalar_type(), "bias: got dtype ", name_of(bias.scalar_type()),
+          ", expected that of x, ", name_of(x.scalar_type()));
+}
+
+/* Of decode_rows_backward: grad_rows [out, in], and what it returns, of the shapes and dtype of codebooks and scales,
+ * [0] where not needed. */
+template <Tensor (*Dense)(const Tensor &)> struct GradientsOf {
+    Tensor rows, codebooks, scales;
+    aqlm_dtype dtype; /* of rows */
+    bool need_codebooks, need_scales;
+
+    template <class Weight>
+    GradientsOf(const Tensor &grad_rows, const Weight &w, bool with_codebooks, bool with_scales)
+        : rows(grad_rows), codebooks(grad_rows), scales(grad_rows), need_codebooks(with_codebooks),
+          need_scales(with_scales) {
+        const aqlm_shape &s = w.view.shape;
+        aqlm_torch::check(
+            grad_rows.dim() == 2 && grad_rows.size(0) == s.out_features && grad_rows.size(1) == s.in_features,
+            "grad_rows: got shape ", shape_of(grad_rows), ", expected [", s.out_features, ", ", s.in_features, "]");
+        rows = Dense(grad_rows);
+        dtype = dtype_of(rows, "grad_rows");
+        codebooks = gradient_of(w.codebooks, need_codebooks);
+        scales = gradient_of(w.scales, need_scales);
+    }
+
+    std::tuple<Tensor, Tensor> result() const { return {codebooks, scales}; }
+
+  private:
+    static Tensor gradient_of(const Tensor &t, bool needed) {
+        return needed ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0});
+    }
+};
+
+/* The weights of matmul_grouped, a list for each of their tensors; no biases at all, or one each. */
+struct Grouped {
+    const std::vector<Tensor> &codes, &codebooks, &scales, &biases;
+
+    size_t size() const {
+        const size_t n = codes.size();
+        check(n > 0, "codes: got an empty list, expected a tensor for each weight");
+        for (const auto &[list, name] : {std::pair{&codebooks, "codebooks"}, {&scales, "scales"}, {&biases, "biases"}})
+            check(list->size() == n || (list == &biases && list->empty()), name, ": got ", list->size(),
+                  " tensors, expected ", n, " as in codes");
+        return n;
+    }
+    std::optional<Tensor> bias(size_t m) const {
+        return biases.empty() ? std::nullopt : std::optional<Tensor>(biases[m]);
+    }
+    /* matmul(x, codes, codebooks, scales, bias) with one after the other. */
+    template <class Matmul> std::vector<Tensor> one_by_one(const Tensor &x, const Matmul &matmul) const {
+        std::vector<Tensor> ys;
+        for (size_t m = 0, n = size(); m < n; ++m) ys.push_back(matmul(x, codes[m], codebooks[m], scales[m], bias(m)));
+        return ys;
+    }
+};
+
+} // namespace aqlm_torch
+#endif
