@@ -17,7 +17,7 @@
 #define AQLM_CUDA_SHARDS_CUH
 
 #include "cuda/cluster.cuh"
-#include "cuda/gather.cuh"
+#include "cuda/product/gather.cuh"
 
 namespace aqlm_cuda {
 

@@ -1,9 +1,9 @@
 /* matmul.cu: which kernel a product takes, which products are one launch, and the kernel that takes anything. */
 #include <cstring>
 
-#include "cuda/gather.cuh"
-#include "cuda/shards.cuh"
-#include "cuda/tables.cuh"
+#include "cuda/product/gather.cuh"
+#include "cuda/product/shards.cuh"
+#include "cuda/product/tables.cuh"
 
 namespace aqlm_cuda {
 namespace {
