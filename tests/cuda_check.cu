@@ -130,12 +130,12 @@ template <class T> double error_of_products(const std::vector<const Weight<T> *>
     const OnDevice<char> workspace(aqlm_cuda_matmul_workspace(products.data(), count, dtype_of<T>, rows));
     double worst = 0;
     std::vector<std::vector<T>> first;
-    for (int turn = 0; turn < 2; ++turn) {
+    for (int iteration = 0; iteration < 2; ++iteration) {
         check(aqlm_cuda_matmul(products.data(), count, x_there.data, dtype_of<T>, rows, workspace.data, nullptr),
               "aqlm_cuda_matmul");
         for (int64_t m = 0; m < count; ++m) {
             const auto got = ys[m].host();
-            if (turn == 0) first.push_back(got);
+            if (iteration == 0) first.push_back(got);
             for (size_t i = 0; i < got.size(); ++i)
                 if (float(got[i]) != float(first[m][i])) worst = INFINITY;
         }
@@ -165,7 +165,7 @@ template <class T> bool check_format(const Format &f) {
     const int64_t most = aqlm_cuda_matmul_rows(&w, dtype_of<T>);
     for (int64_t rows : {int64_t{1}, int64_t{3}, int64_t{8}, int64_t{9}})
         if (rows <= most || rows <= 3) worst = std::fmax(worst, error_of_products<T>({&weight}, rows));
-    if (f.og == 1 && f.out * f.in < 1 << 20) { /* joined, where that is so: fewer outputs, and more */
+    if (f.og == 1 && f.out * f.in < 1 << 20) { /* grouped, where that is so: fewer outputs, and more */
         Format fewer = f, more = f;
         fewer.out = std::max<int64_t>(16, f.out / 3), more.out = f.out + 50;
         const Weight<T> second(fewer), third(more);

@@ -120,7 +120,7 @@ template <auto kernel> cudaError_t resident_clusters(int &clusters, int size, in
     return cudaSuccess;
 }
 
-/* A launch of clusters of `size` blocks which may start while the kernel before it ends (wait_for_kernels_before). */
+/* A launch of clusters of `size` blocks which may start before the last one finishes (wait_for_kernels_before). */
 template <auto kernel, class Problem, class... More>
 cudaError_t launch_early(const Problem &p, dim3 grid, unsigned size, unsigned threads, size_t shared_memory,
                          const Device &device, cudaStream_t stream, const More &...more) {

@@ -84,7 +84,7 @@ template <class T> __device__ inline void store_as(void *p, size_t i, aqlm_dtype
     else static_cast<T *>(p)[i] = static_cast<T>(value);
 }
 
-/* Codes are read once: they need no room in L1. */
+/* Codes are read once: L1 does not keep them. */
 __device__ inline uint32_t load_once(const uint32_t *p) {
     uint32_t v;
     asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
@@ -111,8 +111,8 @@ __device__ inline uint4 load_once(const uint4 *p) {
 
 __device__ inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-/* Of a kernel launched with programmatic stream serialization: it may start while those before it end. What they wrote
- * must be read after this, and the next kernel may start after it. */
+/* Of a kernel launched with programmatic stream serialization: it may start while those before it finish. What they
+ * wrote must be read after this, and the next kernel may start after it. */
 __device__ inline void wait_for_kernels_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");

@@ -4,7 +4,7 @@
 namespace aqlm_cuda {
 namespace {
 
-constexpr int THREADS = 512, AHEAD = 4; /* groups a thread has on their way */
+constexpr int THREADS = 512, AHEAD = 4; /* groups a thread has in flight */
 
 /* The part of W that is decoded: outputs from first_out, groups from first_group. */
 struct Part {

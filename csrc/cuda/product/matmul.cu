@@ -63,7 +63,7 @@ bool takes_shards(const aqlm_shape &s, int64_t n_rows, const Device &device) {
 }
 
 cudaError_t find_table_cut(TableCut &cut, const aqlm_product *products, int count, const Device &device) {
-    int outs[MAX_JOINED];
+    int outs[MAX_GROUPED];
     for (int m = 0; m < count; ++m) outs[m] = static_cast<int>(products[m].w.shape.out_features);
     return find_table_cut(cut, products->w.shape, outs, count, device);
 }
@@ -170,10 +170,10 @@ Path path_of(const aqlm_weight &w, aqlm_dtype dtype, int64_t n_rows, const Devic
 
 /* Whether products are one launch. Of more codes it could be slower than several (H100): they wait for memory, and what
  * is best for one weight may not be for all. */
-constexpr int64_t MOST_JOINED_CODES = int64_t{1} << 26;
+constexpr int64_t MAX_GROUPED_CODES = int64_t{1} << 26;
 
-bool are_joined(const aqlm_product *products, int64_t count, aqlm_dtype dtype, int64_t n_rows, const Device &device) {
-    if (count < 2 || count > MAX_JOINED) return false;
+bool are_grouped(const aqlm_product *products, int64_t count, aqlm_dtype dtype, int64_t n_rows, const Device &device) {
+    if (count < 2 || count > MAX_GROUPED) return false;
     const aqlm_shape &s = products->w.shape;
     int64_t outs = 0;
     for (int64_t m = 0; m < count; ++m) {
@@ -185,7 +185,7 @@ bool are_joined(const aqlm_product *products, int64_t count, aqlm_dtype dtype, i
             return false;
         outs += w.shape.out_features;
     }
-    return outs * (s.in_features / s.in_group_size * s.num_codebooks) <= MOST_JOINED_CODES;
+    return outs * (s.in_features / s.in_group_size * s.num_codebooks) <= MAX_GROUPED_CODES;
 }
 
 /* Products of one launch. */
@@ -227,9 +227,9 @@ cudaError_t for_each_launch(const aqlm_product *products, int64_t count, aqlm_dt
                             const Device &device, const Launch &launch) {
     for (int64_t done = 0; done < n_rows; done += MAX_ROWS) {
         const int rows = static_cast<int>(std::min<int64_t>(MAX_ROWS, n_rows - done));
-        const bool joined = are_joined(products, count, dtype, rows, device);
-        for (int64_t m = 0; m < count; m += joined ? count : 1)
-            if (const cudaError_t error = launch(products + m, joined ? static_cast<int>(count) : 1, done, rows))
+        const bool grouped = are_grouped(products, count, dtype, rows, device);
+        for (int64_t m = 0; m < count; m += grouped ? count : 1)
+            if (const cudaError_t error = launch(products + m, grouped ? static_cast<int>(count) : 1, done, rows))
                 return error;
     }
     return cudaSuccess;
@@ -255,7 +255,7 @@ extern "C" cudaError_t aqlm_cuda_matmul(const aqlm_product *products, int64_t co
     };
     return for_each_launch(
         products, count, dtype, n_rows, device, [&](const aqlm_product *some, int many, int64_t done, int rows) {
-            aqlm_product of_rows[MAX_JOINED];
+            aqlm_product of_rows[MAX_GROUPED];
             for (int m = 0; m < many; ++m) {
                 of_rows[m] = some[m];
                 of_rows[m].y = rows_of(some[m].y, done, some[m].w.shape.out_features);

@@ -16,8 +16,8 @@
 namespace aqlm_cuda {
 
 constexpr int TABLE_WARPS = 16, TABLE_CODES = 128, TABLE_BYTES = TABLE_CODES * 256 * 4;
-constexpr int BATCH = 16;     /* outputs a warp sums at a time */
-constexpr int MAX_JOINED = 3; /* weights of one launch: q, k and v */
+constexpr int BATCH = 16;      /* outputs a warp sums at a time */
+constexpr int MAX_GROUPED = 3; /* weights of one launch: q, k and v */
 
 /* How the work is cut: the outputs among clusters, and the row either into a slice for each block of a cluster, or, if
  * a cluster is one block, into parts of some slices each, whose sums another kernel adds up. */
@@ -46,7 +46,7 @@ struct alignas(64) TableWeight {
 };
 
 struct TableWeights {
-    TableWeight of[MAX_JOINED];
+    TableWeight of[MAX_GROUPED];
 };
 
 /* Where entry e of the table of code 4 lane + i starts, in bytes. */
@@ -137,25 +137,25 @@ template <class T, int G, int PERIOD> struct TableBuilder : TableRows<T, G> {
     using Rows::a, Rows::lane, Rows::mask, Rows::ROWS, Rows::STEPS, Rows::TILES, Rows::warp, Rows::WARPS_APART;
     static constexpr int BOOKS = PERIOD % 2 ? PERIOD / 2 + 1 : 1;
     static constexpr int AT_A_TIME = PERIOD * STEPS * TILES <= 64 ? TILES : TILES / 2; /* as many as registers hold */
-    static constexpr bool TURNS = PERIOD > 2; /* codebooks differ from slice to slice */
+    static constexpr bool BOOKS_VARY = PERIOD > 2; /* codebooks differ from slice to slice */
     int log_k, book_bytes, first_book;
     uint32_t b[AT_A_TIME][PERIOD][STEPS];
 
     static __device__ int log_of(int num_codebooks) { return PERIOD == 2 ? 2 : num_codebooks / PERIOD / 2; }
     static __device__ int first_group(const TableProblem &p, int warp, int lane) {
-        if constexpr (TURNS) return 0;
+        if constexpr (BOOKS_VARY) return 0;
         return PERIOD == 2 ? lane / 4 : (lane / 4 * 4 + warp % 4) >> log_of(p.num_codebooks);
     }
 
     __device__ TableBuilder(const TableProblem &p, const TableWeight &w, int warp, int lane, size_t x_row)
-        : Rows(p, w, first_group(p, warp, lane), TURNS ? 0 : warp % 4 & (p.num_codebooks - 1), warp, lane, x_row),
+        : Rows(p, w, first_group(p, warp, lane), BOOKS_VARY ? 0 : warp % 4 & (p.num_codebooks - 1), warp, lane, x_row),
           log_k(log_of(p.num_codebooks)), book_bytes(p.entries * G * 2) {}
 
     /* Of row s: its place among the sorted lanes, which of PERIOD codebooks it has, its lane. */
     __device__ int place(int s) const { return 8 * s + lane / 4; }
     static constexpr int EACH = 32 / PERIOD, MORE = 32 % PERIOD; /* lanes of a codebook; codebooks that have one more */
     __device__ int book(int s) const {
-        if constexpr (!TURNS) return s * PERIOD / ROWS;
+        if constexpr (!BOOKS_VARY) return s * PERIOD / ROWS;
         const int at = place(s);
         return at < MORE * (EACH + 1) ? at / (EACH + 1) : (at - MORE) / EACH;
     }
@@ -165,19 +165,19 @@ template <class T, int G, int PERIOD> struct TableBuilder : TableRows<T, G> {
     __device__ void aim(int first_code) {
 #pragma unroll
         for (int s = 0; s < ROWS; ++s) {
-            if constexpr (TURNS) this->aim_row(s, (first_code + 4 * lane_of(s) + warp % 4) / PERIOD >> log_k);
+            if constexpr (BOOKS_VARY) this->aim_row(s, (first_code + 4 * lane_of(s) + warp % 4) / PERIOD >> log_k);
             else this->aim_row(s, (first_code >> log_k + PERIOD - 1) + (PERIOD == 2 ? 8 * (s % 2) : (32 >> log_k) * s));
         }
-        if constexpr (TURNS) first_book = first_code + warp % 4;
+        if constexpr (BOOKS_VARY) first_book = first_code + warp % 4;
     }
 
-    /* Unless codebooks turn they are those of every slice, but kept they would take registers from looking up. */
+    /* Unless codebooks vary they are those of every slice, but kept they would take registers from looking up. */
     __device__ void load_entries(int first_tile = 0) {
         int book_at[PERIOD];
 #pragma unroll
         for (int m = 0; m < PERIOD; ++m) {
-            const int next = TURNS ? first_book + 4 * m : 4 * m;
-            book_at[m] = (!TURNS ? next : log_k ? next % (2 * PERIOD) : next % PERIOD) * book_bytes;
+            const int next = BOOKS_VARY ? first_book + 4 * m : 4 * m;
+            book_at[m] = (!BOOKS_VARY ? next : log_k ? next % (2 * PERIOD) : next % PERIOD) * book_bytes;
         }
         const auto load_with = [&](int mask) {
 #pragma unroll
@@ -285,7 +285,7 @@ template <int WIDTH = BATCH / 2> __device__ inline float reduce_batch(float (&v)
 }
 
 /* T float: tables of any dtypes. grid [size, clusters, parts * n_rows], clusters of [size]. The order is by what is
- * waited for: nothing is found before it is needed, or after while loads are on their way. */
+ * waited for: nothing is found before it is needed, or after while loads are in flight. */
 template <class T, int G, int PERIOD>
 __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     table_kernel(const TableProblem p, const __grid_constant__ TableWeights weights) {
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     const int cluster = blockIdx.y;
     const TableWeight w =
         weights.of[(cluster >= weights.of[1].first_cluster) + (cluster >= weights.of[2].first_cluster)];
-    /* While kernels before end: what their ends do not change, or L2 alone sees. */
+    /* While the kernels before finish: what that does not change, or L2 alone sees. */
     if (const int at = threadIdx.x * 128; at < p.codebook_bytes)
         prefetch(static_cast<const unsigned char *>(w.codebooks) + at);
     const int size = p.cut.size, share = p.cut.share, cluster_outs = size * share, rank = blockIdx.x;
@@ -311,8 +311,8 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     builder.load();
     builder.load_entries();
 
-    /* Batches of outputs are dealt out to the warps. The codes of one are loaded while the one before is looked up, of
-     * the next slice if need be; near the end of W it starts earlier and sums some outputs for nothing. */
+    /* Batches of outputs are distributed among the warps. The codes of one are loaded while the one before is looked
+     * up, of the next slice if need be; near the end of W it starts earlier and sums some outputs for nothing. */
     const auto load = [&](uint32_t (&to)[BATCH], int slice, int from) {
         const int code = slice * TABLE_CODES + 4 * lane;
         const uint8_t *codes = w.codes + static_cast<size_t>(min(first_out + from, w.out - BATCH)) * row_codes;
@@ -486,7 +486,7 @@ cudaError_t launch_table_kernel(const TableProblem &p, TableWeights &weights, in
     if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
     const int parts = p.cut.parts, size = p.cut.size, share = p.cut.share;
     int clusters = 0, most_outs = 0;
-    for (int m = 0; m < MAX_JOINED; ++m) {
+    for (int m = 0; m < MAX_GROUPED; ++m) {
         TableWeight &w = weights.of[m];
         w.first_cluster = m < count ? clusters : INT_MAX;
         if (m >= count) continue;
