@@ -36,6 +36,25 @@ __device__ inline uint32_t load_code(const void *codes, size_t i, bool wide, uin
     return (wide ? static_cast<const uint16_t *>(codes)[i] : static_cast<const uint8_t *>(codes)[i]) & mask;
 }
 
+/* Where entry `code` of codebook k starts, in numbers: [og, g] of them. */
+__device__ inline size_t entry_at(const aqlm_shape &s, int64_t k, int64_t code) {
+    return ((k << s.nbits_per_codebook) + code) * s.out_group_size * s.in_group_size;
+}
+
+/* Number (row, i) of group (o, j) of W before its scale, of any format: the sum over the codebooks in their order. */
+__device__ inline float weight_at(const aqlm_weight &w, int64_t o, int64_t row, int64_t j, int64_t i) {
+    const aqlm_shape &s = w.shape;
+    const bool wide = s.nbits_per_codebook > 8;
+    const int num_codebooks = static_cast<int>(s.num_codebooks);
+    const size_t first_code = (o * (s.in_features / s.in_group_size) + j) * num_codebooks;
+    float sum = 0;
+    for (int k = 0; k < num_codebooks; ++k) {
+        const uint32_t code = load_code(w.codes, first_code + k, wide, (1u << s.nbits_per_codebook) - 1);
+        sum += load_float(w.codebooks, entry_at(s, k, code) + row * s.in_group_size + i, w.dtype);
+    }
+    return sum;
+}
+
 template <class T> struct Pair;
 template <> struct Pair<__half> {
     using type = __half2;

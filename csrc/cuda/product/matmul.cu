@@ -15,19 +15,13 @@ __global__ void plain_kernel(void *y, const void *x, const aqlm_weight w, const 
                              const int n_rows) {
     const int64_t o = static_cast<int64_t>(blockIdx.x) * PLAIN_WARPS + threadIdx.x / 32;
     if (o >= w.shape.out_features) return;
-    const int g = w.shape.in_group_size, og = w.shape.out_group_size, num_codebooks = w.shape.num_codebooks;
+    const int g = w.shape.in_group_size, og = w.shape.out_group_size;
     const int64_t in = w.shape.in_features, groups = in / g;
-    const size_t entries = size_t(1) << w.shape.nbits_per_codebook;
     float sums[MAX_ROWS] = {};
     for (int64_t j = threadIdx.x % 32; j < groups; j += 32) {
         float of_group[MAX_ROWS] = {}; /* long rows would lose bits in one sum */
         for (int i = 0; i < g; ++i) {
-            float value = 0;
-            for (int k = 0; k < num_codebooks; ++k) {
-                const size_t code = load_code(w.codes, (o / og * groups + j) * num_codebooks + k,
-                                              w.shape.nbits_per_codebook > 8, entries - 1);
-                value += load_float(w.codebooks, ((k * entries + code) * og + o % og) * g + i, w.dtype);
-            }
+            const float value = weight_at(w, o / og, o % og, j, i);
 #pragma unroll
             for (int n = 0; n < MAX_ROWS; ++n)
                 if (n < n_rows) of_group[n] = fmaf(value, load_float(x, n * in + j * g + i, dtype), of_group[n]);
