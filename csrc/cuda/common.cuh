@@ -1,9 +1,7 @@
-/* common.cuh: what all kernels share: dtypes as floats, matrix instructions, launches. */
+/* common.cuh: what all kernels share: dtypes as floats, entries of codebooks, matrix instructions. */
 #ifndef AQLM_CUDA_COMMON_CUH
 #define AQLM_CUDA_COMMON_CUH
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -136,78 +134,6 @@ __device__ inline void wait_for_kernels_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
 #endif
-}
-
-/* Kernels that make row `row` of y from what others left in a workspace: SUMMED outputs a block, and each of its warps
- * adds up a part of what there is, sum(warp, output). dtypes: only if T is float. */
-constexpr int SUMMED = 32, SUM_WARPS = 8;
-
-template <class T, class Problem, class Sum>
-__device__ inline void finish_sums(const Problem &p, int row, const Sum &sum, aqlm_dtype dtype = AQLM_F32,
-                                   aqlm_dtype weight_dtype = AQLM_F32) {
-    const int warp = threadIdx.x / SUMMED, o = blockIdx.x * SUMMED + threadIdx.x % SUMMED;
-    const bool finishes = warp == 0 && o < p.out;
-    if constexpr (!std::is_same_v<T, float>)
-        if (finishes) {
-            prefetch(static_cast<const T *>(p.scales) + o);
-            if (p.bias) prefetch(static_cast<const T *>(p.bias) + o);
-        }
-    wait_for_kernels_before();
-    T scale(0.f), bias(0.f);
-    if (finishes) scale = load_as<T>(p.scales, o, weight_dtype);
-    if (finishes && p.bias) bias = load_as<T>(p.bias, o, dtype);
-    __shared__ float parts[SUM_WARPS][SUMMED];
-    float total = o < p.out ? sum(warp, o) : 0;
-    parts[warp][threadIdx.x % SUMMED] = total;
-    __syncthreads();
-    if (!finishes) return;
-    for (int other = 1; other < SUM_WARPS; ++other) total += parts[other][threadIdx.x];
-    total = total * static_cast<float>(scale) + static_cast<float>(bias);
-    store_as<T>(p.y, static_cast<size_t>(row) * p.out + o, dtype, total);
-}
-
-/* What the launchers need to know of a device, asked once. */
-struct Device {
-    int index, sms, shared_memory;
-    bool clusters;
-};
-
-inline constexpr int MAX_DEVICES = 64;
-
-inline cudaError_t current_device(Device &device) {
-    static std::atomic<uint64_t> known[MAX_DEVICES];
-    if (const cudaError_t error = cudaGetDevice(&device.index)) return error;
-    if (device.index >= MAX_DEVICES) return cudaErrorInvalidDevice;
-    uint64_t packed = known[device.index].load(std::memory_order_relaxed);
-    if (packed == 0) {
-        int sms, memory, major;
-        if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device.index))
-            return error;
-        if (const cudaError_t error =
-                cudaDeviceGetAttribute(&memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index))
-            return error;
-        if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index))
-            return error;
-        packed = uint64_t(sms) << 32 | uint64_t(major >= 9) << 31 | uint64_t(memory);
-        known[device.index].store(packed, std::memory_order_relaxed);
-    }
-    device.sms = int(packed >> 32);
-    device.clusters = packed >> 31 & 1;
-    device.shared_memory = int(packed & 0x7fffffff);
-    return cudaSuccess;
-}
-
-/* Lets `kernel` use all of the device's shared memory, and clusters of 16 blocks; tells the driver once for a device.
- */
-template <auto kernel> cudaError_t allow_shared_memory(const Device &device) {
-    static std::atomic<uint64_t> done;
-    const uint64_t bit = uint64_t(1) << device.index;
-    if (done.load(std::memory_order_relaxed) & bit) return cudaSuccess;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory);
-    if (error == cudaSuccess && device.clusters)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
-    return error;
 }
 
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,5 +1,5 @@
 /* decode_rows.cu: codes -> W, for products of many rows and for dense copies. */
-#include "cuda/common.cuh"
+#include "cuda/launch.cuh"
 
 namespace aqlm_cuda {
 namespace {

@@ -6,48 +6,14 @@
  * of the code. A cluster's blocks cut the row into slices, build their tables once, run all of the cluster's outputs
  * through them, and add up through distributed shared memory. Where that would mean tables of several slices for each
  * block, the row is cut into parts of a few slices instead, and a kernel behind adds up the parts. */
-#ifndef AQLM_CUDA_TABLES_CUH
-#define AQLM_CUDA_TABLES_CUH
-
-#include <climits>
+#ifndef AQLM_CUDA_PRODUCT_TABLES_CUH
+#define AQLM_CUDA_PRODUCT_TABLES_CUH
 
 #include "cuda/cluster.cuh"
+#include "cuda/product/sums.cuh"
+#include "cuda/product/tables.h"
 
 namespace aqlm_cuda {
-
-constexpr int TABLE_WARPS = 16, TABLE_CODES = 128, TABLE_BYTES = TABLE_CODES * 256 * 4;
-constexpr int BATCH = 16;      /* outputs a warp sums at a time */
-constexpr int MAX_GROUPED = 3; /* weights of one launch: q, k and v */
-
-/* How the work is cut: the outputs among clusters, and the row either into a slice for each block of a cluster, or, if
- * a cluster is one block, into parts of some slices each, whose sums another kernel adds up. */
-struct TableCut {
-    int parts, slices_of_part; /* the last may have fewer */
-    int size, share;           /* blocks of a cluster; outputs that each finishes */
-};
-
-struct TableProblem {
-    const void *x; /* [n_rows, in] */
-    int codebook_bytes, groups, num_codebooks, entries;
-    TableCut cut;
-    int in_group_size;
-    aqlm_dtype dtype, weight_dtype;
-};
-
-/* Aligned: a line of the constants each. */
-struct alignas(64) TableWeight {
-    void *y;                /* [n_rows, out] */
-    float *sums;            /* [n_rows, parts, out], if there are several parts */
-    const void *scales;     /* [out] */
-    const void *bias;       /* [out] or NULL */
-    const void *codebooks;  /* [K, E, g] */
-    const uint8_t *codes;   /* [out, J, K] */
-    int out, first_cluster; /* INT_MAX: of no cluster */
-};
-
-struct TableWeights {
-    TableWeight of[MAX_GROUPED];
-};
 
 /* Where entry e of the table of code 4 lane + i starts, in bytes. */
 __device__ inline int table_at(int i, int entry, int lane) {
@@ -428,76 +394,31 @@ __global__ void __launch_bounds__(SUMMED *SUM_WARPS)
     finish_sums<T>(w, blockIdx.y, sum, p.dtype, p.weight_dtype);
 }
 
-inline int64_t clusters_of(const int *outs, int count, int64_t outs_of_cluster) {
-    int64_t clusters = 0;
-    for (int m = 0; m < count; ++m) clusters += divide_up(outs[m], outs_of_cluster);
-    return clusters;
-}
-
-/* The cheapest cut: a cluster with a block for each slice, or single blocks for all of the row or parts of it. It is
- * one for all dtypes. `outs`: of each of `count` weights of shape `s` but for that. */
-inline cudaError_t find_table_cut(TableCut &best, const aqlm_shape &s, const int *outs, int count,
-                                  const Device &device) {
-    /* in outputs looked up (H100): of making tables, and of the kernel that sums parts; and the outputs that all blocks
-     * look up at a time, more of which would wait for memory */
-    constexpr int TABLES_COST = 480, SUM_COST = 250, PART_COST = 2, AT_A_TIME = 110, MOST_ROUNDS = 8;
-    constexpr int64_t MOST_PARTS = 1024;
-    constexpr auto kernel = table_kernel<float, 0, ANY_PERIOD>;
-    if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
-    int64_t all_outs = 0;
-    for (int m = 0; m < count; ++m) all_outs += outs[m];
-    const auto slices =
-        static_cast<int>(divide_up(s.in_features / s.in_group_size * s.num_codebooks, int64_t{TABLE_CODES}));
-    int64_t least = INT64_MAX;
-    const auto consider = [&](int size, int clusters, int slices_of_part) {
-        const auto parts = static_cast<int>(divide_up(slices, slices_of_part));
-        const int at_once = std::max(count, clusters / parts);
-        /* even, so that the barrier behind the sums is aligned */
-        const auto even = [](int64_t n) { return divide_up(n, 2) * 2; };
-        const int64_t most = (device.shared_memory - TABLE_BYTES - 8) / 4 / size / 2 * 2;
-        int64_t share = std::min(most, even(divide_up(all_outs, int64_t{at_once} * size)));
-        int64_t wanted = clusters_of(outs, count, share * size);
-        for (; wanted > at_once && share < most; wanted = clusters_of(outs, count, share * size))
-            share = std::min(most, even(share + 1 + share / 64)); /* none has outputs of two weights */
-        const int64_t waves = divide_up(wanted * parts, clusters), rounds = slices_of_part / size;
-        const int64_t cost = waves * rounds * TABLES_COST +
-                             std::max(waves * rounds * share * size, all_outs * slices / AT_A_TIME) +
-                             (parts > 1 ? SUM_COST + parts * PART_COST : 0);
-        if (cost >= least) return;
-        least = cost, best = {parts, slices_of_part, size, static_cast<int>(share)};
-    };
-    consider(1, device.sms, slices);
-    for (int rounds = 1; rounds <= MOST_ROUNDS && rounds < slices; ++rounds)
-        if (divide_up(slices, rounds) <= MOST_PARTS) consider(1, device.sms, rounds);
-    if (slices > 1 && slices <= MAX_CLUSTER && device.clusters) {
-        int clusters;
-        if (const cudaError_t error = resident_clusters<kernel>(clusters, slices, 32 * TABLE_WARPS, device))
-            return error;
-        if (clusters > 0) consider(slices, clusters, slices);
-    }
-    return cudaSuccess;
-}
-
-/* Of `count` weights, whose place among the clusters it finds. */
-template <class T, int G, int PERIOD>
-cudaError_t launch_table_kernel(const TableProblem &p, TableWeights &weights, int count, int n_rows,
-                                const Device &device, cudaStream_t stream) {
+template <class T, int G, int PERIOD> cudaError_t launch_table_kernel(const TableLaunch &l) {
     constexpr auto kernel = table_kernel<T, G, PERIOD>;
-    if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
-    const int parts = p.cut.parts, size = p.cut.size, share = p.cut.share;
-    int clusters = 0, most_outs = 0;
-    for (int m = 0; m < MAX_GROUPED; ++m) {
-        TableWeight &w = weights.of[m];
-        w.first_cluster = m < count ? clusters : INT_MAX;
-        if (m >= count) continue;
-        clusters += static_cast<int>(divide_up(w.out, share * size)), most_outs = std::max(most_outs, w.out);
-    }
-    const dim3 grid(size, static_cast<unsigned>(clusters), parts * n_rows);
-    const cudaError_t error = launch_early<kernel>(p, grid, size, 32 * TABLE_WARPS, TABLE_BYTES + share * size * 4 + 8,
-                                                   device, stream, weights);
+    if (const cudaError_t error = allow_shared_memory<kernel>(l.device)) return error;
+    const auto &[parts, slices_of_part, size, share] = l.problem.cut;
+    const dim3 grid(size, l.clusters, parts * l.n_rows);
+    const cudaError_t error = launch_early<kernel>(l.problem, grid, size, 32 * TABLE_WARPS,
+                                                   TABLE_BYTES + share * size * 4 + 8, l.device, l.stream, l.weights);
     if (error || parts == 1) return error;
-    const dim3 sum_grid(static_cast<unsigned>(divide_up(most_outs, SUMMED)), n_rows, count);
-    return launch_early<sum_parts_kernel<T>>(p, sum_grid, 1, SUMMED * SUM_WARPS, 0, device, stream, weights);
+    const dim3 sum_grid(static_cast<unsigned>(divide_up(l.most_outs, SUMMED)), l.n_rows, l.count);
+    return launch_early<sum_parts_kernel<T>>(l.problem, sum_grid, 1, SUMMED * SUM_WARPS, 0, l.device, l.stream,
+                                             l.weights);
+}
+
+template <class T, int G> cudaError_t launch_tables(const TableLaunch &l) {
+    switch (l.problem.num_codebooks) {
+    case 1:
+    case 2:
+    case 4: return launch_table_kernel<T, G, 1>(l);
+    case 8: return launch_table_kernel<T, G, 2>(l);
+    case 3:
+    case 6: return launch_table_kernel<T, G, 3>(l);
+    }
+    if constexpr (G == 8)
+        return l.problem.num_codebooks == 5 ? launch_table_kernel<T, G, 5>(l) : launch_table_kernel<T, G, 7>(l);
+    else return cudaErrorInvalidValue;
 }
 
 } // namespace aqlm_cuda

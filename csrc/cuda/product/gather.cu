@@ -1,4 +1,4 @@
-/* gather.cuh: up to 8 rows of x by gathered codebook entries and matrix instructions (g = 8, og = 1).
+/* gather.cu: up to 8 rows of x by gathered codebook entries and matrix instructions (g = 8, og = 1).
  *
  * A lane gathers whole entries of 16 bytes and they are the A fragment as they are: lane (r, q) of a warp holds outputs
  * r and r + 8 and its own group, whose 8 inputs are the columns 2q, 2q+1, 2q+8, 2q+9 of two instructions; B holds the
@@ -6,22 +6,12 @@
  * in shared memory eight times, one copy for each eighth of the banks, so that gathers never conflict; larger ones are
  * gathered from L2. A warp owns a slice of groups, keeps x for it in registers and runs through the block's outputs.
  * After every second tile of 16 outputs the block adds up its warps. */
-#ifndef AQLM_CUDA_GATHER_CUH
-#define AQLM_CUDA_GATHER_CUH
-
-#include "cuda/cluster.cuh"
+#include "cuda/product/paths.h"
 
 namespace aqlm_cuda {
+namespace {
 
-struct GatherProblem {
-    void *y;
-    const void *x;
-    const unsigned char *codes;
-    const void *codebooks, *scales, *bias;
-    int out, groups, entries, n_rows;
-};
-
-constexpr int GATHER_WARPS = 16, TILE = 16, MAX_ROWS = 8;
+constexpr int GATHER_WARPS = 16, TILE = 16;
 constexpr int SUM_TILES = 2; /* tiles between two sums over the warps, whose parts have two stages */
 constexpr int PARTS_BYTES = 2 * SUM_TILES * GATHER_WARPS * 32 * 16;
 constexpr int BOOK_PAIR_BYTES = 256 * 256; /* [256 entries][2 codebooks][8 copies][16 bytes] */
@@ -37,7 +27,7 @@ template <int K, int CODE> struct Lane {
     static __device__ int place(int j, int n) { return j ^ (GROUPS == 8 ? j / 8 + n % 2 * 4 : j / 8 * 2 + n % 2); }
 };
 
-template <int WORDS> __device__ inline void load_words(uint32_t (&to)[WORDS], const unsigned char *from) {
+template <int WORDS> __device__ void load_words(uint32_t (&to)[WORDS], const unsigned char *from) {
     if constexpr (WORDS % 4 == 0)
 #pragma unroll
         for (int i = 0; i < WORDS; i += 4) {
@@ -179,17 +169,54 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const Gath
     }
 }
 
-template <class T, int K, int CODE>
-cudaError_t launch_gather_kernel(const GatherProblem &p, const Device &device, cudaStream_t stream) {
+template <class T, int K, int CODE> cudaError_t launch(const GatherProblem &p, const Launch &l) {
     constexpr int BOOKS = CODE == 1 ? (K + 1) / 2 * BOOK_PAIR_BYTES : 0;
-    if (const cudaError_t error = allow_shared_memory<gather_kernel<T, K, CODE>>(device)) return error;
+    if (const cudaError_t error = allow_shared_memory<gather_kernel<T, K, CODE>>(l.device)) return error;
     const int64_t tiles = divide_up(p.out, TILE);
     const size_t fixed = BOOKS + PARTS_BYTES + size_t(GATHER_WARPS) * p.n_rows * Lane<K, CODE>::WARP_GROUPS * 16;
-    const int64_t most = (device.shared_memory - static_cast<int64_t>(fixed)) / (128 * 4); /* tiles of one block */
-    const int64_t blocks = std::max(std::min<int64_t>(tiles, device.sms), divide_up(tiles, most));
+    const int64_t most = (l.device.shared_memory - static_cast<int64_t>(fixed)) / (128 * 4); /* tiles of one block */
+    const int64_t blocks = std::max(std::min<int64_t>(tiles, l.device.sms), divide_up(tiles, most));
     return launch_early<gather_kernel<T, K, CODE>>(p, dim3(static_cast<unsigned>(blocks)), 1, 32 * GATHER_WARPS,
-                                                   fixed + divide_up(tiles, blocks) * 128 * 4, device, stream);
+                                                   fixed + divide_up(tiles, blocks) * 128 * 4, l.device, l.stream);
+}
+
+template <class T> cudaError_t launch_of(const Launch &l) {
+    const GatherProblem p = gather_problem(l);
+    const aqlm_shape &s = l.products->w.shape;
+    if (s.nbits_per_codebook > 8) return s.num_codebooks == 1 ? launch<T, 1, 2>(p, l) : launch<T, 2, 2>(p, l);
+    switch (s.num_codebooks) {
+    case 1: return launch<T, 1, 1>(p, l);
+    case 2: return launch<T, 2, 1>(p, l);
+    case 3: return launch<T, 3, 1>(p, l);
+    default: return launch<T, 4, 1>(p, l);
+    }
+}
+
+} // namespace
+
+bool can_gather(const aqlm_shape &s, const Device &device) {
+    const int64_t K = s.num_codebooks, bytes = s.nbits_per_codebook <= 8 ? 1 : 2;
+    if (s.in_group_size != 8 || s.out_group_size != 1 || K * bytes > 4) return false;
+    if (bytes == 1 && (K + 1) / 2 * BOOK_PAIR_BYTES + PARTS_BYTES + 48 * 1024 > device.shared_memory) return false;
+    return s.in_features / 8 % (K * bytes <= 2 ? 8 : 4) == 0;
+}
+
+GatherProblem gather_problem(const Launch &l) {
+    const auto &[y, w, bias] = *l.products;
+    return {y,
+            l.x,
+            static_cast<const unsigned char *>(w.codes),
+            w.codebooks,
+            w.scales,
+            bias,
+            static_cast<int>(w.shape.out_features),
+            static_cast<int>(w.shape.in_features / w.shape.in_group_size),
+            1 << w.shape.nbits_per_codebook,
+            l.n_rows};
+}
+
+cudaError_t run_gather(const Launch &l) {
+    return l.dtype == AQLM_F16 ? launch_of<__half>(l) : launch_of<__nv_bfloat16>(l);
 }
 
 } // namespace aqlm_cuda
-#endif

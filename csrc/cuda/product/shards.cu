@@ -1,4 +1,4 @@
-/* shards.cuh: a row of x by a codebook too large for one block's shared memory (16-bit floats, K = 1, B > 13, g = 8,
+/* shards.cu: a row of x by a codebook too large for one block's shared memory (16-bit floats, K = 1, B > 13, g = 8,
  * og = 1).
  *
  * Gathered from L2, each entry of 16 bytes moves a sector of 32, and that is the bound. Here the codebook lies in the
@@ -11,15 +11,14 @@
  * in a row. What it sums of a tile of 8 outputs goes to a partial of its own, and a kernel behind adds up the partials.
  *
  * A lane loads 8 codes, and 8 lanes a line of 128 bytes, of outputs lane / 8 and lane / 8 + 4. They are the A fragment
- * of gather.cuh, whose even rows hold groups of the first half of the line, odd rows of the second: their x are the
+ * of gather.cu, whose even rows hold groups of the first half of the line, odd rows of the second: their x are the
  * first and the second column of B, and the sum of an output is in two places of C. */
-#ifndef AQLM_CUDA_SHARDS_CUH
-#define AQLM_CUDA_SHARDS_CUH
-
 #include "cuda/cluster.cuh"
-#include "cuda/product/gather.cuh"
+#include "cuda/product/paths.h"
+#include "cuda/product/sums.cuh"
 
 namespace aqlm_cuda {
+namespace {
 
 constexpr int PLANES = 4, SHARD_WARPS = 32;
 constexpr int PAIR = 2; /* blocks of a cluster, which hold the same */
@@ -52,7 +51,7 @@ struct Partition {
     __device__ int owner_of(int unit) const { return ((unit + 1) * warps - 1) / units; }
 };
 
-static __global__ void cut_into_planes_kernel(const ShardProblem problem) {
+__global__ void cut_into_planes_kernel(const ShardProblem problem) {
     const int e = min(blockIdx.x * blockDim.x + threadIdx.x, problem.in_planes - 1);
     const uint4 *const from = static_cast<const uint4 *>(problem.g.codebooks) + e;
     prefetch(from);
@@ -63,7 +62,7 @@ static __global__ void cut_into_planes_kernel(const ShardProblem problem) {
 }
 
 /* v = the 16 bytes at `from` in shared memory, where `if_so`. */
-__device__ inline void load_if(uint4 &v, bool if_so, uint32_t from) {
+__device__ void load_if(uint4 &v, bool if_so, uint32_t from) {
     asm volatile("{ .reg .pred p;\n"
                  "setp.ne.b32 p, %4, 0;\n"
                  "@p ld.shared.v4.u32 {%0,%1,%2,%3}, [%5]; }"
@@ -74,8 +73,8 @@ __device__ inline void load_if(uint4 &v, bool if_so, uint32_t from) {
 /* All units of one warp. prepare() runs when the first codes are in flight; multiply(c, word, slice) adds the
  * products of a unit's codes, word[half] those of outputs lane / 8 + 4 half, to the fragments c. */
 template <class Prepare, class Multiply>
-__device__ inline void run_units(const ShardProblem &problem, const Partition &partition, int warp, int first,
-                                 int slices, float *sums, const Prepare &prepare, const Multiply &multiply) {
+__device__ void run_units(const ShardProblem &problem, const Partition &partition, int warp, int first, int slices,
+                          float *sums, const Prepare &prepare, const Multiply &multiply) {
     const GatherProblem &p = problem.g;
     const int lane = threadIdx.x % 32;
     const size_t row_bytes = static_cast<size_t>(p.groups) * 2;
@@ -121,7 +120,7 @@ __device__ inline void run_units(const ShardProblem &problem, const Partition &p
     }
 }
 
-__device__ inline uint32_t word_of(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+__device__ uint32_t word_of(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 /* The kernel before waited for those before it: all but the planes can be read at once. */
 template <class T> __global__ void __launch_bounds__(32 * SHARD_WARPS, 1) shard_kernel(const ShardProblem problem) {
@@ -251,53 +250,69 @@ template <class T> __global__ void __launch_bounds__(SUMMED *SUM_WARPS) sum_shar
 }
 
 /* Whether products of units and warps fit in 32 bits. */
-inline bool units_fit(int64_t out, int64_t groups, const Device &device) {
+bool units_fit(int64_t out, int64_t groups, const Device &device) {
     const int64_t units = (out / UNIT_OUTS + 1) * (groups / UNIT_GROUPS + 1);
     return units < UINT32_MAX / (int64_t{device.sms} * SHARD_WARPS + 1);
 }
 
 /* How the work is cut; bytes of shared memory and workspace. */
-inline ShardProblem plan_shards(const GatherProblem &g, const Device &device, size_t &memory, size_t &workspace) {
-    ShardProblem p = {g};
-    p.slices = static_cast<int>(divide_up(g.groups, UNIT_GROUPS));
+ShardProblem plan_shards(const aqlm_shape &s, const Device &device, size_t &memory, size_t &workspace) {
+    ShardProblem p = {};
+    const int entries = 1 << s.nbits_per_codebook;
+    p.slices = static_cast<int>(divide_up(s.in_features / s.in_group_size, UNIT_GROUPS));
     p.panels = static_cast<int>(divide_up(p.slices, MAX_PANEL));
     const int x_groups = static_cast<int>(divide_up(p.slices, p.panels)) * UNIT_GROUPS;
-    p.in_planes = std::min(g.entries, (device.shared_memory / 4 - x_groups - 8) / 8 * 8);
-    const int rest = g.entries - p.in_planes, pairs = device.sms / PAIR / p.panels;
+    p.in_planes = std::min(entries, (device.shared_memory / 4 - x_groups - 8) / 8 * 8);
+    const int rest = entries - p.in_planes, pairs = device.sms / PAIR / p.panels;
     /* 24 blocks a plane and 36 with the rest: faster than 22 or 26 (H100) */
     p.plane.blocks = std::max(1, rest ? pairs * 2 / 11 : pairs / PLANES) * PAIR;
     p.rest.blocks = rest ? std::max(1, pairs - PLANES * p.plane.blocks / PAIR) * PAIR : 0;
     const auto partials = [&](int blocks) {
-        return static_cast<int>(divide_up(int64_t{blocks} * SHARD_WARPS, divide_up(g.out, UNIT_OUTS))) + 1;
+        return static_cast<int>(divide_up(int64_t{blocks} * SHARD_WARPS, divide_up(s.out_features, UNIT_OUTS))) + 1;
     };
     p.plane.partials = partials(p.plane.blocks), p.rest.partials = rest ? partials(p.rest.blocks) : 0;
     p.barrier = std::max(p.in_planes + 4 + x_groups, (rest ? rest + x_groups : 0) * 4) * 4;
     memory = p.barrier + 8;
-    workspace =
-        (size_t(PLANES) * p.in_planes + size_t(p.panels) * (PLANES * p.plane.partials + p.rest.partials) * g.out) * 4;
+    const int partials_of_panel = PLANES * p.plane.partials + p.rest.partials;
+    workspace = (size_t(PLANES) * p.in_planes + size_t(p.panels) * partials_of_panel * s.out_features) * 4;
     return p;
 }
 
-template <class T>
-cudaError_t launch_shard_kernel(const GatherProblem &g, void *workspace, const Device &device, cudaStream_t stream) {
+template <class T> cudaError_t launch(const Launch &l) {
     constexpr auto kernel = shard_kernel<T>;
+    const Device &device = l.device;
     if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
     size_t memory, bytes;
-    ShardProblem p = plan_shards(g, device, memory, bytes);
-    p.planes = static_cast<uint32_t *>(workspace);
-    p.sums = static_cast<float *>(workspace) + size_t(PLANES) * p.in_planes;
+    ShardProblem p = plan_shards(l.products->w.shape, device, memory, bytes);
+    p.g = gather_problem(l);
+    p.planes = static_cast<uint32_t *>(l.workspace);
+    p.sums = static_cast<float *>(l.workspace) + size_t(PLANES) * p.in_planes;
     constexpr int THREADS = 128;
     const auto blocks = [](int items, int of_a_block) {
         return dim3(static_cast<unsigned>(divide_up(items, of_a_block)));
     };
     if (const cudaError_t error =
-            launch_early<cut_into_planes_kernel>(p, blocks(p.in_planes, THREADS), 1, THREADS, 0, device, stream))
+            launch_early<cut_into_planes_kernel>(p, blocks(p.in_planes, THREADS), 1, THREADS, 0, device, l.stream))
         return error;
     const dim3 grid(static_cast<unsigned>(p.panels * (PLANES * p.plane.blocks + p.rest.blocks)));
-    if (const cudaError_t error = launch_early<kernel>(p, grid, PAIR, 32 * SHARD_WARPS, memory, device, stream))
+    if (const cudaError_t error = launch_early<kernel>(p, grid, PAIR, 32 * SHARD_WARPS, memory, device, l.stream))
         return error;
-    return launch_early<sum_shards_kernel<T>>(p, blocks(g.out, SUMMED), 1, SUMMED * SUM_WARPS, 0, device, stream);
+    return launch_early<sum_shards_kernel<T>>(p, blocks(p.g.out, SUMMED), 1, SUMMED * SUM_WARPS, 0, device, l.stream);
 }
 
+} // namespace
+
+bool can_shard(const aqlm_shape &s, int64_t n_rows, const Device &device) {
+    return n_rows == 1 && s.num_codebooks == 1 && s.nbits_per_codebook > 13 && device.clusters &&
+           device.shared_memory > 200 * 1024 && units_fit(s.out_features, s.in_features / 8, device);
+}
+
+size_t shard_workspace(const aqlm_shape &s, const Device &device) {
+    size_t memory, bytes;
+    plan_shards(s, device, memory, bytes);
+    return bytes;
+}
+
+cudaError_t run_shards(const Launch &l) { return l.dtype == AQLM_F16 ? launch<__half>(l) : launch<__nv_bfloat16>(l); }
+
 } // namespace aqlm_cuda
-#endif
