@@ -1,4 +1,4 @@
-/* paths.h: the paths of a product with few rows, each in a file of its own, which matmul.cu chooses from. */
+/* paths.h: the paths of a product with few rows, each in a file of its own, for matmul.cu to plan. */
 #ifndef AQLM_CUDA_PRODUCT_PATHS_H
 #define AQLM_CUDA_PRODUCT_PATHS_H
 
@@ -16,6 +16,7 @@ struct Launch {
     const void *x;
     aqlm_dtype dtype;
     int n_rows;
+    aqlm_cuda_cut cut; /* for tables */
     void *workspace;
     Device device;
     cudaStream_t stream;
@@ -27,18 +28,12 @@ inline bool is_half(const aqlm_weight &w, aqlm_dtype dtype) { return dtype == w.
 /* Every format and mix of dtypes (plain.cu). */
 cudaError_t run_plain(const Launch &);
 
-/* Tables of products (tables.cu). How the work is cut: the outputs among clusters, and the row either into a slice for
- * each block of a cluster, or, if a cluster is one block, into parts of some slices each, whose sums another kernel
- * adds up. */
-struct TableCut {
-    int parts, slices_of_part; /* the last may have fewer */
-    int size, share;           /* blocks of a cluster; outputs that each finishes */
-};
-
+/* Tables of products (tables.cu). The outputs are cut among clusters, and the row either into a slice for each block of
+ * a cluster, or, if a cluster is one block, into parts of some slices each, whose sums another kernel adds up. */
 bool can_look_up(const aqlm_shape &s, const Device &device);
 /* The cheapest cut: a cluster with a block for each slice, or single blocks for all of the row or parts of it. It is
  * one for all dtypes. Shapes differ in `out` alone. */
-cudaError_t find_table_cut(TableCut &best, const aqlm_product *products, int count, const Device &device);
+cudaError_t find_table_cut(aqlm_cuda_cut &best, const aqlm_product *products, int count, const Device &device);
 cudaError_t run_tables(const Launch &);
 
 /* One product by gathered entries, of one 16-bit dtype (gather.cu). */

@@ -30,7 +30,7 @@ bool can_look_up(const aqlm_shape &s, const Device &device) {
            device.shared_memory >= TABLE_BYTES + 16 * 1024;
 }
 
-cudaError_t find_table_cut(TableCut &best, const aqlm_product *products, int count, const Device &device) {
+cudaError_t find_table_cut(aqlm_cuda_cut &best, const aqlm_product *products, int count, const Device &device) {
     /* in outputs looked up (H100): of making tables, and of the kernel that sums parts; and the outputs that all blocks
      * look up at a time, more of which would wait for memory */
     constexpr int TABLES_COST = 480, SUM_COST = 250, PART_COST = 2, AT_A_TIME = 110, MOST_ROUNDS = 8;
@@ -77,10 +77,8 @@ cudaError_t run_tables(const Launch &launch) {
     TableProblem &p = l.problem;
     p.x = launch.x, p.dtype = launch.dtype, p.weight_dtype = first.dtype;
     p.in_group_size = static_cast<int>(s.in_group_size), p.groups = static_cast<int>(s.in_features / s.in_group_size);
-    p.num_codebooks = static_cast<int>(s.num_codebooks), p.entries = 1 << s.nbits_per_codebook;
+    p.num_codebooks = static_cast<int>(s.num_codebooks), p.entries = 1 << s.nbits_per_codebook, p.cut = launch.cut;
     p.codebook_bytes = p.num_codebooks * p.entries * p.in_group_size * (first.dtype == AQLM_F32 ? 4 : 2);
-    if (const cudaError_t error = find_table_cut(p.cut, launch.products, launch.count, launch.device)) return error;
-    if (p.cut.parts > 1 && !launch.workspace) return cudaErrorInvalidValue;
     auto *sums = static_cast<float *>(launch.workspace);
     for (int m = 0; m < MAX_GROUPED; ++m) {
         TableWeight &of = l.weights.of[m];
@@ -90,7 +88,7 @@ cudaError_t run_tables(const Launch &launch) {
         const auto out = static_cast<int>(w.shape.out_features);
         of = {y, sums, w.scales, bias, w.codebooks, static_cast<const uint8_t *>(w.codes), out, l.clusters};
         sums += static_cast<size_t>(p.cut.parts) * launch.n_rows * out;
-        l.clusters += static_cast<int>(divide_up(out, p.cut.share * p.cut.size));
+        l.clusters += static_cast<int>(divide_up(out, p.cut.share * p.cut.cluster_size));
         l.most_outs = std::max(l.most_outs, out);
     }
     const bool has_instance = p.in_group_size == 8 || (p.num_codebooks != 5 && p.num_codebooks != 7);

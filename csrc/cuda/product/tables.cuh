@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     /* While the kernels before finish: what that does not change, or L2 alone sees. */
     if (const int at = threadIdx.x * 128; at < p.codebook_bytes)
         prefetch(static_cast<const unsigned char *>(w.codebooks) + at);
-    const int size = p.cut.size, share = p.cut.share, cluster_outs = size * share, rank = blockIdx.x;
+    const int size = p.cut.cluster_size, share = p.cut.share, cluster_outs = size * share, rank = blockIdx.x;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32; /* uniform to the compiler too */
     const int first_out = (cluster - w.first_cluster) * cluster_outs, n_outs = min(cluster_outs, w.out - first_out);
     const int x_row = p.cut.parts == 1 ? blockIdx.z : blockIdx.z / p.cut.parts;

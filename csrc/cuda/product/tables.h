@@ -12,7 +12,7 @@ constexpr int BATCH = 16; /* outputs a warp sums at a time */
 struct TableProblem {
     const void *x; /* [n_rows, in] */
     int codebook_bytes, groups, num_codebooks, entries;
-    TableCut cut;
+    aqlm_cuda_cut cut;
     int in_group_size;
     aqlm_dtype dtype, weight_dtype;
 };
