@@ -1,7 +1,7 @@
 /* aqlm_cuda.h: the verbs of aqlm.h on a GPU. Raw device pointers and a stream; no torch.
  *
- * Every launcher checks its sizes, enqueues on `stream` of the current device and returns at once; none allocates,
- * waits or keeps state but what it asked the driver about a device. Sums are fp32 in a fixed order: the same bits in
+ * Plans check sizes. Launchers enqueue on `stream` of the current device and return at once; none allocates, waits or
+ * keeps state but what it asked the driver about a device. Sums are fp32 in a fixed order: the same bits in
  * every run. Letters as in aqlm.h; all pointers of an aqlm_weight are device pointers, codes 16-byte aligned. */
 #ifndef AQLM_CUDA_H
 #define AQLM_CUDA_H
@@ -23,8 +23,7 @@ typedef struct aqlm_product {
 
 typedef enum aqlm_cuda_path {
     AQLM_CUDA_PLAIN,   /* every format and mix of dtypes */
-    AQLM_CUDA_TABLES,  /* products of x with the codebooks, looked up; codes are read once for each row (B <= 8, og = 1)
-                        */
+    AQLM_CUDA_TABLES,  /* products of x with the codebooks, looked up; codes are read for each row (B <= 8, og = 1) */
     AQLM_CUDA_GATHER,  /* gathered entries; codes are read once for up to 8 rows (fp16 and bf16 of the codebooks' dtype,
                         * g = 8, og = 1, K <= 4) */
     AQLM_CUDA_SHARDS,  /* the same for one row and a codebook that is cut among blocks (K = 1, B > 13) */

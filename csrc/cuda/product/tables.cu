@@ -31,7 +31,10 @@ bool can_look_up(const aqlm_shape &s, const Device &device) {
 }
 
 cudaError_t find_table_cut(aqlm_cuda_cut &best, const aqlm_product *products, int count, const Device &device) {
-    /* in outputs looked up (H100): of making tables, and of the kernel that sums parts; and the outputs that all blocks
+    /* Parts, summed by a second kernel, cost 1.1 to 1.4 us and save making tables again: 8x8g8 at 4096x11008 took 30 us
+     * in clusters of 16, each block with tables of six slices, and 22 in parts.
+     *
+     * In outputs looked up (H100): of making tables, and of the kernel that sums parts; and the outputs that all blocks
      * look up at a time, more of which would wait for memory */
     constexpr int TABLES_COST = 480, SUM_COST = 250, PART_COST = 2, AT_A_TIME = 110, MOST_ROUNDS = 8;
     constexpr int64_t MOST_PARTS = 1024;

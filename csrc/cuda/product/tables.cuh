@@ -5,7 +5,19 @@
  * and a lookup costs three instructions: entry e of lane L lies at byte 256 e + 4 L, which one byte permutation makes
  * of the code. A cluster's blocks cut the row into slices, build their tables once, run all of the cluster's outputs
  * through them, and add up through distributed shared memory. Where that would mean tables of several slices for each
- * block, the row is cut into parts of a few slices instead, and a kernel behind adds up the parts. */
+ * block, the row is cut into parts of a few slices instead, and a kernel behind adds up the parts.
+ *
+ * What bounds it (H100; ncu's counters: benchmarks/results/cuda_bounds.json). 28672x8192: HBM, bytes of codes by the
+ * time of a launch in a graph are 79 (1x8), 89 (2x8), 89 (4x8) and 92% (8x8) of the copy bandwidth. Small shapes: fixed
+ * phases, in cycles by clock64 for 2x8 at 4096x4096, about 10,000 from launch to launch, in an earlier version that
+ * took 0.8 us more: 580 to the kernel before, 2,300 until x and entries are there, 1,100 to make tables, 360 at the
+ * barrier, 2,600 to look up, 1,900 to add up and finish.
+ *
+ * What did not pay: outputs spread evenly over warps with shorter last batches (4 to 18% slower); the codes of batches
+ * ahead fetched to L2 (cold: a sector of each row 5% faster to 17% slower, its line in bulk 2% faster to 21% slower,
+ * all four sectors 5 to 63% slower) or those of a round ahead (x and entries waited behind them: 0.2 to 2 us slower in
+ * most shapes); codes two batches ahead in registers (3 to 7% slower in all but 4096x4096); codes loaded in place, one
+ * after each output's lookups (1 to 7% slower); entries kept in registers for all slices (spills). */
 #ifndef AQLM_CUDA_PRODUCT_TABLES_CUH
 #define AQLM_CUDA_PRODUCT_TABLES_CUH
 
@@ -97,7 +109,8 @@ template <class T, int G> struct TableRows {
 
 /* K = PERIOD << log_k. From lane to lane the codebooks of a warp's code recur with PERIOD. Lanes are sorted by them, so
  * that matrix m has those from m * (PERIOD / 2) on, BOOKS of them. Where these are several, all rows are multiplied
- * with each, but as zeros if they are not its. */
+ * with each, but as zeros if they are not its; two are one instruction on 16 columns. 3x8g8 at 4096x4096 (H100): 44 us
+ * with tables made by one thread each; unsorted 6.9 (K = 3; 5: 11.3), sorted 6.1 (10.2). */
 template <class T, int G, int PERIOD> struct TableBuilder : TableRows<T, G> {
     using Rows = TableRows<T, G>;
     using Rows::a, Rows::lane, Rows::mask, Rows::ROWS, Rows::STEPS, Rows::TILES, Rows::warp, Rows::WARPS_APART;
@@ -251,7 +264,16 @@ template <int WIDTH = BATCH / 2> __device__ inline float reduce_batch(float (&v)
 }
 
 /* T float: tables of any dtypes. grid [size, clusters, parts * n_rows], clusters of [size]. The order is by what is
- * waited for: nothing is found before it is needed, or after while loads are in flight. */
+ * waited for: nothing is found before it is needed, or after while loads are in flight.
+ *
+ * The compiler put the codes' loads behind lookups, or lookups before loads, as registers were free: up to 8% for
+ * better or worse. load_now and a branch that is never taken hold the order. A wait hidden in a prologue (a scale
+ * converted to float, a copy of an entry, a spill) cost up to 600 of 5,500 samples of ncu, whose source page shows it
+ * (--section SourceCounters). A few bytes are still spilled, most with g = 16.
+ *
+ * A cluster's block and a single one have a loop each: while one loop asked at every step where its sums go and whether
+ * a slice follows, most shapes took 1 to 6% longer. Arguments are a struct by value (what every thread reads) and one
+ * of weights, of which a block copies its own: that costs one weight alone nothing; a reference into it cost 3%. */
 template <class T, int G, int PERIOD>
 __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     table_kernel(const TableProblem p, const __grid_constant__ TableWeights weights) {
