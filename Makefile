@@ -14,7 +14,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_CODE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.c csrc/*/*.cpp)
-CUDA   := $(wildcard $(addprefix csrc/cuda/,*.cu *.cuh */*.cu */*.cuh */*.h))
+CUDA   := $(wildcard $(addprefix csrc/cuda/,*.cu *.cuh */*.cu */*.cuh))
 
 # Tests of what transformers does with our models.
 HF_TESTS := $(addprefix tests/test_,$(addsuffix .py,hf memory checkpoint rules experts families malformed upstream onthefly \

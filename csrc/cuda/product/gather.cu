@@ -6,7 +6,7 @@
  * in shared memory eight times, one copy for each eighth of the banks, so that gathers never conflict; larger ones are
  * gathered from L2. A warp owns a slice of groups, keeps x for it in registers and runs through the block's outputs.
  * After every second tile of 16 outputs the block adds up its warps. */
-#include "cuda/product/paths.h"
+#include "cuda/product/paths.cuh"
 
 namespace aqlm_cuda {
 namespace {

@@ -1,7 +1,7 @@
 /* matmul.cu: the plan of a product, and its launches. */
 #include <cstring>
 
-#include "cuda/product/paths.h"
+#include "cuda/product/paths.cuh"
 
 namespace aqlm_cuda {
 namespace {

@@ -1,5 +1,5 @@
 /* plain.cu: products of every format and mix of dtypes: right rather than fast. */
-#include "cuda/product/paths.h"
+#include "cuda/product/paths.cuh"
 
 namespace aqlm_cuda {
 namespace {

@@ -20,7 +20,7 @@
  * of gather.cu, whose even rows hold groups of the first half of the line, odd rows of the second: their x are the
  * first and the second column of B, and the sum of an output is in two places of C. */
 #include "cuda/cluster.cuh"
-#include "cuda/product/paths.h"
+#include "cuda/product/paths.cuh"
 #include "cuda/product/sums.cuh"
 
 namespace aqlm_cuda {

@@ -1,7 +1,7 @@
 /* tables.cu: how a product by tables is cut, and which of their kernels makes it. */
 #include <climits>
 
-#include "cuda/product/tables.h"
+#include "cuda/product/tables_launch.cuh"
 
 namespace aqlm_cuda {
 namespace {

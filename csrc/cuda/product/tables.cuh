@@ -23,7 +23,7 @@
 
 #include "cuda/cluster.cuh"
 #include "cuda/product/sums.cuh"
-#include "cuda/product/tables.h"
+#include "cuda/product/tables_launch.cuh"
 
 namespace aqlm_cuda {
 
@@ -269,7 +269,8 @@ template <int WIDTH = BATCH / 2> __device__ inline float reduce_batch(float (&v)
  * The compiler put the codes' loads behind lookups, or lookups before loads, as registers were free: up to 8% for
  * better or worse. load_now and a branch that is never taken hold the order. A wait hidden in a prologue (a scale
  * converted to float, a copy of an entry, a spill) cost up to 600 of 5,500 samples of ncu, whose source page shows it
- * (--section SourceCounters). A few bytes are still spilled, most with g = 16.
+ * (--section SourceCounters). Bytes of a thread that are still spilled (sm_90a): 12 to 16 with g = 4, 12 to 28
+ * with g = 8 (196 with K = 7), up to 160 with g = 16, 144 to 624 with g = 32.
  *
  * A cluster's block and a single one have a loop each: while one loop asked at every step where its sums go and whether
  * a slice follows, most shapes took 1 to 6% longer. Arguments are a struct by value (what every thread reads) and one

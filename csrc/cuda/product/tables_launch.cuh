@@ -1,8 +1,8 @@
-/* tables.h: products by tables, as the host sees them; kernels: tables.cuh. */
-#ifndef AQLM_CUDA_PRODUCT_TABLES_H
-#define AQLM_CUDA_PRODUCT_TABLES_H
+/* tables_launch.cuh: products by tables, as the host sees them; kernels: tables.cuh. */
+#ifndef AQLM_CUDA_PRODUCT_TABLES_LAUNCH_CUH
+#define AQLM_CUDA_PRODUCT_TABLES_LAUNCH_CUH
 
-#include "cuda/product/paths.h"
+#include "cuda/product/paths.cuh"
 
 namespace aqlm_cuda {
 

@@ -1,6 +1,6 @@
-/* paths.h: the paths of a product with few rows, each in a file of its own, for matmul.cu to plan. */
-#ifndef AQLM_CUDA_PRODUCT_PATHS_H
-#define AQLM_CUDA_PRODUCT_PATHS_H
+/* paths.cuh: the paths of a product with few rows, each in a file of its own, for matmul.cu to plan. */
+#ifndef AQLM_CUDA_PRODUCT_PATHS_CUH
+#define AQLM_CUDA_PRODUCT_PATHS_CUH
 
 #include "cuda/launch.cuh"
 
