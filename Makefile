@@ -14,7 +14,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_CODE := $(shell find csrc -name '*.h' -o -name '*.c' -o -name '*.cpp')
-CUDA   := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh)
+CUDA   := $(wildcard $(addprefix csrc/cuda/,*.cu *.cuh */*.cu */*.cuh))
 
 # Tests of what transformers does with our models.
 HF_TESTS := $(addprefix tests/test_,$(addsuffix .py,hf memory checkpoint rules experts families malformed upstream onthefly \
@@ -48,12 +48,12 @@ audit: wheel $(VENV)/audit
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(C_CODE)
+	$(BIN)/clang-format --dry-run --Werror $(C_CODE) $(CUDA)
 
 format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(C_CODE)
+	$(BIN)/clang-format -i $(C_CODE) $(CUDA)
 
 bench: build
 	$(BIN)/python benchmarks/quantize_layer.py $(ARGS)

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from importlib import metadata, util
 from pathlib import Path
@@ -43,12 +44,12 @@ ISA_FLAGS = {
 }
 
 
-# Machine code for these GPUs, and PTX of the last for later ones. 90a: the kernels are tuned for it.
-GPUS = ["80", "86", "89", "90a", "100", "120"]
+# PTX -> the GPUs whose machine code is made from it, and itself for GPUs later than all. 90a: the kernels are tuned for
+# it. PTX for each GPU would give the same machine code, for half as much time again in nvcc's front end.
+GPUS = {"80": ["sm_80", "sm_86", "sm_89"], "90a": ["sm_90a"], "100": ["sm_100", "sm_120", "compute_100"]}
 NVCC_FLAGS = [
-    *("-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "--threads=0"),
-    *(f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS),
-    f"-gencode=arch=compute_{GPUS[-1]},code=compute_{GPUS[-1]}",
+    *("-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"),
+    *(f"-gencode=arch=compute_{ptx},code=[{','.join(gpus)}]" for ptx, gpus in GPUS.items()),
 ]
 
 
@@ -155,13 +156,42 @@ def cuda_binding():
     toolkit = Path(re.search(r"TOP=(.*)", said)[1])  # nvcc on the PATH may be a script that calls another
     return torch_extension(
         "_cuda",
-        ["csrc/torch/ops_cuda.cpp", *sources("csrc/cuda/*.cu")],
+        ["csrc/torch/ops_cuda.cpp", *sources("csrc/cuda/*.cu", "csrc/cuda/*/*.cu")],
         include_dirs=[str(toolkit / "include")],
         define_macros=[("USE_CUDA", "1")],
         library_dirs=[str(toolkit / "lib64")],
         libraries=["cudart_static", "dl", "rt"],
         link=["-Wl,--no-as-needed", "-ltorch"],
     )
+
+
+def is_stale(compiled):
+    """Whether `compiled`, made by nvcc, is older than setup.py or a file that nvcc read for it, which lie beside it."""
+    read = compiled.with_suffix(".d")
+    if not compiled.exists() or not read.exists():
+        return True
+    files = ["setup.py", *read.read_text().partition(":")[2].replace("\\\n", " ").split()]
+    made = read.stat().st_mtime  # when nvcc began: what was edited since then is newer
+    return not all(os.path.exists(path) and os.path.getmtime(path) <= made for path in files)
+
+
+def compile_kernels(files, to, spawn):
+    """The objects of .cu files in folder `to`, of which those that are stale are made by nvcc, in parallel."""
+    compiled = {path: Path(to, path).with_suffix(".o") for path in files}
+    stale = [path for path in files if is_stale(compiled[path])]
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = max(1, processors // max(1, len(stale)))  # of an nvcc, for the machine codes of one file
+
+    def compile_one(path):
+        made = compiled[path]
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.unlink(missing_ok=True)
+        listed = ["-MD", "-MF", str(made.with_suffix(".d"))]
+        spawn([nvcc(), *NVCC_FLAGS, f"--threads={threads}", *listed, "-c", path, "-o", str(made)])
+
+    with ThreadPoolExecutor(processors) as pool:
+        list(pool.map(compile_one, stale))
+    return [str(made) for made in compiled.values()]
 
 
 def bindings(required):
@@ -205,16 +235,12 @@ class BuildExt(build_ext):
         super().build_extensions()
 
     def build_extension(self, ext):
-        """Compiles what is CUDA by nvcc, if it or a header is newer than the object."""
+        """Objects of CUDA are kept between builds, as those of the C libraries are."""
         kernels = [path for path in ext.sources if path.endswith(".cu")]
         ext.sources = [path for path in ext.sources if path not in kernels]
-        newest = max(Path(path).stat().st_mtime for path in ["setup.py", *HEADERS, *sources("csrc/cuda/*")])
-        for path in kernels:
-            to = Path(self.build_temp, path).with_suffix(".o")
-            if not to.exists() or to.stat().st_mtime < newest:
-                to.parent.mkdir(parents=True, exist_ok=True)
-                self.spawn([nvcc(), *NVCC_FLAGS, "-c", path, "-o", str(to)])
-            ext.extra_objects.append(str(to))
+        objects = compile_kernels(kernels, f"build/cuda.{get_platform()}", self.spawn)
+        ext.extra_objects += objects
+        ext.depends += objects
         super().build_extension(ext)
 
 

@@ -1,7 +1,7 @@
 /* aqlm_cuda.h: the verbs of aqlm.h on a GPU. Raw device pointers and a stream; no torch.
  *
- * Every launcher checks its sizes, enqueues on `stream` of the current device and returns at once; none allocates,
- * waits or keeps state but what it asked the driver about a device. Sums are fp32 in a fixed order: the same bits in
+ * Plans check sizes. Launchers enqueue on `stream` of the current device and return at once; none allocates, waits or
+ * keeps state but what it asked the driver about a device. Sums are fp32 in a fixed order: the same bits in
  * every run. Letters as in aqlm.h; all pointers of an aqlm_weight are device pointers, codes 16-byte aligned. */
 #ifndef AQLM_CUDA_H
 #define AQLM_CUDA_H
@@ -14,23 +14,48 @@
 extern "C" {
 #endif
 
-/* y[n_rows, out] = x[n_rows, in] W^T + bias. */
-typedef struct {
+/* y[n_rows, out] = x[n_rows, in] W^T + bias, with an x that is given apart. */
+typedef struct aqlm_product {
     void *y;
     aqlm_weight w;
     const void *bias; /* [out] or NULL */
 } aqlm_product;
 
-/* `count` products with one x; x, y and bias of dtype. Codes are read once for up to 8 rows (fp16 and bf16 of the
- * codebooks' dtype, g = 8, og = 1, K <= 4), else once for each. Two or three products are one launch if they go by
- * tables (one row, or the codes not read once; B <= 8) and their weights differ in `out` alone and have 64M codes at
- * most. workspace: of aqlm_cuda_matmul_workspace bytes, for which no pointer is looked at. */
-cudaError_t aqlm_cuda_matmul(const aqlm_product *products, int64_t count, const void *x, aqlm_dtype dtype,
-                             int64_t n_rows, void *workspace, cudaStream_t stream);
-size_t aqlm_cuda_matmul_workspace(const aqlm_product *products, int64_t count, aqlm_dtype dtype, int64_t n_rows);
+typedef enum aqlm_cuda_path {
+    AQLM_CUDA_PLAIN,   /* every format and mix of dtypes */
+    AQLM_CUDA_TABLES,  /* products of x with the codebooks, looked up; codes are read for each row (B <= 8, og = 1) */
+    AQLM_CUDA_GATHER,  /* gathered entries; codes are read once for up to 8 rows (fp16 and bf16 of the codebooks' dtype,
+                        * g = 8, og = 1, K <= 4) */
+    AQLM_CUDA_SHARDS,  /* the same for one row and a codebook that is cut among blocks (K = 1, B > 13) */
+    AQLM_CUDA_DENSE,   /* many rows: the caller's, who decodes W slice by slice for dense products */
+    AQLM_CUDA_SEPARATE /* several products that are no one launch: the caller's, who plans each by itself */
+} aqlm_cuda_path;
 
-/* The most rows for which that is faster than decoding W and a dense product. */
-int64_t aqlm_cuda_matmul_rows(const aqlm_weight *w, aqlm_dtype dtype);
+typedef struct aqlm_cuda_cut {
+    int32_t parts, slices_of_part; /* of a row; the last may have fewer slices */
+    int32_t cluster_size, share;   /* blocks of a cluster; outputs that each finishes */
+} aqlm_cuda_cut;
+
+typedef struct aqlm_cuda_plan {
+    aqlm_cuda_path path;      /* of 8 rows at a time, or of all if there are fewer */
+    aqlm_cuda_path last_path; /* of the n_rows % 8 behind them: one row may go by tables where 8 are gathered */
+    aqlm_cuda_cut cut;        /* of the work by tables (product/tables.cu) */
+    int64_t slice_size;       /* dense: outputs of a slice of W; for aqlm_cuda_matmul_backward_plan groups */
+    size_t workspace;         /* bytes that aqlm_cuda_matmul takes */
+} aqlm_cuda_plan;
+
+/* The plan of `count` products with one x of dtype, on the current device; no pointer is looked at. Callers and
+ * launchers obey it and decide nothing. Two or three products of one row are one launch if they go by tables and their
+ * weights differ in `out` alone and have 64M codes at most. */
+cudaError_t aqlm_cuda_matmul_plan(aqlm_cuda_plan *plan, const aqlm_product *products, int64_t count, aqlm_dtype dtype,
+                                  int64_t n_rows);
+
+/* What is planned, unless it is the caller's; x, y and bias of dtype. */
+cudaError_t aqlm_cuda_matmul(const aqlm_product *products, int64_t count, const void *x, aqlm_dtype dtype,
+                             int64_t n_rows, const aqlm_cuda_plan *plan, void *workspace, cudaStream_t stream);
+
+/* The plan of grad_x[n_rows, in] = grad_y[n_rows, out] W, for any number of rows. */
+cudaError_t aqlm_cuda_matmul_backward_plan(aqlm_cuda_plan *plan, const aqlm_weight *w);
 
 /* rows[outs, groups * g] = W[first_out : first_out + outs, first_group * g : (first_group + groups) * g], of row_dtype.
  */

@@ -7,8 +7,6 @@
 
 namespace aqlm_cuda {
 
-constexpr int MAX_CLUSTER = 16;
-
 __device__ inline int cluster_rank() {
 #if __CUDA_ARCH__ >= 900
     int rank;
@@ -99,44 +97,6 @@ __device__ inline void fetch_into_all(uint32_t to, const void *from, uint32_t by
                  "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
 #endif
-}
-
-/* How many clusters of `size` blocks run at a time; asks the driver once for each device and size. */
-template <auto kernel> cudaError_t resident_clusters(int &clusters, int size, int threads, const Device &device) {
-    static std::atomic<int> known[MAX_DEVICES][MAX_CLUSTER + 1]; /* and one more: none is an answer too */
-    clusters = known[device.index][size].load(std::memory_order_relaxed) - 1;
-    if (clusters >= 0) return cudaSuccess;
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(size);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = device.shared_memory;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    if (const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return error;
-    known[device.index][size].store(clusters + 1, std::memory_order_relaxed);
-    return cudaSuccess;
-}
-
-/* A launch of clusters of `size` blocks which may start while the kernel before it ends (wait_for_kernels_before). */
-template <auto kernel, class Problem, class... More>
-cudaError_t launch_early(const Problem &p, dim3 grid, unsigned size, unsigned threads, size_t shared_memory,
-                         const Device &device, cudaStream_t stream, const More &...more) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_memory;
-    config.stream = stream;
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {size, 1, 1};
-    config.attrs = attributes;
-    config.numAttrs = !device.clusters ? 0 : size > 1 ? 2 : 1;
-    return cudaLaunchKernelEx(&config, kernel, p, more...);
 }
 
 } // namespace aqlm_cuda

@@ -1,9 +1,7 @@
-/* common.cuh: what all kernels share: dtypes as floats, matrix instructions, launches. */
+/* common.cuh: what all kernels share: dtypes as floats, entries of codebooks, matrix instructions. */
 #ifndef AQLM_CUDA_COMMON_CUH
 #define AQLM_CUDA_COMMON_CUH
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -34,6 +32,25 @@ __device__ inline void store_float(void *p, size_t i, aqlm_dtype dtype, float va
 /* Code i of stored codes. */
 __device__ inline uint32_t load_code(const void *codes, size_t i, bool wide, uint32_t mask) {
     return (wide ? static_cast<const uint16_t *>(codes)[i] : static_cast<const uint8_t *>(codes)[i]) & mask;
+}
+
+/* Where entry `code` of codebook k starts, in numbers: [og, g] of them. */
+__device__ inline size_t entry_at(const aqlm_shape &s, int64_t k, int64_t code) {
+    return ((k << s.nbits_per_codebook) + code) * s.out_group_size * s.in_group_size;
+}
+
+/* Number (row, i) of group (o, j) of W before its scale, of any format: the sum over the codebooks in their order. */
+__device__ inline float weight_at(const aqlm_weight &w, int64_t o, int64_t row, int64_t j, int64_t i) {
+    const aqlm_shape &s = w.shape;
+    const bool wide = s.nbits_per_codebook > 8;
+    const int num_codebooks = static_cast<int>(s.num_codebooks);
+    const size_t first_code = (o * (s.in_features / s.in_group_size) + j) * num_codebooks;
+    float sum = 0;
+    for (int k = 0; k < num_codebooks; ++k) {
+        const uint32_t code = load_code(w.codes, first_code + k, wide, (1u << s.nbits_per_codebook) - 1);
+        sum += load_float(w.codebooks, entry_at(s, k, code) + row * s.in_group_size + i, w.dtype);
+    }
+    return sum;
 }
 
 template <class T> struct Pair;
@@ -84,7 +101,7 @@ template <class T> __device__ inline void store_as(void *p, size_t i, aqlm_dtype
     else static_cast<T *>(p)[i] = static_cast<T>(value);
 }
 
-/* Codes are read once: they need no room in L1. */
+/* Codes are read once: L1 does not keep them. */
 __device__ inline uint32_t load_once(const uint32_t *p) {
     uint32_t v;
     asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
@@ -111,84 +128,12 @@ __device__ inline uint4 load_once(const uint4 *p) {
 
 __device__ inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-/* Of a kernel launched with programmatic stream serialization: it may start while those before it end. What they wrote
- * must be read after this, and the next kernel may start after it. */
+/* Of a kernel launched with programmatic stream serialization: it may start while those before it finish. What they
+ * wrote must be read after this, and the next kernel may start after it. */
 __device__ inline void wait_for_kernels_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
 #endif
-}
-
-/* Kernels that make row `row` of y from what others left in a workspace: SUMMED outputs a block, and each of its warps
- * adds up a part of what there is, sum(warp, output). dtypes: only if T is float. */
-constexpr int SUMMED = 32, SUM_WARPS = 8;
-
-template <class T, class Problem, class Sum>
-__device__ inline void finish_sums(const Problem &p, int row, const Sum &sum, aqlm_dtype dtype = AQLM_F32,
-                                   aqlm_dtype weight_dtype = AQLM_F32) {
-    const int warp = threadIdx.x / SUMMED, o = blockIdx.x * SUMMED + threadIdx.x % SUMMED;
-    const bool finishes = warp == 0 && o < p.out;
-    if constexpr (!std::is_same_v<T, float>)
-        if (finishes) {
-            prefetch(static_cast<const T *>(p.scales) + o);
-            if (p.bias) prefetch(static_cast<const T *>(p.bias) + o);
-        }
-    wait_for_kernels_before();
-    T scale(0.f), bias(0.f);
-    if (finishes) scale = load_as<T>(p.scales, o, weight_dtype);
-    if (finishes && p.bias) bias = load_as<T>(p.bias, o, dtype);
-    __shared__ float parts[SUM_WARPS][SUMMED];
-    float total = o < p.out ? sum(warp, o) : 0;
-    parts[warp][threadIdx.x % SUMMED] = total;
-    __syncthreads();
-    if (!finishes) return;
-    for (int other = 1; other < SUM_WARPS; ++other) total += parts[other][threadIdx.x];
-    total = total * static_cast<float>(scale) + static_cast<float>(bias);
-    store_as<T>(p.y, static_cast<size_t>(row) * p.out + o, dtype, total);
-}
-
-/* What the launchers need to know of a device, asked once. */
-struct Device {
-    int index, sms, shared_memory;
-    bool clusters;
-};
-
-inline constexpr int MAX_DEVICES = 64;
-
-inline cudaError_t current_device(Device &device) {
-    static std::atomic<uint64_t> known[MAX_DEVICES];
-    if (const cudaError_t error = cudaGetDevice(&device.index)) return error;
-    if (device.index >= MAX_DEVICES) return cudaErrorInvalidDevice;
-    uint64_t packed = known[device.index].load(std::memory_order_relaxed);
-    if (packed == 0) {
-        int sms, memory, major;
-        if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device.index))
-            return error;
-        if (const cudaError_t error =
-                cudaDeviceGetAttribute(&memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index))
-            return error;
-        if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index))
-            return error;
-        packed = uint64_t(sms) << 32 | uint64_t(major >= 9) << 31 | uint64_t(memory);
-        known[device.index].store(packed, std::memory_order_relaxed);
-    }
-    device.sms = int(packed >> 32);
-    device.clusters = packed >> 31 & 1;
-    device.shared_memory = int(packed & 0x7fffffff);
-    return cudaSuccess;
-}
-
-/* Lets `kernel` use all of the device's shared memory, and clusters of 16 blocks; tells the driver once for a device.
- */
-template <auto kernel> cudaError_t allow_shared_memory(const Device &device) {
-    static std::atomic<uint64_t> done;
-    const uint64_t bit = uint64_t(1) << device.index;
-    if (done.load(std::memory_order_relaxed) & bit) return cudaSuccess;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory);
-    if (error == cudaSuccess && device.clusters)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
-    return error;
 }
 
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

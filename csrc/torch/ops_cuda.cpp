@@ -72,16 +72,6 @@ struct Weight {
 using Product = ProductOf<ready>;
 using Gradients = GradientsOf<ready>;
 
-constexpr int64_t TILE = 128; /* widths of which torch's product is fast */
-
-/* How many of `count` outputs or groups, `width` entries of W each, are dense at a time: enough for a GPU to be busy,
- * little beside a model. */
-int64_t slice_of(int64_t count, int64_t width, int64_t multiple) {
-    constexpr int64_t MOST = int64_t{1} << 26;
-    const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-    return std::min(count, up(up(count, up(count * width, MOST)), multiple) * multiple);
-}
-
 /* name(arguments...), an ATen operator whose first Results results are tensors. */
 template <size_t Results = 1, class... Arguments>
 std::array<Tensor, Results> call(const char *name, const char *overload, const Arguments &...arguments) {
@@ -100,21 +90,35 @@ std::optional<Tensor> ready_bias(const std::optional<Tensor> &bias, const Tensor
     return ready(*bias);
 }
 
+aqlm_cuda_plan plan_of(const Product &p, const aqlm_product *products, int64_t count) {
+    aqlm_cuda_plan plan;
+    check(aqlm_cuda_matmul_plan(&plan, products, count, p.dtype, p.n_rows), "matmul");
+    return plan;
+}
+
 /* Products with p.x, by our kernels. */
-void run(const Product &p, const aqlm_product *products, int64_t count, cudaStream_t stream) {
+void run(const Product &p, const aqlm_product *products, int64_t count, const aqlm_cuda_plan &plan,
+         cudaStream_t stream) {
     std::optional<Tensor> workspace;
-    if (const size_t bytes = aqlm_cuda_matmul_workspace(products, count, p.dtype, p.n_rows))
-        workspace = torch::stable::new_empty(p.x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-    check(aqlm_cuda_matmul(products, count, p.x.const_data_ptr(), p.dtype, p.n_rows,
+    if (plan.workspace > 0)
+        workspace = torch::stable::new_empty(p.x, {static_cast<int64_t>(plan.workspace)}, ScalarType::Byte);
+    check(aqlm_cuda_matmul(products, count, p.x.const_data_ptr(), p.dtype, p.n_rows, &plan,
                            workspace ? workspace->mutable_data_ptr() : nullptr, stream),
           "matmul");
+}
+
+/* Those of few rows, together if that is the plan. */
+void run(const Product &p, const aqlm_product *products, int64_t count, cudaStream_t stream) {
+    const aqlm_cuda_plan plan = plan_of(p, products, count);
+    if (plan.path != AQLM_CUDA_SEPARATE) return run(p, products, count, plan, stream);
+    for (int64_t m = 0; m < count; ++m) run(p, products + m, 1, stream);
 }
 
 aqlm_product product_of(Product &p, const Weight &w, const std::optional<Tensor> &bias) {
     return {p.y.mutable_data_ptr(), w.view, bias ? bias->const_data_ptr() : nullptr};
 }
 
-/* y [..., out] = x [..., in] W^T + bias, of x's dtype. Many rows: W is decoded slice by slice for torch's product. */
+/* y [..., out] = x [..., in] W^T + bias, of x's dtype. Dense: W is decoded slice by slice for torch's product. */
 Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, const Tensor &scales,
               const std::optional<Tensor> &bias_in) {
     const Weight w(x, "x", codes, codebooks, scales);
@@ -122,13 +126,13 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
     Product p(x, "x", s.in_features, s.out_features);
     std::optional<Tensor> bias = ready_bias(bias_in, x, s.out_features);
     if (p.n_rows == 0) return p.y;
-    if (p.n_rows <= aqlm_cuda_matmul_rows(&w.view, p.dtype)) {
-        const aqlm_product product = product_of(p, w, bias);
-        run(p, &product, 1, w.stream);
+    const aqlm_product product = product_of(p, w, bias);
+    const aqlm_cuda_plan plan = plan_of(p, &product, 1);
+    if (plan.path != AQLM_CUDA_DENSE) {
+        run(p, &product, 1, plan, w.stream);
         return p.y;
     }
-    const int64_t groups = s.in_features / s.in_group_size;
-    const int64_t slice = slice_of(s.out_features, s.in_features, TILE);
+    const int64_t groups = s.in_features / s.in_group_size, slice = plan.slice_size;
     if (slice == s.out_features) return call("aten::linear", "", p.x, w.decode(p.x, 0, slice, 0, groups), bias)[0];
     const Tensor x_rows = p.x_rows();
     Tensor y_rows = p.y_rows();
@@ -169,7 +173,9 @@ Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &
     Product p(grad_y, "grad_y", s.out_features, s.in_features);
     const int64_t groups = s.in_features / s.in_group_size;
     if (p.n_rows == 0) return p.y;
-    const int64_t slice = slice_of(groups, s.out_features * s.in_group_size, TILE / s.in_group_size);
+    aqlm_cuda_plan plan;
+    check(aqlm_cuda_matmul_backward_plan(&plan, &w.view), "matmul_backward");
+    const int64_t slice = plan.slice_size;
     if (slice == groups) return torch::stable::matmul(p.x, w.decode(p.x, 0, s.out_features, 0, groups));
     const Tensor x_rows = p.x_rows();
     Tensor y_rows = p.y_rows();

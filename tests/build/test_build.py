@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,6 +87,43 @@ def test_every_c_file_is_built_and_every_header_watched():
     headers = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/**/*.h")}
     for info in LIBRARIES.values():
         assert headers <= set(info["obj_deps"][""])
+
+
+@pytest.mark.skipif(BUILD.cuda_problem() is not None, reason="needs nvcc and torch")
+def test_every_cuda_file_is_built(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    built = {source for source in BUILD.cuda_door().sources if source.endswith(".cu")}
+    assert built == {p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/**/*.cu")}
+
+
+def test_cuda_files_are_compiled_again_if_what_they_include_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    compiled = []
+
+    def nvcc(command):  # as nvcc does: a list of what it read, then the object
+        source, to = command[-3], command[-1]
+        Path(command[command.index("-MF") + 1]).write_text(f"{to} : {source} \\\n  {source}h \\\n  setup.py\n")
+        Path(to).touch()
+        compiled.append(Path(source).name)
+
+    def build():
+        compiled.clear()
+        objects = BUILD.compile_kernels([str(path) for path in files], str(tmp_path), nvcc)
+        assert [Path(path).with_suffix(".cu") for path in objects] == files
+        return sorted(compiled)
+
+    files = [tmp_path / name for name in ("a.cu", "b.cu", "c.cu")]
+    for path in files:
+        path.touch(), Path(f"{path}h").touch()
+    assert build() == ["a.cu", "b.cu", "c.cu"]
+    assert build() == []
+    later = time.time() + 60
+    os.utime(tmp_path / "b.cuh", (later, later))
+    assert build() == ["b.cu"]
+    os.utime(tmp_path / "b.cuh", (0, 0))
+    (tmp_path / "a.o").unlink()
+    (tmp_path / "c.cuh").unlink()
+    assert build() == ["a.cu", "c.cu"]
 
 
 @pytest.mark.parametrize("path", COMPILED)

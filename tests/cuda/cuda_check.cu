@@ -1,7 +1,7 @@
 /* cuda_check.cu: the launchers of aqlm_cuda.h against plain sums on the CPU, without torch or Python: small enough for
  * compute-sanitizer. test_cuda.py builds and runs it; by hand:
  *
- *   nvcc -std=c++17 -O3 -arch=native -Icsrc tests/cuda_check.cu csrc/cuda/ *.cu -o cuda_check
+ *   nvcc -std=c++17 -O3 -arch=native -Icsrc tests/cuda_check.cu csrc/cuda/product/ *.cu -o cuda_check
  *   for tool in memcheck racecheck initcheck synccheck; do compute-sanitizer --tool $tool ./cuda_check; done
  *
  * Arguments: the numbers of the shapes to check, all of them without. Prints a line for each; exits with 1 if one is
@@ -69,6 +69,25 @@ const Format FORMATS[] = {
     {36, 2048, 5, 5, 1, 32},  {70, 1024, 3, 8, 1, 8},  {33, 12288, 3, 8, 1, 8},
 };
 
+/* Paths of products of float16, of 8 rows at a time and of those behind. */
+const struct {
+    Format format;
+    int64_t rows;
+    aqlm_cuda_path path, last_path;
+} PATHS[] = {
+    {{4096, 4096, 2, 8, 1, 8}, 1, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES},
+    {{4096, 4096, 2, 8, 1, 8}, 3, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
+    {{4096, 4096, 2, 8, 1, 8}, 9, AQLM_CUDA_GATHER, AQLM_CUDA_TABLES},
+    {{4096, 4096, 2, 8, 1, 8}, 24, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
+    {{4096, 4096, 2, 8, 1, 8}, 25, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE},
+    {{4096, 4096, 1, 16, 1, 8}, 1, AQLM_CUDA_SHARDS, AQLM_CUDA_SHARDS},
+    {{4096, 4096, 1, 16, 1, 8}, 8, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
+    {{4096, 4096, 1, 16, 1, 8}, 9, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE},
+    {{4096, 4096, 8, 8, 1, 8}, 4, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES},
+    {{4096, 4096, 8, 8, 1, 8}, 5, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE},
+    {{4096, 4096, 2, 8, 2, 8}, 1, AQLM_CUDA_PLAIN, AQLM_CUDA_PLAIN},
+};
+
 std::mt19937 random_bits(1);
 
 template <class T> std::vector<T> random_values(size_t count, float size) {
@@ -116,6 +135,42 @@ template <class T> struct Weight {
     }
 };
 
+aqlm_cuda_plan plan_of(const aqlm_product *products, int64_t count, aqlm_dtype dtype, int64_t rows) {
+    aqlm_cuda_plan plan;
+    check(aqlm_cuda_matmul_plan(&plan, products, count, dtype, rows), "aqlm_cuda_matmul_plan");
+    return plan;
+}
+
+/* On GPUs that have all paths. */
+bool check_paths() {
+    int major, shared_memory;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "cudaDeviceGetAttribute");
+    if (major < 9 || shared_memory < 220 * 1024) return true;
+    bool ok = true;
+    for (const auto &[f, rows, path, last_path] : PATHS) {
+        const aqlm_product product = {nullptr, {{f.out, f.in, f.K, f.B, f.g, f.og}, 0, 0, 0, AQLM_F16, false}, nullptr};
+        const aqlm_cuda_plan plan = plan_of(&product, 1, AQLM_F16, rows);
+        const bool same = plan.path == path && plan.last_path == last_path;
+        std::printf("%s %ldx%ld og%ld, %ld rows: paths %d %d of %d %d\n", same ? "ok" : "WRONG", f.K, f.B, f.og, rows,
+                    plan.path, plan.last_path, path, last_path);
+        ok &= same;
+    }
+    return ok;
+}
+
+/* Products with x, as planned. */
+void multiply(const std::vector<aqlm_product> &products, const void *x, aqlm_dtype dtype, int64_t rows) {
+    const auto count = static_cast<int64_t>(products.size());
+    const aqlm_cuda_plan plan = plan_of(products.data(), count, dtype, rows);
+    if (plan.path == AQLM_CUDA_SEPARATE) {
+        for (const aqlm_product &product : products) multiply({product}, x, dtype, rows);
+        return;
+    }
+    const OnDevice<char> workspace(plan.workspace);
+    check(aqlm_cuda_matmul(products.data(), count, x, dtype, rows, &plan, workspace.data, nullptr), "aqlm_cuda_matmul");
+}
+
 /* Of products with one x, which has so many rows; the same bits twice. */
 template <class T> double error_of_products(const std::vector<const Weight<T> *> &weights, int64_t rows) {
     const int64_t in = weights[0]->f.in;
@@ -127,15 +182,13 @@ template <class T> double error_of_products(const std::vector<const Weight<T> *>
     for (const auto *w : weights)
         products.push_back({ys.emplace_back(rows * w->f.out).data, w->view, with_bias ? w->bias_there.data : nullptr});
     const auto count = static_cast<int64_t>(products.size());
-    const OnDevice<char> workspace(aqlm_cuda_matmul_workspace(products.data(), count, dtype_of<T>, rows));
     double worst = 0;
     std::vector<std::vector<T>> first;
-    for (int turn = 0; turn < 2; ++turn) {
-        check(aqlm_cuda_matmul(products.data(), count, x_there.data, dtype_of<T>, rows, workspace.data, nullptr),
-              "aqlm_cuda_matmul");
+    for (int iteration = 0; iteration < 2; ++iteration) {
+        multiply(products, x_there.data, dtype_of<T>, rows);
         for (int64_t m = 0; m < count; ++m) {
             const auto got = ys[m].host();
-            if (turn == 0) first.push_back(got);
+            if (iteration == 0) first.push_back(got);
             for (size_t i = 0; i < got.size(); ++i)
                 if (float(got[i]) != float(first[m][i])) worst = INFINITY;
         }
@@ -162,10 +215,11 @@ template <class T> bool check_format(const Format &f) {
     const auto code_of = [&](int64_t o, int64_t j, int64_t k) { return weight.code_of(o, j, k); };
 
     double worst = 0;
-    const int64_t most = aqlm_cuda_matmul_rows(&w, dtype_of<T>);
+    const aqlm_product product = {nullptr, w, nullptr};
     for (int64_t rows : {int64_t{1}, int64_t{3}, int64_t{8}, int64_t{9}})
-        if (rows <= most || rows <= 3) worst = std::fmax(worst, error_of_products<T>({&weight}, rows));
-    if (f.og == 1 && f.out * f.in < 1 << 20) { /* joined, where that is so: fewer outputs, and more */
+        if (plan_of(&product, 1, dtype_of<T>, rows).path != AQLM_CUDA_DENSE)
+            worst = std::fmax(worst, error_of_products<T>({&weight}, rows));
+    if (f.og == 1 && f.out * f.in < 1 << 20) { /* grouped, where that is so: fewer outputs, and more */
         Format fewer = f, more = f;
         fewer.out = std::max<int64_t>(16, f.out / 3), more.out = f.out + 50;
         const Weight<T> second(fewer), third(more);
@@ -224,7 +278,7 @@ template <class T> bool check_format(const Format &f) {
 } // namespace
 
 int main(int argc, char **argv) {
-    bool ok = true;
+    bool ok = check_paths();
     const int count = sizeof FORMATS / sizeof *FORMATS;
     for (int i = 0; i < count; ++i) {
         bool wanted = argc == 1;

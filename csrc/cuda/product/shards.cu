@@ -1,58 +1,63 @@
-/* shards.cuh: a row of x by a codebook too large for one block's shared memory (16-bit floats, K = 1, B > 13, g = 8,
+/* shards.cu: a row of x by a codebook too large for one block's shared memory (16-bit floats, K = 1, B > 13, g = 8,
  * og = 1).
  *
  * Gathered from L2, each entry of 16 bytes moves a sector of 32, and that is the bound. Here the codebook lies in the
  * shared memory of five kinds of blocks, which all read the codes: four hold a plane each, two of the eight inputs of
  * nearly all entries, so that a gather is a word and one matrix instruction takes four codes of a lane; the fifth holds
  * the rest of the entries, whole, and only the lanes whose code is one of them load. What bounds it then is shared
- * memory, 32 words from random banks. A kernel before cuts the codebook into planes.
+ * memory, 32 words from random banks: at 79% of its peak (H100; HBM 27, L2 45, instruction issue 45%). A kernel before
+ * cuts the codebook into planes.
+ *
+ * Five shards of whole entries left four lanes of five idle in every gather: 130 us for 28672x8192. Planes take as many
+ * wavefronts of shared memory (16.3 million for 29.4 million codes) but half the instructions: 100 us. A table of
+ * 65,536 products for each group would cost more to make than it saves with few outputs, and wants the codes of a group
+ * next to each other (arithmetic).
  *
  * Work is cut into units, 8 outputs by 64 groups, in the order of codes in memory, and each warp takes as many of them
- * in a row. What it sums of a tile of 8 outputs goes to a slot of its own, and a kernel behind adds up the slots.
+ * in a row. What it sums of a tile of 8 outputs goes to a partial of its own, and a kernel behind adds up the partials.
  *
  * A lane loads 8 codes, and 8 lanes a line of 128 bytes, of outputs lane / 8 and lane / 8 + 4. They are the A fragment
- * of gather.cuh, whose even rows hold groups of the first half of the line, odd rows of the second: their x are the
+ * of gather.cu, whose even rows hold groups of the first half of the line, odd rows of the second: their x are the
  * first and the second column of B, and the sum of an output is in two places of C. */
-#ifndef AQLM_CUDA_SHARDS_CUH
-#define AQLM_CUDA_SHARDS_CUH
-
 #include "cuda/cluster.cuh"
-#include "cuda/gather.cuh"
+#include "cuda/product/paths.cuh"
+#include "cuda/product/sums.cuh"
 
 namespace aqlm_cuda {
+namespace {
 
 constexpr int PLANES = 4, SHARD_WARPS = 32;
 constexpr int PAIR = 2; /* blocks of a cluster, which hold the same */
 constexpr int UNIT_OUTS = 8, UNIT_GROUPS = 64;
-constexpr int MAX_PANEL = 2048 / UNIT_GROUPS; /* slabs of groups whose x lies in shared memory */
+constexpr int MAX_PANEL = 2048 / UNIT_GROUPS; /* slices of groups whose x lies in shared memory */
 
-/* Blocks of one kind with one panel of the groups; slots of each output. */
+/* Blocks of one kind with one panel of the groups; partials of each output. */
 struct Share {
-    int blocks, slots;
+    int blocks, partials;
 };
 
 struct ShardProblem {
     GatherProblem g;
-    uint32_t *planes;  /* [PLANES][in_planes] */
-    float *sums;       /* [panels][PLANES][plane.slots][out], then [panels][rest.slots][out] */
-    int in_planes;     /* entries that lie in planes, a multiple of 8 */
-    int barrier;       /* its offset in shared memory */
-    int slabs, panels; /* of UNIT_GROUPS groups; they are cut into */
-    Share plane, rest; /* rest.blocks = 0: all entries lie in planes */
+    uint32_t *planes;   /* [PLANES][in_planes] */
+    float *sums;        /* [panels][PLANES][plane.partials][out], then [panels][rest.partials][out] */
+    int in_planes;      /* entries that lie in planes, a multiple of 8 */
+    int barrier;        /* its offset in shared memory */
+    int slices, panels; /* of UNIT_GROUPS groups; they are cut into */
+    Share plane, rest;  /* rest.blocks = 0: all entries lie in planes */
 
-    __host__ __device__ int first_slab(int panel) const { return slabs * panel / panels; }
+    __host__ __device__ int first_slice(int panel) const { return slices * panel / panels; }
 };
 
-/* Units of a panel dealt out to warps, at least one to each. */
-struct Deal {
+/* Units of a panel distributed among warps, at least one to each. */
+struct Partition {
     uint32_t units, warps;
-    __device__ Deal(const Share &share, int tiles, int slabs)
-        : units(tiles * slabs), warps(min(share.blocks * SHARD_WARPS, tiles * slabs)) {}
+    __device__ Partition(const Share &share, int tiles, int slices)
+        : units(tiles * slices), warps(min(share.blocks * SHARD_WARPS, tiles * slices)) {}
     __device__ int first_of(int warp) const { return units * warp / warps; }
     __device__ int owner_of(int unit) const { return ((unit + 1) * warps - 1) / units; }
 };
 
-static __global__ void cut_into_planes_kernel(const ShardProblem problem) {
+__global__ void cut_into_planes_kernel(const ShardProblem problem) {
     const int e = min(blockIdx.x * blockDim.x + threadIdx.x, problem.in_planes - 1);
     const uint4 *const from = static_cast<const uint4 *>(problem.g.codebooks) + e;
     prefetch(from);
@@ -63,7 +68,7 @@ static __global__ void cut_into_planes_kernel(const ShardProblem problem) {
 }
 
 /* v = the 16 bytes at `from` in shared memory, where `if_so`. */
-__device__ inline void load_if(uint4 &v, bool if_so, uint32_t from) {
+__device__ void load_if(uint4 &v, bool if_so, uint32_t from) {
     asm volatile("{ .reg .pred p;\n"
                  "setp.ne.b32 p, %4, 0;\n"
                  "@p ld.shared.v4.u32 {%0,%1,%2,%3}, [%5]; }"
@@ -71,18 +76,19 @@ __device__ inline void load_if(uint4 &v, bool if_so, uint32_t from) {
                  : "r"(static_cast<int>(if_so)), "r"(from));
 }
 
-/* All units of one warp. prepare() runs when the first codes are on their way; multiply(c, word, slab) adds the
+/* All units of one warp. prepare() runs when the first codes are in flight; multiply(c, word, slice) adds the
  * products of a unit's codes, word[half] those of outputs lane / 8 + 4 half, to the fragments c. */
 template <class Prepare, class Multiply>
-__device__ inline void run_units(const ShardProblem &problem, const Deal &deal, int warp, int first, int slabs,
-                                 float *sums, const Prepare &prepare, const Multiply &multiply) {
+__device__ void run_units(const ShardProblem &problem, const Partition &partition, int warp, int first, int slices,
+                          float *sums, const Prepare &prepare, const Multiply &multiply) {
     const GatherProblem &p = problem.g;
     const int lane = threadIdx.x % 32;
     const size_t row_bytes = static_cast<size_t>(p.groups) * 2;
-    const bool idle = warp >= static_cast<int>(deal.warps);
-    const int begin = idle ? 0 : deal.first_of(warp);
-    int left = idle ? 0 : deal.first_of(warp + 1) - begin, tile = begin / slabs, slab = begin - tile * slabs;
-    int slot = warp - deal.owner_of(begin - slab); /* 0 of all tiles but the first, which others may have begun */
+    const bool idle = warp >= static_cast<int>(partition.warps);
+    const int begin = idle ? 0 : partition.first_of(warp);
+    int left = idle ? 0 : partition.first_of(warp + 1) - begin, tile = begin / slices, slice = begin - tile * slices;
+    /* 0 of all tiles but the first, which others may have begun */
+    int partial = warp - partition.owner_of(begin - slice);
     const unsigned char *from[2];
     const auto go_to = [&](int to_tile) {
 #pragma unroll
@@ -90,37 +96,37 @@ __device__ inline void run_units(const ShardProblem &problem, const Deal &deal, 
             from[half] = p.codes + min(to_tile * UNIT_OUTS + 4 * half + lane / 8, p.out - 1) * row_bytes;
     };
     uint4 next[2] = {};
-    const auto load = [&](int of_slab) {
-        const int group = (first + of_slab) * UNIT_GROUPS + lane % 8 * 8; /* 8 or none of a lane's groups exist */
+    const auto load = [&](int of_slice) {
+        const int group = (first + of_slice) * UNIT_GROUPS + lane % 8 * 8; /* 8 or none of a lane's groups exist */
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             next[half] = load_once(reinterpret_cast<const uint4 *>(from[half] + (group < p.groups ? group * 2 : 0)));
     };
-    if (left > 0) go_to(tile), load(slab);
+    if (left > 0) go_to(tile), load(slice);
     prepare();
     float c[2][4] = {};
     for (; left > 0; --left) {
         const uint4 word[2] = {next[0], next[1]};
-        const int of_slab = slab, o = tile * UNIT_OUTS + lane / 8;
-        if (++slab == slabs) slab = 0, go_to(++tile);
-        if (left > 1) load(slab);
-        multiply(c, word, of_slab);
-        if (slab > 0 && left > 1) continue;
+        const int of_slice = slice, o = tile * UNIT_OUTS + lane / 8;
+        if (++slice == slices) slice = 0, go_to(++tile);
+        if (left > 1) load(slice);
+        multiply(c, word, of_slice);
+        if (slice > 0 && left > 1) continue;
         const bool odd = lane & 4;
         float low = odd ? c[0][1] + c[1][1] : c[0][0] + c[1][0], high = odd ? c[0][3] + c[1][3] : c[0][2] + c[1][2];
         low += __shfl_xor_sync(~0u, low, 4), high += __shfl_xor_sync(~0u, high, 4);
         if (lane % 8 == 0) {
-            float *const to = sums + static_cast<size_t>(slot) * p.out + o;
+            float *const to = sums + static_cast<size_t>(partial) * p.out + o;
             if (o < p.out) to[0] = low;
             if (o + 4 < p.out) to[4] = high;
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) c[0][i] = c[1][i] = 0;
-        slot = 0;
+        partial = 0;
     }
 }
 
-__device__ inline uint32_t word_of(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+__device__ uint32_t word_of(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 /* The kernel before waited for those before it: all but the planes can be read at once. */
 template <class T> __global__ void __launch_bounds__(32 * SHARD_WARPS, 1) shard_kernel(const ShardProblem problem) {
@@ -130,8 +136,8 @@ template <class T> __global__ void __launch_bounds__(32 * SHARD_WARPS, 1) shard_
     const int plane_pairs = problem.panels * PLANES * problem.plane.blocks / PAIR, pair = cluster_index();
     const bool is_plane = pair < plane_pairs;
     const int plane = pair % PLANES, index = is_plane ? pair / PLANES : pair - plane_pairs;
-    const int panel = index % problem.panels, first = problem.first_slab(panel);
-    const int slabs = problem.first_slab(panel + 1) - first, part = index / problem.panels * PAIR + cluster_rank();
+    const int panel = index % problem.panels, first = problem.first_slice(panel);
+    const int slices = problem.first_slice(panel + 1) - first, part = index / problem.panels * PAIR + cluster_rank();
     const int warp = part * SHARD_WARPS + __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int tiles = (p.out + UNIT_OUTS - 1) / UNIT_OUTS;
     float *sums = problem.sums;
@@ -151,7 +157,7 @@ template <class T> __global__ void __launch_bounds__(32 * SHARD_WARPS, 1) shard_
     if (is_plane) {
         /* a word of all entries, one of zeros, words of x */
         auto *const words = reinterpret_cast<uint32_t *>(shared), *const x = words + in_planes + 4;
-        for (int j = threadIdx.x; j < slabs * UNIT_GROUPS; j += 32 * SHARD_WARPS) {
+        for (int j = threadIdx.x; j < slices * UNIT_GROUPS; j += 32 * SHARD_WARPS) {
             const int group = first * UNIT_GROUPS + j;
             x[j / UNIT_GROUPS * UNIT_GROUPS + j / 4 % 2 * 32 + j / 8 % 8 * 4 + j % 4] =
                 group < p.groups ? __ldg(static_cast<const uint32_t *>(p.x) + group * 4 + plane) : 0;
@@ -160,18 +166,18 @@ template <class T> __global__ void __launch_bounds__(32 * SHARD_WARPS, 1) shard_
         const uint32_t x_base = static_cast<uint32_t>(__cvta_generic_to_shared(x)) + lane % 8 * 16;
         const uint32_t limit = in_planes * 0x00010001u, mask = (p.entries - 1) * 0x00010001u;
         uint4 low = {}, high = {}; /* the other lanes' would be columns of B that are not used */
-        sums += static_cast<size_t>(panel * PLANES + plane) * problem.plane.slots * p.out;
+        sums += static_cast<size_t>(panel * PLANES + plane) * problem.plane.partials * p.out;
         run_units(
-            problem, Deal(problem.plane, tiles, slabs), warp, first, slabs, sums,
+            problem, Partition(problem.plane, tiles, slices), warp, first, slices, sums,
             [&] {
                 wait_for_kernels_before();
                 fetch_entries(problem.planes + static_cast<size_t>(plane) * in_planes);
                 __syncthreads();
                 wait_for_bytes(barrier);
             },
-            [&](float (&c)[2][4], const uint4(&word)[2], int slab) {
-                load_if(low, lane < 8, x_base + slab * (UNIT_GROUPS * 4));
-                load_if(high, lane < 8, x_base + slab * (UNIT_GROUPS * 4) + UNIT_GROUPS * 2);
+            [&](float (&c)[2][4], const uint4(&word)[2], int slice) {
+                load_if(low, lane < 8, x_base + slice * (UNIT_GROUPS * 4));
+                load_if(high, lane < 8, x_base + slice * (UNIT_GROUPS * 4) + UNIT_GROUPS * 2);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     uint32_t a[2][2];
@@ -189,28 +195,28 @@ template <class T> __global__ void __launch_bounds__(32 * SHARD_WARPS, 1) shard_
     } else {
         /* entries, x; B = 16 here, so that codes need no mask */
         auto *const x = reinterpret_cast<uint4 *>(shared) + rest;
-        for (int j = threadIdx.x; j < slabs * UNIT_GROUPS; j += 32 * SHARD_WARPS) {
+        for (int j = threadIdx.x; j < slices * UNIT_GROUPS; j += 32 * SHARD_WARPS) {
             const int group = first * UNIT_GROUPS + j;
             x[j / UNIT_GROUPS * UNIT_GROUPS + j % 8 * 8 + j / 8 % 8] =
                 group < p.groups ? __ldg(static_cast<const uint4 *>(p.x) + group) : uint4{0, 0, 0, 0};
         }
         const uint32_t x_base = base + (rest + lane % 8) * 16;
         uint4 of_group = {};
-        sums += (static_cast<size_t>(problem.panels) * PLANES * problem.plane.slots +
-                 static_cast<size_t>(panel) * problem.rest.slots) *
+        sums += (static_cast<size_t>(problem.panels) * PLANES * problem.plane.partials +
+                 static_cast<size_t>(panel) * problem.rest.partials) *
                 p.out;
         run_units(
-            problem, Deal(problem.rest, tiles, slabs), warp, first, slabs, sums,
+            problem, Partition(problem.rest, tiles, slices), warp, first, slices, sums,
             [&] {
                 fetch_entries(static_cast<const uint4 *>(p.codebooks) + in_planes);
                 wait_for_kernels_before();
                 __syncthreads();
                 wait_for_bytes(barrier);
             },
-            [&](float (&c)[2][4], const uint4(&word)[2], int slab) {
+            [&](float (&c)[2][4], const uint4(&word)[2], int slice) {
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
-                    load_if(of_group, lane < 8, x_base + (slab * UNIT_GROUPS + i * 8) * 16);
+                    load_if(of_group, lane < 8, x_base + (slice * UNIT_GROUPS + i * 8) * 16);
                     uint4 entry[2];
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
@@ -225,7 +231,7 @@ template <class T> __global__ void __launch_bounds__(32 * SHARD_WARPS, 1) shard_
     }
 }
 
-/* Each warp adds up the slots of some kinds of blocks. */
+/* Each warp adds up the partials of some kinds of blocks. */
 template <class T> __global__ void __launch_bounds__(SUMMED *SUM_WARPS) sum_shards_kernel(const ShardProblem problem) {
     const GatherProblem &p = problem.g;
     const int tiles = (p.out + UNIT_OUTS - 1) / UNIT_OUTS, planes = problem.panels * PLANES;
@@ -235,67 +241,84 @@ template <class T> __global__ void __launch_bounds__(SUMMED *SUM_WARPS) sum_shar
         for (int kind = warp; kind < kinds; kind += SUM_WARPS) {
             const bool is_plane = kind < planes;
             const int panel = is_plane ? kind / PLANES : kind - planes;
-            const int slabs = problem.first_slab(panel + 1) - problem.first_slab(panel);
-            const Deal deal(is_plane ? problem.plane : problem.rest, tiles, slabs);
-            const int unit = o / UNIT_OUTS * slabs;
-            const int slots = deal.owner_of(unit + slabs - 1) - deal.owner_of(unit) + 1;
-            const int first = is_plane ? kind * problem.plane.slots
-                                       : planes * problem.plane.slots + (kind - planes) * problem.rest.slots;
+            const int slices = problem.first_slice(panel + 1) - problem.first_slice(panel);
+            const Partition partition(is_plane ? problem.plane : problem.rest, tiles, slices);
+            const int unit = o / UNIT_OUTS * slices;
+            const int partials = partition.owner_of(unit + slices - 1) - partition.owner_of(unit) + 1;
+            const int first = is_plane ? kind * problem.plane.partials
+                                       : planes * problem.plane.partials + (kind - planes) * problem.rest.partials;
             const float *from = problem.sums + static_cast<size_t>(first) * p.out + o;
 #pragma unroll 4
-            for (int slot = 0; slot < slots; ++slot, from += p.out) total += *from;
+            for (int partial = 0; partial < partials; ++partial, from += p.out) total += *from;
         }
         return total;
     });
 }
 
 /* Whether products of units and warps fit in 32 bits. */
-inline bool units_fit(int64_t out, int64_t groups, const Device &device) {
+bool units_fit(int64_t out, int64_t groups, const Device &device) {
     const int64_t units = (out / UNIT_OUTS + 1) * (groups / UNIT_GROUPS + 1);
     return units < UINT32_MAX / (int64_t{device.sms} * SHARD_WARPS + 1);
 }
 
 /* How the work is cut; bytes of shared memory and workspace. */
-inline ShardProblem plan_shards(const GatherProblem &g, const Device &device, size_t &memory, size_t &workspace) {
-    ShardProblem p = {g};
-    p.slabs = static_cast<int>(divide_up(g.groups, UNIT_GROUPS));
-    p.panels = static_cast<int>(divide_up(p.slabs, MAX_PANEL));
-    const int x_groups = static_cast<int>(divide_up(p.slabs, p.panels)) * UNIT_GROUPS;
-    p.in_planes = std::min(g.entries, (device.shared_memory / 4 - x_groups - 8) / 8 * 8);
-    const int rest = g.entries - p.in_planes, pairs = device.sms / PAIR / p.panels;
+ShardProblem plan_shards(const aqlm_shape &s, const Device &device, size_t &memory, size_t &workspace) {
+    ShardProblem p = {};
+    const int entries = 1 << s.nbits_per_codebook;
+    p.slices = static_cast<int>(divide_up(s.in_features / s.in_group_size, UNIT_GROUPS));
+    p.panels = static_cast<int>(divide_up(p.slices, MAX_PANEL));
+    const int x_groups = static_cast<int>(divide_up(p.slices, p.panels)) * UNIT_GROUPS;
+    p.in_planes = std::min(entries, (device.shared_memory / 4 - x_groups - 8) / 8 * 8);
+    const int rest = entries - p.in_planes, pairs = device.sms / PAIR / p.panels;
     /* 24 blocks a plane and 36 with the rest: faster than 22 or 26 (H100) */
     p.plane.blocks = std::max(1, rest ? pairs * 2 / 11 : pairs / PLANES) * PAIR;
     p.rest.blocks = rest ? std::max(1, pairs - PLANES * p.plane.blocks / PAIR) * PAIR : 0;
-    const auto slots = [&](int blocks) {
-        return static_cast<int>(divide_up(int64_t{blocks} * SHARD_WARPS, divide_up(g.out, UNIT_OUTS))) + 1;
+    const auto partials = [&](int blocks) {
+        return static_cast<int>(divide_up(int64_t{blocks} * SHARD_WARPS, divide_up(s.out_features, UNIT_OUTS))) + 1;
     };
-    p.plane.slots = slots(p.plane.blocks), p.rest.slots = rest ? slots(p.rest.blocks) : 0;
+    p.plane.partials = partials(p.plane.blocks), p.rest.partials = rest ? partials(p.rest.blocks) : 0;
     p.barrier = std::max(p.in_planes + 4 + x_groups, (rest ? rest + x_groups : 0) * 4) * 4;
     memory = p.barrier + 8;
-    workspace = (size_t(PLANES) * p.in_planes + size_t(p.panels) * (PLANES * p.plane.slots + p.rest.slots) * g.out) * 4;
+    const int partials_of_panel = PLANES * p.plane.partials + p.rest.partials;
+    workspace = (size_t(PLANES) * p.in_planes + size_t(p.panels) * partials_of_panel * s.out_features) * 4;
     return p;
 }
 
-template <class T>
-cudaError_t launch_shard_kernel(const GatherProblem &g, void *workspace, const Device &device, cudaStream_t stream) {
+template <class T> cudaError_t launch(const Launch &l) {
     constexpr auto kernel = shard_kernel<T>;
+    const Device &device = l.device;
     if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
     size_t memory, bytes;
-    ShardProblem p = plan_shards(g, device, memory, bytes);
-    p.planes = static_cast<uint32_t *>(workspace);
-    p.sums = static_cast<float *>(workspace) + size_t(PLANES) * p.in_planes;
+    ShardProblem p = plan_shards(l.products->w.shape, device, memory, bytes);
+    p.g = gather_problem(l);
+    p.planes = static_cast<uint32_t *>(l.workspace);
+    p.sums = static_cast<float *>(l.workspace) + size_t(PLANES) * p.in_planes;
     constexpr int THREADS = 128;
     const auto blocks = [](int items, int of_a_block) {
         return dim3(static_cast<unsigned>(divide_up(items, of_a_block)));
     };
     if (const cudaError_t error =
-            launch_early<cut_into_planes_kernel>(p, blocks(p.in_planes, THREADS), 1, THREADS, 0, device, stream))
+            launch_early<cut_into_planes_kernel>(p, blocks(p.in_planes, THREADS), 1, THREADS, 0, device, l.stream))
         return error;
     const dim3 grid(static_cast<unsigned>(p.panels * (PLANES * p.plane.blocks + p.rest.blocks)));
-    if (const cudaError_t error = launch_early<kernel>(p, grid, PAIR, 32 * SHARD_WARPS, memory, device, stream))
+    if (const cudaError_t error = launch_early<kernel>(p, grid, PAIR, 32 * SHARD_WARPS, memory, device, l.stream))
         return error;
-    return launch_early<sum_shards_kernel<T>>(p, blocks(g.out, SUMMED), 1, SUMMED * SUM_WARPS, 0, device, stream);
+    return launch_early<sum_shards_kernel<T>>(p, blocks(p.g.out, SUMMED), 1, SUMMED * SUM_WARPS, 0, device, l.stream);
 }
 
+} // namespace
+
+bool can_shard(const aqlm_shape &s, int64_t n_rows, const Device &device) {
+    return n_rows == 1 && s.num_codebooks == 1 && s.nbits_per_codebook > 13 && device.clusters &&
+           device.shared_memory > 200 * 1024 && units_fit(s.out_features, s.in_features / 8, device);
+}
+
+size_t shard_workspace(const aqlm_shape &s, const Device &device) {
+    size_t memory, bytes;
+    plan_shards(s, device, memory, bytes);
+    return bytes;
+}
+
+cudaError_t run_shards(const Launch &l) { return l.dtype == AQLM_F16 ? launch<__half>(l) : launch<__nv_bfloat16>(l); }
+
 } // namespace aqlm_cuda
-#endif

@@ -39,7 +39,7 @@ __device__ int64_t lower_bound(const int32_t *keys, int64_t n, int32_t key) {
 __global__ void codebook_kernel(void *grad, const int32_t *sorted, const int64_t *order, const void *grad_rows,
                                 const aqlm_dtype row_dtype, const aqlm_weight w, const int64_t k, const int64_t count) {
     const int64_t g = w.shape.in_group_size, groups = w.shape.in_features / g, og = w.shape.out_group_size;
-    const int64_t entries = int64_t(1) << w.shape.nbits_per_codebook, entry = blockIdx.x, element = blockIdx.y;
+    const int64_t entry = blockIdx.x, element = blockIdx.y;
     const int64_t begin = lower_bound(sorted, count, static_cast<int32_t>(entry));
     const int64_t end = lower_bound(sorted, count, static_cast<int32_t>(entry + 1));
     float sum = 0;
@@ -49,23 +49,15 @@ __global__ void codebook_kernel(void *grad, const int32_t *sorted, const int64_t
         sum = fmaf(load_float(w.scales, o, w.dtype), load_float(grad_rows, at, row_dtype), sum);
     }
     sum = block_sum(sum);
-    if (threadIdx.x == 0) store_float(grad, (k * entries + entry) * og * g + element, w.dtype, sum);
+    if (threadIdx.x == 0) store_float(grad, entry_at(w.shape, k, entry) + element, w.dtype, sum);
 }
 
 __global__ void scale_kernel(void *grad, const void *grad_rows, const aqlm_dtype row_dtype, const aqlm_weight w) {
-    const int64_t g = w.shape.in_group_size, in = w.shape.in_features, groups = in / g, og = w.shape.out_group_size;
-    const int64_t num_codebooks = w.shape.num_codebooks, o = blockIdx.x;
-    const uint32_t entries = 1u << w.shape.nbits_per_codebook;
+    const int64_t g = w.shape.in_group_size, in = w.shape.in_features, og = w.shape.out_group_size, o = blockIdx.x;
     float sum = 0;
     for (int64_t at = threadIdx.x; at < og * in; at += THREADS) {
         const int64_t row = at / in, j = at % in / g, i = at % g;
-        float value = 0;
-        for (int64_t k = 0; k < num_codebooks; ++k) {
-            const size_t code =
-                load_code(w.codes, (o * groups + j) * num_codebooks + k, w.shape.nbits_per_codebook > 8, entries - 1);
-            value += load_float(w.codebooks, ((k * entries + code) * og + row) * g + i, w.dtype);
-        }
-        sum = fmaf(value, load_float(grad_rows, (o * og + row) * in + j * g + i, row_dtype), sum);
+        sum = fmaf(weight_at(w, o, row, j, i), load_float(grad_rows, (o * og + row) * in + j * g + i, row_dtype), sum);
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) store_float(grad, o, w.dtype, sum);

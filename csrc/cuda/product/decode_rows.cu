@@ -1,10 +1,10 @@
 /* decode_rows.cu: codes -> W, for products of many rows and for dense copies. */
-#include "cuda/common.cuh"
+#include "cuda/launch.cuh"
 
 namespace aqlm_cuda {
 namespace {
 
-constexpr int THREADS = 512, AHEAD = 4; /* groups a thread has on their way */
+constexpr int THREADS = 512, AHEAD = 4; /* groups a thread has in flight */
 
 /* The part of W that is decoded: outputs from first_out, groups from first_group. */
 struct Part {
@@ -75,17 +75,9 @@ __global__ void plain_kernel(void *rows, const aqlm_dtype row_dtype, const aqlm_
     const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (index >= p.outs * p.part_groups) return;
     const int64_t o = p.first_out + index / p.part_groups, j = p.first_group + index % p.part_groups;
-    const int64_t g = w.shape.in_group_size, og = w.shape.out_group_size, num_codebooks = w.shape.num_codebooks;
+    const int64_t g = w.shape.in_group_size, og = w.shape.out_group_size;
     const float scale = load_float(w.scales, o / og, w.dtype);
-    for (int i = 0; i < g; ++i) {
-        float sum = 0;
-        for (int64_t k = 0; k < num_codebooks; ++k) {
-            const int64_t code = load_code(w.codes, (o / og * p.groups + j) * num_codebooks + k,
-                                           w.shape.nbits_per_codebook > 8, p.entries - 1);
-            sum += load_float(w.codebooks, ((k * p.entries + code) * og + o % og) * g + i, w.dtype);
-        }
-        store_float(rows, index * g + i, row_dtype, sum * scale);
-    }
+    for (int i = 0; i < g; ++i) store_float(rows, index * g + i, row_dtype, weight_at(w, o / og, o % og, j, i) * scale);
 }
 
 template <class T, int K, int CODE>

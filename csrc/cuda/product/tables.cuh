@@ -5,49 +5,27 @@
  * and a lookup costs three instructions: entry e of lane L lies at byte 256 e + 4 L, which one byte permutation makes
  * of the code. A cluster's blocks cut the row into slices, build their tables once, run all of the cluster's outputs
  * through them, and add up through distributed shared memory. Where that would mean tables of several slices for each
- * block, the row is cut into parts of a few slices instead, and a kernel behind adds up the parts. */
-#ifndef AQLM_CUDA_TABLES_CUH
-#define AQLM_CUDA_TABLES_CUH
-
-#include <climits>
+ * block, the row is cut into parts of a few slices instead, and a kernel behind adds up the parts.
+ *
+ * What bounds it (H100; ncu's counters: benchmarks/results/cuda_bounds.json). 28672x8192: HBM, bytes of codes by the
+ * time of a launch in a graph are 79 (1x8), 89 (2x8), 89 (4x8) and 92% (8x8) of the copy bandwidth. Small shapes: fixed
+ * phases, in cycles by clock64 for 2x8 at 4096x4096, about 10,000 from launch to launch, in an earlier version that
+ * took 0.8 us more: 580 to the kernel before, 2,300 until x and entries are there, 1,100 to make tables, 360 at the
+ * barrier, 2,600 to look up, 1,900 to add up and finish.
+ *
+ * What did not pay: outputs spread evenly over warps with shorter last batches (4 to 18% slower); the codes of batches
+ * ahead fetched to L2 (cold: a sector of each row 5% faster to 17% slower, its line in bulk 2% faster to 21% slower,
+ * all four sectors 5 to 63% slower) or those of a round ahead (x and entries waited behind them: 0.2 to 2 us slower in
+ * most shapes); codes two batches ahead in registers (3 to 7% slower in all but 4096x4096); codes loaded in place, one
+ * after each output's lookups (1 to 7% slower); entries kept in registers for all slices (spills). */
+#ifndef AQLM_CUDA_PRODUCT_TABLES_CUH
+#define AQLM_CUDA_PRODUCT_TABLES_CUH
 
 #include "cuda/cluster.cuh"
+#include "cuda/product/sums.cuh"
+#include "cuda/product/tables_launch.cuh"
 
 namespace aqlm_cuda {
-
-constexpr int TABLE_WARPS = 16, TABLE_CODES = 128, TABLE_BYTES = TABLE_CODES * 256 * 4;
-constexpr int BATCH = 16;     /* outputs a warp sums at a time */
-constexpr int MAX_JOINED = 3; /* weights of one launch: q, k and v */
-
-/* How the work is cut: the outputs among clusters, and the row either into a slice for each block of a cluster, or, if
- * a cluster is one block, into parts of some slices each, whose sums another kernel adds up. */
-struct TableCut {
-    int parts, slices_of_part; /* the last may have fewer */
-    int size, share;           /* blocks of a cluster; outputs that each finishes */
-};
-
-struct TableProblem {
-    const void *x; /* [n_rows, in] */
-    int codebook_bytes, groups, num_codebooks, entries;
-    TableCut cut;
-    int in_group_size;
-    aqlm_dtype dtype, weight_dtype;
-};
-
-/* Aligned: a line of the constants each. */
-struct alignas(64) TableWeight {
-    void *y;                /* [n_rows, out] */
-    float *sums;            /* [n_rows, parts, out], if there are several parts */
-    const void *scales;     /* [out] */
-    const void *bias;       /* [out] or NULL */
-    const void *codebooks;  /* [K, E, g] */
-    const uint8_t *codes;   /* [out, J, K] */
-    int out, first_cluster; /* INT_MAX: of no cluster */
-};
-
-struct TableWeights {
-    TableWeight of[MAX_JOINED];
-};
 
 /* Where entry e of the table of code 4 lane + i starts, in bytes. */
 __device__ inline int table_at(int i, int entry, int lane) {
@@ -131,31 +109,32 @@ template <class T, int G> struct TableRows {
 
 /* K = PERIOD << log_k. From lane to lane the codebooks of a warp's code recur with PERIOD. Lanes are sorted by them, so
  * that matrix m has those from m * (PERIOD / 2) on, BOOKS of them. Where these are several, all rows are multiplied
- * with each, but as zeros if they are not its. */
+ * with each, but as zeros if they are not its; two are one instruction on 16 columns. 3x8g8 at 4096x4096 (H100): 44 us
+ * with tables made by one thread each; unsorted 6.9 (K = 3; 5: 11.3), sorted 6.1 (10.2). */
 template <class T, int G, int PERIOD> struct TableBuilder : TableRows<T, G> {
     using Rows = TableRows<T, G>;
     using Rows::a, Rows::lane, Rows::mask, Rows::ROWS, Rows::STEPS, Rows::TILES, Rows::warp, Rows::WARPS_APART;
     static constexpr int BOOKS = PERIOD % 2 ? PERIOD / 2 + 1 : 1;
     static constexpr int AT_A_TIME = PERIOD * STEPS * TILES <= 64 ? TILES : TILES / 2; /* as many as registers hold */
-    static constexpr bool TURNS = PERIOD > 2; /* codebooks differ from slice to slice */
+    static constexpr bool BOOKS_VARY = PERIOD > 2; /* codebooks differ from slice to slice */
     int log_k, book_bytes, first_book;
     uint32_t b[AT_A_TIME][PERIOD][STEPS];
 
     static __device__ int log_of(int num_codebooks) { return PERIOD == 2 ? 2 : num_codebooks / PERIOD / 2; }
     static __device__ int first_group(const TableProblem &p, int warp, int lane) {
-        if constexpr (TURNS) return 0;
+        if constexpr (BOOKS_VARY) return 0;
         return PERIOD == 2 ? lane / 4 : (lane / 4 * 4 + warp % 4) >> log_of(p.num_codebooks);
     }
 
     __device__ TableBuilder(const TableProblem &p, const TableWeight &w, int warp, int lane, size_t x_row)
-        : Rows(p, w, first_group(p, warp, lane), TURNS ? 0 : warp % 4 & (p.num_codebooks - 1), warp, lane, x_row),
+        : Rows(p, w, first_group(p, warp, lane), BOOKS_VARY ? 0 : warp % 4 & (p.num_codebooks - 1), warp, lane, x_row),
           log_k(log_of(p.num_codebooks)), book_bytes(p.entries * G * 2) {}
 
     /* Of row s: its place among the sorted lanes, which of PERIOD codebooks it has, its lane. */
     __device__ int place(int s) const { return 8 * s + lane / 4; }
     static constexpr int EACH = 32 / PERIOD, MORE = 32 % PERIOD; /* lanes of a codebook; codebooks that have one more */
     __device__ int book(int s) const {
-        if constexpr (!TURNS) return s * PERIOD / ROWS;
+        if constexpr (!BOOKS_VARY) return s * PERIOD / ROWS;
         const int at = place(s);
         return at < MORE * (EACH + 1) ? at / (EACH + 1) : (at - MORE) / EACH;
     }
@@ -165,19 +144,19 @@ template <class T, int G, int PERIOD> struct TableBuilder : TableRows<T, G> {
     __device__ void aim(int first_code) {
 #pragma unroll
         for (int s = 0; s < ROWS; ++s) {
-            if constexpr (TURNS) this->aim_row(s, (first_code + 4 * lane_of(s) + warp % 4) / PERIOD >> log_k);
+            if constexpr (BOOKS_VARY) this->aim_row(s, (first_code + 4 * lane_of(s) + warp % 4) / PERIOD >> log_k);
             else this->aim_row(s, (first_code >> log_k + PERIOD - 1) + (PERIOD == 2 ? 8 * (s % 2) : (32 >> log_k) * s));
         }
-        if constexpr (TURNS) first_book = first_code + warp % 4;
+        if constexpr (BOOKS_VARY) first_book = first_code + warp % 4;
     }
 
-    /* Unless codebooks turn they are those of every slice, but kept they would take registers from looking up. */
+    /* Unless codebooks vary they are those of every slice, but kept they would take registers from looking up. */
     __device__ void load_entries(int first_tile = 0) {
         int book_at[PERIOD];
 #pragma unroll
         for (int m = 0; m < PERIOD; ++m) {
-            const int next = TURNS ? first_book + 4 * m : 4 * m;
-            book_at[m] = (!TURNS ? next : log_k ? next % (2 * PERIOD) : next % PERIOD) * book_bytes;
+            const int next = BOOKS_VARY ? first_book + 4 * m : 4 * m;
+            book_at[m] = (!BOOKS_VARY ? next : log_k ? next % (2 * PERIOD) : next % PERIOD) * book_bytes;
         }
         const auto load_with = [&](int mask) {
 #pragma unroll
@@ -285,7 +264,17 @@ template <int WIDTH = BATCH / 2> __device__ inline float reduce_batch(float (&v)
 }
 
 /* T float: tables of any dtypes. grid [size, clusters, parts * n_rows], clusters of [size]. The order is by what is
- * waited for: nothing is found before it is needed, or after while loads are on their way. */
+ * waited for: nothing is found before it is needed, or after while loads are in flight.
+ *
+ * The compiler put the codes' loads behind lookups, or lookups before loads, as registers were free: up to 8% for
+ * better or worse. load_now and a branch that is never taken hold the order. A wait hidden in a prologue (a scale
+ * converted to float, a copy of an entry, a spill) cost up to 600 of 5,500 samples of ncu, whose source page shows it
+ * (--section SourceCounters). Bytes of a thread that are still spilled (sm_90a): 12 to 16 with g = 4, 12 to 28
+ * with g = 8 (196 with K = 7), up to 160 with g = 16, 144 to 624 with g = 32.
+ *
+ * A cluster's block and a single one have a loop each: while one loop asked at every step where its sums go and whether
+ * a slice follows, most shapes took 1 to 6% longer. Arguments are a struct by value (what every thread reads) and one
+ * of weights, of which a block copies its own: that costs one weight alone nothing; a reference into it cost 3%. */
 template <class T, int G, int PERIOD>
 __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     table_kernel(const TableProblem p, const __grid_constant__ TableWeights weights) {
@@ -294,10 +283,10 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     const int cluster = blockIdx.y;
     const TableWeight w =
         weights.of[(cluster >= weights.of[1].first_cluster) + (cluster >= weights.of[2].first_cluster)];
-    /* While kernels before end: what their ends do not change, or L2 alone sees. */
+    /* While the kernels before finish: what that does not change, or L2 alone sees. */
     if (const int at = threadIdx.x * 128; at < p.codebook_bytes)
         prefetch(static_cast<const unsigned char *>(w.codebooks) + at);
-    const int size = p.cut.size, share = p.cut.share, cluster_outs = size * share, rank = blockIdx.x;
+    const int size = p.cut.cluster_size, share = p.cut.share, cluster_outs = size * share, rank = blockIdx.x;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32; /* uniform to the compiler too */
     const int first_out = (cluster - w.first_cluster) * cluster_outs, n_outs = min(cluster_outs, w.out - first_out);
     const int x_row = p.cut.parts == 1 ? blockIdx.z : blockIdx.z / p.cut.parts;
@@ -311,8 +300,8 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     builder.load();
     builder.load_entries();
 
-    /* Batches of outputs are dealt out to the warps. The codes of one are loaded while the one before is looked up, of
-     * the next slice if need be; near the end of W it starts earlier and sums some outputs for nothing. */
+    /* Batches of outputs are distributed among the warps. The codes of one are loaded while the one before is looked
+     * up, of the next slice if need be; near the end of W it starts earlier and sums some outputs for nothing. */
     const auto load = [&](uint32_t (&to)[BATCH], int slice, int from) {
         const int code = slice * TABLE_CODES + 4 * lane;
         const uint8_t *codes = w.codes + static_cast<size_t>(min(first_out + from, w.out - BATCH)) * row_codes;
@@ -428,76 +417,31 @@ __global__ void __launch_bounds__(SUMMED *SUM_WARPS)
     finish_sums<T>(w, blockIdx.y, sum, p.dtype, p.weight_dtype);
 }
 
-inline int64_t clusters_of(const int *outs, int count, int64_t outs_of_cluster) {
-    int64_t clusters = 0;
-    for (int m = 0; m < count; ++m) clusters += divide_up(outs[m], outs_of_cluster);
-    return clusters;
-}
-
-/* The cheapest cut: a cluster with a block for each slice, or single blocks for all of the row or parts of it. It is
- * one for all dtypes. `outs`: of each of `count` weights of shape `s` but for that. */
-inline cudaError_t find_table_cut(TableCut &best, const aqlm_shape &s, const int *outs, int count,
-                                  const Device &device) {
-    /* in outputs looked up (H100): of making tables, and of the kernel that sums parts; and the outputs that all blocks
-     * look up at a time, more of which would wait for memory */
-    constexpr int TABLES_COST = 480, SUM_COST = 250, PART_COST = 2, AT_A_TIME = 110, MOST_ROUNDS = 8;
-    constexpr int64_t MOST_PARTS = 1024;
-    constexpr auto kernel = table_kernel<float, 0, ANY_PERIOD>;
-    if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
-    int64_t all_outs = 0;
-    for (int m = 0; m < count; ++m) all_outs += outs[m];
-    const auto slices =
-        static_cast<int>(divide_up(s.in_features / s.in_group_size * s.num_codebooks, int64_t{TABLE_CODES}));
-    int64_t least = INT64_MAX;
-    const auto consider = [&](int size, int clusters, int slices_of_part) {
-        const auto parts = static_cast<int>(divide_up(slices, slices_of_part));
-        const int at_once = std::max(count, clusters / parts);
-        /* even, so that the barrier behind the sums is aligned */
-        const auto even = [](int64_t n) { return divide_up(n, 2) * 2; };
-        const int64_t most = (device.shared_memory - TABLE_BYTES - 8) / 4 / size / 2 * 2;
-        int64_t share = std::min(most, even(divide_up(all_outs, int64_t{at_once} * size)));
-        int64_t wanted = clusters_of(outs, count, share * size);
-        for (; wanted > at_once && share < most; wanted = clusters_of(outs, count, share * size))
-            share = std::min(most, even(share + 1 + share / 64)); /* none has outputs of two weights */
-        const int64_t waves = divide_up(wanted * parts, clusters), rounds = slices_of_part / size;
-        const int64_t cost = waves * rounds * TABLES_COST +
-                             std::max(waves * rounds * share * size, all_outs * slices / AT_A_TIME) +
-                             (parts > 1 ? SUM_COST + parts * PART_COST : 0);
-        if (cost >= least) return;
-        least = cost, best = {parts, slices_of_part, size, static_cast<int>(share)};
-    };
-    consider(1, device.sms, slices);
-    for (int rounds = 1; rounds <= MOST_ROUNDS && rounds < slices; ++rounds)
-        if (divide_up(slices, rounds) <= MOST_PARTS) consider(1, device.sms, rounds);
-    if (slices > 1 && slices <= MAX_CLUSTER && device.clusters) {
-        int clusters;
-        if (const cudaError_t error = resident_clusters<kernel>(clusters, slices, 32 * TABLE_WARPS, device))
-            return error;
-        if (clusters > 0) consider(slices, clusters, slices);
-    }
-    return cudaSuccess;
-}
-
-/* Of `count` weights, whose place among the clusters it finds. */
-template <class T, int G, int PERIOD>
-cudaError_t launch_table_kernel(const TableProblem &p, TableWeights &weights, int count, int n_rows,
-                                const Device &device, cudaStream_t stream) {
+template <class T, int G, int PERIOD> cudaError_t launch_table_kernel(const TableLaunch &l) {
     constexpr auto kernel = table_kernel<T, G, PERIOD>;
-    if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
-    const int parts = p.cut.parts, size = p.cut.size, share = p.cut.share;
-    int clusters = 0, most_outs = 0;
-    for (int m = 0; m < MAX_JOINED; ++m) {
-        TableWeight &w = weights.of[m];
-        w.first_cluster = m < count ? clusters : INT_MAX;
-        if (m >= count) continue;
-        clusters += static_cast<int>(divide_up(w.out, share * size)), most_outs = std::max(most_outs, w.out);
-    }
-    const dim3 grid(size, static_cast<unsigned>(clusters), parts * n_rows);
-    const cudaError_t error = launch_early<kernel>(p, grid, size, 32 * TABLE_WARPS, TABLE_BYTES + share * size * 4 + 8,
-                                                   device, stream, weights);
+    if (const cudaError_t error = allow_shared_memory<kernel>(l.device)) return error;
+    const auto &[parts, slices_of_part, size, share] = l.problem.cut;
+    const dim3 grid(size, l.clusters, parts * l.n_rows);
+    const cudaError_t error = launch_early<kernel>(l.problem, grid, size, 32 * TABLE_WARPS,
+                                                   TABLE_BYTES + share * size * 4 + 8, l.device, l.stream, l.weights);
     if (error || parts == 1) return error;
-    const dim3 sum_grid(static_cast<unsigned>(divide_up(most_outs, SUMMED)), n_rows, count);
-    return launch_early<sum_parts_kernel<T>>(p, sum_grid, 1, SUMMED * SUM_WARPS, 0, device, stream, weights);
+    const dim3 sum_grid(static_cast<unsigned>(divide_up(l.most_outs, SUMMED)), l.n_rows, l.count);
+    return launch_early<sum_parts_kernel<T>>(l.problem, sum_grid, 1, SUMMED * SUM_WARPS, 0, l.device, l.stream,
+                                             l.weights);
+}
+
+template <class T, int G> cudaError_t launch_tables(const TableLaunch &l) {
+    switch (l.problem.num_codebooks) {
+    case 1:
+    case 2:
+    case 4: return launch_table_kernel<T, G, 1>(l);
+    case 8: return launch_table_kernel<T, G, 2>(l);
+    case 3:
+    case 6: return launch_table_kernel<T, G, 3>(l);
+    }
+    if constexpr (G == 8)
+        return l.problem.num_codebooks == 5 ? launch_table_kernel<T, G, 5>(l) : launch_table_kernel<T, G, 7>(l);
+    else return cudaErrorInvalidValue;
 }
 
 } // namespace aqlm_cuda

@@ -1,0 +1,134 @@
+/* matmul.cu: the plan of a product, and its launches. */
+#include <cstring>
+
+#include "cuda/product/paths.cuh"
+
+namespace aqlm_cuda {
+namespace {
+
+/* How many of `count` outputs or groups, `width` numbers of W each, are dense at a time: enough for a GPU to be busy,
+ * little beside a model. 4,096 rows of 8192x28672 in slices of 2,340 outputs took 2.4 times as long as in slices of
+ * 2,048 (H100). Slices that stay in L2 did not pay: of 2^24 numbers, 3 to 20% slower with 64 rows, within 3% with
+ * 4,096. */
+int64_t slice_size(int64_t count, int64_t width, int64_t multiple) {
+    constexpr int64_t MOST = int64_t{1} << 26;
+    return std::min(count, divide_up(divide_up(count, divide_up(count * width, MOST)), multiple) * multiple);
+}
+constexpr int64_t DENSE_TILE = 128; /* widths that dense products are fast with */
+
+/* Whether several products are one launch, which shares what is fixed in it: 2.0 times as fast for q, k and v of a 7B
+ * (2x8g8, H100), 1.2 for gate and up. 70B's gate and up, 117M codes, took 4% longer than one after the other: many
+ * codes wait for memory, and the cut that is best for one weight may not be for all. */
+bool are_grouped(const aqlm_product *products, int64_t count, int64_t n_rows, const Device &device) {
+    constexpr int64_t MOST_CODES = int64_t{1} << 26;
+    if (n_rows != 1 || count > MAX_GROUPED) return false;
+    const aqlm_weight &first = products->w;
+    int64_t outs = 0;
+    for (int64_t m = 0; m < count; ++m) {
+        const aqlm_weight &w = products[m].w;
+        aqlm_shape but_for_out = w.shape;
+        but_for_out.out_features = first.shape.out_features;
+        if (std::memcmp(&but_for_out, &first.shape, sizeof but_for_out) || w.dtype != first.dtype ||
+            !can_look_up(w.shape, device))
+            return false;
+        outs += w.shape.out_features;
+    }
+    const aqlm_shape &s = first.shape;
+    return outs * (s.in_features / s.in_group_size * s.num_codebooks) <= MOST_CODES;
+}
+
+cudaError_t plan_matmul(aqlm_cuda_plan &plan, const aqlm_product *products, int64_t count, aqlm_dtype dtype,
+                        int64_t n_rows, const Device &device) {
+    if (count > 1 && !are_grouped(products, count, n_rows, device)) {
+        plan.path = plan.last_path = AQLM_CUDA_SEPARATE;
+        return cudaSuccess;
+    }
+
+    const aqlm_weight &w = products->w;
+    const aqlm_shape &s = w.shape;
+    const bool gathers = is_half(w, dtype) && can_gather(s, device);
+    const int64_t most_rows = !gathers ? MAX_ROWS / 2 : s.nbits_per_codebook > 8 ? MAX_ROWS : 3 * MAX_ROWS;
+    if (n_rows > most_rows) {
+        plan.path = plan.last_path = AQLM_CUDA_DENSE;
+        plan.slice_size = slice_size(s.out_features, s.in_features, DENSE_TILE);
+        return cudaSuccess;
+    }
+
+    int64_t outs = 0;
+    for (int64_t m = 0; m < count; ++m) {
+        const int64_t out = products[m].w.shape.out_features;
+        if (out > INT32_MAX / 2 || s.in_features > INT32_MAX / 16) return cudaErrorInvalidValue;
+        outs += out;
+    }
+    const auto path_of = [&](int64_t rows) {
+        if (can_look_up(s, device) && (rows == 1 || !gathers)) return AQLM_CUDA_TABLES;
+        if (!gathers) return AQLM_CUDA_PLAIN;
+        return can_shard(s, rows, device) ? AQLM_CUDA_SHARDS : AQLM_CUDA_GATHER;
+    };
+    const int64_t rows = std::min<int64_t>(n_rows, MAX_ROWS), last_rows = n_rows > rows ? n_rows % MAX_ROWS : 0;
+    plan.path = path_of(rows);
+    plan.last_path = last_rows > 0 ? path_of(last_rows) : plan.path;
+    if (plan.path == AQLM_CUDA_SHARDS || plan.last_path == AQLM_CUDA_SHARDS)
+        plan.workspace = shard_workspace(s, device);
+    if (plan.path == AQLM_CUDA_TABLES || plan.last_path == AQLM_CUDA_TABLES) {
+        if (const cudaError_t error = find_table_cut(plan.cut, products, count, device)) return error;
+        const int64_t sums = plan.cut.parts * (plan.path == AQLM_CUDA_TABLES ? rows : last_rows) * outs;
+        if (plan.cut.parts > 1) plan.workspace = sizeof(float) * sums;
+    }
+    return cudaSuccess;
+}
+
+cudaError_t run(aqlm_cuda_path path, const Launch &launch) {
+    switch (path) {
+    case AQLM_CUDA_PLAIN: return run_plain(launch);
+    case AQLM_CUDA_TABLES: return run_tables(launch);
+    case AQLM_CUDA_GATHER: return run_gather(launch);
+    case AQLM_CUDA_SHARDS: return run_shards(launch);
+    default: return cudaErrorInvalidValue; /* it is the caller's */
+    }
+}
+
+} // namespace
+} // namespace aqlm_cuda
+
+using namespace aqlm_cuda;
+
+extern "C" cudaError_t aqlm_cuda_matmul_plan(aqlm_cuda_plan *plan, const aqlm_product *products, int64_t count,
+                                             aqlm_dtype dtype, int64_t n_rows) {
+    *plan = {};
+    Device device;
+    if (const cudaError_t error = current_device(device)) return error;
+    return plan_matmul(*plan, products, count, dtype, n_rows, device);
+}
+
+extern "C" cudaError_t aqlm_cuda_matmul_backward_plan(aqlm_cuda_plan *plan, const aqlm_weight *w) {
+    const aqlm_shape &s = w->shape;
+    *plan = {};
+    plan->path = plan->last_path = AQLM_CUDA_DENSE;
+    plan->slice_size =
+        slice_size(s.in_features / s.in_group_size, s.out_features * s.in_group_size, DENSE_TILE / s.in_group_size);
+    return cudaSuccess;
+}
+
+extern "C" cudaError_t aqlm_cuda_matmul(const aqlm_product *products, int64_t count, const void *x, aqlm_dtype dtype,
+                                        int64_t n_rows, const aqlm_cuda_plan *plan, void *workspace,
+                                        cudaStream_t stream) {
+    if (count > MAX_GROUPED || (plan->workspace > 0 && !workspace)) return cudaErrorInvalidValue;
+    Device device;
+    if (const cudaError_t error = current_device(device)) return error;
+    const auto offset = [&](int64_t row, int64_t width) { return row * width * (dtype == AQLM_F32 ? 4 : 2); };
+    for (int64_t done = 0; done < n_rows; done += MAX_ROWS) {
+        const int rows = static_cast<int>(std::min<int64_t>(MAX_ROWS, n_rows - done));
+        aqlm_product of_rows[MAX_GROUPED];
+        for (int64_t m = 0; m < count; ++m) {
+            of_rows[m] = products[m];
+            of_rows[m].y = static_cast<char *>(products[m].y) + offset(done, products[m].w.shape.out_features);
+        }
+        const void *x_rows = static_cast<const char *>(x) + offset(done, products->w.shape.in_features);
+        const Launch launch = {of_rows, static_cast<int>(count), x_rows, dtype, rows, plan->cut, workspace, device,
+                               stream};
+        const bool is_last = done > 0 && rows < MAX_ROWS;
+        if (const cudaError_t error = run(is_last ? plan->last_path : plan->path, launch)) return error;
+    }
+    return cudaSuccess;
+}

@@ -1,0 +1,3 @@
+#include "cuda/product/tables.cuh"
+
+template cudaError_t aqlm_cuda::launch_tables<__nv_bfloat16, 16>(const TableLaunch &);
