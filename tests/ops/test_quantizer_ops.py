@@ -5,9 +5,10 @@ import pytest
 from layers import random_layer, random_state
 
 torch = pytest.importorskip("torch")
-from aqlm_c import _core, ops  # noqa: E402, F401 (registers the ops)
+from aqlm_c import _core  # noqa: E402
+from aqlm_c.core import extensions  # noqa: E402
 
-OPS = torch.ops.aqlm_c
+OPS = extensions.ops
 
 # out, in, K, B, g: outputs around pieces and tiles, one and several codebooks, codes of 1 and of 2 bytes.
 SHAPES = [(48, 64, 2, 4, 8), (130, 256, 2, 8, 8), (33, 96, 3, 3, 4), (40, 128, 1, 10, 16), (70, 264, 4, 5, 8)]
