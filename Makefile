@@ -48,6 +48,8 @@ audit: wheel $(VENV)/audit
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/python tests/build/stubs_check.py
 	$(BIN)/clang-format --dry-run --Werror $(C_CODE)
 
 format: build
