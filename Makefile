@@ -1,6 +1,7 @@
 # make demo    quantize a real Llama model to 2 bits and print what it costs
 # make test    build, install into .venv and run every test
 # make test-oldest   the tests that load models, with the oldest transformers that is supported
+# make test-gpu      the tests that need a GPU; fails where they are all skipped
 # make wheel   one wheel for every Python and machine, in dist/; with the kernels for GPUs where nvcc is found
 # make audit   that wheel: its ABIs, its libraries, its imports without torch
 #
@@ -16,11 +17,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_CODE := $(shell find csrc -name '*.h' -o -name '*.c' -o -name '*.cpp')
 CUDA   := $(wildcard $(addprefix csrc/cuda/,*.cu *.cuh */*.cu */*.cuh))
 
-# Tests of what transformers does with our models.
-HF_TESTS := $(addprefix tests/test_,$(addsuffix .py,hf memory checkpoint rules experts families malformed upstream onthefly \
-	card training compile quantize_model joined))
-
-.PHONY: demo test test-oldest build wheel audit lint format bench clean
+.PHONY: demo test test-oldest test-gpu build wheel audit lint format bench clean
 
 demo: build
 	HF_HUB_OFFLINE=1 $(BIN)/python -m aqlm_c.demo --out demo_out $(ARGS)
@@ -29,7 +26,10 @@ test: build
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)
 
 test-oldest: build $(VENV)/oldest
-	PYTHONPATH=$(abspath $(VENV)/oldest) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS) $(HF_TESTS)
+	PYTHONPATH=$(abspath $(VENV)/oldest) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m hf $(ARGS)
+
+test-gpu: build
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu --no-skips $(ARGS)
 
 build: $(VENV)/.built
 
@@ -43,11 +43,13 @@ audit: wheel $(VENV)/audit
 	PYTHONPATH=$(VENV)/audit $(BIN)/python -m abi3audit --strict dist/aqlm_c-*.whl
 	rm -rf build/audit && $(BIN)/python -m zipfile -e dist/aqlm_c-*.whl build/audit
 	PYTHONPATH=$(VENV)/audit $(BIN)/python $(VENV)/audit/bin/torch-abi-audit --check both build/audit/aqlm_c
-	$(BIN)/python tests/wheel_check.py dist/aqlm_c-*.whl
+	$(BIN)/python tests/build/wheel_check.py dist/aqlm_c-*.whl
 
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/python tests/build/stubs_check.py
 	$(BIN)/clang-format --dry-run --Werror $(C_CODE) $(CUDA)
 
 format: build

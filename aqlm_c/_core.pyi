@@ -10,21 +10,21 @@ The quantizer's functions know out_group_size 1 alone.
 import numpy as np
 from numpy.typing import NDArray
 
-F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
-Codes = NDArray[np.uint16]  # working codes [out, J, K], 0..E-1
+_F32 = NDArray[np.float32]
+_F64 = NDArray[np.float64]
+_Codes = NDArray[np.uint16]  # working codes [out, J, K], 0..E-1
 
 def residual_kmeans(
-    weight: F32,
-    scales: F32,
+    weight: _F32,
+    scales: _F32,
     num_codebooks: int,
     nbits_per_codebook: int,
     in_group_size: int,
     init_max_iter: int = 100,
     tolerance: float = 1e-3,
     seed: int = 0,
-    column_weight: F32 | None = None,
-) -> tuple[Codes, F32]:
+    column_weight: _F32 | None = None,
+) -> tuple[_Codes, _F32]:
     """Residual k-means of the groups of weight [out, in] / scales [out] (AQLM, arXiv 2401.06118, section 3.1).
 
     column_weight [in] weighs each input's squared distance. Empty clusters move to the worst-served groups;
@@ -32,10 +32,10 @@ def residual_kmeans(
     Returns codes [out, J, K] and codebooks [K, E, g].
     """
 
-def accumulate_hessian(sum: F64, x: F32) -> None:
+def accumulate_hessian(sum: _F64, x: _F32) -> None:
     """sum [in, in] += x^T x for x [n, in], in place."""
 
-def factor_hessian(H: F32, in_group_size: int, relative_damp: float) -> tuple[NDArray[np.int32], F32, F32]:
+def factor_hessian(H: _F32, in_group_size: int, relative_damp: float) -> tuple[NDArray[np.int32], _F32, _F32]:
     """Block factor of H [in, in] for sequential error feedback (GPTQ and LDLQ with g x g blocks).
 
     relative_damp * mean(diag H) is added to the diagonal. Returns the order of the groups [J] (largest trace
@@ -43,15 +43,15 @@ def factor_hessian(H: F32, in_group_size: int, relative_damp: float) -> tuple[ND
     """
 
 def search_sweep(
-    codes: Codes,
-    weight: F32,
-    H: F32,
-    codebooks: F32,
-    scales: F32,
+    codes: _Codes,
+    weight: _F32,
+    H: _F32,
+    codebooks: _F32,
+    scales: _F32,
     beam_size: int = 0,
     seed: int = 0,
     pairs: bool = False,
-) -> Codes:
+) -> _Codes:
     """One coordinate sweep over the groups in a random order (AQLM, section 3.2); returns new codes.
 
     pairs (K >= 2, B <= 8): a beam of 1..64 over all codebooks but the last two, and after each of its states the
@@ -60,34 +60,34 @@ def search_sweep(
     """
 
 def search_ldl(
-    weight: F32,
+    weight: _F32,
     order: NDArray[np.int32],
-    feedback: F32,
-    metric: F32,
-    codebooks: F32,
-    scales: F32,
+    feedback: _F32,
+    metric: _F32,
+    codebooks: _F32,
+    scales: _F32,
     beam_size: int = 0,
     pairs: bool = False,
-) -> Codes:
+) -> _Codes:
     """Codes [out, J, K] by one pass of sequential error feedback; order, feedback, metric of factor_hessian."""
 
-def update_codebooks(codebooks: F32, weight: F32, H: F32, codes: Codes, scales: F32, cg_steps: int) -> F32:
+def update_codebooks(codebooks: _F32, weight: _F32, H: _F32, codes: _Codes, scales: _F32, cg_steps: int) -> _F32:
     """cg_steps conjugate-gradient steps towards the least-squares codebooks [K, E, g]; the error never rises."""
 
-def update_scales(scales: F32, weight: F32, H: F32, codes: Codes, codebooks: F32) -> F32:
+def update_scales(scales: _F32, weight: _F32, H: _F32, codes: _Codes, codebooks: _F32) -> _F32:
     """The scales [out] that minimise the error, in closed form; rows that decode to zero keep theirs."""
 
 def update_adam(
-    codebooks: F32,
-    scales: F32,
-    moments: F64,
-    weight: F32,
-    H: F32,
-    codes: Codes,
+    codebooks: _F32,
+    scales: _F32,
+    moments: _F64,
+    weight: _F32,
+    H: _F32,
+    codes: _Codes,
     steps: int,
     learning_rate: float,
     steps_before: int = 0,
-) -> tuple[F32, F32, F64]:
+) -> tuple[_F32, _F32, _F64]:
     """`steps` steps of Adam on codebooks [K, E, g] and scales [out] for tr(D H D^T) / out (AQLM, section 3.3).
 
     Betas (0, 0.95), AMSGrad, eps 1e-8. moments [2, K * E * g + out]: second moments, then their largest, of codebooks
@@ -96,17 +96,19 @@ def update_adam(
     """
 
 def quantization_error(
-    weight: F32, H: F32, codes: Codes | None = None, codebooks: F32 | None = None, scales: F32 | None = None
+    weight: _F32, H: _F32, codes: _Codes | None = None, codebooks: _F32 | None = None, scales: _F32 | None = None
 ) -> float:
     """tr(D H D^T), D = W - Wq; without codes Wq is 0, which gives the signal tr(W H W^T)."""
 
-def gaussian_reference(eigenvalues: F64, rate: float) -> float:
+def gaussian_reference(eigenvalues: _F64, rate: float) -> float:
     """Relative error of ideal coding of Gaussian weights at `rate` bits per weight, under an H of these eigenvalues."""
 
-def decode_rows(codes: NDArray[np.int8 | np.int16], codebooks: F32, scales: F32) -> F32:
+def decode_rows(codes: NDArray[np.int8 | np.int16], codebooks: _F32, scales: _F32) -> _F32:
     """W [out, in] of a stored weight: codes [out/og, J, K] (int8 for B <= 8, else int16), codebooks [K, E, og, g]."""
 
-def matmul(x: F32, codes: NDArray[np.int8 | np.int16], codebooks: F32, scales: F32, bias: F32 | None = None) -> F32:
+def matmul(
+    x: _F32, codes: NDArray[np.int8 | np.int16], codebooks: _F32, scales: _F32, bias: _F32 | None = None
+) -> _F32:
     """x [n, in] W^T + bias -> [n, out]; W is decoded tile by tile, never whole.
 
     With n <= 16, B <= 8, og = 1, out >= 64: by products with the codebooks rounded to 23 bits, within 1e-5.
@@ -118,16 +120,16 @@ def pack_codes(codes: NDArray[np.uint16], nbits_per_codebook: int) -> NDArray[np
 def unpack_codes(codes: NDArray[np.int8 | np.int16], nbits_per_codebook: int) -> NDArray[np.uint16]:
     """The inverse of pack_codes."""
 
-def set_num_threads(n: int) -> None: ...
+def set_num_threads(n: int, /) -> None: ...
 def get_num_threads() -> int: ...
-def set_isa(name: str) -> None:
+def set_isa(name: str, /) -> None:
     """Use this instruction set's kernels; ValueError if this CPU cannot. AQLM_C_ISA does the same at import."""
 
 def get_isa() -> str: ...
 def available_isas() -> list[str]:
     """Instruction sets this CPU can run, slowest first."""
 
-def set_exact(exact: bool | None) -> None:
+def set_exact(exact: bool | None, /) -> None:
     """True: matmul sums products of fp32 in order. None, as at first: few rows by products rounded to 23 bits; False:
     to 16 bits, within 1e-3. The environment variable AQLM_C_EXACT says it too: 1 or 0.
     """

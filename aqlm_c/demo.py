@@ -85,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         < LIMIT * before,
         "the loaded model's logits equal those in memory": equal,
     }
-    for text, holds in checks.items():
-        print(f"{'✓' if holds else '✗'} {text}")
+    for check, holds in checks.items():
+        print(f"{'✓' if holds else '✗'} {check}")
     return 0 if all(checks.values()) else 1
 
 

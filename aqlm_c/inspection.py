@@ -125,7 +125,9 @@ def inspect_model(directory: str | os.PathLike[str]) -> Inspection:
     fields, quantized, tensors = _read(directory)
     linears = checkpoint.stored_linears(tensors) if quantized else {}
     vocabulary = _vocabulary(fields)
-    layers, embeddings, seen = [], [], set()
+    layers: list[Matrix] = []
+    embeddings: list[Matrix] = []
+    seen: set[str] = set()
     for name, tensor in tensors.items():
         linear = name.rpartition(".")[0]
         if linear in linears:
@@ -197,7 +199,8 @@ def _read(directory: Path) -> tuple[dict[str, Any], bool, dict[str, checkpoint.S
     if quantization.get("quant_method") not in _METHODS:
         return fields, False, tensors
     try:
-        Format(**{name: quantization.get(name) for name in FIELDS})
+        sizes: dict[str, Any] = {name: quantization.get(name) for name in FIELDS}
+        Format(**sizes)
         Rules(quantization.get("rules"))
         return fields, True, tensors
     except ValueError as error:

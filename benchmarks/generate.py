@@ -369,7 +369,7 @@ def main_gpu(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     from aqlm_c.nn import ops
 
     if not (torch.cuda.is_available() and ops.has_cuda):
-        parser.error("--device=cuda: expected a GPU that torch can use, and aqlm_c built with _cuda")
+        parser.error("--device: got cuda, expected a GPU that torch can use, and aqlm_c built with _cuda")
     args.shape = args.shape or ["llama-2-7b", "llama-2-70b"]
     args.schemes = {s: args.schemes or ["2x8g8", *(["1x16g8"] if s != "llama-2-70b" else [])] for s in args.shape}
     rows = gpu_rows(args)

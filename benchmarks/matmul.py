@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json")
     args = parser.parse_args()
     if args.device == "cuda" and not (torch.cuda.is_available() and ops.has_cuda):
-        parser.error("--device=cuda: expected a GPU that torch can use, and aqlm_c built with _cuda")
+        parser.error("--device: got cuda, expected a GPU that torch can use, and aqlm_c built with _cuda")
     try:
         given = [tuple(map(int, shape.split("x"))) for shape in args.shapes or []]
         assert all(len(shape) == 2 for shape in given)

@@ -83,7 +83,7 @@ def main() -> None:
         stream = token_stream(text, tokenizer, 2 * n * length)
         if len(stream) < 2 * n * length:
             parser.error(
-                f"--data={text}: {len(stream)} tokens, expected {2 * n * length} (2 x {n} windows of {length})"
+                f"--data: got {text}: {len(stream)} tokens, expected {2 * n * length} (2 x {n} windows of {length})"
             )
         windows.append(stream.view(2 * n, length))
     seen, held_out = (torch.cat([text[part] for text in windows]) for part in (slice(n), slice(n, None)))

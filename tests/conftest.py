@@ -9,6 +9,25 @@ import pytest
 
 from aqlm_c import _core
 
+MARKS = {"hf": "hf", "cuda": "gpu"}  # of all tests in a folder
+
+
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="fail where every selected test was skipped")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if mark := MARKS.get(item.path.parent.name):
+            item.add_marker(mark)
+
+
+def pytest_sessionfinish(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--no-skips") and not reporter.stats.get("passed"):
+        reporter.write_line("--no-skips: no test passed, expected at least one that is not skipped", red=True)
+        session.exitstatus = 1
+
 
 @pytest.fixture(params=_core.available_isas())
 def isa(request):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,8 +50,8 @@ class Activations:
 
     def empty(self) -> Activations:
         """A place for other activations of the same sequences, kept where these are; the arguments are shared."""
-        disk = isinstance(self.hidden, SpilledTensors)
-        return Activations(SpilledTensors(self.hidden.directory) if disk else [], self.arguments)
+        kept = self.hidden
+        return Activations(SpilledTensors(kept.directory) if isinstance(kept, SpilledTensors) else [], self.arguments)
 
     def batch_sizes(self) -> list[int]:
         """Sequences in each batch."""
@@ -82,7 +82,7 @@ def batch_size_for(sequences: torch.Tensor, tuning: TuningOptions, asked: int | 
 @torch.no_grad()
 def capture(
     model: torch.nn.Module,
-    blocks: Sequence[torch.nn.Module],
+    blocks: torch.nn.ModuleList,
     sequences: torch.Tensor,
     batch_size: int | None = None,
     directory: str | os.PathLike[str] | None = None,

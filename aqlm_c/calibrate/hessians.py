@@ -48,9 +48,8 @@ class HessianSums:
 
         outputs: an empty place that takes the block's outputs, if they are wanted.
         """
-        self._gather(
-            (lambda batch=batch: inputs.run(index, block, batch) for batch in range(len(inputs.hidden))), outputs
-        )
+        batches = range(len(inputs.hidden))
+        self._gather((functools.partial(inputs.run, index, block, batch) for batch in batches), outputs)
 
     @torch.no_grad()
     def gather_whole(self, model: torch.nn.Module, sequences: torch.Tensor, batch_size: int) -> None:
@@ -58,7 +57,7 @@ class HessianSums:
         if len(self.linears) == 1:
             self._last = next(iter(self.linears))
         batches = sequences.to(next(model.parameters()).device).split(batch_size)
-        self._gather(lambda ids=ids: model(input_ids=ids, use_cache=False) for ids in batches)
+        self._gather(functools.partial(model, input_ids=ids, use_cache=False) for ids in batches)
 
     def _gather(self, runs: Iterable[Callable[[], Any]], outputs: Activations | None = None) -> None:
         hooks = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.linears.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -43,7 +43,7 @@ class Calibration(Protocol):
     sequence_length: int
     inputs: Activations | None
 
-    def start(self, model: Any, blocks: Sequence[torch.nn.Module], directory: str | os.PathLike[str] | None) -> None:
+    def start(self, model: Any, blocks: torch.nn.ModuleList, directory: str | os.PathLike[str] | None) -> None:
         """Make `inputs` those of the first block, kept on disk in `directory` if one is given."""
 
     def of_block(
@@ -77,7 +77,7 @@ class SequenceCalibration:
         if config.tuning.finetune_epochs:  # that puts every source into every batch
             self._order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.seed))
 
-    def start(self, model: Any, blocks: Sequence[torch.nn.Module], directory: str | os.PathLike[str] | None) -> None:
+    def start(self, model: Any, blocks: torch.nn.ModuleList, directory: str | os.PathLike[str] | None) -> None:
         ids = self.ids if self._order is None else self.ids[self._order]
         self.inputs = capture(model, blocks, ids, self.batch_size, directory)
 
@@ -124,12 +124,12 @@ class DataFree:
     """No data: each layer is quantized as if all its inputs were white, H = I, and nothing can be fine-tuned."""
 
     tokens = sequences = sequence_length = 0
-    inputs = None
+    inputs: Activations | None = None
 
     def __init__(self) -> None:
         self._hessians: dict[int, Hessian] = {}  # by in_features
 
-    def start(self, model: Any, blocks: Sequence[torch.nn.Module], directory: str | os.PathLike[str] | None) -> None:
+    def start(self, model: Any, blocks: torch.nn.ModuleList, directory: str | os.PathLike[str] | None) -> None:
         pass
 
     def of_block(

@@ -62,7 +62,7 @@ class SpilledTensors:
         return offset, tensor.shape, tensor.dtype, tensor.device
 
     def _transfer(self, call: Callable[[memoryview], int], offset: int, tensor: torch.Tensor) -> None:
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        view = tensor.view(-1).view(torch.uint8).numpy().data
         self._file.seek(offset)
         while view:  # one call moves 2 GiB at most
             moved = call(view)

@@ -13,6 +13,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -33,7 +34,7 @@ class Display:
 
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
         self._notebook = Console().is_jupyter
-        plain = {"force_jupyter": False, "force_terminal": False} if self._notebook else {}
+        plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False} if self._notebook else {}
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, **plain)
         self._quiet = quiet
         self._log = _LogLines(self._console, logging.DEBUG if verbose else logging.WARNING)
@@ -49,7 +50,8 @@ class Display:
             disable=quiet or not self._console.is_terminal,
             speed_estimate_period=3600,  # a block may take minutes
         )
-        self._all = self._current = None
+        self._all: TaskID | None = None
+        self._current: TaskID | None = None
         self._block = ""
         self._n_blocks = 0
         self._started = 0.0
@@ -81,6 +83,7 @@ class Display:
         self._current = self._bars.add_task("", total=n_layers / n_blocks)
 
     def on_block(self, index: int, name: str) -> None:
+        assert self._all is not None and self._current is not None, "on_start comes first"
         self._block = escape(name)
         self._bars.update(self._all, completed=index)
         self._bars.reset(self._current, description=self._block)
@@ -89,6 +92,7 @@ class Display:
             self._print(f"{self._block} ({index + 1} of {self._n_blocks}), {elapsed:.0f} s")
 
     def on_layer(self, report: LayerReport) -> None:
+        assert self._current is not None, "on_start comes first"
         self._bars.advance(self._current)
         if not self._notebook:  # where hundreds of lines would stay in the file
             self._print(
@@ -107,7 +111,7 @@ class Display:
         )
 
     def on_phase(self, name: str) -> None:
-        if self._all is not None:
+        if self._all is not None and self._current is not None:
             self._bars.update(self._current, description=f"{self._block} {name}".lstrip())
             return
         self._clear()
@@ -116,6 +120,7 @@ class Display:
             self._print(f"{escape(name)} ...")
 
     def on_window(self, done: int, total: int, perplexity: float) -> None:
+        assert self._current is not None, "on_phase comes first"
         self._bars.update(self._current, completed=done, total=total)
 
     def on_finish(self, report: QuantizationReport) -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -85,4 +86,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-_UsageError = typer.BadParameter.__base__  # click's; typer imports click or carries its own, by version
+_UsageError: Any = typer.BadParameter.__base__  # click's; typer imports click or carries its own, by version

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def of_tensor(tensor: torch.Tensor) -> Array:
     return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
 
-def is_tensor(array: Any) -> bool:
+def is_tensor(array: Any) -> TypeGuard[torch.Tensor]:
     """Whether it is a tensor, without importing torch for one that is not."""
     return hasattr(array, "detach")
 
@@ -52,8 +52,8 @@ def root_sum_of_rows(weight: Array, mean: bool) -> Array:
         squares = np.square(weight, dtype=np.float64)
         norms = np.sqrt(squares.mean(axis=1) if mean else squares.sum(axis=1))
         return np.where(norms > 0, norms, 1.0).astype(np.float32)
-    squares = weight.double().square()
-    norms = (squares.mean(1) if mean else squares.sum(1)).sqrt()
+    square = weight.double().square()
+    norms = (square.mean(1) if mean else square.sum(1)).sqrt()
     return norms.where(norms > 0, 1.0).float()
 
 
@@ -92,9 +92,10 @@ def column_weights(order: Array, metric: Array) -> Array:
         weights = np.empty(metric.shape[:2], np.float32)
         weights[order] = metric.diagonal(axis1=1, axis2=2)
         return weights.ravel()
-    weights = metric.new_empty(metric.shape[:2])
-    weights[order.long()] = metric.diagonal(dim1=1, dim2=2)
-    return weights.flatten()
+    assert is_tensor(order), "both are of one kind"
+    columns = metric.new_empty(metric.shape[:2])
+    columns[order.long()] = metric.diagonal(dim1=1, dim2=2)
+    return columns.flatten()
 
 
 def extrapolate(start: Array, end: Array, beyond: float) -> Array:
@@ -125,9 +126,11 @@ def eigenvalues(H: Array) -> np.ndarray:
 
 def gaussian_signal(weight: Array, H: Array) -> float:
     """What Gaussian weights of this mean square have for tr(W H W^T), in the mean."""
-    if isinstance(weight, np.ndarray) and isinstance(H, np.ndarray):
-        return float(np.square(weight, dtype=np.float64).mean()) * weight.shape[0] * float(np.trace(H))
-    return float(weight.double().square().mean()) * weight.shape[0] * float(H.trace())
+    if isinstance(weight, np.ndarray):
+        square = float(np.square(weight, dtype=np.float64).mean())
+    else:
+        square = float(weight.double().square().mean())
+    return square * weight.shape[0] * float(H.trace())
 
 
 def round_to(x: Array, dtype: str) -> Array:
@@ -135,6 +138,7 @@ def round_to(x: Array, dtype: str) -> Array:
 
     Raises ValueError if a value is too large for it.
     """
+    rounded: Array
     if not isinstance(x, np.ndarray):
         import torch
 

@@ -137,7 +137,7 @@ def _schemes(model: Any) -> list[str]:
 
 
 def _format(model: Any, schemes: list[str], report: Mapping[str, Any]) -> Iterator[str]:
-    weights = stored = 0
+    weights, stored = 0, 0.0
     for layer in {id(layer.codes): layer for _, layer in quantized_linears(model)}.values():  # tied ones once
         rows, groups, _ = layer.codes.shape
         out_features, in_features = rows * layer.out_group_size, groups * layer.in_group_size

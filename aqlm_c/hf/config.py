@@ -59,7 +59,7 @@ class AqlmConfig(transformers.AqlmConfig):
     @classmethod
     def from_layer_config(cls, config: LayerConfig, not_quantized: list[str]) -> AqlmConfig:
         """The config of a model whose parameters except `not_quantized` are quantized by `config`."""
-        fields = {**config.format.to_dict(), "rules": config.rules.to_dict()}
+        fields: dict[str, Any] = {**config.format.to_dict(), "rules": config.rules.to_dict()}
         return cls(**fields, linear_weights_not_to_quantize=not_quantized)
 
     def layer_config(self) -> LayerConfig:

@@ -61,12 +61,13 @@ def give_back(files: Iterable[str | os.PathLike[str]] = ()) -> None:
 
 def _unwritten(paths: set[str]) -> Iterator[tuple[int, int]]:
     """Addresses of this process's mappings of `paths` that hold no page but the file's own."""
-    place = None
+    place: tuple[int, int] | None = None
     with contextlib.suppress(OSError), open("/proc/self/smaps", "rb") as smaps:
         for line in smaps:
             first, *fields = line.rstrip(b"\n").split(maxsplit=5)
             if not first.endswith(b":"):  # of a mapping: addresses, permissions, offset, device, inode and path
                 found = len(fields) == 5 and os.fsdecode(fields[4]) in paths
-                place = tuple(int(address, 16) for address in first.split(b"-")) if found else None
+                begin, _, end = first.partition(b"-")
+                place = (int(begin, 16), int(end, 16)) if found else None
             elif place and first == b"Anonymous:" and fields[0] == b"0":
                 yield place

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ def _pattern(patterns: Iterable[str] | None) -> Any:
 
 def files_being_loaded() -> list[str] | None:
     """The files that the calling `from_pretrained` is about to load: transformers 4 does not pass them on."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "from_pretrained" and "checkpoint_files" in frame.f_locals:
             return frame.f_locals["checkpoint_files"]
@@ -164,7 +165,8 @@ def read_again(model: Any, stored: Mapping[str, tuple[str, checkpoint.StoredTens
             if parameter.is_meta and not hasattr(layer, "_hf_hook"):  # the whole model is, for its shapes alone
                 continue
             if parameter.is_meta:
-                index = layer._hf_hook.weights_map.dataset.index
+                hook: Any = layer._hf_hook  # accelerate's
+                index = hook.weights_map.dataset.index
                 if "safetensors_file" in index.get(label, ()):
                     index[label].pop("dtype", None)
             elif label in stored and part != "codes":

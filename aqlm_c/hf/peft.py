@@ -17,7 +17,7 @@ from ..nn.linear import QuantizedLinear
 _LORA = "peft.tuners.lora.model"
 
 
-def _extend(lora: ModuleType) -> None:
+def _extend(lora: Any) -> None:
     """Teach the loaded module peft.tuners.lora.model this package's layer."""
     from peft.tuners import tuners_utils
     from peft.tuners.lora.aqlm import AqlmLoraLinear
@@ -61,13 +61,14 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+            loader: Any = spec.loader
+            execute = loader.exec_module
 
             def execute_and_extend(module: ModuleType) -> None:
                 execute(module)
                 _extend(module)
 
-            spec.loader.exec_module = execute_and_extend
+            loader.exec_module = execute_and_extend
         return spec
 
 

@@ -69,9 +69,9 @@ def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, StoredTen
     Raises ValueError naming the file that is not safetensors, is truncated or has a damaged header, or the
     tensor that two files have or that is not where an index of these files says.
     """
-    files = list(map(Path, files))
+    paths = list(map(Path, files))
     tensors: dict[str, StoredTensor] = {}
-    for file in files:
+    for file in paths:
         if file.suffix != ".safetensors":
             raise ValueError(f"{file}: expected a .safetensors file")
         try:
@@ -83,9 +83,9 @@ def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, StoredTen
                     tensors[name] = StoredTensor(file, tensor.get_dtype(), tuple(tensor.get_shape()))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: expected a complete safetensors file, found: {error}") from None
-    if [file.name for file in files] != ["model.safetensors"]:
-        for index in {path for folder in {file.parent for file in files} for path in folder.glob(_INDEX)}:
-            _check_index(index, files, tensors)
+    if [file.name for file in paths] != ["model.safetensors"]:
+        for index in {path for folder in {file.parent for file in paths} for path in folder.glob(_INDEX)}:
+            _check_index(index, paths, tensors)
     return tensors
 
 

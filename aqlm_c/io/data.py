@@ -129,7 +129,7 @@ def provenance(sources: Sequence[str], input_ids: torch.Tensor) -> dict[str, Any
     ids = input_ids.numpy().astype("<i8", copy=False)
     return {
         "sources": {source: sha256(source) for source in (list(sources) or [BUNDLED])},
-        "input_ids": hashlib.sha256(np.ascontiguousarray(ids)).hexdigest(),
+        "input_ids": hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest(),
     }
 
 
@@ -151,13 +151,14 @@ def _read(source: str, tokenizer: Any, limit: int | None, shuffle_seed: int | No
         return _token_ids(source, tokenizer)
     # No more text is tokenised than the limit asks for. Twice the limit must come out of a text that was
     # cut, because tokens near the cut may differ from those of the whole text.
-    max_chars = None if limit is None else 16 * limit
+    per_token = 16
     while True:
+        max_chars = None if limit is None else per_token * limit
         text, cut = _text(_documents(source, shuffle_seed), max_chars)
         ids = tokenizer(text, verbose=False)["input_ids"]
-        if not cut or len(ids) >= 2 * limit:
+        if limit is None or not cut or len(ids) >= 2 * limit:
             return torch.tensor(ids[:limit] if cut else ids, dtype=torch.int64)[None]
-        max_chars *= 4
+        per_token *= 4
 
 
 def _text(documents: Iterable[str], max_chars: int | None) -> tuple[str, bool]:

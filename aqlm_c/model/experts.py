@@ -36,6 +36,8 @@ class Experts(nn.ModuleList):
     names: of each expert's gate, up and down projection. Weights are views of the fused ones.
     """
 
+    fused: Any  # of a class of transformers
+
     def __init__(self, fused: nn.Module, names: tuple[str, str, str]) -> None:
         gate_up, down = (getattr(fused, part).detach() for part in _PARTS)
         weights = zip(*gate_up.chunk(2, dim=1), down, strict=True)
@@ -44,7 +46,7 @@ class Experts(nn.ModuleList):
             for expert in weights
         )
         self.names = names
-        self.requires_grad_(fused.down_proj.requires_grad)
+        self.requires_grad_(fused.get_parameter(_PARTS[1]).requires_grad)
         for part in _PARTS:
             setattr(fused, part, nn.Parameter(getattr(fused, part).detach().to("meta"), requires_grad=False))
         self.__dict__["fused"] = fused  # hidden from state_dict; knows the activation and takes its place again
@@ -65,7 +67,8 @@ class Experts(nn.ModuleList):
 
     def fuse(self) -> nn.Module:
         """The fused module with the weights of these experts, all dense."""
-        gate, up, down = (torch.stack([expert[name].weight.detach() for expert in self]) for name in self.names)
+        experts: Iterable[Any] = self
+        gate, up, down = (torch.stack([expert[name].weight.detach() for expert in experts]) for name in self.names)
         for part, weight in zip(_PARTS, (torch.cat((gate, up), dim=1), down), strict=True):
             setattr(self.fused, part, nn.Parameter(weight))
         return self.fused.train(self.training)
@@ -96,7 +99,7 @@ def unfuse(model: nn.Module, quantized: Iterable[str] | None = None) -> None:
         )
 
 
-def fuse(model: nn.Module) -> None:
+def fuse(model: Any) -> None:
     """Undo `unfuse`, unless an expert of `model` is quantized: the model is then as transformers made it."""
     experts = dict(_experts(model))
     if any(isinstance(module, QuantizedLinear) for unfused in experts.values() for module in unfused.modules()):
@@ -168,11 +171,14 @@ def _is_unknown(module: nn.Module) -> bool:
     return 3 in sides and not isinstance(module, (nn.modules.conv._ConvNd, QuantizedLinear))
 
 
-def _names(name: str, transforms: list[Any]) -> tuple[str, ...]:
+def _names(name: str, transforms: list[Any]) -> tuple[str, str, str]:
     """The names of an expert's linears in a checkpoint; `name` is that of the fused module."""
     names: list[str] = []
     for part in _PARTS:
         for transform in transforms:
             if isinstance(transform, WeightConverter) and f"{name}.{part}".endswith(tuple(transform.target_patterns)):
                 names += [match[1] for match in map(_SOURCE.search, transform.source_patterns) if match]
-    return tuple(names) if len(names) == len(_NAMES) else _NAMES
+    if len(names) != len(_NAMES):
+        return _NAMES
+    gate, up, down = names
+    return gate, up, down

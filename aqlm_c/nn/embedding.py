@@ -59,7 +59,7 @@ class QuantizedEmbedding(QuantizedLayer):
             kind = type(embedding).__name__
             raise ValueError(f"rules: got {name}, a {kind}, expected a plain torch.nn.Embedding to quantize")
 
-    def head(self, bias: Tensor | None = None) -> QuantizedLinear:
+    def head(self, bias: nn.Parameter | None = None) -> QuantizedLinear:
         """The output layer tied to this embedding: it has the same parameters."""
         sizes = (self.embedding_dim, self.num_embeddings)
         head = QuantizedLinear(*sizes, bias is not None, self.format, "meta", self.codebooks.dtype)

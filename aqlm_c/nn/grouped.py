@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -87,14 +87,15 @@ class LinearGroup:
     def _weights(self, device: torch.device) -> list[ops.Weight] | None:
         """Those of all members, if they are as they were when they were joined."""
         parent = self.parent()
-        members = [parent._modules.get(name) for name in self.names] if parent is not None else []
+        found = [parent._modules.get(name) for name in self.names] if parent is not None else []
+        members = [member for member in found if self._has(member)]
         hooked = global_hooks._global_forward_pre_hooks or global_hooks._global_forward_hooks
-        if hooked or not members or not all(map(self._has, members)):
+        if hooked or len(members) < len(self.names):
             return None
-        weights = [(m.codes, m.codebooks, m.scales, m.bias) for m in members]
+        weights: list[ops.Weight] = [(m.codes, m.codebooks, m.scales, m.bias) for m in members]
         return weights if all(codes.device == device for codes, *_ in weights) else None
 
-    def _has(self, member: nn.Module | None) -> bool:
+    def _has(self, member: nn.Module | None) -> TypeGuard[QuantizedLinear]:
         return (
             isinstance(member, QuantizedLinear)
             and member.grouped is not None
@@ -128,18 +129,22 @@ def join_linears(model: nn.Module) -> int:
     groups = 0
     for module in list(model.modules()):
         for names in TOGETHER:
-            members = [module._modules.get(name) for name in names]
-            if not all(type(m) is QuantizedLinear for m in members) or len({_format(m) for m in members}) > 1:
+            children = [module._modules.get(name) for name in names]
+            members = [child for child in children if type(child) is QuantizedLinear]
+            if len(members) < len(names) or len({_format(m) for m in members}) > 1:
                 continue
             groups += 1
             hook = f"aqlm_c.grouped.{names[0]}"
-            found = {m.grouped and m.grouped[0] for m in members}
-            if all(group and group.is_on and module._forward_pre_hooks.get(hook) == group.begin for group in found):
+            before: dict[Any, Any] = module._forward_pre_hooks
+            after: dict[Any, Any] = module._forward_hooks
+            always_called: dict[Any, bool] = module._forward_hooks_always_called
+            found = {m.grouped[0] if m.grouped else None for m in members}
+            if all(isinstance(old, LinearGroup) and old.is_on and before.get(hook) == old.begin for old in found):
                 continue
             group = LinearGroup(module, names)
             # as register_forward_*hook do, but by one name in all layers: with ids, none would share a compiled graph
-            module._forward_pre_hooks[hook] = group.begin
-            module._forward_hooks[hook], module._forward_hooks_always_called[hook] = group.end, True
+            before[hook] = group.begin
+            after[hook], always_called[hook] = group.end, True
             for place, member in enumerate(members):
                 member.grouped = group, place
     return groups

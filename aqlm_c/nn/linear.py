@@ -99,8 +99,9 @@ class QuantizedLayer(nn.Module):
         layer.codes = nn.Parameter(codes, requires_grad=False)
         layer.codebooks = nn.Parameter(codebooks.to(layer.codebooks.dtype))
         layer.scales = nn.Parameter(scales.to(layer.codebooks.dtype).view(-1, 1, 1, 1))
-        if getattr(module, "bias", None) is not None:
-            layer.bias = nn.Parameter(module.bias.detach().clone())
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone())
         layer.check_codes()
         return layer
 
@@ -118,13 +119,13 @@ class QuantizedLayer(nn.Module):
         Their shape and values stay, only strides change: state_dict has them in the order of the disk layout.
         """
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         name = prefix + "codes"
         if not destination[name].is_contiguous():
             destination[name] = destination[name].detach().contiguous()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         name = prefix + "codes"
         if name in state_dict and not self.codes.is_meta:  # else a loader is at work, which knows the layer's name
             check_code_range(state_dict[name], self.nbits_per_codebook, name)
@@ -134,6 +135,10 @@ class QuantizedLayer(nn.Module):
         """W [out, in] in `dtype` (that of codebooks if None), rounded once."""
         weight = ops.decode_rows(self.codes, self.codebooks.float(), self.scales.float())
         return weight.to(dtype or self.codebooks.dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The same layer with a dense weight of `dtype` (that of codebooks if None), rounded once."""
+        raise NotImplementedError
 
 
 class QuantizedLinear(QuantizedLayer):
@@ -150,6 +155,7 @@ class QuantizedLinear(QuantizedLayer):
         ValueError: a size is out of range or a group size does not divide its side.
     """
 
+    bias: nn.Parameter | None
     tied = False  # to an embedding, which looks up rows of codes
     grouped: tuple[InputGroup, int] | None = None  # with other linears of one input, and this one's place
 

@@ -212,7 +212,7 @@ def _decode_rows_double_backward(ctx, of_codebooks, of_scales):
     if need_rows:
         parts = [decode_rows(codes, of_codebooks, scales)] if with_codebooks else []
         parts += [decode_rows(codes, codebooks, of_scales)] if with_scales else []
-        to_rows = sum(parts).to(grad_rows.dtype)
+        to_rows = sum(parts[1:], parts[0]).to(grad_rows.dtype)
     if need_codebooks and with_scales:
         to_codebooks, _ = _weight_gradients(grad_rows, codes, codebooks, of_scales, True, False)
     if need_scales and with_codebooks:

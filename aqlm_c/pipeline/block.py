@@ -161,7 +161,7 @@ def search_again(
     """The method's new codes of a layer under other codebooks and scales, all as in QuantizedLinear; None if it has
     none.
     """
-    state = [arrays.of_tensor(tensor) for tensor in (codes, codebooks, scales)]
+    state = (arrays.of_tensor(codes), arrays.of_tensor(codebooks), arrays.of_tensor(scales))
     trained = QuantizedWeight(*state, problem.dtype, 0.0, {}, [])
     found = get_method(config.solver).search_again(problem, trained, config.options)
     return None if found is None else torch.as_tensor(found).to(codes.device)

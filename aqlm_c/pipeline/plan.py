@@ -74,7 +74,7 @@ def make_plan(model: Any, config: AqlmConfig, layers: str | None = None) -> Plan
     return plan
 
 
-def _check(model: torch.nn.Module, plan: Plan, config: AqlmConfig, layers: str | None) -> None:
+def _check(model: Any, plan: Plan, config: AqlmConfig, layers: str | None) -> None:
     config.check_searchable()
     _check_rules(model, config, plan.embeddings)
     targets = plan.targets()

@@ -31,7 +31,7 @@ from ..versions import versions
 try:
     import fcntl
 except ImportError:  # not POSIX: nothing keeps two processes apart
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # to mypy the name is a module
 
 log = logging.getLogger("aqlm_c")
 
@@ -291,7 +291,7 @@ def _sha256(tensors: Iterable[tuple[str, torch.Tensor]], report: Mapping[str, An
     digest = hashlib.sha256(f"{json.dumps(report)}\n".encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

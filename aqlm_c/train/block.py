@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def gradient_scale(hidden: Tensor) -> float:
 def finetune_block(
     name: str,
     index: int,
-    blocks: Sequence[nn.Module],
+    blocks: nn.ModuleList,
     quantized: Mapping[str, QuantizedLinear],
     inputs: Activations,
     targets: Activations,
@@ -91,7 +91,7 @@ class _Tuner:
     def __init__(
         self,
         index: int,
-        blocks: Sequence[nn.Module],
+        blocks: nn.ModuleList,
         quantized: Mapping[str, QuantizedLinear],
         inputs: Activations,
         targets: Activations,
@@ -107,7 +107,8 @@ class _Tuner:
         layers = quantized.items()
         self.codebooks = {name: _Trained(layer.codebooks, rate, common_size=True) for name, layer in layers}
         self.scales = {name: _Trained(layer.scales, rate * _OTHERS) for name, layer in layers}
-        kept = {f"{name}.bias": layer.bias for name, layer in layers}  # the dense layers have copies
+        biases = ((name, layer.bias) for name, layer in layers)
+        kept = {f"{name}.bias": bias for name, bias in biases if bias is not None}  # the dense layers have copies
         dense = {f"{name}.weight" for name in quantized}
         self.others = {  # norms and biases; matrices that were not quantized stay
             name: _Trained(kept.get(name, parameter), rate * _OTHERS)
@@ -184,7 +185,8 @@ class _Tuner:
             optimizer.zero_grad()
             for batch in batches:
                 share = self.sequences[batch] / sum(self.sequences[batch] for batch in batches)
-                loss = sum(self._errors(batch)) / len(self.goals)
+                own, *ahead = self._errors(batch)
+                loss = sum(ahead, own) / len(self.goals)
                 (loss * (share * self.gradient_scale)).backward()
                 total += loss.item() * self.sequences[batch]
             optimizer.step()

@@ -156,6 +156,7 @@ def test_matmul_names_what_is_wrong(matmul, capsys, options, named):
     assert named in f"{raised.value}{capsys.readouterr().err}"
 
 
+@pytest.mark.gpu
 def test_matmul_on_a_gpu(matmul, capsys):
     """Where there is none, that is said."""
     import torch
@@ -280,6 +281,7 @@ def test_generate_names_what_is_wrong(generate, models, swap, named):
         generate.main(model, "--dense", dense, "--dtypes", "float32", *options)
 
 
+@pytest.mark.gpu
 def test_generate_on_a_gpu(generate, capsys):
     """Where there is none, that is said."""
     import torch

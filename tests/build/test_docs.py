@@ -10,8 +10,8 @@ import torch
 from tiny import random_tokens, tiny_llama, write_published
 
 from aqlm_c import AqlmConfig, quantize_model
-from aqlm_c.io.checkpoint import quantized_linears
 from aqlm_c.hf import AqlmConfig as HfConfig
+from aqlm_c.io.checkpoint import quantized_linears
 
 CHECKPOINT = Path(__file__).parents[2] / "docs" / "checkpoint.md"
 FAST = {"ldl_passes": 1, "max_sweeps": 1, "init_max_iter": 1, "finetune_epochs": 0}

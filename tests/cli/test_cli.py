@@ -177,8 +177,8 @@ WRONG_OPTIONS = {
     "groups of outputs": (["--scheme", "2x4g8o2"], ["out_group_size: got 2", "'2x4g8o2'", "expected 1"]),
     "tolerance": (["--tolerance", "2"], ["relative_mse_tolerance=2", "expected"]),
     "beam size": (["--beam-size", "-3"], ["beam_size=-3", "expected"]),
-    "no such data": (["--data", "nosuch.txt"], ["data='nosuch.txt'", "no such file"]),
-    "no such data set": (["--data", "nosuch"], ["data='nosuch'", "no data set"]),
+    "no such data": (["--data", "nosuch.txt"], ["data: got 'nosuch.txt'", "no such file"]),
+    "no such data set": (["--data", "nosuch"], ["data: got 'nosuch'", "no data set"]),
     "layers match nothing": (["--layers", "nosuch"], ["layers='nosuch'", "expected"]),
     "layers not a regex": (["--layers", "("], ["layers='('", "regular expression"]),
     "json folder": (["--json", "no/such/folder.json"], ["--json='no/such/folder.json'", "expected"]),
@@ -194,7 +194,7 @@ WRONG_OPTIONS = {
     "rule": (["--rule", "up_proj"], ["--rule='up_proj'", "expected regex=scheme"]),
     "rule twice": (["--rule", "up=2x4g8", "--rule", "up=3x4g8"], ["rules: 'up': given twice"]),
     "rule in vain": (["--rule", "norm=2x4g8"], ["rules: 'norm': matches no layer"]),
-    "config": (["--config", "nosuch.yaml"], ["config='nosuch.yaml'", "no such file"]),
+    "config": (["--config", "nosuch.yaml"], ["config: got 'nosuch.yaml'", "no such file"]),
 }
 
 
@@ -238,9 +238,9 @@ NORM = "model.layers.0.input_layernorm.weight"
 @pytest.mark.parametrize(
     ("tensor", "value", "words"),
     [
-        ("model.layers.1.mlp.up_proj.weight", float("nan"), ["model.layers.1.mlp.up_proj.weight: NaN or Inf"]),
-        (NORM, float("inf"), [f"{NORM}: NaN or Inf"]),
-        (NORM, 1e38, ["model.layers.0.self_attn.q_proj: NaN or Inf", "activations"]),
+        ("model.layers.1.mlp.up_proj.weight", float("nan"), ["model.layers.1.mlp.up_proj.weight: got NaN or Inf"]),
+        (NORM, float("inf"), [f"{NORM}: got NaN or Inf"]),
+        (NORM, 1e38, ["model.layers.0.self_attn.q_proj: got NaN or Inf", "activations"]),
     ],
     ids=["weight", "norm", "activation"],
 )
@@ -267,7 +267,7 @@ def test_no_such_model(run, tmp_path, command, name):
     last = {"quantize": [tmp_path / "out"], "evaluate": ["--quiet"], "generate": ["hello"]}[command]
     code, stdout, stderr = run(command, name, *last)
     assert (code, stdout) == (2, "")
-    assert f"model='{name}'" in stderr.splitlines()[-1]
+    assert f"model: got '{name}'" in stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -290,7 +290,7 @@ def test_evaluate_and_generate_refuse(run, quantized_dir, model_dir, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("short")
     evaluate, generate = ("evaluate", quantized_dir, "--quiet"), ("generate", quantized_dir, "hello")
-    assert_refused(run(*evaluate, "--data", text), [f"data='{text}'", "5 tokens", "2048"])
+    assert_refused(run(*evaluate, "--data", text), [f"data: got '{text}'", "5 tokens", "2048"])
     assert_refused(run(*evaluate, "--windows", 0), ["--windows=0", "expected"])
     assert_refused(run(*evaluate, "--sequence-length", 1), ["--sequence-length=1", "expected"])
     assert_refused(run(*generate, "--top-p", 0), ["--top-p=0", "expected"])

@@ -60,7 +60,7 @@ def test_only_headers_are_read(published, inspect):
     header = 8 + int.from_bytes(content[:8], "little")
     file.write_bytes(content[:header] + b"\xff" * (len(content) - header))
     assert len(inspect_model(published).layers) == 14
-    with pytest.raises(ValueError, match="NaN or Inf"):
+    with pytest.raises(ValueError, match="got NaN or Inf"):
         check_model(published)
 
 
@@ -119,9 +119,9 @@ def poison(name, value):
 
 WRONG_TENSORS = {
     "code": (poison(f"{UP}.codes", 8), [f"{UP}.codes in", "to 8", "expected -8 to 7"]),
-    "codebook": (poison(f"{UP}.codebooks", float("nan")), [f"{UP}.codebooks in", "NaN or Inf"]),
-    "scale": (poison(f"{UP}.scales", float("inf")), [f"{UP}.scales in", "NaN or Inf"]),
-    "norm": (poison(NORM, float("nan")), [f"{NORM} in", "NaN or Inf"]),
+    "codebook": (poison(f"{UP}.codebooks", float("nan")), [f"{UP}.codebooks in", "got NaN or Inf"]),
+    "scale": (poison(f"{UP}.scales", float("inf")), [f"{UP}.scales in", "got NaN or Inf"]),
+    "norm": (poison(NORM, float("nan")), [f"{NORM} in", "got NaN or Inf"]),
     "codes shape": (
         replace(f"{UP}.codes", torch.zeros(64, 4, 3, dtype=torch.int8)),
         [f"{UP}.codes in", "[64, 4, 3], expected I8 [64, 4, 2]"],

@@ -354,6 +354,6 @@ def test_without_torch(tmp_path):
     program = tmp_path / "cuda_check"
     kernels = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
     flags = ["-std=c++17", "-O3", "-arch=native", "--threads=0", f"-I{ROOT / 'csrc'}"]
-    subprocess.run(["nvcc", *flags, ROOT / "tests/cuda_check.cu", *kernels, "-o", program], check=True)
+    subprocess.run(["nvcc", *flags, ROOT / "tests/cuda/cuda_check.cu", *kernels, "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -171,6 +171,6 @@ def test_push_to_hub_takes_the_report_beside_a_loaded_model(hub, quantized, tmp_
 
 def test_a_dense_model_is_not_pushed(hub):
     for card in (None, "text"):
-        with pytest.raises(ValueError, match="model: no "):
+        with pytest.raises(ValueError, match="model: got no "):
             push_to_hub(tiny_llama(), "me/tiny", card=card)
     assert not hub

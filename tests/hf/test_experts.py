@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 import aqlm_c.hf  # noqa: F401  (registers)
 from aqlm_c.calibrate.activations import Activations, capture
 from aqlm_c.calibrate.hessians import HessianSums
-from aqlm_c.model import experts
 from aqlm_c.io.checkpoint import save_quantized
+from aqlm_c.model import experts
 from aqlm_c.model.blocks import find_blocks, routers
 from aqlm_c.quantize import quantize_model
 from aqlm_c.recipe import AqlmConfig

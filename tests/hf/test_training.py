@@ -248,7 +248,7 @@ def test_tuning_keeps_the_dtype_after_a_quantized_embedding():
 
 
 def test_tuning_needs_a_quantized_layer():
-    with pytest.raises(ValueError, match="model: no quantized layer"):
+    with pytest.raises(ValueError, match="model: got no quantized layer"):
         aqlm_c.hf.prepare_model_for_tuning(transformers.LlamaForCausalLM(transformers.LlamaConfig(
             vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
         )))  # fmt: skip

@@ -29,6 +29,9 @@ OURS = {
 THEIRS = ["2x8g8", "1x16g8", "3x8g8", "1x12g16", "2x8g8o2"]
 
 
+pytestmark = pytest.mark.network  # installs upstream's package
+
+
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
     """The interpreter of a throw-away environment with upstream's package; torch is that of the tests."""

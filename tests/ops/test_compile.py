@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 import aqlm_c.hf  # noqa: F401
 
+pytestmark = pytest.mark.hf
+
 STEPS = 5
 
 

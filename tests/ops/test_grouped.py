@@ -20,6 +20,8 @@ from aqlm_c.format import Format
 from aqlm_c.nn import ops
 from aqlm_c.nn.grouped import LinearGroup
 
+pytestmark = pytest.mark.hf
+
 IN = 32
 
 

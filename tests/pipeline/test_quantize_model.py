@@ -18,6 +18,8 @@ from aqlm_c.pipeline.progress import Progress
 from aqlm_c.quantize import quantize_linear, quantize_model
 from aqlm_c.recipe import AqlmConfig
 
+pytestmark = pytest.mark.hf
+
 CONFIG = AqlmConfig.from_scheme("2x4g8", max_sweeps=2, ldl_passes=2)
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

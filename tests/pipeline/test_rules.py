@@ -20,6 +20,8 @@ from aqlm_c.nn.linear import QuantizedLinear
 from aqlm_c.pipeline.progress import Progress
 from aqlm_c.recipe import AqlmConfig, RunConfig, parse_rule
 
+pytestmark = pytest.mark.hf
+
 RULES = {
     r"layers\.0\.mlp\.down_proj": "dense",
     "down_proj": "3x4g8",

@@ -1,0 +1,1 @@
+"""Door 3: the operators of ``torch.ops.aqlm_c`` for GPUs, registered at import (csrc/torch/ops_cuda.cpp). No names."""
