@@ -20,7 +20,7 @@ CUDA   := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh)
 HF_TESTS := $(addprefix tests/test_,$(addsuffix .py,hf memory checkpoint rules experts families malformed upstream onthefly \
 	card training compile quantize_model joined))
 
-.PHONY: demo test test-oldest build wheel audit lint format bench clean
+.PHONY: demo test test-oldest build wheel audit lint tidy format bench clean
 
 demo: build
 	HF_HUB_OFFLINE=1 $(BIN)/python -m aqlm_c.demo --out demo_out $(ARGS)
@@ -45,10 +45,13 @@ audit: wheel $(VENV)/audit
 	PYTHONPATH=$(VENV)/audit $(BIN)/python $(VENV)/audit/bin/torch-abi-audit --check both build/audit/aqlm_c
 	$(BIN)/python tests/wheel_check.py dist/aqlm_c-*.whl
 
-lint: build
+lint: build tidy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(C_CODE)
+
+tidy: build
+	$(BIN)/python tests/tidy.py
 
 format: build
 	$(BIN)/ruff check --fix .
