@@ -3,6 +3,7 @@
 # make test-oldest   the tests that load models, with the oldest transformers that is supported
 # make test-gpu      the tests that need a GPU; fails where they are all skipped
 # make wheel   one wheel for every Python and machine, in dist/; with the kernels for GPUs where nvcc is found
+# make lint    every linter, type checker and static analysis; make tidy: clang-tidy alone
 # make audit   that wheel: its ABIs, its libraries, its imports without torch
 #
 # The first run downloads packages with pip; later ones need no network. Variables:
@@ -17,7 +18,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_CODE := $(shell find csrc -name '*.h' -o -name '*.c' -o -name '*.cpp')
 CUDA   := $(wildcard $(addprefix csrc/cuda/,*.cu *.cuh */*.cu */*.cuh))
 
-.PHONY: demo test test-oldest test-gpu build wheel audit lint format bench clean
+.PHONY: demo test test-oldest test-gpu build wheel audit lint tidy format bench clean
 
 demo: build
 	HF_HUB_OFFLINE=1 $(BIN)/python -m aqlm_c.demo --out demo_out $(ARGS)
@@ -45,12 +46,15 @@ audit: wheel $(VENV)/audit
 	PYTHONPATH=$(VENV)/audit $(BIN)/python $(VENV)/audit/bin/torch-abi-audit --check both build/audit/aqlm_c
 	$(BIN)/python tests/build/wheel_check.py dist/aqlm_c-*.whl
 
-lint: build
+lint: build tidy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python tests/build/stubs_check.py
 	$(BIN)/clang-format --dry-run --Werror $(C_CODE) $(CUDA)
+
+tidy: build
+	$(BIN)/python tests/build/tidy.py
 
 format: build
 	$(BIN)/ruff check --fix .

@@ -46,7 +46,7 @@ static void shape_text(char *text, size_t size, int ndim, const npy_intp *dims) 
         if (dims[i] < 0) at += (size_t)snprintf(text + at, size - at, "any%s", comma);
         else at += (size_t)snprintf(text + at, size - at, "%lld%s", (long long)dims[i], comma);
     }
-    if (at < size) snprintf(text + at, size - at, ")");
+    if (at < size) (void)snprintf(text + at, size - at, ")");
 }
 
 PyArrayObject *array_of(PyObject *object, const char *name, int type, int ndim, npy_intp *dims) {

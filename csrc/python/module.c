@@ -51,4 +51,5 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                         NULL,
                                         NULL};
 
+/* NOLINTNEXTLINE(misc-use-internal-linkage): Python looks it up */
 PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&definition); }

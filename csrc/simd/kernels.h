@@ -200,7 +200,7 @@ ALWAYS_INLINE void load_entries(vf *to, const void *a, const void *b, const int 
 #if VF_LANES == 16
     *to = dtype == 0 ? vf_load8x2_f32(a, b) : dtype == 1 ? vf_load8x2_f16(a, b) : vf_load8x2_bf16(a, b);
 #else
-    enum { HALF = 8 / VF_LANES };
+    enum { HALF = AQLM_LANES / 2 / VF_LANES };
     if (dtype == 0)
         for (int v = 0; v < HALF; v++) {
             to[v] = vf_load((const float *)a + v * VF_LANES);
@@ -344,10 +344,10 @@ static void decode_row(float *row, const aqlm_entries *from, const void *codes, 
 
 #define USUAL_ROWS(ROWS, OUTPUTS)                                                                                      \
     case ROWS:                                                                                                         \
-        for (; o + OUTPUTS <= outputs; o += OUTPUTS)                                                                   \
+        for (; o + (OUTPUTS) <= outputs; o += (OUTPUTS))                                                               \
             if (from->dtype == 1)                                                                                      \
-                gather_rows(sums + o * ROWS, from, at + o * step, step, x, OUTPUTS, ROWS, 1, 1, true, 8, 8);           \
-            else gather_rows(sums + o * ROWS, from, at + o * step, step, x, OUTPUTS, ROWS, 2, 1, true, 8, 8);          \
+                gather_rows(sums + o * (ROWS), from, at + o * step, step, x, OUTPUTS, ROWS, 1, 1, true, 8, 8);         \
+            else gather_rows(sums + o * (ROWS), from, at + o * step, step, x, OUTPUTS, ROWS, 2, 1, true, 8, 8);        \
         break;
 
 static void gather_sums(float *sums, const aqlm_entries *from, const void *codes, int64_t step, int64_t outputs,
@@ -359,8 +359,9 @@ static void gather_sums(float *sums, const aqlm_entries *from, const void *codes
     switch (usual ? rows : 0) {
         USUAL_ROWS(1, GATHER_OUTPUTS)
         USUAL_ROWS(2, GATHER_OUTPUTS / 2)
-        USUAL_ROWS(4, (GATHER_OUTPUTS > 4 ? GATHER_OUTPUTS / 4 : 1))
+        USUAL_ROWS(4, GATHER_OUTPUTS > 4 ? GATHER_OUTPUTS / 4 : 1)
         USUAL_ROWS(8, 1)
+    default: break;
     }
     for (; o < outputs; o++)
         gather_rows(sums + o * rows, from, at + o * step, step, x, 1, (int)rows, from->dtype, from->num_codebooks, wide,

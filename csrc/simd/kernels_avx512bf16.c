@@ -161,7 +161,10 @@ ALWAYS_INLINE void tile(float *c, int64_t ldc, const uint16_t *x, const uint16_t
 
 static void multiply(float *c, int64_t ldc, const uint16_t *x, const uint16_t *panels, int64_t panel_step,
                      int64_t pairs, int64_t rows, int more) {
-    switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) }
+    switch (rows) {
+        ROWS(1)
+        ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) default : break;
+    }
 }
 
 const aqlm_bf16_kernels aqlm_kernels_avx512bf16 = {.decode_panel = decode_panel, .multiply = multiply};

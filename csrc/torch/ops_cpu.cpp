@@ -81,7 +81,7 @@ void torch_product(const Product &p, const Weight &w, const std::optional<Tensor
     const int64_t width = transposed ? s.in_features : s.out_features;
     const int64_t unit = transposed ? s.in_group_size : 1, units = width / unit;
     const int64_t n_tiles = std::max<int64_t>(2, (width + TILE - 1) / TILE); /* of one, torch would use all threads */
-    const auto view = [](const void *data, std::vector<int64_t> sizes, std::vector<int64_t> steps) {
+    const auto view = [](const void *data, const std::vector<int64_t> &sizes, const std::vector<int64_t> &steps) {
         return torch::stable::from_blob(const_cast<void *>(data), sizes, steps,
                                         torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                         ScalarType::BFloat16);
@@ -134,7 +134,7 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
               const std::optional<Tensor> &bias_in) {
     const Weight w(codes, codebooks, scales);
     const int64_t out_features = w.view.shape.out_features;
-    Product p(x, "x", w.view.shape.in_features, out_features);
+    const Product p(x, "x", w.view.shape.in_features, out_features);
     std::optional<Tensor> bias;
     if (bias_in) {
         check_bias(*bias_in, x, out_features);
@@ -154,15 +154,16 @@ Tensor matmul(const Tensor &x, const Tensor &codes, const Tensor &codebooks, con
 }
 
 /* matmul with several weights, one after the other: each is on all threads. */
-std::vector<Tensor> matmul_grouped(const Tensor &x, std::vector<Tensor> codes, std::vector<Tensor> codebooks,
-                                   std::vector<Tensor> scales, std::vector<Tensor> biases) {
+std::vector<Tensor> matmul_grouped(const Tensor &x, const std::vector<Tensor> &codes,
+                                   const std::vector<Tensor> &codebooks, const std::vector<Tensor> &scales,
+                                   const std::vector<Tensor> &biases) {
     return Grouped{codes, codebooks, scales, biases}.one_by_one(x, matmul);
 }
 
 /* grad_x [..., in] = grad_y [..., out] W, of grad_y's dtype; W is never whole in memory. */
 Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &codebooks, const Tensor &scales) {
     const Weight w(codes, codebooks, scales);
-    Product p(grad_y, "grad_y", w.view.shape.out_features, w.view.shape.in_features);
+    const Product p(grad_y, "grad_y", w.view.shape.out_features, w.view.shape.in_features);
     if (p.n_rows == 0) return p.y;
     const aqlm_plan plan = plan_of(aqlm_matmul_backward_plan, p, w);
     if (plan.path == AQLM_PATH_CALLER) {

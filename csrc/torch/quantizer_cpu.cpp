@@ -79,6 +79,8 @@ void check_codes(const Tensor &codes, int64_t bits) {
 
 using Optional = std::optional<Tensor>;
 
+Tensor copy_of(const Optional &t) { return torch::stable::clone(t.value()); }
+
 /* What most verbs take, contiguous and agreeing with each other; none where a verb does not take it. */
 struct Layer {
     Tensor weight;
@@ -173,7 +175,7 @@ Tensor search_sweep(const Tensor &codes, const Tensor &weight, const Tensor &H, 
                     const Tensor &scales, int64_t beam_size, int64_t seed, bool pairs) {
     const Layer l(weight, H, codes, codebooks, scales);
     const aqlm_search search = l.search(beam_size, pairs, seed);
-    const Tensor found = torch::stable::clone(*l.codes);
+    const Tensor found = copy_of(l.codes);
     check_status(aqlm_search_sweep(writable<uint16_t>(found), &search, data(l.H)), "search_sweep");
     return found;
 }
@@ -203,7 +205,7 @@ Tensor update_codebooks(const Tensor &codebooks, const Tensor &weight, const Ten
                         const Tensor &scales, int64_t cg_steps) {
     check_value(cg_steps >= 0, "cg_steps: got ", cg_steps, ", expected at least 0");
     const Layer l(weight, H, codes, codebooks, scales);
-    const Tensor updated = torch::stable::clone(*l.codebooks);
+    const Tensor updated = copy_of(l.codebooks);
     check_status(aqlm_update_codebooks(writable(updated), data(l.weight), data(l.H), data<uint16_t>(l.codes),
                                        data(l.scales), &l.shape, cg_steps),
                  "update_codebooks");
@@ -213,7 +215,7 @@ Tensor update_codebooks(const Tensor &codebooks, const Tensor &weight, const Ten
 Tensor update_scales(const Tensor &scales, const Tensor &weight, const Tensor &H, const Tensor &codes,
                      const Tensor &codebooks) {
     const Layer l(weight, H, codes, codebooks, scales);
-    const Tensor updated = torch::stable::clone(*l.scales);
+    const Tensor updated = copy_of(l.scales);
     check_status(aqlm_update_scales(writable(updated), data(l.weight), data(l.H), data<uint16_t>(l.codes),
                                     data(l.codebooks), &l.shape),
                  "update_scales");
@@ -227,10 +229,8 @@ std::tuple<Tensor, Tensor, Tensor> update_adam(const Tensor &codebooks, const Te
     check_not_negative(learning_rate, "learning_rate");
     check_value(steps_before >= 0, "steps_before: got ", steps_before, ", expected a number >= 0");
     const Layer l(weight, H, codes, codebooks, scales);
-    const Tensor given =
-        tensor_of(moments, "moments", ScalarType::Double, {2, l.codebooks->numel() + l.shape.out_features});
-    const Tensor c = torch::stable::clone(*l.codebooks), s = torch::stable::clone(*l.scales);
-    const Tensor m = torch::stable::clone(given);
+    const Tensor c = copy_of(l.codebooks), s = copy_of(l.scales);
+    const Tensor m = copy_of(tensor_of(moments, "moments", ScalarType::Double, {2, c.numel() + s.numel()}));
     check_status(aqlm_update_adam(writable(c), writable(s), writable<double>(m), data(l.weight), data(l.H),
                                   data<uint16_t>(l.codes), &l.shape, steps, learning_rate, steps_before),
                  "update_adam");
@@ -276,9 +276,9 @@ Tensor convert_codes(const Tensor &codes_in, int64_t bits, bool packs, const Con
         const int64_t value = packs       ? int64_t{data<uint16_t>(codes)[where]}
                               : bits <= 8 ? int64_t{data<int8_t>(codes)[where]}
                                           : int64_t{data<int16_t>(codes)[where]};
-        const int64_t half = int64_t{1} << (bits - 1);
-        check_value(false, "codes: got ", value, " at flat index ", where, ", expected ", packs ? 0 : -half, "..",
-                    packs ? 2 * half - 1 : half - 1, " for nbits_per_codebook=", bits);
+        const int64_t entries = int64_t{1} << bits, first = packs ? 0 : -entries / 2;
+        check_value(false, "codes: got ", value, " at flat index ", where, ", expected ", first, "..",
+                    first + entries - 1, " for nbits_per_codebook=", bits);
     }
     check_status(status, packs ? "pack_codes" : "unpack_codes");
     return converted;

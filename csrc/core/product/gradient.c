@@ -60,6 +60,7 @@ static inline void add_row(float *restrict sums /* [K, E, og, g] */, const float
     case 33: body(__VA_ARGS__, true, 16); break;                                                                       \
     case 64: body(__VA_ARGS__, false, 32); break;                                                                      \
     case 65: body(__VA_ARGS__, true, 32); break;                                                                       \
+    default: break;                                                                                                    \
     }
 
 static void gradient_chunks(int64_t begin, int64_t end, void *ctx) {
@@ -71,9 +72,9 @@ static void gradient_chunks(int64_t begin, int64_t end, void *ctx) {
     for (int64_t chunk = begin; chunk < end; chunk++) {
         float *sums = job->grad_codebooks ? job->partial + chunk * job->n_entries : NULL;
         float *converted = job->rows + chunk * 2 * in, *decoded = converted + in;
-        if (sums) memset(sums, 0, (size_t)job->n_entries * sizeof *sums);
+        if (job->grad_codebooks) memset(sums, 0, (size_t)job->n_entries * sizeof *sums);
         const int64_t last = O * (chunk + 1) / job->n_chunks;
-        int64_t first = 0, ready = 0, step; /* codes are those of outputs first..ready */
+        int64_t first = 0, ready = 0, step = 0; /* codes are those of outputs first..ready */
         const void *codes = NULL;
         for (int64_t o = O * chunk / job->n_chunks; o < last && !aqlm_cancelled(); o++) {
             if (o >= ready) {
@@ -89,7 +90,7 @@ static void gradient_chunks(int64_t begin, int64_t end, void *ctx) {
                 const float *grad = job->row_dtype == AQLM_F32 ? from : converted;
                 if (job->row_dtype != AQLM_F32) aqlm_to_f32(converted, from, job->row_dtype, in);
                 const void *own = (const char *)codes + (o - first) * step;
-                if (sums) WITH_FORMAT(s, add_row, sums, grad, own, job->scales[o], s, inner)
+                if (job->grad_codebooks) WITH_FORMAT(s, add_row, sums, grad, own, job->scales[o], s, inner)
                 if (!job->grad_scales) continue;
                 const aqlm_entries entries = aqlm_entries_of(w, inner, groups);
                 aqlm_isa()->decode_row(decoded, &entries, own, 1.0f);

@@ -125,9 +125,8 @@ static void transpose_short(int16_t *ct, const float *codebooks, const aqlm_shap
     const float inverse = radius > 1e-30 && radius < 1e38 ? (float)(SHORT_RADIUS / radius) : 0.0f;
     for (int64_t k = 0; k < s->num_codebooks; k++, ct += g * 256, codebooks += E * g)
         for (int64_t e = 0; e < 256; e++) {
-            int16_t entry[32];
-            for (int64_t d = 0; d < g; d++) entry[d] = round_short(codebooks[e % E * g + d] * inverse);
-            for (int64_t p = 0; p < g / 2; p++) memcpy(ct + (p * 256 + e) * 2, entry + 2 * p, 4);
+            const float *entry = codebooks + e % E * g;
+            for (int64_t d = 0; d < g; d++) ct[(d / 2 * 256 + e) * 2 + d % 2] = round_short(entry[d] * inverse);
         }
 }
 

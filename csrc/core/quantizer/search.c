@@ -17,6 +17,7 @@
 #include "core/runtime/parallel.h"
 #include "core/runtime/rng.h"
 
+#include <assert.h>
 #include <math.h>
 
 enum { BLOCK_COLS = 128, CHUNK_ROWS = 512, MOST_BEAM = 64, MOST_K = 8 };
@@ -73,9 +74,11 @@ static aqlm_status view_metric(view *v, const float *metric) {
     const int64_t g = v->g, n = v->padded;
     v->metric = metric;
     double s[32 * 32], trace = 0.0, sum = 0.0;
-    for (int64_t i = 0; i < g * g; i++) sum += s[i] = metric[i];
+    for (int64_t r = 0; r < g; r++) {
+        for (int64_t c = 0; c < g; c++) sum += s[r * g + c] = metric[r * g + c];
+        trace += s[r * g + r];
+    }
     if (!isfinite(sum)) return AQLM_NOT_POSITIVE;
-    for (int64_t d = 0; d < g; d++) trace += s[d * g + d];
     /* Only a bound hangs on this factor, so a metric that rounding left indefinite just goes without. */
     for (int64_t d = 0; d < g; d++) s[d * g + d] += 1e-6 * trace / (double)g + 1e-30;
     v->bounded = aqlm_cholesky_small(v->factor, s, g);
@@ -107,6 +110,7 @@ static aqlm_status view_metric(view *v, const float *metric) {
 
 static void view_pair(view *v, int64_t i, int64_t j) {
     const int64_t g = v->g, n = v->padded;
+    assert(i >= 0 && i < MOST_K && j >= 0 && j < MOST_K);
     const bool swap = v->radius[j] > v->radius[i];
     pair_table *t = &v->table;
     t->first = swap ? j : i;
@@ -284,7 +288,7 @@ static void search_pairs(view *v, beam *b, uint16_t *codes, int64_t stride, cons
     const int64_t K = v->K, g = v->g;
     view_pair(v, K - 2, K - 1);
     for (int64_t r = 0; r < rows; r++, codes += stride, targets += g) {
-        uint16_t trial[MOST_K], best[MOST_K];
+        uint16_t trial[MOST_K], best[MOST_K] = {0};
         float q[32], before = INFINITY;
         memcpy(trial, codes, (size_t)K * sizeof *codes);
         if (!from_scratch && K > 2) { /* of two codebooks nothing is better than their best pair */
