@@ -65,7 +65,7 @@ bench: build
 	$(BIN)/python benchmarks/quantize_layer.py $(ARGS)
 
 clean:
-	rm -rf build dist demo_out *.egg-info aqlm_c/*.so .pytest_cache .ruff_cache $(VENV)/.built
+	rm -rf build dist demo_out *.egg-info aqlm_c/*.so .pytest_cache .ruff_cache .mypy_cache $(VENV)/.built
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # $(call need,a command,what it looks for,Debian's package): one line where the command fails.
