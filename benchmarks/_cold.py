@@ -85,7 +85,7 @@ class Gpu:
     copies = Cpu.copies
 
     def time(self, call: Callable[[Any], Any], weights: Sequence[Any], keep: bool = False) -> Timing:
-        side = torch.cuda.Activations()
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for weight in weights[:2]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from aqlm_c import AqlmConfig, QuantizedLinear, join_linears
+from aqlm_c import Format, QuantizedLinear, join_linears
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {
@@ -36,7 +36,7 @@ def build(shape: str, scheme: str | None, dtype: torch.dtype, device: str) -> Ll
         model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
     for name, linear in list(model.model.named_modules()):
         if scheme and isinstance(linear, nn.Linear):
-            model.model.set_submodule(name, QuantizedLinear.empty(linear, AqlmConfig.from_scheme(scheme), dtype))
+            model.model.set_submodule(name, QuantizedLinear.empty(linear, Format.parse(scheme), dtype))
     model.to_empty(device=device)
     model.model.rotary_emb = modeling_llama.LlamaRotaryEmbedding(config).to(device)
     for name, parameter in model.named_parameters():
@@ -112,7 +112,7 @@ def captured(call: Callable[[], Any], device: str) -> Callable[[], Any]:
     if device == "cpu":
         call()
         return call
-    side = torch.cuda.Activations()
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):

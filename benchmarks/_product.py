@@ -12,7 +12,7 @@ from _upstream import Upstream
 from torch import Tensor
 from torch.nn.functional import linear
 
-from aqlm_c import AqlmConfig, QuantizedLinear, join_linears
+from aqlm_c import Format, QuantizedLinear, join_linears
 from aqlm_c.nn import ops
 
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -24,14 +24,14 @@ Weight = tuple[Tensor, Tensor, Tensor]
 Row = dict[str, Any]
 
 
-def quantized_weight(shape: tuple[int, int], config: AqlmConfig, device: str) -> Weight:
+def quantized_weight(shape: tuple[int, int], format: Format, device: str) -> Weight:
     """A random one, as a loaded model has it."""
-    codes, *rest = _cold.random_weight(*shape, *format_of(config), torch.float16, device)
+    codes, *rest = _cold.random_weight(*shape, *format_of(format), torch.float16, device)
     return ops.pack(codes) if ops.packs(codes) else codes, *rest
 
 
-def format_of(config: AqlmConfig) -> tuple[int, int, int]:
-    return config.format.num_codebooks, config.format.nbits_per_codebook, config.format.in_group_size
+def format_of(format: Format) -> tuple[int, int, int]:
+    return format.num_codebooks, format.nbits_per_codebook, format.in_group_size
 
 
 def error(x: Tensor, weight: Weight) -> float:
@@ -56,11 +56,11 @@ class Bench:
         inputs = {n: torch.randn(n, shape[1], device=self.device.name) for rows in plan.values() for n in rows}
         dense = {SHORT[name]: self.dense_times(shape, inputs, name) for name in self.peers}
         for scheme, n_rows in plan.items():
-            config = AqlmConfig.from_scheme(scheme)
-            first = quantized_weight(shape, config, self.device.name)
+            format = Format.parse(scheme)
+            first = quantized_weight(shape, format, self.device.name)
             copies = self.device.copies(sum(t.nbytes for t in first))
-            weights = [first] + [quantized_weight(shape, config, self.device.name) for _ in range(copies - 1)]
-            peers = dense | {"upstream": self.upstream.times(shape, format_of(config), n_rows)}
+            weights = [first] + [quantized_weight(shape, format, self.device.name) for _ in range(copies - 1)]
+            peers = dense | {"upstream": self.upstream.times(shape, format_of(format), n_rows)}
             about = {"shape": f"{shape[0]}x{shape[1]}", "scheme": scheme}
             to_dense = self.decoding(shape, weights) if self.device.name == "cuda" else {}
             if to_dense:
@@ -68,7 +68,7 @@ class Bench:
             for n, dtype in ((n, dtype) for n in n_rows for dtype in self.dtypes):
                 others = {peer: times[n][0] if n in times else None for peer, times in peers.items()}
                 x = inputs[n].to(getattr(torch, dtype))
-                row = self.product(x, dtype, weights, config, others, to_dense.get("ours ms"))
+                row = self.product(x, dtype, weights, format, others, to_dense.get("ours ms"))
                 products.append({**about, "rows": n, "dtype": dtype, **row})
         return products, decoding
 
@@ -85,7 +85,7 @@ class Bench:
         x: Tensor,
         dtype: str,
         weights: list[Weight],
-        config: AqlmConfig,
+        format: Format,
         others: dict[str, float | None],
         to_dense: float | None,
     ) -> Row:
@@ -94,7 +94,7 @@ class Bench:
         if not wrong <= LARGEST_ERROR[dtype]:
             limit = LARGEST_ERROR[dtype]
             raise SystemExit(
-                f"{config.scheme}, x {tuple(x.shape)} {dtype}: error {wrong:.2g}, expected at most {limit}"
+                f"{format.scheme}, x {tuple(x.shape)} {dtype}: error {wrong:.2g}, expected at most {limit}"
             )
 
         def call(weight: Weight) -> Tensor:
@@ -106,7 +106,7 @@ class Bench:
         if len(x) <= FEW:
             if self.device.name == "cpu":
                 del parts["arithmetic"]  # is not what tables do
-            parts |= self.without_reading(call, weights[0], config)
+            parts |= self.without_reading(call, weights[0], format)
         elif to_dense:
             parts["decoding"] = to_dense
         most = max(parts, key=parts.get)
@@ -124,12 +124,12 @@ class Bench:
             "weight bytes": nbytes,
         }
 
-    def without_reading(self, call: Callable[[Weight], Any], weight: Weight, config: AqlmConfig) -> dict[str, float]:
+    def without_reading(self, call: Callable[[Weight], Any], weight: Weight, format: Format) -> dict[str, float]:
         """Milliseconds of the same product with codes that are in the cache: scaled up from fewer outputs."""
-        out, in_features = len(weight[0]), weight[0].shape[1] * config.format.in_group_size
+        out, in_features = len(weight[0]), weight[0].shape[1] * format.in_group_size
 
         def warm(outs: int) -> float:
-            return self.device.time(call, [quantized_weight((outs, in_features), config, self.device.name)] * 16).ms
+            return self.device.time(call, [quantized_weight((outs, in_features), format, self.device.name)] * 16).ms
 
         if out < 128:
             return {}
@@ -168,10 +168,10 @@ def joined_rows(device: Any, schemes: list[str]) -> list[Row]:
         dense = device.time(lambda w, x=x: linear(x, w), whole).ms
         del whole
         for scheme in schemes:
-            config = AqlmConfig.from_scheme(scheme)
+            format = Format.parse(scheme)
 
-            def some(config=config, outs=outs, in_features=in_features) -> list[tuple[Any, ...]]:
-                return [(*quantized_weight((out, in_features), config, device.name), None) for out in outs]
+            def some(format=format, outs=outs, in_features=in_features) -> list[tuple[Any, ...]]:
+                return [(*quantized_weight((out, in_features), format, device.name), None) for out in outs]
 
             first = some()
             nbytes = sum(t.nbytes for weight in first for t in weight[:3])
@@ -194,12 +194,12 @@ def joined_rows(device: Any, schemes: list[str]) -> list[Row]:
 
 def call_rows(calls: int = 2000, repeats: int = 9) -> list[Row]:
     """Microseconds of an eager call from Python that does not wait for the GPU: one row, 4096x4096, 2x8g8."""
-    config, dtype = AqlmConfig.from_scheme("2x8g8"), torch.float16
+    format, dtype = Format.parse("2x8g8"), torch.float16
     dense = torch.nn.Linear(4096, 4096, bias=False, device="cuda", dtype=dtype).requires_grad_(False)
-    weight = quantized_weight((4096, 4096), config, "cuda")
+    weight = quantized_weight((4096, 4096), format, "cuda")
 
     def quantized() -> QuantizedLinear:
-        layer = QuantizedLinear.empty(dense, config, dtype).to_empty(device="cuda")
+        layer = QuantizedLinear.empty(dense, format, dtype).to_empty(device="cuda")
         for parameter, tensor in zip(layer.parameters(), weight, strict=True):
             parameter.data = tensor
         return layer

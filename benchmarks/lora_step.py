@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import aqlm_c.hf  # noqa: F401  (teaches PEFT the quantized layer)
-from aqlm_c import AqlmConfig
+from aqlm_c import Format
 from aqlm_c.hf.models import load_model
 from aqlm_c.model.blocks import find_blocks
 from aqlm_c.nn import ops
@@ -27,16 +27,16 @@ from aqlm_c.nn.linear import QuantizedLinear
 
 def with_random_codes(dense, scheme):
     """A copy of `dense` with random codes in the place of its blocks' linears, codebooks and scales float16."""
-    config, model = AqlmConfig.from_scheme(scheme), copy.deepcopy(dense)
+    format, model = Format.parse(scheme), copy.deepcopy(dense)
     _, blocks = find_blocks(model)
     for block in blocks:
         for name, linear in list(block.named_modules()):
             if isinstance(linear, torch.nn.Linear):
-                layer = QuantizedLinear.empty(linear, config, torch.float16)
+                layer = QuantizedLinear.empty(linear, format, torch.float16)
                 for part in ("codes", "codebooks", "scales"):
                     tensor = torch.empty_like(getattr(layer, part), device="cpu")
                     setattr(layer, part, torch.nn.Parameter(tensor, requires_grad=False))
-                half = 2 ** (config.format.nbits_per_codebook - 1)
+                half = 2 ** (format.nbits_per_codebook - 1)
                 layer.codes.random_(-half, half)
                 layer.codebooks.normal_(std=0.02)
                 layer.scales.fill_(1.0)
@@ -81,7 +81,7 @@ def main() -> None:
         torch.manual_seed(0)
         dense, _, _ = load_model(args.model)
         dense = dense.to(getattr(torch, dtype))
-        tokens = torch.randint(dense.config.vocab_size, (1, args.tokens))
+        tokens = torch.randint(dense.format.vocab_size, (1, args.tokens))
         with torch.no_grad():
             quantized = with_random_codes(dense, args.scheme)
             error = check(quantized, tokens)

@@ -29,7 +29,7 @@ from _product import SHORT, Bench, call_rows, joined_rows
 from _roofline import plot
 from _upstream import Upstream
 
-from aqlm_c import AqlmConfig
+from aqlm_c import Format
 from aqlm_c.nn import ops
 
 LLAMA_7B = [(4096, 4096), (11008, 4096), (4096, 11008)]
@@ -74,7 +74,7 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--shapes: got {' '.join(args.shapes)}, expected OUTxIN, such as 4096x4096")
     try:
         for scheme in args.schemes or []:
-            AqlmConfig.from_scheme(scheme)
+            Format.parse(scheme)
     except ValueError as error:
         parser.error(str(error))
     args.shapes = given or (CORE_SHAPES if args.core else SHAPES)[args.device]
@@ -102,9 +102,7 @@ def main() -> None:
             products += more[0]
             decoding += more[1]
         if args.device == "cuda":
-            joined = joined_rows(
-                bench.device, [s for s in schemes if AqlmConfig.from_scheme(s).nbits_per_codebook <= 8]
-            )
+            joined = joined_rows(bench.device, [s for s in schemes if Format.parse(s).nbits_per_codebook <= 8])
     upstream.close()
     if args.device == "cuda":
         calls = call_rows()

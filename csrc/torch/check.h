@@ -11,6 +11,10 @@
 
 #include "aqlm.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK /* the headers of torch 2.11 have another name for it */
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace aqlm_torch {
 
 using torch::headeronly::ScalarType;

@@ -181,7 +181,7 @@ def test_graph_and_streams(shape, rows):
     weight = random_weight(shape, torch.float16)
     x = random(rows, shape[1], dtype=torch.float16)
     y = ops.matmul(x, *weight)
-    side = torch.cuda.Activations()
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(20):
