@@ -11,6 +11,10 @@
 
 #include "aqlm.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK /* which headers of torch 2.11 lack, and later ones define as this for its ABI */
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace aqlm_torch {
 
 using torch::headeronly::ScalarType;
