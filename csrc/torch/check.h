@@ -11,8 +11,8 @@
 
 #include "aqlm.h"
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK /* the headers of torch 2.11 have another name for it */
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK /* which headers of torch 2.11 lack, and later ones define as this for its ABI */
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif
 
 namespace aqlm_torch {
