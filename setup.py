@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from importlib import metadata, util
 from pathlib import Path
@@ -48,7 +47,7 @@ ISA_FLAGS = {
 # it. PTX for each GPU would give the same machine code, for half as much time again in nvcc's front end.
 GPUS = {"80": ["sm_80", "sm_86", "sm_89"], "90a": ["sm_90a"], "100": ["sm_100", "sm_120", "compute_100"]}
 NVCC_FLAGS = [
-    *("-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"),
+    *("-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "--threads=0"),
     *(f"-gencode=arch=compute_{ptx},code=[{','.join(gpus)}]" for ptx, gpus in GPUS.items()),
 ]
 
@@ -176,22 +175,17 @@ def is_stale(compiled):
 
 
 def compile_kernels(files, to, spawn):
-    """The objects of .cu files in folder `to`, of which those that are stale are made by nvcc, in parallel."""
-    compiled = {path: Path(to, path).with_suffix(".o") for path in files}
-    stale = [path for path in files if is_stale(compiled[path])]
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, processors // max(1, len(stale)))  # of an nvcc, for the machine codes of one file
-
-    def compile_one(path):
-        made = compiled[path]
-        made.parent.mkdir(parents=True, exist_ok=True)
-        made.unlink(missing_ok=True)
-        listed = ["-MD", "-MF", str(made.with_suffix(".d"))]
-        spawn([nvcc(), *NVCC_FLAGS, f"--threads={threads}", *listed, "-c", path, "-o", str(made)])
-
-    with ThreadPoolExecutor(processors) as pool:
-        list(pool.map(compile_one, stale))
-    return [str(made) for made in compiled.values()]
+    """The objects of .cu files, in folder `to`. Those that are stale are made by one nvcc for each folder, whose
+    threads, one a processor, share the steps of all its files and GPUs."""
+    made = {path: Path(to, path).with_suffix(".o") for path in files}
+    stale = [path for path in files if is_stale(made[path])]
+    for folder in sorted({os.path.dirname(path) for path in stale}):
+        paths = [path for path in stale if os.path.dirname(path) == folder]
+        for path in paths:
+            made[path].parent.mkdir(parents=True, exist_ok=True)
+            made[path].unlink(missing_ok=True)
+        spawn([nvcc(), *NVCC_FLAGS, "-MD", "-c", *paths, "-odir", str(Path(to, folder))])
+    return [str(path) for path in made.values()]
 
 
 def bindings(required):

@@ -101,10 +101,11 @@ def test_cuda_files_are_compiled_again_if_what_they_include_changed(tmp_path, mo
     compiled = []
 
     def nvcc(command):  # as nvcc does: a list of what it read, then the object
-        source, to = command[-3], command[-1]
-        Path(command[command.index("-MF") + 1]).write_text(f"{to} : {source} \\\n  {source}h \\\n  setup.py\n")
-        Path(to).touch()
-        compiled.append(Path(source).name)
+        for source in map(Path, command[command.index("-c") + 1 : command.index("-odir")]):
+            made = Path(command[-1], source.name).with_suffix(".o")
+            made.with_suffix(".d").write_text(f"{made} : {source} \\\n  {source}h \\\n  setup.py\n")
+            made.touch()
+            compiled.append(source.name)
 
     def build():
         compiled.clear()

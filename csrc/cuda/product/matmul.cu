@@ -46,6 +46,7 @@ cudaError_t plan_matmul(aqlm_cuda_plan &plan, const aqlm_product *products, int6
 
     const aqlm_weight &w = products->w;
     const aqlm_shape &s = w.shape;
+    /* of more rows, decoding W for a dense product is faster (H100) */
     const bool gathers = is_half(w, dtype) && can_gather(s, device);
     const int64_t most_rows = !gathers ? MAX_ROWS / 2 : s.nbits_per_codebook > 8 ? MAX_ROWS : 3 * MAX_ROWS;
     if (n_rows > most_rows) {
