@@ -17,7 +17,7 @@ import sys
 from glob import glob
 from importlib import metadata, util
 from pathlib import Path
-from sysconfig import get_platform
+from sysconfig import get_path, get_platform
 
 import numpy
 from setuptools import Extension, setup
@@ -98,11 +98,22 @@ def core_binding():
     )
 
 
+def torch_home():
+    """The folder of torch, or None. pip's isolated build hides the packages of the environment that it builds for, but
+    not where they lie: its torch is the one to build for, and importing it would cost seconds anyway.
+    """
+    found = util.find_spec("torch")
+    folders = [Path(found.origin).parent] if found else []
+    folders += [Path(get_path(name), "torch") for name in ("purelib", "platlib")]
+    return next((folder for folder in folders if (folder / "include").is_dir()), None)
+
+
 def torch_problem():
     """Why `_torch` cannot be built here, or None."""
-    if util.find_spec("torch") is None:
-        return "torch is not installed here (an isolated build sees none: use --no-build-isolation)"
-    version = metadata.version("torch")
+    home = torch_home()
+    if home is None:
+        return "got no torch here, expected it in the environment (uv hides it: use --no-build-isolation)"
+    version = next(metadata.distributions(name="torch", path=[str(home.parent)])).version
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < TORCH_OLDEST:
         return f"torch {version} is older than {'.'.join(map(str, TORCH_OLDEST))}"
     return None
@@ -121,7 +132,7 @@ def nvcc():
 
 def torch_extension(name, files, include_dirs=(), define_macros=(), library_dirs=(), link=(), **options):
     """A binding by torch's stable ABI."""
-    root = Path(util.find_spec("torch").origin).parent  # importing torch would cost seconds
+    root = torch_home()
     return Extension(
         f"aqlm_c.{name}",
         files,
