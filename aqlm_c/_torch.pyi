@@ -1,4 +1,4 @@
-"""Door 2: the operators of ``torch.ops.aqlm_c`` for the CPU, registered at import (csrc/torch).
+"""The torch binding: the operators of ``torch.ops.aqlm_c`` for the CPU, registered at import (csrc/torch).
 
 It needs torch's libraries in the process: import torch first. The settings are this binding's own; `aqlm_c._core` has
 its by the same names.

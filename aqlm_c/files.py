@@ -75,7 +75,7 @@ def _runs(pid: int) -> bool:
 
 
 def check_free_space(directory: str | os.PathLike[str], n_bytes: int, what: str) -> None:
-    """Raise OSError (ENOSPC) unless the disk of `directory`, which need not exist yet, has room for `n_bytes`."""
+    """Raise OSError (ENOSPC) unless the disk of `directory`, which need not exist yet, has space for `n_bytes`."""
     existing = Path(directory).absolute()
     while not existing.exists():
         existing = existing.parent

@@ -1,4 +1,4 @@
-"""Times of a product with cold weights, on either device: weights that together exceed the cache take turns.
+"""Times of a product with cold weights, on either device: weights in rotation that together exceed the cache.
 
 Needs torch alone, so that another package can be timed in the same way (_upstream.py).
 """
@@ -28,29 +28,29 @@ class Cpu:
     name, moved = "cpu", "read"
 
     def __init__(self, cache: float, least: float, threads: int) -> None:
-        """`cache`: bytes; weights that take turns fill twice as much. `least`: seconds for one median."""
+        """`cache`: bytes; the weights in rotation fill twice as much. `least`: seconds for one median."""
         self.cache, self.least = cache, least
         torch.set_num_threads(threads)
 
     def copies(self, nbytes: int) -> int:
-        """How many weights of this size are needed for none to be in the cache when its turn comes."""
+        """How many weights of this size are needed for none to be in the cache when it is used again."""
         return int(max(2, min(4096, -(-2 * self.cache // nbytes))))
 
     def time(self, call: Callable[[Any], Any], weights: Sequence[Any], keep: bool = False) -> Timing:
         """The time of call(weight). `keep`: results are written to new memory every time (a GPU's cache)."""
-        turns, times = itertools.cycle(weights), []
-        for weight in itertools.islice(turns, 2):
+        rotation, times = itertools.cycle(weights), []
+        for weight in itertools.islice(rotation, 2):
             call(weight)
         started = time.perf_counter()
         while len(times) < 4 or time.perf_counter() - started < self.least:
-            weight = next(turns)
+            weight = next(rotation)
             begun = time.perf_counter()
             call(weight)
             times.append((time.perf_counter() - begun) * 1e3)
         return timing(times)
 
     def bandwidth(self) -> float:
-        """GB/s at which all threads read buffers larger than the cache: the best of a few ways and tries."""
+        """GB/s at which all threads read buffers larger than the cache: the best of a few methods and tries."""
         buffers = torch.ones(2, int(self.cache // 4))
         seconds = [
             self.seconds(lambda: torch.sum(buffers)),
@@ -119,8 +119,8 @@ class Gpu:
         """GB/s of a large copy, bytes read and bytes written: by the driver or by a kernel, whichever is faster."""
         source = torch.randn(1 << 28, device="cuda")
         target = torch.empty_like(source)
-        ways = (target.copy_, lambda s: torch.neg(s, out=target))
-        return 2 * source.nbytes / min(self.time(way, [source]).ms for way in ways) * 1e-6
+        copies = (target.copy_, lambda s: torch.neg(s, out=target))
+        return 2 * source.nbytes / min(self.time(copy, [source]).ms for copy in copies) * 1e-6
 
     def peak(self, dtype: torch.dtype) -> float:
         a, b = torch.randn(2, 8192, 8192, device="cuda").to(dtype)

@@ -101,8 +101,8 @@ class Decoder:
     def products(self) -> None:
         """The products with the layers' weights in a step, and nothing else."""
         for linear in (module for layer in self.layers for module in layer.modules()):
-            if isinstance(linear, QuantizedLinear) and linear.joined and linear.joined[1] == 0:
-                linear.joined[0].begin(linear.joined[0].parent())  # as the forward of the module around them
+            if isinstance(linear, QuantizedLinear) and linear.grouped and linear.grouped[1] == 0:
+                linear.grouped[0].begin(linear.grouped[0].parent())  # as the forward of the module around them
             if isinstance(linear, nn.Linear | QuantizedLinear):
                 linear(self.inputs[linear.in_features])
 

@@ -150,7 +150,7 @@ class Bench:
         return {"ours ms": found.ms, "±%": found.spread, "GB/s": rate, "% of copy": 100 * rate / self.bandwidth}
 
 
-JOINED = {  # outputs of weights with one input, by model
+GROUPED = {  # outputs of weights with one input, by model
     "7B q, k, v": ([4096, 4096, 4096], 4096),
     "7B gate, up": ([11008, 11008], 4096),
     "70B q, k, v": ([8192, 1024, 1024], 8192),
@@ -158,10 +158,10 @@ JOINED = {  # outputs of weights with one input, by model
 }
 
 
-def joined_rows(device: Any, schemes: list[str]) -> list[Row]:
+def grouped_rows(device: Any, schemes: list[str]) -> list[Row]:
     """One row by several weights, cold: in as few launches as can be, one by one, and torch's by all of them as one."""
     rows = []
-    for name, (outs, in_features) in JOINED.items():
+    for name, (outs, in_features) in GROUPED.items():
         x = torch.randn(1, in_features, device=device.name, dtype=torch.float16)
         size, copies = (sum(outs), in_features), device.copies(2 * sum(outs) * in_features)
         whole = [torch.randn(size, device=device.name, dtype=torch.float16) for _ in range(copies)]
@@ -176,17 +176,17 @@ def joined_rows(device: Any, schemes: list[str]) -> list[Row]:
             first = some()
             nbytes = sum(t.nbytes for weight in first for t in weight[:3])
             groups = [first, *(some() for _ in range(device.copies(nbytes) - 1))]
-            joined = device.time(lambda group, x=x: ops.matmul_grouped(x, group), groups)
+            grouped = device.time(lambda group, x=x: ops.matmul_grouped(x, group), groups)
             apart = device.time(lambda group, x=x: [ops.matmul(x, *weight) for weight in group], groups)
             rows.append(
                 {
                     "weights": name,
                     "scheme": scheme,
-                    "joined ms": joined.ms,
-                    "±%": joined.spread,
-                    "x apart": apart.ms / joined.ms,
-                    "x fp16": dense / joined.ms,
-                    "GB/s": nbytes / joined.ms * 1e-6,
+                    "joined ms": grouped.ms,
+                    "±%": grouped.spread,
+                    "x apart": apart.ms / grouped.ms,
+                    "x fp16": dense / grouped.ms,
+                    "GB/s": nbytes / grouped.ms * 1e-6,
                 }
             )
     return rows

@@ -25,7 +25,7 @@ On a GPU the models have Llama's shapes and random weights (_llama.py): --shape,
 the GPU holds it. The cache is static, a step one CUDA graph; with --compile a second row has the layers compiled. The
 JSON also has the kernels of a step. The columns:
 
-    context      tokens, prompt included, that the cache has room for, and attention reads
+    context      tokens, prompt included, that the cache has space for, and attention reads
     in products  ms a token of the products with the layers' weights, by themselves; "outside %" is all the rest
     peak GiB     the most that the GPU held, with CUDA's own share, from building the model to its last token
 """
@@ -96,7 +96,7 @@ def torch_worker(job: dict[str, Any]) -> dict[str, Any]:
     if job["contender"] == "ours" and not source.quantized:
         raise ValueError(f"MODEL={job['model']!r}: no quantized layer, expected a directory of `aqlm-c quantize`")
     bytes_of = source.total_bytes if source.quantized else sum(p.nbytes for p in model.parameters())
-    options = {f"{end}_new_tokens": job["new_tokens"] for end in ("min", "max")}
+    options = {f"{limit}_new_tokens": job["new_tokens"] for limit in ("min", "max")}
     options |= {"do_sample": False, "pad_token_id": 0}
     if job["compiled"]:
         options["compile_config"] = transformers.CompileConfig(mode="default", fullgraph=True)

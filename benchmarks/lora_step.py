@@ -3,7 +3,7 @@
     python benchmarks/lora_step.py
 
 One step is forward, backward and AdamW on one sequence, LoRA of PEFT on all linears of the blocks. The quantized
-model has the dense one's shapes and random codes: no time depends on their values. Both models' steps take turns.
+model has the dense one's shapes and random codes: no time depends on their values. Both models' steps alternate.
 """
 
 from __future__ import annotations

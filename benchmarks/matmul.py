@@ -3,7 +3,7 @@
     python benchmarks/matmul.py --device cpu --core --upstream /elsewhere/bin/python
     python benchmarks/matmul.py --device cuda --core
 
-Every timing is the median over weights that take turns and together exceed the cache (_cold.py); on a GPU the calls
+Every timing is the median over weights in rotation that together exceed the cache (_cold.py); on a GPU the calls
 are one CUDA graph. Ours is verified against float64 before it is timed. --core: the rows, shapes and schemes that the
 README shows. --upstream is the interpreter of an environment with torch, `aqlm`, numba and scipy (_upstream.py).
 Writes JSON and, from it, a roofline plot. The columns:
@@ -25,7 +25,7 @@ import argparse
 import _bench
 import _cold
 import torch
-from _product import SHORT, Bench, call_rows, joined_rows
+from _product import SHORT, Bench, call_rows, grouped_rows
 from _roofline import plot
 from _upstream import Upstream
 
@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--isa", help="the instruction set for ours")
-    parser.add_argument("--cache", type=float, help="MB; weights that take turns fill twice as much")
+    parser.add_argument("--cache", type=float, help="MB; the weights in rotation fill twice as much")
     parser.add_argument("--seconds", type=float, help="least time for one median")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -94,7 +94,7 @@ def main() -> None:
     plan = {s: args.rows or (core.get(s, [1]) if args.core else ROWS[args.device]) for s in schemes}
     timer = {"cache": args.cache * 1e6, "least": args.seconds, "threads": args.threads}
     upstream = Upstream(args.upstream, device=args.device, **timer)
-    products, decoding, joined, calls = [], [], [], []
+    products, decoding, grouped, calls = [], [], [], []
     with torch.inference_mode():
         bench = Bench(_cold.DEVICES[args.device](**timer), upstream, args.dtypes, DTYPES[args.device])
         for shape in args.shapes:
@@ -102,7 +102,7 @@ def main() -> None:
             products += more[0]
             decoding += more[1]
         if args.device == "cuda":
-            joined = joined_rows(bench.device, [s for s in schemes if Format.parse(s).nbits_per_codebook <= 8])
+            grouped = grouped_rows(bench.device, [s for s in schemes if Format.parse(s).nbits_per_codebook <= 8])
     upstream.close()
     if args.device == "cuda":
         calls = call_rows()
@@ -114,7 +114,7 @@ def main() -> None:
     _bench.show(title, products, hidden={"parts ms", "weight bytes", *(f"{peer} ms" for peer in peers)})
     tables = {
         "decoding to dense": decoding,
-        "one row by several weights": joined,
+        "one row by several weights": grouped,
         "eager calls, 4096x4096, one row": calls,
     }
     for name, rows in tables.items():
@@ -132,7 +132,7 @@ def main() -> None:
         bandwidth=bench.bandwidth,
         peak=bench.peak,
         decode_rows=decoding,
-        joined=joined,
+        joined=grouped,
         eager_calls=calls,
     )
     print(written)

@@ -1,5 +1,8 @@
 /* aqlm.h: the public interface of the C core, all of it. Plain C11; no Python, no torch.
  *
+ * It has two CPU bindings. csrc/python needs NumPy only, so the quantizer can be read, tested and used without torch;
+ * csrc/torch gives models an operator and lets torch's threads run the core's loops.
+ *
  * Letters used in every shape comment:
  *   out, in   out_features, in_features of the linear layer, W is [out, in]
  *   g, og     in_group_size, out_group_size; J = in / g groups along a row, O = out / og

@@ -1,1 +1,1 @@
-"""Calibration: activations on their way through the blocks of a model, and H of each linear's inputs."""
+"""Calibration: activations as they pass through the blocks of a model, and H of each linear's inputs."""

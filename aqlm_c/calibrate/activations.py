@@ -19,7 +19,7 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, after its hid
 
 @dataclasses.dataclass
 class Activations:
-    """The activations on their way through the model: what goes into the next block, batch by batch.
+    """The activations as they pass through the model: what goes into the next block, batch by batch.
 
     hidden: one tensor [batch, length, hidden_size] in the model's dtype a batch, in memory (a list) or on disk.
     arguments: what the model passes to each block beside it (positions, masks), by batch and block.

@@ -27,8 +27,8 @@ class HessianSums:
     """Sums of X^T X over the calibration inputs of some linears of one block, one for each distinct input.
 
     Linears that are given the same tensor (q, k and v; gate and up) share a sum; that is seen while the
-    block runs. Linears whose names differ in a number alone are one kind, of several experts: one that saw fewer
-    tokens than it has inputs is given the H of all its kind.
+    block runs, whatever the model's type. Linears whose names differ in a number alone are one kind, of several
+    experts: one that saw fewer tokens than it has inputs is given the H of all its kind.
     """
 
     def __init__(self, linears: Mapping[str, torch.nn.Linear]) -> None:

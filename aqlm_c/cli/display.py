@@ -1,4 +1,4 @@
-"""What the command line shows: progress on stderr, results on stdout."""
+"""What the command line shows: progress on stderr and results on stdout, so that a pipe gets results alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card of a quantized model, and its way to the hub."""
+"""The model card of a quantized model, and its upload to the hub."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class AqlmConfig(transformers.AqlmConfig):
     It must have that class name: transformers merges configs only where the names are equal.
 
     rules: regular expression -> scheme or "dense", as in `aqlm_c.AqlmConfig`; the method is then "aqlm_c", since
-    "aqlm" has the same format for all layers. dequantize: turn the quantized layers into dense ones after loading
+    "aqlm" has the same format for all layers. dequantize: make the quantized layers dense after loading
     (`from_pretrained` of transformers 5 takes it; before, call `model.dequantize()`).
 
     With `scheme`, such as "2x8g8", `from_pretrained` quantizes a dense model while it loads it. The other fields are
@@ -71,6 +71,6 @@ class AqlmConfig(transformers.AqlmConfig):
         return {"dequantize": self.dequantize}
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields but those of one run."""
+        """All fields but those of one run; rules as a list of pairs, since config.json sorts the names of a mapping."""
         fields = copy.deepcopy({name: value for name, value in vars(self).items() if name not in (*_RUN_TIME, "rules")})
         return {**fields, "rules": [list(rule) for rule in self.rules.items()]} if self.rules else fields

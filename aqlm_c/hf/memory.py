@@ -1,5 +1,7 @@
 """Memory while loading. A tensor that is copied out of a mapped file, packed or to another dtype, would be in memory
-twice for as long as any other tensor lies in that file.
+twice for as long as any other tensor lies in that file, since the mapping lives that long. Pages are therefore given
+back while loading: without that, SmolLM2 at 2x8g8 in bfloat16 took 1.57 times its checkpoint, 2.25 times where float16
+was cast.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class MappedFiles:
 def give_back(files: Iterable[str | os.PathLike[str]] = ()) -> None:
     """Give back the pages of mapped `files`, to be read again where tensors still lie in them, and what malloc keeps.
 
-    A mapping that was ever written to stays as it is, and so does everything on other systems than Linux.
+    That is safe where nobody wrote to the mapping, since what is used again is read again. One that was ever written to
+    stays as it is, and so does everything on other systems than Linux.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -137,7 +137,7 @@ def _hub_reachable() -> bool:
 
 @contextlib.contextmanager
 def _damage_named(name: str) -> Iterator[None]:
-    """Turn any exception into a ValueError that names the model: damaged files make loaders raise all kinds."""
+    """Raise any exception as a ValueError that names the model: damaged files make loaders raise all kinds."""
     try:
         yield
     except Exception as error:

@@ -1,5 +1,8 @@
 """What becomes of a checkpoint's tensors: transformers only warns of missing and left-over ones, and goes on with
 random weights. For a quantized checkpoint that is an error, found here from headers before anything is loaded.
+
+Older transformers are told by what they lack, not by their version. 4.56 names no files to its quantizers and rounds
+codebooks to the model's dtype: `files_being_loaded` finds the files, and `read_again` reads those tensors again.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 A source is a string: a file (.txt, .jsonl with a "text" field, .npy or .safetensors of token ids), or the
 name of a data set for the `datasets` library, `name[,config][:split]` (split "train" if left out), such as
-"Salesforce/wikitext,wikitext-2-raw-v1:test". Documents of one source are joined by a blank line and
-tokenised as one text, as GPTQ (arXiv 2210.17323) and AQLM (arXiv 2401.06118) do.
+"Salesforce/wikitext,wikitext-2-raw-v1:test". Documents of one source are separated by a blank line and
+tokenised as one text, as GPTQ (arXiv 2210.17323) and AQLM (arXiv 2401.06118) do, so that a window does not depend on
+how the text was cut into documents.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def _read(source: str, tokenizer: Any, limit: int | None, shuffle_seed: int | No
 
 
 def _text(documents: Iterable[str], max_chars: int | None) -> tuple[str, bool]:
-    """Documents joined by blank lines, cut after max_chars characters; and whether anything was cut."""
+    """Documents with blank lines between them, cut after max_chars characters; and whether anything was cut."""
     parts, size = [], 0
     for document in documents:
         parts.append(document)

@@ -84,7 +84,7 @@ class Cost:
 
 
 class Method(Protocol):
-    """A way to quantize a weight, behind its name in `aqlm_c.methods.METHODS`; without state.
+    """A method to quantize a weight, behind its name in `aqlm_c.methods.METHODS`; without state.
 
     `options` are an instance of `options_type`, whose fields are the method's options on the command line, in YAML
     files and in Python.

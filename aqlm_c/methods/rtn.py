@@ -21,7 +21,7 @@ class RoundToNearest:
     """A row's scale is its largest absolute weight, and each weight takes the nearest of 2^b values from -scale to
     scale, evenly spaced, where b is the scheme's bits per weight.
 
-    Additive codebooks hold such a grid exactly: the K B bits of a group's codes are dealt to its g weights in order,
+    Additive codebooks hold such a grid exactly: the K B bits of a group's codes are assigned to its g weights in order,
     and each entry is the sum of what its set bits are worth. Where g does not divide K B, the first weights of a group
     get one bit more.
     """

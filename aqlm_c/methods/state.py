@@ -69,7 +69,7 @@ class SolverState:
 
     def rounded(self, cg_steps: int) -> QuantizedWeight:
         """The best state on the grid of the problem's dtype; the codebooks are fitted again under the rounded scales
-        in `cg_steps`.
+        in `cg_steps`. The error is measured after rounding: it is that of the values on disk.
         """
         dtype = self.problem.dtype
         if dtype != "float32":

@@ -12,7 +12,8 @@ from ..recipe import AqlmConfig
 
 
 def find_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """(name, list) of the decoder blocks: the list of like modules with the most linear weights.
+    """(name, list) of the decoder blocks: the list of like modules with the most linear weights. Found by structure, so
+    that no table of model types is needed.
 
     Raises ValueError if there is none.
     """

@@ -83,8 +83,8 @@ def unfuse(model: nn.Module, quantized: Iterable[str] | None = None) -> None:
     fused = {name: module for name, module in model.named_modules() if _is_fused(module)}
     if quantized is not None:
         part = re.compile(r"\.\d+\.\w+$")
-        ends = tuple(name.removeprefix(f"{model.base_model_prefix}.") for name in fused)
-        if not any(part.split(name)[0].endswith(ends) for name in quantized if part.search(name)):
+        suffixes = tuple(name.removeprefix(f"{model.base_model_prefix}.") for name in fused)
+        if not any(part.split(name)[0].endswith(suffixes) for name in quantized if part.search(name)):
             return
     transforms = _transforms(model)
     for name, module in fused.items():

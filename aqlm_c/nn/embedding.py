@@ -16,7 +16,8 @@ __all__ = ["QuantizedEmbedding", "quantized_class"]
 class QuantizedEmbedding(QuantizedLayer):
     """An embedding whose rows are W's (`QuantizedLayer`, out_group_size 1), decoded when they are looked up.
 
-    What it gives has the dtype of its codebooks, which is therefore the model's, or `output_dtype`.
+    What it gives has the dtype of its codebooks or `output_dtype`. Codebooks have the model's dtype, which transformers
+    takes to be that of a model's first parameter: the embedding's codebooks.
     """
 
     output_dtype: torch.dtype | None = None  # the model's, where codebooks are float32 to be tuned

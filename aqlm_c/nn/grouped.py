@@ -1,4 +1,10 @@
-"""Linears of one input, such as q, k and v, in one launch: a small product on a GPU is a launch above all."""
+"""Linears of one input, such as q, k and v, in one launch: a small product on a GPU is a launch above all.
+
+Products kept for a sibling are used within the parent's forward alone. While they lived from call to call they could be
+stale: in compiled code, behind hooks that load weights, and where tensors do not count changes. Where gradients are
+wanted nothing is kept, since checkpoints run a forward twice and torch 2.11 compiles none that stores an attribute. One
+thread at a time shares launches.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +31,10 @@ class LinearGroup:
     products of all, and the others take theirs.
 
     They do so without gradients, within one call of the parent's forward, if they get that very tensor; products that
-    are left at its end turn the group off for good: that forward has another use for them, such as cross attention. A
-    change of the tensor in place between the calls is seen, except between calls in a compiled function or in
-    inference mode, where tensors do not count changes. While a member is replaced, elsewhere or has hooks, each is by
-    itself.
+    are left when it returns switch the group off for good: that forward has another use for them, such as cross
+    attention. A change of the tensor in place between the calls is seen, except between calls in a compiled function or
+    in inference mode, where tensors do not count changes. While a member is replaced, elsewhere or has hooks, each is
+    by itself.
     """
 
     device_type = "cuda"
@@ -40,8 +46,8 @@ class LinearGroup:
         self._left: tuple[Tensor, tuple[int | None, ...], dict[int, Tensor]] | None = None  # x, its state, by place
 
     def begin(self, parent: nn.Module, *_: Any) -> None:
-        """The forward of the parent begins: its hook. Nothing is stored where nothing will be joined: inside of torch's
-        higher-order operators, such as checkpoint, that cannot be compiled."""
+        """The forward of the parent begins: its hook. Nothing is stored where no launch will be shared: inside of
+        torch's higher-order operators, such as checkpoint, that cannot be compiled."""
         thread = _thread()
         if self._runs == thread:  # it was interrupted
             self._runs = self._left = None
@@ -85,7 +91,7 @@ class LinearGroup:
         return y
 
     def _weights(self, device: torch.device) -> list[ops.Weight] | None:
-        """Those of all members, if they are as they were when they were joined."""
+        """Those of all members, if they are as they were when they were grouped."""
         parent = self.parent()
         found = [parent._modules.get(name) for name in self.names] if parent is not None else []
         members = [member for member in found if self._has(member)]
@@ -124,7 +130,7 @@ def join_linears(model: nn.Module) -> int:
 
     They are children of one module, by the names of `TOGETHER`, and have one format, in_features, dtype, and all or
     none a bias. Results are the same but for the order of sums. transformers models that this package loads or
-    quantizes are joined already; copies of a model are not.
+    quantizes share launches already; copies of a model are not.
     """
     groups = 0
     for module in list(model.modules()):
@@ -142,7 +148,8 @@ def join_linears(model: nn.Module) -> int:
             if all(isinstance(old, LinearGroup) and old.is_on and before.get(hook) == old.begin for old in found):
                 continue
             group = LinearGroup(module, names)
-            # as register_forward_*hook do, but by one name in all layers: with ids, none would share a compiled graph
+            # as register_forward_*hook do, but by one name in all layers: torch.compile guards the keys of hooks, and
+            # with torch's ids every layer would be a graph of its own
             before[hook] = group.begin
             after[hook], always_called[hook] = group.end, True
             for place, member in enumerate(members):

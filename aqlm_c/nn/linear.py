@@ -40,7 +40,8 @@ def check_code_range(codes: Tensor, nbits: int, name: str) -> None:
 class QuantizedLayer(nn.Module):
     """What quantized linears and embeddings share: W [out, in] in the published AQLM layout, as in state_dict too.
 
-    Group (o, j) of W, og outputs by g inputs, is ``scales[o] * sum_k codebooks[k, codes[o, j, k]]``.
+    Group (o, j) of W, og outputs by g inputs, is ``scales[o] * sum_k codebooks[k, codes[o, j, k]]``. What lies in
+    memory is what lies on disk, so that a saved and loaded model gives exactly the logits of the one in memory.
     """
 
     codes: nn.Parameter

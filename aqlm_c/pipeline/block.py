@@ -100,7 +100,8 @@ class BlockStages:
 
     def _quantize_embeddings(self, step: BlockPlan, reports: Reports) -> None:
         """H of the output layer is that of its inputs in the model as it is; of the input embedding: see
-        `embedding_hessian`.
+        `embedding_hessian`. This step comes before the blocks, so that every block is calibrated on the activations of
+        a quantized embedding.
         """
         embeddings = self.plan.embeddings
         of_output = None
@@ -185,5 +186,5 @@ def dense(block: torch.nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Any]
 
 
 def block_reports(reports: Reports) -> tuple[list[LayerReport], list[BlockReport]]:
-    """Those of a step, also after a way through JSON."""
+    """Those of a step, also after a round trip through JSON."""
     return list(map(LayerReport.from_dict, reports["layers"])), list(map(BlockReport.from_dict, reports["blocks"]))

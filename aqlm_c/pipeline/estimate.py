@@ -189,7 +189,7 @@ def plan_memory(
     output beside the quantized layers. resumed: so many blocks are in work_dir already.
 
     Raises ValueError naming memory_limit if it is too small even with activations on disk, and OSError (ENOSPC)
-    if the disk has too little room for blocks and activations.
+    if the disk has too little space for blocks and activations.
     """
     held = resident_memory() if resident is None else resident
     blocks = held + max(work.memory() for work in works)

@@ -2,6 +2,9 @@
 
 A file appears under its name only when it is complete and on the disk, so whatever is there can be used. The
 directory belongs to one run: model, data, options, seed and versions must be those it was begun with.
+
+Activations are not stored: on resuming, a finished block is run again, from its dense weights as the first time, which
+keeps a work directory at 1 MB per block of SmolLM2 instead of 75.
 """
 
 from __future__ import annotations
@@ -238,7 +241,7 @@ class WorkDir:
         except OSError as error:
             explained = type(error)(
                 f"work_dir: got {str(self.path)!r}: {doing} {name}: {error.strerror or error}; expected a directory to "
-                "read and write, with room; finished blocks in it stay usable: cure this and run the same command"
+                "read and write, with free space; finished blocks in it stay usable: cure this and run the same command"
             )
             explained.errno = error.errno
             raise explained from error

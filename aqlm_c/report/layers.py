@@ -51,7 +51,7 @@ class LayerReport:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> LayerReport:
-        """The report that `to_dict` wrote, also after a way through JSON."""
+        """The report that `to_dict` wrote, also after a round trip through JSON."""
         return cls(**_known_fields(cls, fields))
 
 
@@ -82,7 +82,7 @@ class BlockReport:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> BlockReport:
-        """The report that `to_dict` wrote, also after a way through JSON."""
+        """The report that `to_dict` wrote, also after a round trip through JSON."""
         known = _known_fields(cls, fields)
         return cls(**{**known, "history": [tuple(errors) for errors in known.get("history", [])]})
 

@@ -32,7 +32,7 @@ def make_table(title: str, headers: tuple[str, ...]) -> Any:
 
 
 def layer_table(layers: Sequence[LayerReport], bits_per_weight: float, tuned: bool) -> Any:
-    """Errors by kind of layer, of blocks that were `tuned` afterwards or not."""
+    """Errors by kind of layer, of blocks that were `tuned` afterwards or not; `--json` has each layer."""
     table = make_table(
         f"{len(layers)} layers at {bits_per_weight:.3f} bits per weight, means over blocks"
         + (", before fine-tuning" if tuned else ""),

@@ -1,7 +1,8 @@
 /* simd.h: the table of hot loops. One table per ISA, filled by kernels.h, picked once by core/runtime/dispatch.c.
  *
  * All ISAs give the same bits: products are summed by fma in one fixed order, sums over lanes are cut into
- * AQLM_LANES virtual lanes whatever the register width, and minima are exact with ties to the lowest index.
+ * AQLM_LANES virtual lanes whatever the register width, and minima are exact with ties to the lowest index. The scalar
+ * table does all that too, so a result can be reproduced on another machine.
  */
 #ifndef AQLM_SIMD_H
 #define AQLM_SIMD_H

@@ -92,7 +92,7 @@ def test_every_c_file_is_built_and_every_header_watched():
 @pytest.mark.skipif(BUILD.cuda_problem() is not None, reason="needs nvcc and torch")
 def test_every_cuda_file_is_built(monkeypatch):
     monkeypatch.chdir(ROOT)
-    built = {source for source in BUILD.cuda_door().sources if source.endswith(".cu")}
+    built = {source for source in BUILD.cuda_binding().sources if source.endswith(".cu")}
     assert built == {p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/**/*.cu")}
 
 

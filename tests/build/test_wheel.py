@@ -14,15 +14,15 @@ pytest.importorskip("torch")
 if not (shutil.which("readelf") and shutil.which("nm")):
     pytest.skip("needs readelf and nm", allow_module_level=True)
 
-PACKAGE, DOORS = Path(aqlm_c.__file__).parent, Path(_core.__file__).parent
+PACKAGE, BUILT = Path(aqlm_c.__file__).parent, Path(_core.__file__).parent
 
 
 def wheel(folder, without="", tag="cp310-abi3"):
     path = folder / f"aqlm_c-{aqlm_c.__version__}-{tag}-linux_x86_64.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for source in [*PACKAGE.rglob("*.py"), *DOORS.glob("*.abi3.so")]:
+        for source in [*PACKAGE.rglob("*.py"), *BUILT.glob("*.abi3.so")]:
             if not (without and without in source.name):
-                archive.write(source, Path("aqlm_c", source.relative_to(DOORS if source.suffix == ".so" else PACKAGE)))
+                archive.write(source, Path("aqlm_c", source.relative_to(BUILT if source.suffix == ".so" else PACKAGE)))
     return path
 
 

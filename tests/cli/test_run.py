@@ -229,7 +229,7 @@ def test_work_dir_and_memory_limit_reach_quantize_model(model_dir, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_threads_are_set_for_both_doors(model_dir, tmp_path):
+def test_threads_are_set_for_both_bindings(model_dir, tmp_path):
     before = torch.get_num_threads(), _core.get_num_threads()
     try:
         report = run(RunConfig(model_dir, tmp_path / "out", threads=1, **SMALL))

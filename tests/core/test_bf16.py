@@ -74,17 +74,17 @@ def test_nothing_is_read_behind_the_codes():
     codes, *rest = random_weight(shape, torch.bfloat16)
     x = inputs(20, shape[1])
     expected = ops.matmul(x, codes, *rest)
-    room = -(-codes.numel() // page) * page
-    memory = mmap.mmap(-1, room + page)
+    size = -(-codes.numel() // page) * page
+    memory = mmap.mmap(-1, size + page)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(address + room), page, 0) == 0
+    assert libc.mprotect(ctypes.c_void_p(address + size), page, 0) == 0
     try:
-        at_end = torch.frombuffer(memory, dtype=torch.int8, count=room)[room - codes.numel() :]
+        at_end = torch.frombuffer(memory, dtype=torch.int8, count=size)[size - codes.numel() :]
         for layout in ((0, 1, 2), (1, 2, 0)):
             moved = at_end.view([codes.shape[i] for i in layout])
             moved.copy_(codes.permute(layout))
             back = [layout.index(i) for i in range(3)]
             assert torch.equal(ops.matmul(x, moved.permute(back), *rest), expected)
     finally:
-        libc.mprotect(ctypes.c_void_p(address + room), page, 3)
+        libc.mprotect(ctypes.c_void_p(address + size), page, 3)

@@ -1,4 +1,4 @@
-"""Few rows by tables of rounded products: their error, packed codes, the same bits everywhere, the exact way."""
+"""Few rows by tables of rounded products: their error, packed codes, the same bits everywhere, the exact path."""
 
 import pytest
 import torch

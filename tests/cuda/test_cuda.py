@@ -214,7 +214,7 @@ def test_kernels_in_a_row(shape):
         weight = tuple(t.clone() for t in weight)  # written just before it is read
 
 
-JOINED = [
+GROUPED = [
     ((4096, 1024, 1024), 4096, 2, 8, 1, 8),  # a cluster of blocks a weight's outputs
     ((1000, 1000), 11008, 4, 8, 1, 8),  # a row in parts
     ((77, 300), 2048, 8, 8, 1, 8),
@@ -226,8 +226,8 @@ JOINED = [
 
 
 @pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("outs, shape", [(outs, shape) for outs, *shape in JOINED], ids=str)
-def test_joined(outs, shape, name):
+@pytest.mark.parametrize("outs, shape", [(outs, shape) for outs, *shape in GROUPED], ids=str)
+def test_grouped(outs, shape, name):
     dtype = getattr(torch, name)
     weights = [random_weight((out, *shape), dtype, seed=i) for i, out in enumerate(outs)]
     for rows in (1, 3):
@@ -242,7 +242,7 @@ def test_joined(outs, shape, name):
             assert all(torch.equal(y, z) for y, z in zip(ys, ops.matmul_grouped(x, all_of), strict=True))
 
 
-def test_joined_linears():
+def test_grouped_linears():
     """q, k and v of a module: eager, captured and compiled they are the same products."""
 
     class Attention(torch.nn.Module):

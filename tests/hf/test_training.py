@@ -112,7 +112,7 @@ def test_lora_trains_saves_and_loads(directory, tmp_path, peft):
     again = peft.PeftModel.from_pretrained(load(directory), tmp_path / "adapter")
     assert torch.equal(again(TOKENS).logits, logits)
     native = load(directory)
-    native.load_adapter(tmp_path / "adapter")  # transformers' own door to PEFT
+    native.load_adapter(tmp_path / "adapter")  # transformers' own interface to PEFT
     assert torch.equal(native(TOKENS).logits, logits)
 
     again.add_adapter("second", peft.LoraConfig(r=2, target_modules="all-linear"))
@@ -126,7 +126,7 @@ def test_lora_trains_saves_and_loads(directory, tmp_path, peft):
     assert stored.keys() == original.keys() and all(torch.equal(stored[name], original[name]) for name in original)
 
 
-def test_merging_is_refused_and_the_way_it_names_works(directory, tmp_path, peft):
+def test_merging_is_refused_and_the_cure_it_names_works(directory, tmp_path, peft):
     model = with_lora(peft, load(directory))
     logits = model(TOKENS).logits
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Both ways with the code of the upstream package: what we save it reads, what it makes we read; the same weights."""
+"""With the code of the upstream package: it reads what we save, we read what it makes; the same weights."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 """Linears of one input that share launches: whose product is whose, and when each is by itself. On the CPU, where
-`matmul_grouped` is one product after the other, groups are told to join."""
+`matmul_grouped` is one product after the other, groups are told to share launches."""
 
 import copy
 import gc
@@ -63,13 +63,13 @@ def calls(monkeypatch):
     """How many weights each call of `matmul_grouped` had."""
     found = []
 
-    def joined(x, weights):
+    def counted(x, weights):
         found.append(len(weights))
         return operator(x, weights)
 
     operator = ops.matmul_grouped
     monkeypatch.setattr(LinearGroup, "device_type", "cpu")
-    monkeypatch.setattr(ops, "matmul_grouped", joined)
+    monkeypatch.setattr(ops, "matmul_grouped", counted)
     return found
 
 
@@ -78,7 +78,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(LinearGroup, "device_type", "cpu")
 
 
-def joined(**options):
+def grouped(**options):
     attention = Attention(**options)
     assert join_linears(attention) == 1
     return attention
@@ -99,7 +99,7 @@ def check(attention, x):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("inference", [False, True])
 def test_all_at_the_first(calls, bias, inference):
-    attention = joined(bias=bias)
+    attention = grouped(bias=bias)
     with torch.inference_mode() if inference else torch.no_grad():
         for seed in range(3):
             check(attention, row(seed)[None])
@@ -118,14 +118,14 @@ def test_only_what_has_one_format(calls):
 
 
 def test_several_rows_are_apart(calls):
-    attention = joined()
+    attention = grouped()
     for rows in (0, 2):
         check(attention, row(rows=rows))
     assert calls == [] and attention.q_proj.grouped[0].is_on
 
 
 def test_outside_of_the_forward_each_is_by_itself(calls):
-    attention = joined()
+    attention = grouped()
     x = row()
     for _ in range(2):
         assert torch.equal(attention.q_proj(x), attention.apart(x)[0])
@@ -140,7 +140,7 @@ def test_an_input_that_was_changed(calls):
         x += 1
         return [y, self.k_proj(x), self.v_proj(x)]
 
-    attention = joined(use=use)
+    attention = grouped(use=use)
     q, k, v = attention(row())
     assert torch.equal(q, attention.apart(row())[0])
     assert equal([k, v], attention.apart(row() + 1)[1:])
@@ -151,20 +151,20 @@ def test_any_order_and_other_inputs_between(calls):
         z = x * 2
         return [self.v_proj(x), self.q_proj(z), self.q_proj(x), self.k_proj(z), self.k_proj(x), self.v_proj(z)]
 
-    attention = joined(use=use)
+    attention = grouped(use=use)
     (q, k, v), (q2, k2, v2) = attention.apart(row()), attention.apart(row() * 2)
     assert equal(attention(row()), [v, q2, q, k2, k, v2])
 
 
 def test_a_product_is_given_once(calls):
     """It may be changed in place by who gets it."""
-    attention = joined(use=lambda self, x: [self.q_proj(x).zero_(), self.q_proj(x)])
+    attention = grouped(use=lambda self, x: [self.q_proj(x).zero_(), self.q_proj(x)])
     first, second = attention(row())
     assert torch.equal(second, attention.apart(row())[0]) and not first.any()
 
 
 def test_a_forward_that_wants_less_ends_it(calls):
-    attention = joined(use=lambda self, x: [self.q_proj(x)])  # cross attention, its keys in a cache
+    attention = grouped(use=lambda self, x: [self.q_proj(x)])  # cross attention, its keys in a cache
     for seed in range(5):
         assert equal(attention(row(seed)), attention.apart(row(seed))[:1])
     assert calls == [3]
@@ -182,7 +182,7 @@ def test_a_forward_that_fails_leaves_nothing(calls):
         self.q_proj(x)
         raise ValueError
 
-    attention = joined(use=use)
+    attention = grouped(use=use)
     with pytest.raises(ValueError):
         attention(row())
     assert attention.q_proj.grouped[0]._left is None
@@ -192,7 +192,7 @@ def test_a_forward_that_fails_leaves_nothing(calls):
 
 
 def test_a_member_that_is_replaced(calls):
-    attention = joined()
+    attention = grouped()
     for other in (linear(40, seed=9), nn.Linear(IN, 40)):
         attention.k_proj = other
         q, k, _ = attention(row())
@@ -208,7 +208,7 @@ def test_a_member_that_is_replaced(calls):
 
 def test_members_with_hooks_are_apart(calls):
     """An offloaded one gets its weights just before it is called."""
-    attention = joined()
+    attention = grouped()
     scales = attention.k_proj.scales.clone()
     attention.k_proj.scales.fill_(float("nan"))
 
@@ -224,21 +224,21 @@ def test_members_with_hooks_are_apart(calls):
 
 
 def test_members_elsewhere(calls):
-    attention = joined(use=lambda self, x: [self.q_proj(x)])
+    attention = grouped(use=lambda self, x: [self.q_proj(x)])
     attention.k_proj.to("meta")
     assert torch.equal(attention(row())[0], ops.matmul(row(), *list(attention.q_proj.parameters())))
     assert calls == []
 
 
 def test_gradients_within_a_forward(calls):
-    """What is not joined has them, whatever came before."""
+    """What shares no launch has them, whatever came before."""
 
     def use(self, x):
         with torch.no_grad():
             q = self.q_proj(x)
         return [q, self.k_proj(x), self.v_proj(x)]
 
-    attention = joined(use=use)
+    attention = grouped(use=use)
     with torch.enable_grad():
         q, k, v = attention(row().requires_grad_())
     assert (q.requires_grad, k.requires_grad, v.requires_grad) == (False, True, True)
@@ -251,7 +251,7 @@ def test_checkpointing(on_cpu, compiled):
     def forward(x):
         return torch.cat(torch.utils.checkpoint.checkpoint(attention, x, use_reentrant=False), -1)
 
-    attention = joined()
+    attention = grouped()
     f = torch.compile(forward, fullgraph=True, backend="aot_eager") if compiled else forward
     with torch.enable_grad():
         x = row().requires_grad_()
@@ -261,7 +261,7 @@ def test_checkpointing(on_cpu, compiled):
 
 
 def test_training(calls):
-    attention = joined()
+    attention = grouped()
     with torch.enable_grad():
         x = row().requires_grad_()
         (grad,) = torch.autograd.grad(torch.cat(attention(x), -1).sum(), x)
@@ -283,7 +283,7 @@ def test_biases_that_are_not_alike():
 
 
 def test_threads(calls):
-    attention = joined()
+    attention = grouped()
     inputs = [row(seed) for seed in range(4)]
     expected = [attention.apart(x) for x in inputs]
     wrong = []
@@ -305,9 +305,9 @@ def test_threads(calls):
 
 
 def test_copies_and_memory(calls):
-    attention = joined()
+    attention = grouped()
     for other in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
-        assert other.q_proj.joined is None
+        assert other.q_proj.grouped is None
         check(other, row())
         assert calls == []
         assert join_linears(other) == 1
@@ -341,7 +341,7 @@ def recorder():
 
 def test_compiled(on_cpu):
     recording, found = recorder()
-    attention = joined(bias=True)
+    attention = grouped(bias=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for backend in (recording, "inductor"):
             f = torch.compile(attention, fullgraph=True, backend=backend)
@@ -353,7 +353,7 @@ def test_compiled(on_cpu):
 
 def test_compiled_cross_attention(on_cpu):
     backend, found = recorder()
-    attention = joined(use=lambda self, x: [self.q_proj(x)])
+    attention = grouped(use=lambda self, x: [self.q_proj(x)])
     f = torch.compile(attention, fullgraph=True, backend=backend)
     for seed in range(10):
         assert equal(f(row(seed)), attention.apart(row(seed))[:1])
@@ -368,7 +368,7 @@ def test_members_compiled_by_themselves(on_cpu):
         x.data += 1
         return [y, self.k_proj(x), self.v_proj(x)]
 
-    attention = joined(use=use)
+    attention = grouped(use=use)
     backend, found = recorder()
     for member in attention.children():
         member.compile(backend=backend)
@@ -386,7 +386,7 @@ def test_numbers_of_rows_that_nobody_knows(on_cpu):
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attention = joined()
+            self.attention = grouped()
 
         def forward(self, x):
             return self.attention(x[(x[:, 0] > 0).nonzero()[:, 0]])
@@ -401,7 +401,7 @@ def test_numbers_of_rows_that_nobody_knows(on_cpu):
     torch.export.export(experts, (row(rows=5),))
 
 
-def test_loaded_models_are_joined(calls, tmp_path):
+def test_loaded_models_are_grouped(calls, tmp_path):
     write_published(tmp_path / "model", (2, 8, 8, 1))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokens = random_tokens(1, 6)
@@ -439,4 +439,4 @@ def test_the_operator():
     with pytest.raises(RuntimeError, match=r"x: got shape \[1, 31\], expected \[..., 32\]"):
         torch.ops.aqlm_c.matmul_grouped(x[:, 1:], codes, codebooks, scales, [])
     with pytest.raises(RuntimeError, match=r"x: got shape \[\], expected \[..., 32\]"):
-        joined()(torch.tensor(1.0))
+        grouped()(torch.tensor(1.0))

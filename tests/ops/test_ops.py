@@ -292,7 +292,7 @@ def test_a_layer_can_be_traced(tmp_path):
         assert torch.equal(torch.jit.load(tmp_path / "traced.pt")(x), expected)
 
 
-def test_missing_door_gives_the_cure():
+def test_missing_binding_gives_the_cure():
     code = "import sys; sys.modules['aqlm_c._torch'] = None; import aqlm_c.nn.ops"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1

@@ -459,7 +459,7 @@ class _Runs:
         return code != 0
 
     def kill_at_random(self, rng):
-        """One result of a run that is killed at one random moment or at several in turn."""
+        """One result of a run that is killed at one random moment or at several, one after another."""
         work_dir, out = (self.directory / f"{name}-{self.result['results']}" for name in ("work", "out"))
         finished = 0
         while self.result["random kills"] < KILLS and self.run(work_dir, out, rng.uniform(finished, BLOCKS + 1)):

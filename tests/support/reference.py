@@ -144,7 +144,7 @@ def residual_kmeans(W, scales, K, B, g, init_max_iter, tolerance, seed, column_w
 
 
 def search_pairs(codes, codebooks, S, target, from_scratch, beam_size):
-    """A beam over all codebooks but the last two, each of its ends with its best pair of those; a sweep (K > 2) keeps
+    """A beam over all codebooks but the last two, each of its states with its best pair of those; a sweep (K > 2) keeps
     the codes it came with where nothing better is found."""
     K, E, _ = codebooks.shape
 
@@ -155,13 +155,13 @@ def search_pairs(codes, codebooks, S, target, from_scratch, beam_size):
     beam = [()]
     for _ in range(K - 2):
         beam = sorted(((*b, e) for b in beam for e in range(E)), key=cost)[:beam_size]
-    ends = []
+    found = []
     for b in beam:
         q = sum((codebooks[k, c] for k, c in enumerate(b)), np.zeros(len(target)))
         q = q + codebooks[K - 2][:, None] + codebooks[K - 1][None]  # [E, E, g]
         costs = np.einsum("abd,de,abe->ab", q, S, q) - 2 * q @ target
-        ends.append((*b, *np.unravel_index(costs.argmin(), costs.shape)))
-    best = min(ends, key=cost)
+        found.append((*b, *np.unravel_index(costs.argmin(), costs.shape)))
+    best = min(found, key=cost)
     if from_scratch or cost(best) < cost(tuple(codes)):
         codes[:] = best
 

@@ -2,7 +2,7 @@
 
 The arguments are directories. One with model.safetensors is read: every quantized linear of it is loaded into
 upstream's class. One without becomes a quantized model: upstream's class with random values takes the place of each
-linear of the dense model in its folder `dense`; request.json there is the `quantization_config`. Either way the
+linear of the dense model in its folder `dense`; request.json there is the `quantization_config`. In both cases the
 weights that upstream dequantizes, in float32, go to weights.safetensors by layer name.
 """
 

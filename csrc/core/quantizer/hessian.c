@@ -166,7 +166,8 @@ aqlm_status aqlm_factor_hessian(int32_t *order, float *feedback, float *metric, 
         }
         if (!(mean > 0.0) || isinf(mean)) status = AQLM_NOT_POSITIVE;
         sort_groups(order, trace, groups);
-        /* The reversed matrix's Cholesky factor, read backwards, is the upper factor of H itself. */
+        /* With groups in reverse, the Cholesky factor of H read backwards is the upper factor R with H = R R^T: metric
+         * R_jj R_jj^T, feedback R_ij R_jj^-1. No inverse of H is formed. */
         for (int64_t i = 0; i < in; i++) {
             const int64_t pi = in - 1 - i, hi = order[pi / g] * g + pi % g;
             for (int64_t j = 0; j <= i; j++) {

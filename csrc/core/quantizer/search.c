@@ -251,6 +251,10 @@ static void search_beam(const view *v, beam *b, uint16_t *codes, const float *ta
 
 /* ---- exact pairs, after a beam over the other codebooks --------------------------------------- */
 
+/* The search prunes and stays exact (pair_min in simd.h): with t the target and |.| the norm of the metric, a first
+ * entry a can only win if |t - a| is at most the second codebook's radius plus the best distance so far (triangle
+ * inequality), plus a margin for rounding. */
+
 /* The best codes of the two codebooks in v->table after those in `from`, and the cost of all: exactly, if that is below
  * `least`. have_guess: `codes` holds a first guess of the two. */
 static float end_by_pair(const view *v, uint16_t *codes, const hypothesis *from, const float *target, float least,
