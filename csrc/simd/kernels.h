@@ -171,7 +171,7 @@ static inline uint16_t float_to_half(float x) {
     return (uint16_t)(sign | result);
 }
 
-static inline uint16_t float_to_bfloat(float x) {
+static inline uint16_t float_to_bf16(float x) {
     uint32_t u = aqlm_bits_of(x);
     uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
     return (uint16_t)((u & 0x7fffffff) > 0x7f800000u ? (u >> 16) | 0x40 : rounded);
@@ -192,7 +192,7 @@ static void from_f32(void *to, int dtype, const float *from, int64_t n) {
     else if (dtype == 1)
         for (int64_t i = 0; i < n; i++) half[i] = float_to_half(from[i]);
     else
-        for (int64_t i = 0; i < n; i++) half[i] = float_to_bfloat(from[i]);
+        for (int64_t i = 0; i < n; i++) half[i] = float_to_bf16(from[i]);
 }
 
 /* AQLM_LANES values: eight from each of two entries of one of the dtypes. */

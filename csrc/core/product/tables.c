@@ -18,6 +18,7 @@
 #include "core/runtime/memory.h"
 #include "core/runtime/parallel.h"
 
+#include <assert.h>
 #include <math.h>
 #include <stdatomic.h>
 
@@ -122,11 +123,14 @@ static void transpose_codebooks(float *ct, const float *codebooks, const aqlm_sh
 
 static void transpose_short(int16_t *ct, const float *codebooks, const aqlm_shape *s, double radius) {
     const int64_t g = s->in_group_size, E = INT64_C(1) << s->nbits_per_codebook;
+    assert(g >= 4);
     const float inverse = radius > 1e-30 && radius < 1e38 ? (float)(SHORT_RADIUS / radius) : 0.0f;
     for (int64_t k = 0; k < s->num_codebooks; k++, ct += g * 256, codebooks += E * g)
         for (int64_t e = 0; e < 256; e++) {
             const float *entry = codebooks + e % E * g;
-            for (int64_t d = 0; d < g; d++) ct[(d / 2 * 256 + e) * 2 + d % 2] = round_short(entry[d] * inverse);
+            int16_t rounded[32];
+            for (int64_t d = 0; d < g; d++) rounded[d] = round_short(entry[d] * inverse);
+            for (int64_t p = 0; p < g / 2; p++) memcpy(ct + (p * 256 + e) * 2, rounded + 2 * p, 4);
         }
 }
 
