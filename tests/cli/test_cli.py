@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from tiny import BYTES, byte_tokenizer, tiny_llama
 from transformers import PreTrainedTokenizerFast
 
-from aqlm_c import PRESETS, LayerReport, __version__, cli, demo
+from aqlm_c import PRESETS, LayerReport, __version__, demo
 from aqlm_c import evaluate as evaluation
-from aqlm_c.report.report import BlockReport
+from aqlm_c.cli.display import Display
+from aqlm_c.cli.main import main
+from aqlm_c.report.layers import BlockReport
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
 SMALL = ["--scheme", "2x4g8", "--samples", "4", "--sequence-length", "32"]
@@ -43,7 +45,7 @@ def model_dir(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def quantized_dir(tmp_path_factory, model_dir):
     path = tmp_path_factory.mktemp("quantized") / "tiny"
-    assert cli.main(["quantize", str(model_dir), str(path), *SMALL, "--quiet"]) == 0
+    assert main(["quantize", str(model_dir), str(path), *SMALL, "--quiet"]) == 0
     return path
 
 
@@ -52,7 +54,7 @@ def run(capsys):
     """Runs the command line in this process; gives (exit code, stdout, stderr)."""
 
     def run(*arguments):
-        code = cli.main([str(argument) for argument in arguments])
+        code = main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -255,10 +257,10 @@ def test_existing_out_is_refused(run, model_dir, tmp_path):
     (tmp_path / "out" / "precious").write_text("keep me")
     for options in ([], ["--overwrite"]):  # not a model: not even then
         result = run("quantize", model_dir, tmp_path / "out", *SMALL, "--quiet", *options)
-        assert_refused(result, ["OUT=", str(tmp_path / "out"), "expected"])
+        assert_refused(result, ["OUT: got", str(tmp_path / "out"), "expected"])
     assert (tmp_path / "out" / "precious").read_text() == "keep me"
     result = run("quantize", model_dir, tmp_path / "out" / "precious" / "out", *SMALL, "--quiet")
-    assert_refused(result, ["OUT=", str(tmp_path / "out" / "precious"), "directory"])
+    assert_refused(result, ["OUT: got", str(tmp_path / "out" / "precious"), "directory"])
 
 
 @pytest.mark.parametrize("name", ["nosuch", "./nosuch", "no/such.gguf", "owner/nosuch"])
@@ -318,7 +320,7 @@ def test_interrupt_leaves_nothing(run, model_dir, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Display, "on_layer", interrupt)
+    monkeypatch.setattr(Display, "on_layer", interrupt)
     code, stdout, stderr = run("quantize", model_dir, tmp_path / "out", *SMALL)
     assert (code, stdout) == (130, "") and stderr.endswith(
         "aqlm-c: stopped: nothing is kept; with --work-dir FOLDER finished blocks would be\n"
@@ -379,7 +381,7 @@ def show_all(display):
 
 
 def test_display_without_a_terminal(capsys):
-    with cli.Display() as display:
+    with Display() as display:
         show_all(display)
     assert capsys.readouterr() == (
         "",
@@ -395,10 +397,10 @@ def test_display_without_a_terminal(capsys):
 
 def test_display_quiet_and_verbose(capsys):
     level = logging.getLogger("aqlm_c").level
-    with cli.Display(quiet=True, verbose=True) as display:
+    with Display(quiet=True, verbose=True) as display:
         show_all(display)
     assert capsys.readouterr() == ("", "warning: [mind] this\ninfo: a detail\n")
-    with cli.Display(quiet=True) as display:
+    with Display(quiet=True) as display:
         show_all(display)
     assert capsys.readouterr().err == "warning: [mind] this\n"
     logging.getLogger("aqlm_c").warning("closed")
@@ -408,7 +410,7 @@ def test_display_quiet_and_verbose(capsys):
 def test_display_in_a_notebook(capsys, monkeypatch):
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with cli.Display() as display:
+    with Display() as display:
         show_all(display)
     stdout, stderr = capsys.readouterr()
     assert stdout == "" and "\x1b" not in stderr
@@ -523,7 +525,7 @@ def test_a_full_disk_is_one_line(model_dir, tmp_path, failing):
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("aqlm-c: ")
-    assert ("OUT=" in done.stderr and "File too large" in done.stderr) if limit else "No space left" in done.stderr
+    assert ("OUT: got" in done.stderr and "File too large" in done.stderr) if limit else "No space left" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -571,5 +573,5 @@ def test_demo_compares_and_can_fail(model_dir, tmp_path, capsys, monkeypatch):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").touch()
     monkeypatch.setattr(demo, "load_model", lambda *_: pytest.fail("the model was loaded"))
-    with pytest.raises(FileExistsError, match="OUT="):
+    with pytest.raises(FileExistsError, match="OUT: got"):
         demo.main([*arguments, "--out", str(tmp_path / "precious")])

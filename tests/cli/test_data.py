@@ -194,9 +194,9 @@ def test_unknown_dataset(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("samples", "length", "message"),
     [
-        (0, 8, "samples=0"),
+        (0, 8, "samples: got 0"),
         (1, 8, "samples: got 1, expected at least one for each of the 2"),
-        (4, 1, "sequence_length=1"),
+        (4, 1, "sequence_length: got 1"),
     ],
 )
 def test_bad_counts(tokenizer, samples, length, message):

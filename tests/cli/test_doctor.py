@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from aqlm_c import __version__, _core, cli, doctor
+from aqlm_c import __version__, _core, doctor
+from aqlm_c.cli.main import main
 
 # Makes packages look as if they were not installed, then runs the doctor.
 WITHOUT = """
@@ -42,7 +43,7 @@ def line(stdout, name):
 
 
 def test_all_is_well_here(capsys):
-    assert cli.main(["doctor"]) == 0
+    assert main(["doctor"]) == 0
     stdout = capsys.readouterr().out
     assert __version__ in line(stdout, "aqlm_c") and stdout.endswith("The CPU path works.\n")
     assert line(stdout, "torch").startswith(f"✓ torch          {metadata.version('torch')}")

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny import BYTES, byte_tokenizer, random_model, tiny_llama, write_published
 from transformers import MixtralConfig
 
-from aqlm_c import AqlmConfig, RunConfig, cli
+from aqlm_c import Format, RunConfig
+from aqlm_c.cli.main import main
 from aqlm_c.inspection import check_model, inspect_model
 from aqlm_c.run import run as quantize_run
 
@@ -28,7 +29,7 @@ def inspect(capsys):
 
     def inspect(*arguments):
         capsys.readouterr()  # the bars of what made the model
-        code = cli.main(["inspect", *map(str, arguments)])
+        code = main(["inspect", *map(str, arguments)])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -41,7 +42,7 @@ def test_what_a_quantized_model_holds(published):
     assert len(layers) == 14 and [matrix.name for matrix in inspection.embeddings] == ["model.embed_tokens"]
     up, dense = layers[UP], layers["model.layers.1.mlp.up_proj"]
     assert (up.out_features, up.in_features, up.scheme) == (64, 32, "2x4g8")
-    assert up.bits_per_weight == AqlmConfig.from_scheme("2x4g8").bits_per_weight(64, 32)
+    assert up.bits_per_weight == Format.parse("2x4g8").bits_per_weight(64, 32)
     assert up.bytes == 64 * 4 * 2 + 2 * 2 * 16 * 8 + 2 * 64  # codes in a byte each, codebooks, scales
     assert (dense.scheme, dense.bits_per_weight, dense.bytes) == ("F32", 32, 4 * 64 * 32)
     sizes = inspection.sizes
@@ -158,9 +159,9 @@ def test_check_names_the_tensor(published, inspect, edit, words):
     ("file", "text", "words"),
     [
         ("config.json", "{", "config.json: not JSON"),
-        ("config.json", "[]", "config.json: expected a JSON object"),
+        ("config.json", "[]", "config.json: got list, expected a JSON object"),
         ("config.json", '{"quantization_config": [1]}', "quantization_config: got [1], expected an object"),
-        ("config.json", '{"quantization_config": {"quant_method": "aqlm"}}', "config.json: num_codebooks=None"),
+        ("config.json", '{"quantization_config": {"quant_method": "aqlm"}}', "config.json: num_codebooks: got None"),
         ("model.safetensors", "x", "model.safetensors: expected a complete safetensors file"),
         ("report.json", "{", "report.json: not JSON"),
         ("run.yaml", "nosuch: 1", "run.yaml': unknown option 'nosuch'"),

@@ -1,6 +1,5 @@
 """One run's configuration, from Python and from YAML, and what it leaves in OUT."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -37,11 +36,11 @@ def file(tmp_path):
 
 
 def test_every_option_of_the_solver_is_one_of_a_run():
-    options = {field.name for field in dataclasses.fields(AqlmConfig)}
+    options = set(AqlmConfig().to_dict())
     assert options - set(FIELDS) == {"num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size"}
-    config, resolved = RunConfig("m", "o", scheme="1x4g16").resolve()
+    config, _, resolved = RunConfig("m", "o", scheme="1x4g16").resolve()
     assert config == AqlmConfig.from_scheme("1x4g16")
-    assert resolved.keys() == FIELDS.keys() and resolved["samples"] == 64
+    assert resolved.keys() == set(FIELDS) - {"options"} and resolved["samples"] == 64
     assert config.to_dict().items() >= {name: resolved[name] for name in options & resolved.keys()}.items()
     assert all(resolved[name] is not None for name in options & resolved.keys())  # also where AqlmConfig decides
 
@@ -55,21 +54,21 @@ def test_a_configuration_needs_no_torch():
 def test_presets_resolve_and_explicit_options_win(monkeypatch):
     assert list(PRESETS) == ["fast", "balanced", "best"]
     for name, options in PRESETS.items():
-        config, resolved = RunConfig("m", "o", preset=name).resolve()
+        config, _, resolved = RunConfig("m", "o", preset=name).resolve()
         assert options.items() <= {**resolved, **config.to_dict()}.items()
-    assert RunConfig("m", "o", preset="fast", finetune_epochs=3).resolve()[0].finetune_epochs == 3
-    assert RunConfig("m", "o", preset="best", finetune_epochs=0).resolve()[0].finetune_epochs == 0
+    assert RunConfig("m", "o", preset="fast", finetune_epochs=3).resolve().config.tuning.finetune_epochs == 3
+    assert RunConfig("m", "o", preset="best", finetune_epochs=0).resolve().config.tuning.finetune_epochs == 0
     monkeypatch.setitem(PRESETS, "fast", {"samples": 7})
-    assert RunConfig("m", "o", preset="fast").resolve()[1]["samples"] == 7
-    assert RunConfig("m", "o", preset="fast", samples=8).resolve()[1]["samples"] == 8
+    assert RunConfig("m", "o", preset="fast").resolve().fields["samples"] == 7
+    assert RunConfig("m", "o", preset="fast", samples=8).resolve().fields["samples"] == 8
 
 
 def test_an_explicit_solver_brings_its_own_defaults(file):
     path = file("model: a\nout: b\npreset: fast\nsolver: ldl\ninit_max_iter: 20\nrelative_mse_tolerance: 0.02\n")
-    config, resolved = RunConfig.from_file(path, solver="paper").resolve()
+    config, _, resolved = RunConfig.from_file(path, solver="paper").resolve()
     assert (config.options.init_max_iter, config.options.relative_mse_tolerance) == (100, 0.01)
     assert resolved["init_max_iter"] == 100
-    assert RunConfig.from_file(path, solver="paper", init_max_iter=7).resolve()[0].init_max_iter == 7
+    assert RunConfig.from_file(path, solver="paper", init_max_iter=7).resolve().config.options.init_max_iter == 7
 
 
 @pytest.mark.parametrize("inside", [".", "work", "a/b"])
@@ -93,8 +92,8 @@ def test_explicit_options_win_over_the_file(file):
     config = RunConfig.from_file(path, seed=6, out="c")
     assert (config.model, config.out, config.seed, config.finetune_epochs) == ("a", "c", 6, 3)
     fast = RunConfig.from_file(path, preset="fast")  # and so does a preset, over all that presets set
-    assert (fast.seed, fast.resolve()[0].finetune_epochs) == (5, 0)
-    assert RunConfig.from_file(path, preset="fast", finetune_epochs=1).resolve()[0].finetune_epochs == 1
+    assert (fast.seed, fast.resolve().config.tuning.finetune_epochs) == (5, 0)
+    assert RunConfig.from_file(path, preset="fast", finetune_epochs=1).resolve().config.tuning.finetune_epochs == 1
 
 
 @pytest.mark.parametrize(
@@ -118,8 +117,8 @@ def test_explicit_options_win_over_the_file(file):
         "preset: slow": "preset: got 'slow', expected one of fast, balanced, best",
         "memory_limit: 8 elephants": "memory_limit: got '8 elephants', expected a number of bytes",
         "threads: 0": r"threads: got 0, expected an integer in 1\.\.1024",
-        "- scheme": "list, expected a mapping",
-        "": "NoneType, expected a mapping",
+        "- scheme": "got list, expected a mapping",
+        "": "got NoneType, expected a mapping",
         "a: b: c": "not YAML: .*mapping values",
         "a: \x00": "not YAML",
         "!!python/name:os.system": "not YAML",
@@ -178,7 +177,7 @@ def test_out_holds_what_reproduces_it(model_dir, tmp_path):
     assert f"aqlm_c {aqlm_c.__version__}, python " in text.splitlines()[0]
     assert report.data["sources"]["pydoc_data.topics"] in text and report.data["input_ids"] in text
     resolved = yaml.safe_load(text)
-    assert resolved.keys() >= set(FIELDS) - {"layers", "work_dir", "memory_limit", "overwrite"}
+    assert resolved.keys() >= set(FIELDS) - {"options", "layers", "work_dir", "memory_limit", "overwrite"}
     assert "overwrite" not in resolved  # which would let the next run replace a model unasked
     assert resolved["finetune_epochs"] == PRESETS["fast"]["finetune_epochs"] and resolved["seed"] == 3
 
@@ -191,7 +190,7 @@ def test_out_holds_what_reproduces_it(model_dir, tmp_path):
     again = RunConfig.from_file(tmp_path / "a" / "run.yaml", out=str(tmp_path / "b"))
     run(again)
     assert (tmp_path / "b" / "model.safetensors").read_bytes() == (tmp_path / "a" / "model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match="OUT="):
+    with pytest.raises(FileExistsError, match="OUT: got"):
         run(RunConfig.from_file(tmp_path / "a" / "run.yaml"))
     assert load_model(str(tmp_path / "a"))[2].quantized
 
@@ -207,7 +206,7 @@ def test_wrong_input_is_refused_before_the_model_is_loaded(model_dir, tmp_path, 
     for options, words in [
         ({"data": ["no.txt"]}, r"data: got 'no\.txt': no such file"),
         ({"scheme": "2x4g8o2"}, "out_group_size: got 2"),
-        ({"out": tmp_path}, "OUT="),
+        ({"out": tmp_path}, "OUT: got"),
     ]:
         with pytest.raises((ValueError, OSError), match=words):
             run(RunConfig(**{"model": model_dir, "out": tmp_path / "out", **options}))

@@ -246,7 +246,7 @@ def test_rules_of_a_run():
         with pytest.raises(ValueError, match="expected regex=scheme"):
             parse_rule(text)
     run = RunConfig("m", "o", rules=RULES)
-    assert run.resolve()[0].rules == RULES
+    assert run.resolve().config.rules == RULES
     with pytest.raises(ValueError, match="rules: got 'x', expected a mapping"):
         RunConfig("m", "o", rules="x")
 
