@@ -216,9 +216,7 @@ def _quantized(name: str, parts: dict[str, checkpoint.StoredTensor]) -> Matrix:
     """By the shapes of its tensors, whatever config.json says of its format."""
     codes, books = parts["codes"], parts.get("codebooks")
     if books is None:
-        raise ValueError(
-            f"{checkpoint.tensor_name(name, 'codes')} in {codes.file}: got no codebooks, expected them beside it"
-        )
+        raise ValueError(f"{checkpoint.tensor_name(name, 'codes')} in {codes.file}: unexpected without its codebooks")
     for part, n_sides in (("codes", 3), ("codebooks", 4)):
         if len(parts[part].shape) != n_sides:
             raise ValueError(

@@ -79,8 +79,10 @@ def _check(model: Any, plan: Plan, config: AqlmConfig, layers: str | None) -> No
     _check_rules(model, config, plan.embeddings)
     targets = plan.targets()
     if not targets:
-        given = f"layers={layers!r}" + (f" and rules={config.rules!r}" if config.rules else "")
-        raise ValueError(f"{given}: matches no linear layer to quantize, expected names such as 'mlp.up_proj'")
+        rules = f" with rules {config.rules!r}" if config.rules else ""
+        raise ValueError(
+            f"layers: got {layers!r}{rules}, which leave no linear layer to quantize, expected names such as 'mlp.up_proj'"
+        )
     for name, format in targets.items():
         module = model.get_submodule(name)
         format.check_layer(name, *module.weight.shape)

@@ -331,7 +331,7 @@ def poison(name, value, model=None):
             r"lm_head.weight: got NaN or Inf",
         ),
         (tiny_llama, {"config": AqlmConfig.from_scheme("2x4g8o2")}, r"out_group_size: got 2 .*expected 1"),
-        (tiny_llama, {"layers": "w1"}, r"layers='w1': matches no linear"),
+        (tiny_llama, {"layers": "w1"}, r"layers: got 'w1', which leave no linear"),
         (tiny_llama, {"layers": "("}, r"layers: got '\(', expected a regular expression"),
         (tiny_llama, {"tokens": torch.zeros(0, 16, dtype=torch.long)}, r"sequences: .*at least one"),
         (tiny_llama, {"tokens": torch.zeros(16, dtype=torch.long)}, r"sequences: "),

@@ -210,7 +210,7 @@ def test_an_embedding_that_does_more_than_looking_up(monkeypatch):
 
 
 def test_nothing_left_names_the_rules():
-    with pytest.raises(ValueError, match=r"layers=None and rules=\{'layers': 'dense'\}: matches no linear"):
+    with pytest.raises(ValueError, match=r"layers: got None with rules \{'layers': 'dense'\}, which leave no linear"):
         quantized(False, config={"rules": {"layers": "dense"}})
 
 
