@@ -11,7 +11,8 @@
 
 #include "aqlm.h"
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK /* which headers of torch 2.11 lack, and later ones define as this for its ABI */
+/* Headers of torch 2.11 lack it; later ones define it as this for the ABI of 2.11. */
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif
 
