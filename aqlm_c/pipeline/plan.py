@@ -81,7 +81,7 @@ def _check(model: Any, plan: Plan, config: AqlmConfig, layers: str | None) -> No
     if not targets:
         rules = f" with rules {config.rules!r}" if config.rules else ""
         raise ValueError(
-            f"layers: got {layers!r}{rules}, which leave no linear layer to quantize, expected names such as 'mlp.up_proj'"
+            f"layers: got {layers!r}{rules}, which leave no linear layer, expected names such as 'mlp.up_proj'"
         )
     for name, format in targets.items():
         module = model.get_submodule(name)
