@@ -76,7 +76,7 @@ class AqlmConfig:
         known = [*FORMAT_FIELDS, "rules", "solver", *_names(kind), *_names(TuningOptions), "seed"]
         if unknown := sorted(set(fields) - set(known)):
             raise ValueError(
-                f"unknown option {unknown[0]!r} with solver: got {solver!r}, expected one of {', '.join(known)}"
+                f"unknown option {unknown[0]!r} with solver={solver!r}: expected one of {', '.join(known)}"
             )
 
         def chosen(kind: type) -> Any:

@@ -1,0 +1,35 @@
+"""Every method gives the same bits for NumPy arrays, which go to `_core`, as for tensors, which go to the torch ops."""
+
+import numpy as np
+import pytest
+import torch
+from layers import random_layer
+
+from aqlm_c import AqlmConfig
+from aqlm_c.core.hessian import Hessian
+from aqlm_c.methods import METHODS, get_method
+from aqlm_c.methods.base import LayerProblem, gaussian_references
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("scheme", ["2x5g8", "3x3g8", "1x6g8"])
+@pytest.mark.parametrize("solver", METHODS)
+def test_tensors_and_arrays(solver, scheme, dtype):
+    W, H = random_layer(40, 64)
+    few = {} if solver == "rtn" else {"ldl_passes": 2, "max_sweeps": 2, "adam_steps": 5}
+    config = AqlmConfig.from_scheme(scheme, solver=solver, **few)
+    method, results = get_method(solver), []
+    for convert in (np.asarray, torch.from_numpy):
+        problem = LayerProblem("layer", convert(W), Hessian(convert(H)), config.format, dtype, seed=3)
+        results.append((problem, method.quantize(problem, config.options)))
+    (problem, array), (other, tensor) = results
+    assert all(isinstance(part, torch.Tensor) for part in tensor.tensors().values())
+    for name, part in array.tensors().items():
+        np.testing.assert_array_equal(part, tensor.tensors()[name].numpy(), err_msg=name)
+    assert tensor.relative_error == array.relative_error and tensor.history == array.history
+    np.testing.assert_array_equal(array.decode(), tensor.decode().numpy())
+    again = method.search_again(problem, array, config.options)
+    if again is not None:
+        np.testing.assert_array_equal(again, method.search_again(other, tensor, config.options).numpy())
+    references = gaussian_references(problem, array.signal)
+    assert gaussian_references(other, tensor.signal) == pytest.approx(references, rel=1e-5)
