@@ -166,7 +166,7 @@ def cuda_binding():
     toolkit = Path(re.search(r"TOP=(.*)", said)[1])  # nvcc on the PATH may be a script that calls another
     return torch_extension(
         "_cuda",
-        ["csrc/torch/ops_cuda.cpp", *sources("csrc/cuda/*.cu", "csrc/cuda/*/*.cu")],
+        [*sources("csrc/torch/*_cuda.cpp"), *sources("csrc/cuda/*.cu", "csrc/cuda/*/*.cu")],
         include_dirs=[str(toolkit / "include")],
         define_macros=[("USE_CUDA", "1")],
         library_dirs=[str(toolkit / "lib64")],

@@ -166,9 +166,13 @@ class Rules(Mapping[str, str]):
     def __hash__(self) -> int:
         return hash(frozenset(self._schemes.items()))
 
+    def fitting(self, name: str) -> list[str]:
+        """The patterns that fit the layer `name`, of which the first counts."""
+        return [pattern for pattern in self if re.search(pattern, name)]
+
     def scheme_for(self, name: str) -> str | None:
         """The scheme, or "dense", of the first rule that fits the layer `name`; None if no rule does."""
-        return next((scheme for pattern, scheme in self.items() if re.search(pattern, name)), None)
+        return next(map(self.__getitem__, self.fitting(name)), None)
 
     def format_for(self, name: str, default: Format) -> Format | None:
         """The format of the layer `name`, `default` where no rule fits; None if it stays dense."""

@@ -12,7 +12,7 @@ from ..errors import int_between
 from ..files import write_json
 from ..format import Rules
 from ..methods import METHODS
-from ..recipe import FIELDS, PRESETS, RunConfig, parse_option, parse_rule
+from ..recipe import PRESETS, RunConfig, parse_option, parse_rule
 from ..run import run
 from ..versions import __version__
 from .display import Display, check_threads, prepare, show
@@ -57,6 +57,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def _optional(help: str, *names: str, **options: Any) -> Any:
     """An option of a run: None if not given, so that the config file, the preset or the default decides."""
     return typer.Option(*names, help=help, show_default=False, **options)
+
+
+_NOT_OF_A_RUN = {"config", "rule", "set_", "json", "verbose", "quiet"}  # parameters of `quantize` that are no options
 
 
 @app.command(epilog=_PRESETS)
@@ -120,7 +123,8 @@ def quantize(
 
     OUT also gets run.yaml (all options as they were used, for --config) and report.json.
     """
-    explicit = {name: value for name, value in context.params.items() if name in FIELDS and value not in (None, [], ())}
+    options = {name: value for name, value in context.params.items() if name not in _NOT_OF_A_RUN}
+    explicit = {name: value for name, value in options.items() if value not in (None, [], ())}
     check_threads(threads)
     explicit |= dict(map(parse_option, set_ or []))
     if rule:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,8 +105,8 @@ def _check_rules(model: torch.nn.Module, config: AqlmConfig, embeddings: Embeddi
     ]
     names += embeddings.names
     for rule in config.rules:
-        found = [name for name in names if re.search(rule, name)]
-        first = {next(other for other in config.rules if re.search(other, name)) for name in found}
+        found = [name for name in names if rule in config.rules.fitting(name)]
+        first = {config.rules.fitting(name)[0] for name in found}
         if not found:
             raise ValueError(f"rules: {rule!r}: matches no layer, expected a part of names such as {names[0]!r}")
         if rule not in first:

@@ -1,6 +1,6 @@
 /* ops_cpu.cpp: the torch binding, tensors on the CPU -> aqlm.h, by torch's stable ABI.
  *
- * Fake kernels and gradients are registered in aqlm_c/ops.py (the stable ABI has neither). */
+ * Fake kernels and gradients are registered in aqlm_c/nn/ops.py (the stable ABI has neither). */
 #include <algorithm>
 #include <array>
 #include <cstdlib>

@@ -1,5 +1,6 @@
 /* ops_cuda.cpp: the CUDA binding, torch tensors on a GPU -> aqlm_cuda.h, by torch's stable ABI. A library of its own,
- * since torch without CUDA lacks what it links to. Schemas: ops_cpu.cpp; fake kernels and gradients: aqlm_c/ops.py. */
+ * since torch without CUDA lacks what it links to. Schemas: ops_cpu.cpp; fake kernels and gradients: aqlm_c/nn/ops.py.
+ */
 #include <Python.h>
 
 #include <algorithm>
