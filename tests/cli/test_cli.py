@@ -546,7 +546,7 @@ def test_help_version_and_module(run, capsys):
     assert run("--version") == (0, f"aqlm-c {__version__}\n", "")
     done = subprocess.run([sys.executable, "-m", "aqlm_c", "quantize", "x", "y", "--scheme", "z"], capture_output=True)
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.startswith(b"aqlm-c: scheme='z'")
+    assert done.stderr.startswith(b"aqlm-c: scheme: got 'z'")
 
 
 def test_missing_package_names_the_cure():

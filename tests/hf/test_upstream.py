@@ -13,6 +13,7 @@ from tiny import random_tokens, tiny_llama
 from transformers import AutoModelForCausalLM
 
 import aqlm_c.hf  # noqa: F401
+from aqlm_c.format import Format
 from aqlm_c.io.checkpoint import quantized_linears, save_quantized
 from aqlm_c.quantize import quantize_model
 from aqlm_c.recipe import AqlmConfig
@@ -59,12 +60,10 @@ def exchanged(tmp_path_factory, python):
     for scheme in THEIRS:
         dense = home / f"theirs-{scheme}" / "dense"
         tiny_llama(mlp_bias=True, num_hidden_layers=1).save_pretrained(dense)
-        config = AqlmConfig.from_scheme(scheme)
-        fields = ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size")
-        request = {"quant_method": "aqlm", **{field: getattr(config, field) for field in fields}}
+        request = {"quant_method": "aqlm", **Format.parse(scheme).to_dict()}
         request["linear_weights_not_to_quantize"] = ["model.embed_tokens.weight", "lm_head.weight"]
         (dense.parent / "request.json").write_text(json.dumps(request))
-    script = Path(__file__).with_name("upstream_check.py")
+    script = Path(__file__).parents[1] / "support" / "upstream_check.py"
     done = subprocess.run([python, script, *sorted(home.iterdir())], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return home, models
