@@ -28,10 +28,11 @@ TORCH_OLDEST = (2, 11)
 LIMITED_API = ("Py_LIMITED_API", "0x030A0000")
 
 # Every instruction set gives the same bits, so the compiler may not fuse or reorder floating point, and
-# link-time optimisation may not carry one library's instructions into another.
+# link-time optimisation may not carry one library's instructions into another. Loops are aligned, so that their speed
+# does not depend on what else is linked: the same code elsewhere took up to 3.7% longer (update_codebooks, Zen 4).
 C_FLAGS = [
     *("-std=c11", "-O3", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"),
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-lto"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-lto", "-falign-loops=64"),
 ]
 LINK_FLAGS = ["-pthread", "-lm"]
 ISA_FLAGS = {
