@@ -11,3 +11,6 @@ def set_isa(name: str, /) -> None:
 def get_exact() -> bool | None: ...
 def set_exact(exact: bool | None, /) -> None:
     """True: matmul without rounded products; None, as at first: 16 bits, 23 for float32; False: 16."""
+
+def available_isas() -> list[str]:
+    """Instruction sets that this CPU can run, slowest first."""
