@@ -11,6 +11,7 @@ from .errors import int_between, wrong
 
 WEIGHT = ("codes", "codebooks", "scales")  # the tensors of a quantized weight, on disk and in its layer
 DENSE = "dense"  # the scheme of a layer that stays as it is
+AUTO = "auto"  # of embeddings: decided by their share of the model
 
 _SCHEME = re.compile(r"(\d+)x(\d+)(?:g(\d+))?(?:o(\d+))?")
 _GROUP_SIZES = (4, 8, 16, 32)

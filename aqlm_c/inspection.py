@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import wrong
 from .files import read_json_object
-from .format import FIELDS, Format, Rules
+from .format import FIELDS, WEIGHT, Format, Rules
 from .io import checkpoint
 from .model.kinds import kind_of
 from .recipe import RunConfig
-from .report.tables import make_table
+from .report.tables import bits_text, make_table
 from .units import megabytes
 
 _METHODS = ("aqlm", "aqlm_c")
@@ -39,7 +40,8 @@ class Matrix:
 
 @dataclasses.dataclass
 class Inspection:
-    """What `inspect_model` finds. other_bytes: norms, biases and headers of files. provenance: what report.json, or
+    """What `inspect_model` finds. parameters: of the whole model, as many for a quantized layer as for a dense one.
+    provenance: what report.json, or
     else run.yaml, says of the run that wrote the directory; empty without them. checked: tensors that
     `check_model` verified.
     """
@@ -49,6 +51,7 @@ class Inspection:
     layers: list[Matrix]
     embeddings: list[Matrix]
     total_bytes: int
+    parameters: int
     provenance: dict[str, Any]
     checked: int = 0
 
@@ -58,6 +61,11 @@ class Inspection:
         layers = [layer for layer in self.layers if layer.quantized] or self.layers
         weights = sum(layer.out_features * layer.in_features for layer in layers)
         return sum(layer.bits_per_weight * layer.out_features * layer.in_features for layer in layers) / (weights or 1)
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits on disk per parameter of the whole model."""
+        return 8 * self.total_bytes / max(1, self.parameters)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -76,7 +84,8 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and properties, ready for JSON."""
-        return {**dataclasses.asdict(self), "bits_per_weight": self.bits_per_weight, "sizes": self.sizes}
+        derived = {name: getattr(self, name) for name in ("bits_per_weight", "effective_bits", "sizes")}
+        return {**dataclasses.asdict(self), **derived}
 
     def __rich__(self) -> Any:
         """Tables for a rich console: layers by kind, sizes, provenance."""
@@ -85,7 +94,7 @@ class Inspection:
 
         quantized, n_layers = sum(layer.quantized for layer in self.layers), len(self.layers)
         count = f"{quantized} of {n_layers}" if 0 < quantized < n_layers else n_layers
-        title = f"{self.scheme or 'dense'}: {count} layers, {self.bits_per_weight:.3f} bits per weight"
+        title = f"{self.scheme or 'dense'}: {count} layers, {bits_text(self.bits_per_weight, self.effective_bits)}"
         table = make_table(title, ("layer", "n", "out x in", "scheme", "bits", "on disk"))
         groups: dict[tuple[Any, ...], list[Matrix]] = {}
         for layer in [*self.layers, *self.embeddings]:
@@ -143,7 +152,8 @@ def inspect_model(directory: str | os.PathLike[str]) -> Inspection:
     total = sum(file.stat().st_size for file in {tensor.file for tensor in tensors.values()})
     schemes = dict.fromkeys(matrix.scheme for matrix in (*layers, *embeddings) if matrix.quantized)
     scheme = ", ".join(schemes) if schemes else None
-    return Inspection(str(directory), scheme, layers, embeddings, total, _provenance(directory))
+    parameters = sum(_parameters(name, tensor, linears) for name, tensor in tensors.items())
+    return Inspection(str(directory), scheme, layers, embeddings, total, parameters, _provenance(directory))
 
 
 def check_model(directory: str | os.PathLike[str]) -> int:
@@ -228,6 +238,16 @@ def _quantized(name: str, parts: dict[str, checkpoint.StoredTensor]) -> Matrix:
     bits = format.code_bits_per_weight() + 8 * floats / max(1, out_features * in_features)
     n_bytes = sum(map(checkpoint.n_bytes, parts.values()))
     return Matrix(name, out_features, in_features, format.scheme, bits, n_bytes, True)
+
+
+def _parameters(name: str, tensor: checkpoint.StoredTensor, linears: Mapping[str, Any]) -> int:
+    """That a stored tensor stands for: the weight's for its codes, none for its codebooks and scales."""
+    linear, _, part = name.rpartition(".")
+    if linear not in linears or part not in WEIGHT:
+        return math.prod(tensor.shape)
+    if part != "codes":
+        return 0
+    return math.prod(tensor.shape[:2]) * Format.of_codebooks(linears[linear]["codebooks"].shape).group_weights
 
 
 def _provenance(directory: Path) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def quantize_model(
 
     Each block's linears are quantized under H of their inputs in the model as it is by then, quantized up
     to that block; then the block is fine-tuned (`train.block`), unless `finetune_epochs` is 0. The embeddings
-    and the output layer stay, unless a rule of `config` says otherwise. `sequences` holds token ids [n, length], int64;
+    and the output layer are quantized as `config.embeddings` says, to 4 bits where they would be more than a tenth of
+    the quantized model. `sequences` holds token ids [n, length], int64;
     None: without data, each layer is quantized as if all its inputs were white, and nothing is fine-tuned. `layers` is
     a regular expression: only linears whose name it finds. `progress`: see `Progress`. `batch_size`: sequences in one
     forward pass at most; fine-tuning takes no more than `finetune_batch_size` and half of them all.
@@ -84,6 +85,7 @@ def quantize_model(
             f"work_dir: got {str(work_dir)!r} without sequences, expected None: nothing is kept without data"
         )
     options = {"layers": layers, "progress": progress, "work_dir": work_dir, "memory_limit": memory_limit}
-    report = Pipeline(model, config, calibration, **options).run()
-    attach(model, config)
+    pipeline = Pipeline(model, config, calibration, **options)
+    report = pipeline.run()
+    attach(model, pipeline.config)
     return report

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from .config import CalibrationOptions, MethodOptions, TuningOptions
 from .errors import int_between, wrong
+from .format import AUTO, DENSE, Format, Rules
 from .format import FIELDS as FORMAT_FIELDS
-from .format import Format, Rules
 from .methods import DEFAULT, METHODS, get_method
 from .units import parse_size
 
@@ -37,14 +37,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 class AqlmConfig:
     """What to quantize to and how: a format, other formats by layer, a method with its options, block fine-tuning.
 
-    solver: the method's name, of `aqlm_c.methods.METHODS`. options: of the class that this method has; None: its
-    defaults. seed: of everything random. `from_scheme` takes all options by name.
+    embeddings: of the input embedding and the output layer, where no rule fits: a scheme, "dense", or "auto", which is
+    4 bits where they would be more than a tenth of the quantized model's bytes (`model.embeddings`). solver: the
+    method's name, of `aqlm_c.methods.METHODS`. options: of the class that this method has; None: its defaults. seed: of
+    everything random. `from_scheme` takes all options by name.
 
     Raises ValueError naming the field, its value and what was expected.
     """
 
     format: Format = Format()
     rules: Rules = Rules()
+    embeddings: str = AUTO
     solver: str = DEFAULT
     options: MethodOptions = None  # type: ignore[assignment]  # never None once it is made
     tuning: TuningOptions = TuningOptions()
@@ -53,6 +56,11 @@ class AqlmConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.rules, Rules):
             object.__setattr__(self, "rules", Rules(self.rules))
+        if self.embeddings not in (AUTO, DENSE):
+            try:
+                Format.parse(self.embeddings)
+            except ValueError as error:
+                raise wrong("embeddings", self.embeddings, f"{AUTO!r}, {DENSE!r} or a scheme: {error}") from None
         kind = get_method(self.solver).options_type
         if self.options is None:
             object.__setattr__(self, "options", kind())
@@ -73,7 +81,7 @@ class AqlmConfig:
         given = {name: value for name, value in fields.items() if value is not None}
         solver = given.get("solver", DEFAULT)
         kind = get_method(solver).options_type
-        known = [*FORMAT_FIELDS, "rules", "solver", *_names(kind), *_names(TuningOptions), "seed"]
+        known = [*FORMAT_FIELDS, "rules", "embeddings", "solver", *_names(kind), *_names(TuningOptions), "seed"]
         if unknown := sorted(set(fields) - set(known)):
             raise ValueError(
                 f"unknown option {unknown[0]!r} with solver={solver!r}: expected one of {', '.join(known)}"
@@ -82,8 +90,14 @@ class AqlmConfig:
         def chosen(kind: type) -> Any:
             return kind(**{name: given[name] for name in _names(kind) if name in given})
 
+        whole = {name: given[name] for name in ("embeddings", "seed") if name in given}
         return cls(
-            chosen(Format), Rules(given.get("rules")), solver, chosen(kind), chosen(TuningOptions), given.get("seed", 0)
+            chosen(Format),
+            Rules(given.get("rules")),
+            solver=solver,
+            options=chosen(kind),
+            tuning=chosen(TuningOptions),
+            **whole,
         )
 
     def replace(self, **fields: Any) -> AqlmConfig:
@@ -95,6 +109,7 @@ class AqlmConfig:
         return {
             **self.format.to_dict(),
             "rules": self.rules.to_dict(),
+            "embeddings": self.embeddings,
             "solver": self.solver,
             **dataclasses.asdict(self.options),
             **dataclasses.asdict(self.tuning),
@@ -112,7 +127,8 @@ class AqlmConfig:
 
     def check_searchable(self) -> None:
         """Raise ValueError for a format, of `rules` too, that the method cannot quantize to."""
-        for format in (*self.rules.formats(), self.format):
+        own = [] if self.embeddings in (AUTO, DENSE) else [Format.parse(self.embeddings)]
+        for format in (*self.rules.formats(), *own, self.format):
             get_method(self.solver).check(format, self.options)
 
 
@@ -122,7 +138,7 @@ def _names(kind: type) -> list[str]:
 
 def option_types() -> dict[str, str]:
     """Annotation by name of every option of `AqlmConfig` but the format's, those of all methods among them."""
-    types = {"rules": "dict[str, str]", "solver": "str"}
+    types = {"rules": "dict[str, str]", "embeddings": "str", "solver": "str"}
     for kind in [*(get_method(name).options_type for name in METHODS), TuningOptions]:
         types |= {field.name: str(field.type) for field in dataclasses.fields(kind)}
     return {**types, "seed": "int"}
@@ -144,8 +160,8 @@ class RunConfig:
     `load_sequences`, none: the bundled text. threads: all cores if None. layers: regular expression, only linears
     whose name it finds. work_dir: directory that keeps finished blocks, for the same run to go on from.
     memory_limit: bytes, or text such as "8GiB". overwrite: replace `out` if it is a model. samples, sequence_length,
-    shuffle: see `CalibrationOptions`; rules, solver, seed: see `AqlmConfig`; beam_size to relative_damp: see
-    `AqlmOptions`; finetune_*: see `TuningOptions`. options: by name, those of a method that has others.
+    shuffle: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`; beam_size to relative_damp:
+    see `AqlmOptions`; finetune_*: see `TuningOptions`. options: by name, those of a method that has others.
 
     Raises ValueError naming the field, its value and what was expected.
     """
@@ -165,6 +181,7 @@ class RunConfig:
     overwrite: bool = False
     _: dataclasses.KW_ONLY
     rules: dict[str, str] | None = None
+    embeddings: str | None = None
     solver: str | None = None
     beam_size: int | None = None
     relative_mse_tolerance: float | None = None

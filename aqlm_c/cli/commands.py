@@ -94,6 +94,14 @@ def quantize(
             metavar="REGEX=SCHEME",
         ),
     ] = None,
+    embeddings: Annotated[
+        str | None,
+        _optional(
+            "Of input embedding and output layer; auto: 4 bits where they are more than a tenth of the result. "
+            "\\[default: auto]",
+            metavar="auto|dense|SCHEME",
+        ),
+    ] = None,
     solver: Annotated[
         str | None,
         _optional("paper: the reference recipe; rtn: round to nearest. \\[default: ldl]", metavar="|".join(METHODS)),

@@ -17,6 +17,8 @@ import yaml
 from ..format import Format
 from ..io.checkpoint import quantized_linears, save_quantized
 from ..io.data import BUNDLED, FILE_TYPES
+from ..model.embeddings import find_embeddings
+from ..model.sizes import stored_size
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE = ("license", "license_name", "license_link", "language")
@@ -138,15 +140,19 @@ def _schemes(model: Any) -> list[str]:
 
 def _format(model: Any, schemes: list[str], report: Mapping[str, Any]) -> Iterator[str]:
     weights, stored = 0, 0.0
-    for layer in {id(layer.codes): layer for _, layer in quantized_linears(model)}.values():  # tied ones once
+    embeddings = find_embeddings(model).names
+    layers = dict(quantized_linears(model))
+    for layer in [layer for name, layer in layers.items() if name not in embeddings] or layers.values():
         rows, groups, _ = layer.codes.shape
         out_features, in_features = rows * layer.out_group_size, groups * layer.in_group_size
         bits = Format.parse(layer.scheme).bits_per_weight(out_features, in_features)
         weights += out_features * in_features
         stored += bits * out_features * in_features
+    parameters, n_bytes = stored_size(model)
     yield (
-        f"{', '.join(schemes)} (codebooks x bits of a code, g weights in a group): "
-        f"{stored / weights:.3f} bits per quantized weight, codebooks and scales included.\n"
+        f"{', '.join(schemes)} (codebooks x bits of a code, g weights in a group): {stored / weights:.3f} bits per "
+        "weight of the quantized layers in the blocks, codebooks and scales included; "
+        f"{8 * n_bytes / parameters:.3f} bits per parameter of the whole model, dense tensors among them.\n"
     )
     if rules := getattr(model.config.quantization_config, "rules", None):
         yield "Schemes by the first rule that is found in a layer's name:\n"

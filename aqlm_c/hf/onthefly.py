@@ -13,7 +13,7 @@ from ..calibrate.sources import DataFree, SequenceCalibration
 from ..errors import wrong
 from ..io.data import check_sequences, check_source, load_sequences, provenance
 from ..pipeline.pipeline import Pipeline
-from ..recipe import FIELDS, RunConfig, check_names, option_types
+from ..recipe import FIELDS, AqlmConfig, RunConfig, check_names, option_types
 from ..report.report import QuantizationReport
 
 _DATA = ("tokenizer", "samples", "sequence_length", "shuffle", "work_dir", "memory_limit")  # what a data set is for
@@ -85,15 +85,16 @@ class OnTheFly:
                 )
             return check_sequences(model, sequences, self.config.tuning)
 
-    def quantize(self, model: Any, sequences: torch.Tensor | None) -> QuantizationReport:
-        """Quantize the loaded model in place; the report."""
+    def quantize(self, model: Any, sequences: torch.Tensor | None) -> tuple[QuantizationReport, AqlmConfig]:
+        """Quantize the loaded model in place; the report, and the config with all its formats settled."""
         check_device_map({name: parameter.device for name, parameter in model.named_parameters()})
         calibration = DataFree() if sequences is None else SequenceCalibration(sequences, self.config)
         options = {name: self._run[name] for name in ("layers", "work_dir", "memory_limit")}
-        report = Pipeline(model, self.config, calibration, **options).run()
+        pipeline = Pipeline(model, self.config, calibration, **options)
+        report = pipeline.run()
         if sequences is not None:
             report.data = provenance(self.dataset if isinstance(self.dataset, list) else ["token ids"], sequences)
-        return report
+        return report, pipeline.config
 
     def _tokenizer(self, model: Any) -> Any:
         if self.tokenizer is not None:

@@ -69,9 +69,8 @@ class AqlmQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
-            on_the_fly = self.quantization_config.on_the_fly
-            report = on_the_fly.quantize(model, self._sequences)
-            attach(model, on_the_fly.config)
+            report, layer_config = self.quantization_config.on_the_fly.quantize(model, self._sequences)
+            attach(model, layer_config)
             model.hf_quantizer.report = report
         if self._rounded and self._stored:
             names.read_again(model, self._stored)

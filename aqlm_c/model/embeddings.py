@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ..format import WEIGHT, Format, Rules
+import torch
+
+from ..format import AUTO, DENSE, WEIGHT, Format, Rules
 from ..nn.embedding import QuantizedEmbedding
 from ..recipe import AqlmConfig
+
+# Where "auto" quantizes embeddings: 4 bits per weight, as four codebooks of 8 bits, whose products with one row are
+# fast on every device.
+AUTO_SCHEME = "4x8g8"
+AUTO_SHARE = 0.1  # of the quantized model's bytes that dense embeddings may be
 
 
 class Embeddings(NamedTuple):
@@ -32,7 +40,8 @@ class Embeddings(NamedTuple):
     def format_for(self, name: str, config: AqlmConfig, full_name: str = "") -> Format | None:
         """The format of the layer `name`, which the rules may call `full_name`: None if it stays dense.
 
-        Only a rule quantizes an embedding or output layer; one for either of two that are tied is for both.
+        Only a rule quantizes an embedding or output layer (`with_rules` makes one of `config.embeddings`); one for
+        either of two that are tied is for both.
         """
         if name not in (self.input, self.output):
             return config.format_for(full_name or name)
@@ -57,12 +66,90 @@ def find_embeddings(model: Any) -> Embeddings:
     return Embeddings(embedding, head, tied)
 
 
+def with_rules(
+    config: AqlmConfig, model: Any, embeddings: Embeddings, targets: Mapping[str, Format], partial: bool
+) -> tuple[AqlmConfig, dict[str, str]]:
+    """`config` with `config.embeddings` as rules, and why an embedding or output layer stays dense, by its name.
+
+    targets: formats of the linears to quantize. partial: only linears of some names are to be quantized; "auto" leaves
+    embeddings then. Raises ValueError where a scheme was asked for that an embedding cannot have.
+    """
+    settled = dataclasses.replace(config, embeddings=DENSE)
+    names = {
+        name: model.get_submodule(name)
+        for name in embeddings.names
+        if not (embeddings.tied and name == embeddings.output) and not _ruled(config, embeddings, name)
+    }
+    if config.embeddings == DENSE or not names:
+        return settled, dict.fromkeys(names, "embeddings='dense'")
+    if config.embeddings != AUTO:
+        format = Format.parse(config.embeddings)
+        for name, module in names.items():
+            format.check_layer(name, *module.weight.shape)
+        return _ruling(settled, names, format), {}
+    impossible = "tied: needs transformers 5" if embeddings.tied and not _ties_parts(model) else ""
+    kept = {name: reason for name, module in names.items() if (reason := impossible or _unfit(name, module))}
+    names = {name: module for name, module in names.items() if name not in kept}
+    share = _share(model, names.values(), targets)
+    if partial or share <= AUTO_SHARE:
+        reason = "layers were chosen" if partial else f"{share:.0%} of the quantized model's bytes"
+        return settled, kept | dict.fromkeys(names, reason)
+    return _ruling(settled, names, Format.parse(AUTO_SCHEME)), kept
+
+
+def _ruled(config: AqlmConfig, embeddings: Embeddings, name: str) -> bool:
+    """Whether a rule decides on the embedding or output layer `name`."""
+    names = (name, embeddings.output) if embeddings.tied else (name,)
+    return any(config.rules.scheme_for(each) for each in names)
+
+
+def _ruling(config: AqlmConfig, names: Mapping[str, Any], format: Format) -> AqlmConfig:
+    own = {f"^{re.escape(name)}$": format.scheme for name in names}
+    return dataclasses.replace(config, rules=Rules({**own, **config.rules}))
+
+
+def _ties_parts(model: Any) -> bool:
+    """Whether its transformers can tie more than weights: 4 cannot."""
+    return hasattr(model, "all_tied_weights_keys")
+
+
+def _unfit(name: str, module: Any) -> str:
+    """Why "auto" cannot quantize an embedding or output layer; "" if it can."""
+    format = Format.parse(AUTO_SCHEME)
+    try:
+        format.check_layer(name, *module.weight.shape)
+        if isinstance(module, torch.nn.Embedding):
+            QuantizedEmbedding.check(name, module)
+        elif type(module) is not torch.nn.Linear:
+            return f"a {type(module).__name__}"
+    except ValueError as error:
+        return str(error)
+    if 2 * format.stored_bytes(*module.weight.shape) > _dense_bytes(module.weight):
+        return "small: codebooks would take the space"
+    return ""
+
+
+def _share(model: Any, modules: Iterable[Any], targets: Mapping[str, Format]) -> float:
+    """Of dense embeddings in the bytes of the model with `targets` quantized."""
+    weights = {id(parameter): parameter for parameter in model.parameters()}
+    total = sum(map(_dense_bytes, weights.values()))
+    for name, format in targets.items():
+        weight = model.get_submodule(name).weight
+        total += format.stored_bytes(*weight.shape) - _dense_bytes(weight)
+    return sum(_dense_bytes(module.weight) for module in modules) / max(1, total)
+
+
+def _dense_bytes(weight: torch.Tensor) -> int:
+    """As 16-bit floats."""
+    return 2 * weight.numel()
+
+
 def tie(model: Any, embeddings: Embeddings) -> None:
     """Give the output layer the codes, codebooks and scales of the quantized input embedding, for good.
 
     Raises ValueError for a transformers that can tie nothing but weights.
     """
-    if not hasattr(model, "all_tied_weights_keys"):
+    if not _ties_parts(model):
         raise ValueError("rules: quantizing tied embeddings needs transformers 5 or newer; leave them out")
     head = model.get_submodule(embeddings.output)
     embedding: QuantizedEmbedding = model.get_submodule(embeddings.input)

@@ -132,7 +132,7 @@ class BlockStages:
             seconds = time.perf_counter() - started
         with self.phases("reference"):
             report = layer_report(problem, solved, seconds)
-        report.tokens = tokens
+        report.tokens, report.embedding = tokens, name in self.plan.embeddings.names
         self.model.set_submodule(name, layer)
         reports["layers"].append(report.to_dict())
         self.phases.progress.on_layer(report)

@@ -14,6 +14,7 @@ from ..core import runtime
 from ..files import peak_memory
 from ..model import experts
 from ..model.embeddings import tie
+from ..model.sizes import stored_size
 from ..recipe import AqlmConfig
 from ..report.diagnose import diagnose
 from ..report.report import QuantizationReport
@@ -28,6 +29,7 @@ from .resume import WorkDir, block_state, fingerprint, restore_block
 class Pipeline:
     """Quantizes a model in place: `run`. What can be checked before any work is checked when it is made.
 
+    config: as the plan has settled it, with which the model is then saved.
     layers, progress, work_dir, memory_limit: as in `quantize_model`, which see for the errors.
     """
 
@@ -42,12 +44,13 @@ class Pipeline:
         work_dir: str | os.PathLike[str] | None = None,
         memory_limit: int | str | None = None,
     ) -> None:
-        self.model, self.config, self.calibration, self.layers = model, config, calibration, layers
+        self.model, self.calibration, self.layers = model, calibration, layers
         self.progress = progress or Progress()
         self.work_dir = work_dir
         self.memory_limit = None if memory_limit is None else parse_size("memory_limit", memory_limit)
         self.phases = Phases(self.progress)
         self.plan: Plan = make_plan(model, config, layers)
+        self.config = config = self.plan.config
         dtype = model.dtype  # before its first parameters are codebooks
         self.stages = BlockStages(model, self.plan, config, calibration, self.phases, dtype)
         self.report = QuantizationReport(
@@ -82,6 +85,7 @@ class Pipeline:
                 estimator.finish_block(number, self.phases.seconds, alike=step.index is not None)
                 self.progress.on_estimate(estimator.estimate())
         experts.fuse(self.model)  # if none was quantized
+        self.report.parameters, self.report.stored_bytes = stored_size(self.model)
         self.report.peak_memory_bytes = peak_memory()
         if self.calibration.tokens:
             self.report.diagnoses = diagnose(self.report)

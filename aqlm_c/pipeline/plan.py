@@ -11,7 +11,7 @@ import torch
 from ..format import Format
 from ..model import experts
 from ..model.blocks import find_blocks, quantizable_linears
-from ..model.embeddings import Embeddings, find_embeddings
+from ..model.embeddings import Embeddings, find_embeddings, with_rules
 from ..nn.embedding import QuantizedEmbedding
 from ..nn.linear import QuantizedLinear
 from ..recipe import AqlmConfig
@@ -32,11 +32,15 @@ class BlockPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Steps in their order, up to the last block in which something is quantized; and all blocks of the model."""
+    """Steps in their order, up to the last block in which something is quantized; and all blocks of the model.
+
+    config: with a rule for each embedding that is quantized.
+    """
 
     steps: tuple[BlockPlan, ...]
     blocks: torch.nn.ModuleList
     embeddings: Embeddings
+    config: AqlmConfig
 
     @property
     def n_layers(self) -> int:
@@ -66,9 +70,11 @@ def make_plan(model: Any, config: AqlmConfig, layers: str | None = None) -> Plan
     last = max((index for index, step in enumerate(steps) if step.targets), default=-1)
     steps = steps[: last + 1]
     embeddings = find_embeddings(model)
+    targets = {name: format for step in steps for name, format in step.targets.items()}
+    config, _ = with_rules(config, model, embeddings, targets, partial=layers is not None)
     if of_embeddings := embeddings.quantized(config):
         steps.insert(0, BlockPlan(", ".join(of_embeddings), None, of_embeddings))
-    plan = Plan(tuple(steps), blocks, embeddings)
+    plan = Plan(tuple(steps), blocks, embeddings, config)
     _check(model, plan, config, layers)
     return plan
 

@@ -32,6 +32,7 @@ class LayerReport:
     gaussian_code_rate: float | None = None
     gaussian_true_rate: float | None = None
     seconds: float = 0.0
+    embedding: bool = False  # or the output layer
     tokens: int | None = None  # that this layer's H was summed over, if not the whole run's: an expert sees a part
 
     @property

@@ -14,7 +14,8 @@ from .layers import BlockReport, LayerReport
 class QuantizationReport:
     """One run of `quantize_model`.
 
-    phases: seconds by name, in order. sizes: bytes on disk as `original_bytes`, `quantized_bytes` and, of
+    parameters, stored_bytes: of the whole model, and of the tensors that are stored for them; 0 where they are not
+    known. phases: seconds by name, in order. sizes: bytes on disk as `original_bytes`, `quantized_bytes` and, of
     those, `original_embedding_bytes`, `quantized_embedding_bytes`; the original's may be unknown. data:
     SHA-256 of the sources and of the token ids. note: what a reader of the sizes should know of the original.
     diagnoses: sentences of what may be wrong and what to do (`diagnose`).
@@ -26,6 +27,8 @@ class QuantizationReport:
     phases: dict[str, float] = dataclasses.field(default_factory=dict)
     tokens: int = 0
     sequences: int = 0
+    parameters: int = 0
+    stored_bytes: int = 0
     peak_memory_bytes: int = 0
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     model: str = ""
@@ -38,17 +41,24 @@ class QuantizationReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits per weight over all quantized layers."""
-        weights = [layer.out_features * layer.in_features for layer in self.layers]
-        bits = sum(layer.bits_per_weight * n for layer, n in zip(self.layers, weights, strict=True))
+        """True bits per weight over the quantized layers: those of the blocks, as the papers count, or else all."""
+        layers = [layer for layer in self.layers if not layer.embedding] or self.layers
+        weights = [layer.out_features * layer.in_features for layer in layers]
+        bits = sum(layer.bits_per_weight * n for layer, n in zip(layers, weights, strict=True))
         return bits / sum(weights) if weights else 0.0
 
+    @property
+    def effective_bits(self) -> float | None:
+        """Bits that are stored per parameter of the whole model, embeddings and dense layers among them."""
+        return 8 * self.stored_bytes / self.parameters if self.parameters else None
+
     def to_dict(self) -> dict[str, Any]:
-        """All fields, with `bits_per_weight` of the whole; ready for JSON."""
+        """All fields, with `bits_per_weight` and `effective_bits`; ready for JSON."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
             **fields,
             "bits_per_weight": self.bits_per_weight,
+            "effective_bits": self.effective_bits,
             "layers": [layer.to_dict() for layer in self.layers],
             "blocks": [block.to_dict() for block in self.blocks],
         }
@@ -58,7 +68,7 @@ class QuantizationReport:
         from rich.console import Group
 
         parts = [
-            tables.layer_table(self.layers, self.bits_per_weight, bool(self.blocks)),
+            tables.layer_table(self.layers, self.bits_per_weight, self.effective_bits, bool(self.blocks)),
             "dB: above the Gaussian reference, at the rate of the codes and at the true rate\n",
             *([tables.block_table(self.blocks)] if self.blocks else []),
             tables.size_table(self.sizes),

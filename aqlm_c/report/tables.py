@@ -31,10 +31,20 @@ def make_table(title: str, headers: tuple[str, ...]) -> Any:
     return table
 
 
-def layer_table(layers: Sequence[LayerReport], bits_per_weight: float, tuned: bool) -> Any:
+def bits_text(bits_per_weight: float, effective_bits: float | None) -> str:
+    """The two figures of a model's size, which say different things."""
+    whole = "" if effective_bits is None else f", {effective_bits:.3f} per parameter of the whole model"
+    return f"{bits_per_weight:.3f} bits per weight{whole}"
+
+
+def layer_table(
+    layers: Sequence[LayerReport], bits_per_weight: float, effective_bits: float | None, tuned: bool
+) -> Any:
     """Errors by kind of layer, of blocks that were `tuned` afterwards or not; `--json` has each layer."""
+    embeddings = sum(layer.embedding for layer in layers)
+    count = f"{len(layers) - embeddings} layers" + (f" and {embeddings} embeddings" if embeddings else "")
     table = make_table(
-        f"{len(layers)} layers at {bits_per_weight:.3f} bits per weight, means over blocks"
+        f"{count}, {bits_text(bits_per_weight, effective_bits)}; means over blocks"
         + (", before fine-tuning" if tuned else ""),
         ("layer", "n", "out x in", "error", "worst", "dB code", "dB true", "bits"),
     )

@@ -36,6 +36,7 @@ FIXED = {  # read when torch and NumPy are first imported: kernels that every x8
 }
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 OF_THE_RUN = {"seconds", "phases", "peak_memory_bytes", "versions", "threads", "isa"}  # in a report: differ each time
+LATER = {"parameters", "stored_bytes", "effective_bits", "embedding", "embeddings"}  # fields since the record
 VOCABULARY, WIDTH, BLOCKS = 96, 32, 2
 
 # Weights: scheme -> shape.
@@ -101,9 +102,9 @@ def sha256(*items):
 
 
 def without_run(fields):
-    """A report without what differs from run to run and from machine to machine."""
+    """A report without what differs from run to run and from machine to machine, and without newer fields."""
     if isinstance(fields, dict):
-        return {name: without_run(value) for name, value in fields.items() if name not in OF_THE_RUN}
+        return {name: without_run(value) for name, value in fields.items() if name not in OF_THE_RUN | LATER}
     return [without_run(value) for value in fields] if isinstance(fields, list) else fields
 
 
