@@ -7,9 +7,12 @@ command line, YAML files and Python share (`recipe`).
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from .errors import int_between, share
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +21,10 @@ class MethodOptions:
 
     # Fields to which no preset gives a value: their defaults are part of the method.
     fixed: ClassVar[frozenset[str]] = frozenset()
+
+    def few_passes(self) -> Self:
+        """The options for a large weight of many bits, which few passes of search bring close to the best."""
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +61,11 @@ class AqlmOptions(MethodOptions):
         int_between("adam_steps", self.adam_steps, 1)
         share("adam_learning_rate", self.adam_learning_rate)
         share("relative_damp", self.relative_damp)
+
+    def few_passes(self) -> Self:
+        # SmolLM2's embedding at 2x8g4: error .0104 without a search, .0077 after two passes and a sweep, .0074 after
+        # six and eight.
+        return dataclasses.replace(self, ldl_passes=min(2, self.ldl_passes), max_sweeps=min(1, self.max_sweeps))
 
 
 @dataclasses.dataclass(frozen=True)

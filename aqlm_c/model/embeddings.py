@@ -13,9 +13,10 @@ from ..format import AUTO, DENSE, WEIGHT, Format, Rules
 from ..nn.embedding import QuantizedEmbedding
 from ..recipe import AqlmConfig
 
-# Where "auto" quantizes embeddings: 4 bits per weight, as four codebooks of 8 bits, whose products with one row are
-# fast on every device.
-AUTO_SCHEME = "4x8g8"
+# Where "auto" quantizes embeddings: 4 bits per weight, whose pairs are found six times as fast as those of "4x8g8",
+# with 12% more error.
+AUTO_SCHEME = "2x8g4"
+MANY_BITS = 4  # per weight: few passes of search are enough
 AUTO_SHARE = 0.1  # of the quantized model's bytes that dense embeddings may be
 
 
@@ -142,6 +143,13 @@ def _share(model: Any, modules: Iterable[Any], targets: Mapping[str, Format]) ->
 def _dense_bytes(weight: torch.Tensor) -> int:
     """As 16-bit floats."""
     return 2 * weight.numel()
+
+
+def search_config(config: AqlmConfig, format: Format) -> AqlmConfig:
+    """`config` with the options for an embedding or output layer of this format, which are larger than any layer."""
+    if format.code_bits_per_weight() < MANY_BITS:
+        return config
+    return dataclasses.replace(config, options=config.options.few_passes())
 
 
 def tie(model: Any, embeddings: Embeddings) -> None:

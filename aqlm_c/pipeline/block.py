@@ -16,6 +16,7 @@ from ..format import Format
 from ..io.checkpoint import quantized_linears
 from ..methods import get_method
 from ..methods.base import LayerProblem, QuantizedWeight, gaussian_references
+from ..model.embeddings import search_config
 from ..nn.embedding import quantized_class
 from ..nn.linear import QuantizedLayer
 from ..recipe import AqlmConfig
@@ -126,7 +127,8 @@ class BlockStages:
         with self.phases("quantize"):
             started = time.perf_counter()
             try:
-                layer, solved, problem = quantize_module(name, module, hessian, format, self.config)
+                config = search_config(self.config, format) if name in self.plan.embeddings.names else self.config
+                layer, solved, problem = quantize_module(name, module, hessian, format, config)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             seconds = time.perf_counter() - started

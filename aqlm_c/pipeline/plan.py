@@ -11,7 +11,7 @@ import torch
 from ..format import Format
 from ..model import experts
 from ..model.blocks import find_blocks, quantizable_linears
-from ..model.embeddings import Embeddings, find_embeddings, with_rules
+from ..model.embeddings import Embeddings, find_embeddings, search_config, with_rules
 from ..nn.embedding import QuantizedEmbedding
 from ..nn.linear import QuantizedLinear
 from ..recipe import AqlmConfig
@@ -131,6 +131,7 @@ def _work(model: Any, plan: Plan, step: BlockPlan, config: AqlmConfig, tokens: i
     linears = (part for module in modules for part in module.modules() if isinstance(part, torch.nn.Linear))
     if step.index is None:
         config = config.replace(finetune_epochs=0)
+        config = search_config(config, min(step.targets.values(), key=Format.code_bits_per_weight))
     else:
         left = len(plan.blocks) - 1 - step.index
         config = config.replace(finetune_lookahead=min(config.tuning.finetune_lookahead, left))
