@@ -7,16 +7,18 @@ import pytest
 import torch
 import transformers
 from loading import load
-from tiny import VOCABULARY, random_model, random_tokens, tiny_llama
+from tiny import VOCABULARY, random_tokens, tiny_llama
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 import aqlm_c.hf
 from aqlm_c import quantize_model
 from aqlm_c.evaluate import perplexity
+from aqlm_c.hf.card import model_card
 from aqlm_c.inspection import check_model, inspect_model
 from aqlm_c.io.checkpoint import save_quantized
 from aqlm_c.nn.embedding import QuantizedEmbedding
 from aqlm_c.nn.linear import QuantizedLinear
+from aqlm_c.pipeline.plan import make_plan
 from aqlm_c.pipeline.progress import Progress
 from aqlm_c.recipe import AqlmConfig, RunConfig, parse_rule
 
@@ -202,11 +204,27 @@ def test_a_rule_that_decides_nothing(rules, message):
         quantized(False, config={"rules": rules})
 
 
-def test_an_embedding_that_does_more_than_looking_up(monkeypatch):
-    model = random_model(Gemma3TextConfig(**GEMMA))
+class Normed(torch.nn.Embedding):
+    def forward(self, ids):
+        return torch.nn.functional.normalize(super().forward(ids), dim=-1)
+
+
+class TwiceScaled(torch.nn.Embedding):
+    embed_scale = 3.0
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embed_scale**2
+
+
+@pytest.mark.parametrize("kind", [Normed, TwiceScaled])
+def test_an_embedding_that_does_more_than_looking_up(kind, monkeypatch):
+    model = tiny_llama(tie_word_embeddings=False, vocab_size=4096)
+    model.model.embed_tokens.__class__ = kind
     monkeypatch.setattr("aqlm_c.pipeline.block.quantize_module", None)
-    with pytest.raises(ValueError, match=r"rules: got model\.embed_tokens, a Gemma3TextScaledWordEmbedding"):
-        quantize_model(model, SEQUENCES, CONFIG.replace(rules={"embed": "2x4g8"}))
+    with pytest.raises(ValueError, match=rf"rules: got model\.embed_tokens, a {kind.__name__}"):
+        quantize_model(model, None, CONFIG.replace(rules={"embed": "2x4g8"}))
+    plan = make_plan(model, CONFIG.replace(rules=None))  # of its own accord it leaves it dense
+    assert {name for name in plan.targets() if "layers" not in name} == {"lm_head"}
 
 
 def test_nothing_left_names_the_rules():
@@ -255,3 +273,88 @@ def test_yaml(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(RunConfig("m", "o", rules=RULES).to_yaml())
     assert RunConfig.from_file(path).rules == RULES
+
+
+def test_embeddings_are_quantized_where_they_are_large():
+    """More than a tenth of the result, and large enough for codebooks of their own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = AqlmConfig.from_scheme("1x4g8", ldl_passes=1, max_sweeps=0, finetune_epochs=0)
+    for tied, vocabulary, expected in ((False, 4096, {"model.embed_tokens", "lm_head"}), (False, 96, set())):
+        model = tiny_llama(tie_word_embeddings=tied, vocab_size=vocabulary, **sizes)
+        report = quantize_model(model, None, config)
+        found = {name for name in schemes(model) if "layers" not in name}
+        assert found == expected and {layer.name for layer in report.layers if layer.embedding} == expected
+        assert all(schemes(model)[name] == "2x8g4" for name in found)
+        rules = model.config.quantization_config.rules
+        assert rules == {f"^{name.replace('.', chr(92) + '.')}$": "2x8g4" for name in sorted(expected, reverse=True)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "layers", "expected"),
+    [
+        ({"embeddings": "dense"}, None, {}),
+        ({}, "q_proj", {}),  # some layers alone
+        ({"embeddings": "1x4g8"}, None, {"model.embed_tokens": "1x4g8", "lm_head": "1x4g8"}),
+        ({"rules": {"lm_head": "dense"}}, None, {"model.embed_tokens": "2x8g4"}),
+        ({"rules": {"lm_head": "1x5g8"}}, None, {"model.embed_tokens": "2x8g4", "lm_head": "1x5g8"}),
+    ],
+)
+def test_what_is_asked_of_embeddings_counts(asked, layers, expected):
+    model = tiny_llama(tie_word_embeddings=False, vocab_size=4096, hidden_size=32, num_hidden_layers=1)
+    config = AqlmConfig.from_scheme("1x4g8", ldl_passes=0, max_sweeps=0, finetune_epochs=0, **asked)
+    quantize_model(model, None, config, layers=layers)
+    assert {name: scheme for name, scheme in schemes(model).items() if "layers" not in name} == expected
+    assert (model.config.quantization_config.quant_method == "aqlm") == (not expected)
+
+
+def test_a_wrong_scheme_for_embeddings_is_named():
+    with pytest.raises(ValueError, match="embeddings: got 'small', expected 'auto', 'dense' or a scheme"):
+        AqlmConfig.from_scheme("2x8g8", embeddings="small")
+    with pytest.raises(ValueError, match=r"in_group_size: got 32, expected a divisor .* of layer model.embed_tokens"):
+        quantize_model(
+            tiny_llama(hidden_size=48, head_dim=8), None, AqlmConfig.from_scheme("1x4g8", embeddings="1x8g32")
+        )
+
+
+def test_effective_bits_are_those_of_the_file(tmp_path):
+    model = tiny_llama(tie_word_embeddings=False, vocab_size=4096, hidden_size=32, num_hidden_layers=1)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    config = AqlmConfig.from_scheme("1x4g8", ldl_passes=0, max_sweeps=0, finetune_epochs=0)
+    report = quantize_model(model.to(torch.bfloat16), None, config)
+    save_quantized(model, None, tmp_path / "model")
+    inspection = inspect_model(tmp_path / "model")
+    assert report.parameters == inspection.parameters == parameters
+    headers = 8 * 8192 / parameters
+    assert report.effective_bits <= inspection.effective_bits < report.effective_bits + headers
+    blocks = [layer for layer in report.layers if not layer.embedding]
+    assert report.bits_per_weight == pytest.approx(inspection.bits_per_weight)
+    assert len({layer.bits_per_weight for layer in blocks}) > 1 and report.bits_per_weight < report.effective_bits
+    assert f"{report.effective_bits:.3f} bits per parameter" in model_card(model)
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+def test_a_scaled_embedding_stays_scaled(buffer, tmp_path):
+    if buffer:
+        config = Gemma3TextConfig(**GEMMA, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    else:
+        config = transformers.XGLMConfig(
+            vocab_size=VOCABULARY, d_model=32, ffn_dim=64, num_layers=1, attention_heads=4, max_position_embeddings=64
+        )
+    if not hasattr(transformers.PreTrainedModel, "get_expanded_tied_weights_keys"):
+        pytest.skip("tied embeddings need transformers 5")
+    model = AutoModelForCausalLM.from_config(config).eval()
+    name = "model.embed_tokens"
+    dense = model.get_submodule(name)
+    ids = random_tokens(1, 9)
+    options = {"ldl_passes": 1, "max_sweeps": 0, "finetune_epochs": 0, "embeddings": "2x8g4"}
+    quantize_model(model, None, AqlmConfig.from_scheme("1x4g8", **options))
+    embedding = model.get_submodule(name)
+    assert isinstance(embedding, QuantizedEmbedding)
+    again = embedding.dequantize(torch.float32)
+    assert type(again) is type(dense) and again.weight.dtype == torch.float32
+    assert torch.equal(again(ids), torch.nn.functional.embedding(ids, again.weight) * 32**0.5)
+    torch.testing.assert_close(embedding(ids), again(ids), rtol=1e-2, atol=1e-3)
+    save_quantized(model, None, tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
