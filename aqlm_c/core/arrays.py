@@ -162,7 +162,7 @@ def eigenvalues(H: Array) -> np.ndarray | None:
 
     try:
         return torch.linalg.eigvalsh(H.double()).clamp(min=0.0).cpu().numpy()
-    except torch._C._LinAlgError:  # torch.linalg.LinAlgError
+    except RuntimeError:  # torch.linalg.LinAlgError is one
         return None
 
 

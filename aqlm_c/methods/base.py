@@ -167,8 +167,8 @@ def zero_weight(problem: LayerProblem) -> QuantizedWeight:
     codes = np.zeros((out, width // format.in_group_size, format.num_codebooks), np.uint16)
     books = np.zeros((format.num_codebooks, format.entries, 1, format.in_group_size), np.float32)
     parts = (verbs.codes_to_disk(codes, format.nbits_per_codebook), books, np.zeros((out, 1, 1, 1), np.float32))
-    stored = (arrays.to_kind(arrays.to_numpy(part), problem.weight) for part in parts)
-    return QuantizedWeight(*stored, problem.dtype, 0.0, {}, [("zero", 0.0)])
+    found, zeros, none = (arrays.to_kind(arrays.to_numpy(part), problem.weight) for part in parts)
+    return QuantizedWeight(found, zeros, none, problem.dtype, 0.0, {}, [("zero", 0.0)])
 
 
 def gaussian_references(problem: LayerProblem) -> tuple[float | None, float | None]:

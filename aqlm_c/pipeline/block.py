@@ -136,7 +136,7 @@ class BlockStages:
                 raise ValueError(f"{name}: {error}") from error
             seconds = time.perf_counter() - started
         with self.phases("reference"):
-            report = layer_report(problem, solved, seconds)
+            report = layer_report(problem, solved, seconds, self.config.gaussian_reference)
         report.tokens = tokens
         self.model.set_submodule(name, layer)
         reports["layers"].append(report.to_dict())
@@ -144,10 +144,12 @@ class BlockStages:
         return problem
 
 
-def layer_report(problem: LayerProblem, quantized: QuantizedWeight, seconds: float) -> LayerReport:
-    """The layer's error beside that of Gaussian weights under the same H by reverse water-filling."""
+def layer_report(
+    problem: LayerProblem, quantized: QuantizedWeight, seconds: float, reference: bool = True
+) -> LayerReport:
+    """The layer's error, with `reference` beside that of Gaussian weights under the same H by reverse water-filling."""
     out_features, in_features = problem.shape
-    code_rate, true_rate = gaussian_references(problem)
+    code_rate, true_rate = gaussian_references(problem) if reference else (None, None)
     return LayerReport(
         name=problem.name,
         out_features=out_features,

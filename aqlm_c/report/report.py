@@ -75,8 +75,9 @@ class QuantizationReport:
 
     def _summary(self) -> str:
         phases = " · ".join(f"{name} {seconds:.1f}" for name, seconds in self.phases.items())
+        start = f", each beginning with {self.data['bos']}" if self.data.get("bos") else ""
         return (
-            f"{self.sequences} sequences, {self.tokens:,} tokens · {self.threads} threads, {self.isa} · "
+            f"{self.sequences} sequences, {self.tokens:,} tokens{start} · {self.threads} threads, {self.isa} · "
             f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB\n"
             f"seconds: {phases} · total {sum(self.phases.values()):.1f}"
         )
