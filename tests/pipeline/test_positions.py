@@ -91,7 +91,6 @@ def test_the_command_line_and_on_the_fly(tmp_path, capsys):
     byte_tokenizer().save_pretrained(tmp_path / "opt")
     (tmp_path / "text.txt").write_text("some words of a text " * 50)
     source, data = str(tmp_path / "opt"), str(tmp_path / "text.txt")
-    length = ("--sequence-length", "25")
     for arguments, message in (
         (
             ["quantize", source, str(tmp_path / "out"), "--data", data, "--sequence-length", "25", "--samples", "2"],
