@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[2] / "aqlm_c"
 # From the ground up: a module imports from lower lines, and from its own line where no circle comes of it. A package
 # stands for all its modules that have no line of their own.
 LAYERS = [
-    {"errors", "versions", "environment", "_core", "_torch", "_cuda", "model.kinds", "model.positions"},
-    {"units"},
+    {"errors", "versions", "environment", "_core", "_torch", "_cuda", "model.kinds"},
+    {"units", "model.positions"},
     {"files", "format", "config"},
     {"core"},
     {"methods"},
