@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
-from .errors import int_between, share
+from .errors import int_between, share, wrong
+
+BOS = ("auto", "always", "never")  # no words that YAML reads as true or false
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -114,7 +116,8 @@ class CalibrationOptions:
     """What is drawn from the data.
 
     samples: sequences, spread evenly over the sources. sequence_length: tokens in each. shuffle: draw them at random,
-    not from the start.
+    not from the start. bos: whether each begins with the tokenizer's BOS token, one of `BOS` ("auto": where the
+    tokenizer begins texts with it).
 
     Raises ValueError naming the field, its value and what was expected.
     """
@@ -122,7 +125,10 @@ class CalibrationOptions:
     samples: int = 64
     sequence_length: int = 1024
     shuffle: bool = False
+    bos: str = "auto"
 
     def __post_init__(self) -> None:
         int_between("samples", self.samples, 1)
         int_between("sequence_length", self.sequence_length, 2)
+        if self.bos not in BOS:
+            raise wrong("bos", self.bos, f"one of {', '.join(BOS)}")

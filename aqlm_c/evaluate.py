@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .io.data import check_token_ids
+from .io.data import check_token_ids, cut
+from .model.positions import check_length
 
 _SLICE = 256  # positions whose logits are held in float32 at a time
 _MAX_LOSS = 700.0  # exp of a little more overflows
@@ -22,37 +23,41 @@ def perplexity(
     sequence_length: int = 2048,
     windows: int | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    bos_token: int | None = None,
 ) -> dict[str, Any]:
     """Token perplexity of a causal language model over one stream of token ids [n].
 
     The stream is cut into windows of `sequence_length` that do not overlap (the first `windows` of them;
     None: all), each is one forward pass, and every token but a window's first is predicted: exp(sum over
-    windows of (mean loss * sequence_length) / (number of windows * sequence_length)).
+    windows of (mean loss * sequence_length) / (number of windows * sequence_length)). With `bos_token` (what
+    `window_start` gives) each window is that token and the next sequence_length - 1 of the stream.
 
     `progress(done, total, perplexity_so_far)` is called after each window. Returns `perplexity`, `windows`,
     `sequence_length`, `tokens` (read) and `seconds`. Raises ValueError for a text shorter than what was
-    asked for, for a token id that the model does not know and for a loss that is not finite or beyond 700.
+    asked for, for windows longer than the model has positions, for a token id that the model does not know and for a
+    loss that is not finite or beyond 700.
     """
     stream = torch.as_tensor(input_ids).reshape(-1)
-    available = stream.numel() // sequence_length if sequence_length > 1 else 0
     if sequence_length < 2:
         raise ValueError(f"sequence_length: got {sequence_length}, expected at least 2")
     if windows is not None and windows < 1:
         raise ValueError(f"windows: got {windows}, expected at least 1")
-    if available < (windows or 1):
+    check_length("sequence_length", sequence_length, model)
+    cuts = cut(stream[None].long(), sequence_length, bos_token)
+    if len(cuts) < (windows or 1):
         needed = (windows or 1) * sequence_length
         raise ValueError(
             f"input_ids: {stream.numel()} tokens, expected at least {needed} "
             f"for windows={windows or 1} of sequence_length={sequence_length}"
         )
-    count = windows or available
-    check_token_ids("input_ids", stream[: count * sequence_length], model)
+    count = windows or len(cuts)
+    check_token_ids("input_ids", cuts[:count], model)
     started = time.perf_counter()
     model.eval()
     device = next(model.parameters()).device
     total = 0.0
     for index in range(count):
-        ids = stream[index * sequence_length : (index + 1) * sequence_length].to(device)
+        ids = cuts[index].to(device)
         logits = model(ids[None], use_cache=False).logits[0]
         loss = _mean_loss(logits, ids)
         if not loss < _MAX_LOSS:

@@ -39,8 +39,9 @@ class AqlmConfig:
 
     embeddings: of the input embedding and the output layer, where no rule fits: a scheme, "dense", or "auto", which is
     4 bits where they would be more than a tenth of the quantized model's bytes (`model.embeddings`). solver: the
-    method's name, of `aqlm_c.methods.METHODS`. options: of the class that this method has; None: its defaults. seed: of
-    everything random. `from_scheme` takes all options by name.
+    method's name, of `aqlm_c.methods.METHODS`. options: of the class that this method has; None: its defaults.
+    gaussian_reference: whether each layer's error is compared with that of Gaussian weights, which needs the
+    eigenvalues of every H. seed: of everything random. `from_scheme` takes all options by name.
 
     Raises ValueError naming the field, its value and what was expected.
     """
@@ -52,6 +53,7 @@ class AqlmConfig:
     options: MethodOptions = None  # type: ignore[assignment]  # never None once it is made
     tuning: TuningOptions = TuningOptions()
     seed: int = 0
+    gaussian_reference: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.rules, Rules):
@@ -67,6 +69,8 @@ class AqlmConfig:
         elif type(self.options) is not kind:
             raise wrong("options", self.options, f"{kind.__name__}, of solver={self.solver!r}")
         int_between("seed", self.seed, 0, 2**63 - 1)
+        if not isinstance(self.gaussian_reference, bool):
+            raise wrong("gaussian_reference", self.gaussian_reference, "true or false")
 
     @classmethod
     def from_scheme(cls, scheme: str, **options: Any) -> AqlmConfig:
@@ -81,7 +85,8 @@ class AqlmConfig:
         given = {name: value for name, value in fields.items() if value is not None}
         solver = given.get("solver", DEFAULT)
         kind = get_method(solver).options_type
-        known = [*FORMAT_FIELDS, "rules", "embeddings", "solver", *_names(kind), *_names(TuningOptions), "seed"]
+        whole = {"embeddings": AUTO, "seed": 0, "gaussian_reference": True}
+        known = [*FORMAT_FIELDS, "rules", "solver", *_names(kind), *_names(TuningOptions), *whole]
         if unknown := sorted(set(fields) - set(known)):
             raise ValueError(
                 f"unknown option {unknown[0]!r} with solver={solver!r}: expected one of {', '.join(known)}"
@@ -90,14 +95,13 @@ class AqlmConfig:
         def chosen(kind: type) -> Any:
             return kind(**{name: given[name] for name in _names(kind) if name in given})
 
-        whole = {name: given[name] for name in ("embeddings", "seed") if name in given}
         return cls(
             chosen(Format),
             Rules(given.get("rules")),
             solver=solver,
             options=chosen(kind),
             tuning=chosen(TuningOptions),
-            **whole,
+            **{name: given.get(name, default) for name, default in whole.items()},
         )
 
     def replace(self, **fields: Any) -> AqlmConfig:
@@ -105,7 +109,9 @@ class AqlmConfig:
         return type(self).from_dict({**self.to_dict(), **fields})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, flat; `from_dict` reads it back."""
+        """All fields by name, flat; `from_dict` reads it back. gaussian_reference, which changes no result, only where
+        it is off.
+        """
         return {
             **self.format.to_dict(),
             "rules": self.rules.to_dict(),
@@ -114,6 +120,7 @@ class AqlmConfig:
             **dataclasses.asdict(self.options),
             **dataclasses.asdict(self.tuning),
             "seed": self.seed,
+            **({} if self.gaussian_reference else {"gaussian_reference": False}),
         }
 
     @property
@@ -138,7 +145,7 @@ def _names(kind: type) -> list[str]:
 
 def option_types() -> dict[str, str]:
     """Annotation by name of every option of `AqlmConfig` but the format's, those of all methods among them."""
-    types = {"rules": "dict[str, str]", "embeddings": "str", "solver": "str"}
+    types = {"rules": "dict[str, str]", "embeddings": "str", "solver": "str", "gaussian_reference": "bool"}
     for kind in [*(get_method(name).options_type for name in METHODS), TuningOptions]:
         types |= {field.name: str(field.type) for field in dataclasses.fields(kind)}
     return {**types, "seed": "int"}
@@ -160,8 +167,9 @@ class RunConfig:
     `load_sequences`, none: the bundled text. threads: all cores if None. layers: regular expression, only linears
     whose name it finds. work_dir: directory that keeps finished blocks, for the same run to go on from.
     memory_limit: bytes, or text such as "8GiB". overwrite: replace `out` if it is a model. samples, sequence_length,
-    shuffle: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`; beam_size to relative_damp:
-    see `AqlmOptions`; finetune_*: see `TuningOptions`. options: by name, those of a method that has others.
+    shuffle, bos: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`; beam_size to
+    relative_damp: see `AqlmOptions`; finetune_*: see `TuningOptions`. options: by name, those of a method that has
+    others.
 
     Raises ValueError naming the field, its value and what was expected.
     """
@@ -180,6 +188,7 @@ class RunConfig:
     memory_limit: int | str | None = None
     overwrite: bool = False
     _: dataclasses.KW_ONLY
+    bos: str = "auto"
     rules: dict[str, str] | None = None
     embeddings: str | None = None
     solver: str | None = None
@@ -199,6 +208,7 @@ class RunConfig:
     finetune_patience: int | None = None
     finetune_held_out: float | None = None
     finetune_search: int | None = None
+    gaussian_reference: bool | None = None
     seed: int | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -261,6 +271,7 @@ class RunConfig:
         config = AqlmConfig.from_scheme(self.scheme, **chosen)
         calibration = self._calibration()
         fields |= dataclasses.asdict(calibration)
+        fields["gaussian_reference"] = config.gaussian_reference
         return Resolved(config, calibration, {**fields, **_without_format(config)})
 
     def to_yaml(self) -> str:
@@ -271,7 +282,7 @@ class RunConfig:
     def _calibration(self) -> CalibrationOptions:
         samples = PRESETS[self.preset].get("samples") if self.samples is None else self.samples
         default = CalibrationOptions.samples
-        return CalibrationOptions(default if samples is None else samples, self.sequence_length, self.shuffle)
+        return CalibrationOptions(default if samples is None else samples, self.sequence_length, self.shuffle, self.bos)
 
 
 FIELDS: dict[str, str] = {field.name: str(field.type) for field in dataclasses.fields(RunConfig)}

@@ -32,7 +32,7 @@ def run(
     sources = _check(config, resolved)
     from .core.runtime import set_threads
     from .hf.models import load_model
-    from .io.data import load_sequences, provenance
+    from .io.data import common_start, load_sequences, provenance
     from .pipeline.progress import Progress
     from .quantize import quantize_model
 
@@ -44,7 +44,8 @@ def run(
         loaded = load_model(config.model)
     model, tokenizer, origin = loaded
     drawn, seed = resolved.calibration, resolved.config.seed
-    sequences = load_sequences(sources, tokenizer, drawn.samples, drawn.sequence_length, drawn.shuffle, seed)
+    options = (drawn.samples, drawn.sequence_length, drawn.shuffle, seed, drawn.bos)
+    sequences = load_sequences(sources, tokenizer, *options)
     seconds = time.perf_counter() - started
     report = quantize_model(
         *(model, sequences, resolved.config),
@@ -54,7 +55,7 @@ def run(
         memory_limit=config.memory_limit,
     )
     report.phases = {"load": seconds, **report.phases}
-    report.data = provenance(sources, sequences)
+    report.data = provenance(sources, sequences, common_start(sequences, tokenizer))
     report.model, report.note = origin.name, origin.note
     report.config |= resolved.fields | {"data": sources, "threads": report.threads}
     progress.on_phase("save")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from typing import Any
 
-from .core import arrays
+from .core import arrays, grid
 from .core.hessian import Hessian
 from .errors import wrong
 from .format import Format
 from .methods import get_method
-from .methods.base import LayerProblem, QuantizedWeight
+from .methods.base import LayerProblem, QuantizedWeight, zero_weight
 from .recipe import AqlmConfig
 
-__all__ = ["Hessian", "QuantizedWeight", "layer_problem", "quantize_weight"]
+__all__ = ["Hessian", "QuantizedWeight", "layer_problem", "quantize_weight", "solve"]
+
+log = logging.getLogger("aqlm_c")
 
 
 def quantize_weight(weight: Any, H: Any, config: AqlmConfig, *, dtype: str = "float16") -> QuantizedWeight:
@@ -25,11 +29,11 @@ def quantize_weight(weight: Any, H: Any, config: AqlmConfig, *, dtype: str = "fl
 
     The result depends on the seed and not on the number of threads or the instruction set.
 
-    Raises ValueError naming the argument: for a shape that does not fit, for NaN or Inf, for an H under
-    which the weight has no output, for a format that the method does not know.
+    A weight of zeros is exact. Under an H that gives a weight no output, such as zero, the identity takes its place,
+    and a warning says so. Raises ValueError naming the argument: for a shape that does not fit, for NaN or Inf, for a
+    format that the method does not know, for a weight far beyond the range of `dtype`.
     """
-    problem = layer_problem("weight", weight, H, config.format, config, dtype)
-    return get_method(config.solver).quantize(problem, config.options)
+    return solve(layer_problem("weight", weight, H, config.format, config, dtype), config)
 
 
 def layer_problem(
@@ -46,4 +50,18 @@ def layer_problem(
         )
     get_method(config.solver).check(format, config.options)
     format.check_layer(name, *W.shape)
-    return LayerProblem(name, W, hessian, format, dtype, config.seed)
+    grid.check_range(W, dtype)
+    exponent = grid.weight_exponent(W)
+    problem = LayerProblem(name, arrays.scaled(W, -exponent), hessian, format, dtype, config.seed, exponent)
+    if not problem.signal and arrays.largest(W):
+        log.warning("%s: got an H under which this weight has no output; the identity takes its place", name)
+        identity = arrays.to_kind(arrays.to_numpy(Hessian.identity(W.shape[1]).H), W)
+        problem = dataclasses.replace(problem, hessian=Hessian(identity))
+    return problem
+
+
+def solve(problem: LayerProblem, config: AqlmConfig) -> QuantizedWeight:
+    """The quantized weight, by the method of `config`; one of zeros needs none."""
+    if not arrays.largest(problem.weight):
+        return zero_weight(problem)
+    return get_method(config.solver).quantize(problem, config.options)

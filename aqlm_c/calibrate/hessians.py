@@ -60,7 +60,8 @@ class HessianSums:
         self._gather(functools.partial(model, input_ids=ids, use_cache=False) for ids in batches)
 
     def _gather(self, runs: Iterable[Callable[[], Any]], outputs: Activations | None = None) -> None:
-        hooks = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.linears.items()]
+        linears = self.linears.items()
+        hooks = [linear.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, linear in linears]
         try:
             for run in runs:
                 try:
@@ -82,24 +83,30 @@ class HessianSums:
     def hessians(self) -> dict[str, Hessian]:
         """Each linear's H = X^T X / n_tokens; the same object for linears that share their input.
 
-        Experts with too few tokens share the H of all their kind; a warning names them. Raises ValueError naming a
-        linear whose inputs were NaN, Inf or too large to square, or that saw no input at all, nor did its kind.
+        Experts with too few tokens share the H of all their kind; a warning names them. The identity takes the place of
+        an H of zeros, and of none where no input was seen, by the kind neither; a warning names those too. Raises
+        ValueError naming a linear whose inputs were NaN, Inf or too large to square.
         """
         shared: dict[tuple[str, ...], Hessian] = {}
-        few = []
-        for name in self.linears:
+        few, silent, found = [], [], {}
+        for name, linear in self.linears.items():
             leaders = self._leaders(name)
-            if leaders != (self.leader.get(name),):
-                few.append(name)
-            if leaders not in shared:
+            if leaders and leaders not in shared:
                 shared[leaders] = self._hessian(name, leaders)
-        if few:
-            log.warning(
-                "fewer calibration tokens than in_features, H of all experts taken for %d layers: %s",
-                len(few),
-                ", ".join(few),
-            )
-        return {name: shared[self._leaders(name)] for name in self.linears}
+            if leaders and shared[leaders].H.any():
+                found[name] = shared[leaders]
+                few += [name] if leaders != (self.leader.get(name),) else []
+            else:
+                key = ("", str(linear.in_features))
+                found[name] = shared[key] = shared.get(key) or Hessian.identity(linear.in_features)
+                silent.append(name)
+        for names, what in (
+            (few, "fewer calibration tokens than in_features, H of all experts taken"),
+            (silent, "no calibration token reaches these or all of them are zero there, the identity taken as H"),
+        ):
+            if names:
+                log.warning("%s for %d layers: %s", what, len(names), ", ".join(names))
+        return found
 
     def tokens_of(self, name: str) -> int:
         """Tokens that the linear's H is of."""
@@ -114,8 +121,6 @@ class HessianSums:
         return tuple(dict.fromkeys(kind))
 
     def _hessian(self, name: str, leaders: tuple[str, ...]) -> Hessian:
-        if not leaders:
-            raise ValueError(f"{name}: the calibration sequences never reach this layer; leave it out or use more")
         with np.errstate(over="ignore"):
             total = functools.reduce(np.add, (self.sums[leader] for leader in leaders))
             H = (total / self.tokens_of(name)).astype(np.float32)
@@ -124,8 +129,8 @@ class HessianSums:
         return Hessian(H)
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def hook(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0]
+        def hook(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+            x = args[0] if args else kwargs["input"]
             if not x.numel():  # an expert that no token of this batch goes to
                 return
             self._called.append(name)
@@ -136,21 +141,39 @@ class HessianSums:
                 self._seen[name] = x  # kept alive, so that no other tensor of this batch can have its address
                 self._add(name, x)
             elif not _same_tensor(self._seen.get(self.leader[name]), x):
-                raise RuntimeError(f"{name} shared the input of {self.leader[name]} in one batch and not in another")
+                self._part(name)
+                self._seen[name] = x
+                self._add(name, x)
             if name == self._last:
                 raise _Stop  # the rest of the block is not needed
 
         return hook
 
+    def _part(self, name: str) -> None:
+        """Give a linear that had its leader's input in earlier batches, but not in this one, a sum of its own."""
+        leader = self.leader[name]
+        self.leader[name] = name
+        self.sums[name], self.tokens[name] = self.sums[leader].copy(), self.tokens[leader]
+        if (seen := self._seen.get(leader)) is not None:  # which the leader's sum has by now
+            rows = _rows(seen)
+            of_this = np.zeros_like(self.sums[name])
+            verbs.accumulate_hessian(of_this, rows.numpy())
+            self.sums[name] -= of_this
+            self.tokens[name] -= rows.shape[0]
+
     def _add(self, name: str, x: torch.Tensor) -> None:
         started = time.perf_counter()
-        rows = x.reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous()
+        rows = _rows(x)
         if name not in self.sums:
             self.sums[name] = np.zeros((rows.shape[1],) * 2)
             self.tokens[name] = 0
         verbs.accumulate_hessian(self.sums[name], rows.numpy())
         self.tokens[name] += rows.shape[0]
         self.seconds += time.perf_counter() - started
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous()
 
 
 def _same_tensor(a: torch.Tensor | None, b: torch.Tensor) -> bool:

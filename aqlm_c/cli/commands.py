@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import int_between
+from ..config import BOS
+from ..errors import int_between, wrong
 from ..files import write_json
 from ..format import Rules
 from ..methods import METHODS
@@ -16,6 +18,8 @@ from ..recipe import PRESETS, RunConfig, parse_option, parse_rule
 from ..run import run
 from ..versions import __version__
 from .display import Display, check_threads, prepare, show
+
+log = logging.getLogger("aqlm_c")
 
 _PRESETS = "\n\n".join(
     f"Preset {name}: {', '.join(f'{option}={value}' for option, value in options.items()) or 'the defaults'}."
@@ -41,6 +45,7 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+_BOS = "|".join(BOS)  # auto: where the tokenizer begins texts with it
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Threads = Annotated[int | None, typer.Option(help="Threads; all cores if not given.", show_default=False)]
 Json = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.", show_default=False)]
@@ -84,6 +89,9 @@ def quantize(
     ] = None,
     sequence_length: Annotated[int | None, _optional("Tokens in each. \\[default: 1024]")] = None,
     shuffle: Annotated[bool | None, _optional("Draw them at random, not from the start.", "--shuffle")] = None,
+    bos: Annotated[
+        str | None, _optional("Begin each with the tokenizer's BOS token. \\[default: auto]", metavar=_BOS)
+    ] = None,
     seed: Annotated[int | None, _optional("Seed of everything random. \\[default: 0]")] = None,
     threads: Threads = None,
     layers: Annotated[str | None, _optional("Quantize only layers whose name matches.", metavar="REGEX")] = None,
@@ -114,6 +122,13 @@ def quantize(
     finetune_batch_size: Annotated[int | None, _optional("Sequences for each of its steps.")] = None,
     finetune_learning_rate: Annotated[float | None, _optional("Of codebooks, relative to their size.")] = None,
     finetune_search: Annotated[int | None, _optional("Times the codes are searched again after tuning.")] = None,
+    gaussian_reference: Annotated[
+        bool | None,
+        _optional(
+            "Compare each layer with Gaussian weights, at the cost of H's eigenvalues. \\[default: yes]",
+            "--gaussian-reference/--no-gaussian-reference",
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         _optional("Any other option of the solver or fine-tuning; repeatable.", "--set", metavar="NAME=VALUE"),
@@ -163,6 +178,14 @@ def evaluate(
     windows: Annotated[
         int | None, typer.Option(help="Only the first N windows.", metavar="N", show_default=False)
     ] = None,
+    bos: Annotated[
+        str,
+        typer.Option(
+            help="Begin each window with the tokenizer's BOS token; auto: where it begins texts with it; never: cut "
+            "windows out of one stream, as most published perplexities have them.",
+            metavar=_BOS,
+        ),
+    ] = "auto",
     threads: Threads = None,
     json: Json = None,
     verbose: Verbose = False,
@@ -172,13 +195,15 @@ def evaluate(
     int_between("--sequence-length", sequence_length, 2)
     if windows is not None:
         int_between("--windows", windows, 1)
+    if bos not in BOS:
+        raise wrong("--bos", bos, f"one of {', '.join(BOS)}")
     _check_json(json)
     sources = _check_data(data)
     prepare(threads)
 
     from ..evaluate import perplexity
     from ..hf.models import load_model
-    from ..io.data import BUNDLED, sha256, token_stream
+    from ..io.data import BUNDLED, begins_texts, sha256, token_stream, window_start
 
     results = []
     with Display(quiet, verbose) as display:
@@ -187,11 +212,15 @@ def evaluate(
         for source in sources or [BUNDLED]:
             display.on_phase(f"evaluate {source}")
             input_ids = token_stream(source, tokenizer, windows and windows * sequence_length)
+            start = window_start(tokenizer, bos, source)
+            if start is None and begins_texts(tokenizer):
+                log.warning("%s: windows are cut without %s, which begins texts", source, tokenizer.bos_token)
             try:
-                result = perplexity(network, input_ids, sequence_length, windows, display.on_window)
+                result = perplexity(network, input_ids, sequence_length, windows, display.on_window, start)
             except ValueError as error:
                 raise ValueError(f"data: got {source!r}: {error}") from error
-            results.append({"data": source, "sha256": sha256(source), **result})
+            token = None if start is None else tokenizer.bos_token
+            results.append({"data": source, "sha256": sha256(source), "bos": token, **result})
     if json:
         write_json(json, {"model": model, "results": results})
     for result in results:
@@ -199,7 +228,8 @@ def evaluate(
         if quiet:
             print(figure)
             continue
-        counts = f"{result['windows']} x {sequence_length} tokens, {result['seconds']:.1f} s"
+        begun = f", each beginning with {result['bos']}" if result["bos"] else ""
+        counts = f"{result['windows']} x {sequence_length} tokens{begun}, {result['seconds']:.1f} s"
         print(f"{result['data']}: perplexity {figure:.4f} ({counts})")
 
 
@@ -252,6 +282,7 @@ def generate(
         inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
         raise ValueError("PROMPT: got '': expected at least one token")
+    _check_positions(network, inputs["input_ids"].shape[1], max_new_tokens)
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     torch.manual_seed(seed)
     with torch.inference_mode():
@@ -296,6 +327,16 @@ def doctor() -> int:
 def _check_json(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise ValueError(f"--json: got {str(path)!r}, expected a file in a directory that exists")
+
+
+def _check_positions(network: Any, prompt: int, new: int) -> None:
+    """Raise ValueError where the model has too few positions for so many tokens; a warning where it says so."""
+    from ..model.positions import check_length, most_positions
+
+    most = most_positions(network)
+    if most is not None and prompt <= most < prompt + new - 1:  # the last token is not read
+        raise wrong("--max-new-tokens", new, f"at most {most - prompt + 1} after {prompt} tokens of PROMPT")
+    check_length("PROMPT and new tokens" if most is None or prompt <= most else "PROMPT", prompt + new - 1, network)
 
 
 def _check_data(data: list[str] | None) -> list[str]:

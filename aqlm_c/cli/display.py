@@ -94,11 +94,11 @@ class Display:
     def on_layer(self, report: LayerReport) -> None:
         assert self._current is not None, "on_start comes first"
         self._bars.advance(self._current)
+        distance = "" if report.gaussian_true_rate is None else f"{db_text(report.db_above_true_rate)} dB, "
         if not self._notebook:  # where hundreds of lines would stay in the file
             self._print(
-                f"  {escape(report.name)}: error {report.relative_error:.5f}, "
-                f"{db_text(report.db_above_true_rate)} dB, {report.bits_per_weight:.3f} bits, "
-                f"{report.seconds:.1f} s"
+                f"  {escape(report.name)}: error {error_text(report.relative_error)}, {distance}"
+                f"{report.bits_per_weight:.3f} bits, {report.seconds:.1f} s"
             )
 
     def on_block_report(self, report: BlockReport) -> None:

@@ -47,14 +47,50 @@ def is_finite(array: Array) -> bool:
 
 
 def root_sum_of_rows(weight: Array, mean: bool) -> Array:
-    """Root of each row's sum (or mean) of squares, float32 [out]; 1 for a row of zeros."""
+    """Root of each row's sum (or mean) of squares, float32 [out]."""
     if isinstance(weight, np.ndarray):
         squares = np.square(weight, dtype=np.float64)
-        norms = np.sqrt(squares.mean(axis=1) if mean else squares.sum(axis=1))
-        return np.where(norms > 0, norms, 1.0).astype(np.float32)
+        return np.sqrt(squares.mean(axis=1) if mean else squares.sum(axis=1)).astype(np.float32)
     square = weight.double().square()
-    norms = (square.mean(1) if mean else square.sum(1)).sqrt()
-    return norms.where(norms > 0, 1.0).float()
+    return (square.mean(1) if mean else square.sum(1)).sqrt().float()
+
+
+def largest(array: Array) -> float:
+    """The largest absolute value; 0 of nothing."""
+    return max(float(array.max()), -float(array.min())) if size(array) else 0.0
+
+
+def mean_diagonal(H: Array) -> float:
+    """In float64."""
+    return (
+        float(H.diagonal().mean(dtype=np.float64)) if isinstance(H, np.ndarray) else float(H.diagonal().double().mean())
+    )
+
+
+def scaled(array: Array, exponent: int) -> Array:
+    """float32 array * 2^exponent, itself for 0: exact unless it leaves the range."""
+    if not exponent:
+        return array
+    if isinstance(array, np.ndarray):
+        with np.errstate(over="ignore", under="ignore"):
+            return np.ldexp(array, np.int32(exponent))
+    return (array.double() * 2.0**exponent).float()
+
+
+def where(mask: Array, one: Array, other: Array) -> Array:
+    """`one` where `mask` is, `other` elsewhere."""
+    if isinstance(one, np.ndarray):
+        return np.where(mask, one, other)
+    assert is_tensor(mask) and is_tensor(other), "all are of one kind"
+    return one.where(mask, other)
+
+
+def divided(weight: Array, sizes: Array) -> Array:
+    """weight [out, in] / sizes [out], rows of size 0 left as they are."""
+    if isinstance(weight, np.ndarray):
+        return weight / np.where(sizes > 0, sizes, np.float32(1))[:, None]
+    assert is_tensor(sizes), "both are of one kind"
+    return weight / sizes.where(sizes > 0, 1.0)[:, None]
 
 
 def to_numpy(array: Array) -> np.ndarray:
@@ -115,13 +151,19 @@ def damped(H: Array, relative_damp: float) -> Array:
     return result
 
 
-def eigenvalues(H: Array) -> np.ndarray:
-    """Eigenvalues of H, float64 [in] in CPU memory, ascending; none below zero."""
+def eigenvalues(H: Array) -> np.ndarray | None:
+    """Eigenvalues of H, float64 [in] in CPU memory, ascending; none below zero. None if they were not found."""
     if isinstance(H, np.ndarray):
-        return np.linalg.eigvalsh(H.astype(np.float64)).clip(min=0.0)
+        try:
+            return np.linalg.eigvalsh(H.astype(np.float64)).clip(min=0.0)
+        except np.linalg.LinAlgError:
+            return None
     import torch
 
-    return torch.linalg.eigvalsh(H.double()).clamp(min=0.0).cpu().numpy()
+    try:
+        return torch.linalg.eigvalsh(H.double()).clamp(min=0.0).cpu().numpy()
+    except RuntimeError:  # torch.linalg.LinAlgError is one
+        return None
 
 
 def gaussian_signal(weight: Array, H: Array) -> float:
@@ -133,13 +175,16 @@ def gaussian_signal(weight: Array, H: Array) -> float:
     return square * weight.shape[0] * float(H.trace())
 
 
-def round_to(x: Array, dtype: str) -> Array:
-    """float32 `x` rounded to the nearest values of `dtype` ("float16" or "bfloat16"), as float32.
+def round_to(x: Array, dtype: str, exponent: int = 0) -> Array:
+    """float32 `x` rounded to the nearest values of `dtype` (of `GRIDS`) times 2^-exponent, as float32.
 
     Raises ValueError if a value is too large for it.
     """
     rounded: Array
-    if not isinstance(x, np.ndarray):
+    x = scaled(x, exponent)
+    if dtype == "float32":
+        rounded, largest = x, np.inf
+    elif not isinstance(x, np.ndarray):
         import torch
 
         rounded = x.to(getattr(torch, dtype)).float()
@@ -154,4 +199,4 @@ def round_to(x: Array, dtype: str) -> Array:
         largest = np.abs(x).max()
     if not is_finite(rounded):
         raise ValueError(f"codebooks and scales: got values up to {largest:.3g}, too large for {dtype}")
-    return rounded
+    return scaled(rounded, -exponent)

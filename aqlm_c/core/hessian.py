@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 
 import numpy as np
 
-from . import arrays, verbs
+from . import arrays, grid, verbs
 from .verbs import Array
+
+log = logging.getLogger("aqlm_c")
 
 
 class Hessian:
     """H = X^T X / n_tokens of a layer's inputs, and what is derived from it once for all layers that share it.
 
-    H: float32 [in, in], symmetric; an array or the tensor of a GPU. Raises ValueError for another shape, and for NaN
-    or Inf.
+    H: float32 [in, in], symmetric; an array or the tensor of a GPU. One whose diagonal is far from ordinary is kept
+    times 2^-exponent, which no relative error sees. Raises ValueError for another shape, and for NaN or Inf.
     """
 
     def __init__(self, H: Array) -> None:
@@ -23,6 +26,8 @@ class Hessian:
             raise ValueError(f"H: got shape {tuple(self.H.shape)}, expected a square matrix [in_features, in_features]")
         if not arrays.is_finite(self.H):
             raise ValueError("H: got NaN or Inf, expected finite values")
+        self.exponent = grid.hessian_exponent(self.H)
+        self.H = arrays.scaled(self.H, -self.exponent)
         self._damped: dict[float, Array] = {}
         self._factors: dict[tuple[int, float], tuple[Array, Array, Array]] = {}
 
@@ -41,10 +46,24 @@ class Hessian:
         """(order int32 [J], feedback float32 [in, in], metric float32 [J, g, g]) of the block LDL of `damped`."""
         key = (in_group_size, relative_damp)
         if key not in self._factors:
-            self._factors[key] = verbs.factor_hessian(self.damped(relative_damp), in_group_size, 0.0)
+            self._factors[key] = self._factor(in_group_size, self.damped(relative_damp))
         return self._factors[key]
 
+    def _factor(self, in_group_size: int, H: Array) -> tuple[Array, Array, Array]:
+        """More damping where rounding left H short of positive definite: it costs less than the run that would end."""
+        for more in (0.0, 1e-3, 1e-2, 1e-1):
+            try:
+                factor = verbs.factor_hessian(H, in_group_size, more)
+            except ValueError:
+                if more == 1e-1:
+                    raise
+            else:
+                break
+        if more:
+            log.warning("H is not positive definite after damping: its diagonal is raised by %g of its mean more", more)
+        return factor
+
     @cached_property
-    def eigenvalues(self) -> np.ndarray:
-        """Eigenvalues of H, float64 [in], ascending; none below zero."""
+    def eigenvalues(self) -> np.ndarray | None:
+        """Eigenvalues of H, float64 [in], ascending; none below zero. None if they were not found."""
         return arrays.eigenvalues(self.H)

@@ -10,6 +10,7 @@ argument, for a wrong dtype, shape or value.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
@@ -27,9 +28,24 @@ def _library(array: Array) -> Any:
     """What has the verbs for arrays of this kind."""
     if isinstance(array, np.ndarray):
         return _core
-    from .extensions import ops
+    return _Ops()
 
-    return ops
+
+class _Ops:
+    """``torch.ops.aqlm_c`` with the Ctrl-C of `_core`, of which torch makes another error's cause."""
+
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        from .extensions import ops
+
+        def call(*arguments: Any) -> Any:
+            try:
+                return getattr(ops, verb)(*arguments)
+            except Exception as error:
+                if isinstance(error.__cause__, KeyboardInterrupt):
+                    raise error.__cause__ from None
+                raise
+
+        return call
 
 
 def residual_kmeans(

@@ -11,12 +11,20 @@ import torch
 
 from ..calibrate.sources import DataFree, SequenceCalibration
 from ..errors import wrong
-from ..io.data import check_sequences, check_source, load_sequences, provenance
+from ..io.data import check_sequences, check_source, common_start, load_sequences, provenance
 from ..pipeline.pipeline import Pipeline
 from ..recipe import FIELDS, AqlmConfig, RunConfig, check_names, option_types
 from ..report.report import QuantizationReport
 
-_DATA = ("tokenizer", "samples", "sequence_length", "shuffle", "work_dir", "memory_limit")  # what a data set is for
+_DATA = (
+    "tokenizer",
+    "samples",
+    "sequence_length",
+    "shuffle",
+    "bos",
+    "work_dir",
+    "memory_limit",
+)  # what a data set is for
 _NOT_HERE = {"model", "out", "data", "threads", "overwrite", "options"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,6 +55,7 @@ class OnTheFly:
         self.config, self._calibration, self._run = run
         self.config.check_searchable()
         self.tokenizer = tokenizer
+        self._start: str | None = None  # of all sequences, once they are drawn
         self.dataset: list[str] | torch.Tensor | None = None
         if dataset is None:
             given = {"tokenizer": tokenizer, **options}
@@ -74,15 +83,10 @@ class OnTheFly:
                 return None
             sequences = self.dataset
             if not isinstance(sequences, torch.Tensor):
-                drawn = self._calibration
-                sequences = load_sequences(
-                    sequences,
-                    self._tokenizer(model),
-                    drawn.samples,
-                    drawn.sequence_length,
-                    drawn.shuffle,
-                    self.config.seed,
-                )
+                drawn, tokenizer = self._calibration, self._tokenizer(model)
+                options = (drawn.samples, drawn.sequence_length, drawn.shuffle, self.config.seed, drawn.bos)
+                sequences = load_sequences(sequences, tokenizer, *options)
+                self._start = common_start(sequences, tokenizer)
             return check_sequences(model, sequences, self.config.tuning)
 
     def quantize(self, model: Any, sequences: torch.Tensor | None) -> tuple[QuantizationReport, AqlmConfig]:
@@ -93,7 +97,8 @@ class OnTheFly:
         pipeline = Pipeline(model, self.config, calibration, **options)
         report = pipeline.run()
         if sequences is not None:
-            report.data = provenance(self.dataset if isinstance(self.dataset, list) else ["token ids"], sequences)
+            sources = self.dataset if isinstance(self.dataset, list) else ["token ids"]
+            report.data = provenance(sources, sequences, self._start)
         return report, pipeline.config
 
     def _tokenizer(self, model: Any) -> Any:

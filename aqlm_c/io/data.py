@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import TuningOptions
+from ..config import BOS, TuningOptions
+from ..errors import wrong
+from ..model.positions import check_length
+
+log = logging.getLogger("aqlm_c")
 
 # The default text: 465 kB of English documentation that every CPython carries.
 BUNDLED = "pydoc_data.topics"
@@ -34,13 +39,16 @@ def load_sequences(
     sequence_length: int,
     shuffle: bool = False,
     seed: int = 0,
+    bos: str = "auto",
 ) -> torch.Tensor:
     """Calibration sequences: int64 [samples, sequence_length] token ids.
 
     The samples are spread evenly over `sources` (none: the bundled text), the remainder going to the first
     ones: non-overlapping windows, in order from the start of each source, or with `shuffle` drawn without
     replacement from all of its windows by a generator seeded with `seed`. A two-dimensional array of
-    token ids is cut row by row. Raises ValueError naming the source if it cannot be read or is too short.
+    token ids is cut row by row. With `bos` (`window_start`) every sequence begins with the tokenizer's BOS token; a
+    warning says where some do and some do not. Raises ValueError naming the source if it cannot be read or is too
+    short, or for a `bos` that the tokenizer does not have.
     """
     sources = list(sources) or [BUNDLED]
     if samples < len(sources):
@@ -52,10 +60,10 @@ def load_sequences(
     parts = []
     for index, source in enumerate(sources):
         wanted = share + (index < rest)
+        start = window_start(tokenizer, bos, source)
         limit = None if shuffle and not _is_dataset(source) else wanted * sequence_length
         rows = _read(source, tokenizer, limit, seed if shuffle else None)
-        usable = rows.shape[1] // sequence_length
-        windows = rows[:, : usable * sequence_length].reshape(-1, sequence_length)
+        windows = cut(rows, sequence_length, start)
         if len(windows) < wanted:
             raise ValueError(
                 f"data: got {source!r}: {rows.numel()} tokens hold {len(windows)} sequences of {sequence_length}, "
@@ -63,7 +71,61 @@ def load_sequences(
             )
         order = torch.randperm(len(windows), generator=generator) if shuffle else torch.arange(wanted)
         parts.append(windows[order[:wanted]])
-    return torch.cat(parts)
+    sequences = torch.cat(parts)
+    warn_of_starts("calibration sequences", sequences, tokenizer)
+    return sequences
+
+
+def window_start(tokenizer: Any, bos: str, source: str = "") -> int | None:
+    """The token that every window of `source` begins with; None: windows are cut out of the stream as it is.
+
+    bos: of `BOS`. "auto": the tokenizer's BOS token, if it begins texts with it; token ids in files stay as they are.
+    Raises ValueError for another `bos`, and for "always" with a tokenizer that has no such token.
+    """
+    if bos not in BOS:
+        raise wrong("bos", bos, f"one of {', '.join(BOS)}")
+    token = getattr(tokenizer, "bos_token_id", None)
+    if bos == "always":
+        if token is None:
+            raise wrong("bos", bos, "'auto' or 'never', since the tokenizer has no BOS token")
+        return token
+    return token if bos == "auto" and not _is_token_file(source) and begins_texts(tokenizer) else None
+
+
+def begins_texts(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins texts with its BOS token by itself."""
+    token = getattr(tokenizer, "bos_token_id", None)
+    return token is not None and list(tokenizer("a", verbose=False)["input_ids"][:1]) == [token]
+
+
+def cut(rows: torch.Tensor, sequence_length: int, start: int | None = None) -> torch.Tensor:
+    """Windows [n, sequence_length] of rows [m, k] of token ids, one after another; with `start` each is that token and
+    the next sequence_length - 1 of the row, whose own first token is left out if it is `start` too.
+    """
+    if start is None:
+        usable = rows.shape[1] // sequence_length
+        return rows[:, : usable * sequence_length].reshape(-1, sequence_length)
+    if rows.shape[1] and (rows[:, 0] == start).all():
+        rows = rows[:, 1:]
+    windows = cut(rows, sequence_length - 1)
+    return torch.cat([windows.new_full((len(windows), 1), start), windows], dim=1)
+
+
+def common_start(sequences: torch.Tensor, tokenizer: Any) -> str | None:
+    """The BOS token that all sequences [n, length] begin with, as text, for reports; None if they do not."""
+    token = getattr(tokenizer, "bos_token_id", None)
+    return str(tokenizer.bos_token) if token is not None and bool((sequences[:, 0] == token).all()) else None
+
+
+def warn_of_starts(what: str, sequences: torch.Tensor, tokenizer: Any) -> None:
+    """A warning if not all begin with the token that the tokenizer begins texts with."""
+    if begins_texts(tokenizer):
+        begun = int((sequences[:, 0] == tokenizer.bos_token_id).sum())
+        if begun < len(sequences):
+            log.warning(
+                "%d of %d %s begin with %s, as texts of this tokenizer do; bos=always: all",
+                *(begun, len(sequences), what, tokenizer.bos_token),
+            )
 
 
 def token_stream(source: str, tokenizer: Any, limit: int | None = None) -> torch.Tensor:
@@ -109,6 +171,7 @@ def check_sequences(model: Any, sequences: torch.Tensor, tuning: TuningOptions) 
     if tuning.finetune_epochs and len(sequences) < 2:
         raise ValueError("sequences: got 1, expected at least 2: fine-tuning trains on some and validates on others")
     check_token_ids("sequences", sequences, model)
+    check_length("sequences", sequences.shape[1], model)
     return sequences.long()
 
 
@@ -125,13 +188,20 @@ def sha256(source: str) -> str | None:
     return digest.hexdigest()
 
 
-def provenance(sources: Sequence[str], input_ids: torch.Tensor) -> dict[str, Any]:
-    """What a report keeps of the data: SHA-256 of each source and of the token ids (int64, little-endian)."""
+def provenance(sources: Sequence[str], input_ids: torch.Tensor, start: str | None = None) -> dict[str, Any]:
+    """What a report keeps of the data: SHA-256 of each source and of the token ids (int64, little-endian), and the
+    token that all sequences begin with, if one was put there.
+    """
     ids = input_ids.numpy().astype("<i8", copy=False)
     return {
+        **({} if start is None else {"bos": start}),
         "sources": {source: sha256(source) for source in (list(sources) or [BUNDLED])},
         "input_ids": hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest(),
     }
+
+
+def _is_token_file(source: str) -> bool:
+    return Path(source).suffix in (".npy", ".safetensors")
 
 
 def _is_dataset(source: str) -> bool:
@@ -148,7 +218,7 @@ def _dataset_name(source: str) -> tuple[str, str, str]:
 def _read(source: str, tokenizer: Any, limit: int | None, shuffle_seed: int | None = None) -> torch.Tensor:
     """Token ids int64 [rows, n]; text is one row, of which `limit` tokens (or a few more) are enough."""
     check_source(source)
-    if Path(source).suffix in (".npy", ".safetensors"):
+    if _is_token_file(source):
         return _token_ids(source, tokenizer)
     # No more text is tokenised than the limit asks for. Twice the limit must come out of a text that was
     # cut, because tokens near the cut may differ from those of the whole text.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -89,6 +91,14 @@ class AqlmMethod:
     def cost(self, format: Format, shape: tuple[int, int], options: AqlmOptions) -> Cost:
         return alternating_cost(format, shape, options, steps=options.cg_steps, factors=True)
 
+    def remedies(self, format: Format, options: Mapping[str, Any]) -> list[str]:
+        """One codebook is searched exactly by any beam, and two of up to 8 bits by beam_size=0 alone."""
+        few = format.nbits_per_codebook <= 8
+        if format.num_codebooks == 2 and few and options.get("beam_size", 0):
+            return ["beam_size=0, which is exact for two codebooks", "more sweeps (max_sweeps)"]
+        wider = ["a larger beam_size"] if format.num_codebooks > (2 if few else 1) else []
+        return [*wider, "more sweeps (max_sweeps)"]
+
     def seconds_per_group(self, format: Format, options: AqlmOptions) -> float:
         return seconds_per_group(format, *search_options(format, options))
 
@@ -113,7 +123,7 @@ def sweep_again(
         problem.weight,
         problem.hessian.damped(options.relative_damp),
         quantized.codebooks.squeeze(2),
-        quantized.scales.reshape(-1),
+        arrays.scaled(quantized.scales.reshape(-1), -problem.exponent),
         beam_size,
         problem.seed,
         pairs,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..config import PaperOptions
 from ..core import arrays, verbs
 from ..core.verbs import Array
@@ -31,9 +34,10 @@ class PaperMethod:
         state = SolverState(problem, problem.hessian.H)
         W, H = state.weight, state.H
         scales = arrays.root_sum_of_rows(W, mean=False)
-        state.start(options, scales, W / scales[:, None], arrays.ones_like(scales), 0.0, None)
+        state.start(options, scales, arrays.divided(W, scales), arrays.ones_like(scales), 0.0, None)
 
         steps, rate = options.adam_steps, options.adam_learning_rate
+        small = scales < rate  # a step of Adam, whose size is absolute, is more than the whole scale
         moments = arrays.zeros(W, 2, arrays.size(state.codebooks) + arrays.size(scales))
         for iteration in range(_ROUNDS):
             before, codes = state.error, state.codes
@@ -41,6 +45,9 @@ class PaperMethod:
                 *("codebooks", verbs.update_adam, (state.codebooks, state.scales, moments), W, H, codes),
                 *(steps, rate, iteration * steps),
             )
+            if small.any():
+                closed = verbs.update_scales(scales, W, H, codes, codebooks)
+                scales = arrays.where(small, closed, scales)
             codes = state.timed(
                 *("search", verbs.search_sweep, codes, W, H, codebooks, scales),
                 *(_beam(problem.format, options), problem.seed + iteration),
@@ -56,6 +63,9 @@ class PaperMethod:
 
     def cost(self, format: Format, shape: tuple[int, int], options: PaperOptions) -> Cost:
         return alternating_cost(format, shape, options, steps=options.adam_steps, factors=False)
+
+    def remedies(self, format: Format, options: Mapping[str, Any]) -> list[str]:
+        return [*(["a larger beam_size"] if format.num_codebooks > 1 else []), "more Adam steps (adam_steps)"]
 
     def seconds_per_group(self, format: Format, options: PaperOptions) -> float:
         return seconds_per_group(format, _beam(format, options), False)

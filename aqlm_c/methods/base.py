@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
-from ..core import arrays, verbs
+from ..core import arrays, grid, verbs
 from ..core.hessian import Hessian
 from ..core.verbs import Array
 from ..format import Format
+
+log = logging.getLogger("aqlm_c")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerProblem:
     """One weight to quantize: what every method is given.
 
-    name: the layer's, for messages. weight: finite float32 [out, in]. hessian: of its inputs. dtype: "float16",
-    "bfloat16" or "float32", to whose values codebooks and scales are restricted. seed: of everything random.
+    name: the layer's, for messages. weight: finite float32 [out, in], the layer's times 2^-exponent. hessian: of its
+    inputs. dtype: "float16", "bfloat16" or "float32", to whose values codebooks and scales are restricted. seed: of
+    everything random.
     """
 
     name: str
@@ -27,6 +34,12 @@ class LayerProblem:
     format: Format
     dtype: str = "float16"
     seed: int = 0
+    exponent: int = 0
+
+    @cached_property
+    def signal(self) -> float:
+        """tr(W H W^T) of `weight` under `hessian.H`; 0 where the weight has no output."""
+        return max(verbs.quantization_error(self.weight, self.hessian.H), 0.0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,7 +54,8 @@ class QuantizedWeight:
 
     codes: int8 (nbits_per_codebook <= 8) or int16 [out, in / g, num_codebooks], as on disk. codebooks:
     float32 [num_codebooks, 2^nbits, 1, g]; scales: float32 [out, 1, 1, 1]; both hold only values of `dtype`.
-    relative_error: tr(D H D^T) / tr(W H W^T) of these very values, D = W - Wq; signal: tr(W H W^T). seconds: by step.
+    relative_error: tr(D H D^T) / tr(W H W^T) of these very values, D = W - Wq, and 0 for a weight of zeros, which they
+    are then too; signal: tr(W H W^T). seconds: by step.
     history: (step, relative error after it under the damped H), from the start to the end.
     """
 
@@ -96,7 +110,7 @@ class Method(Protocol):
         """Raise ValueError, before any work, for a format that the method cannot quantize to."""
 
     def quantize(self, problem: LayerProblem, options: Any) -> QuantizedWeight:
-        """Find codes, codebooks and scales. Raises ValueError for an H under which the weight has no output."""
+        """Find codes, codebooks and scales of a weight that is not zero everywhere, scales of 0 for rows of zeros."""
 
     def search_again(self, problem: LayerProblem, quantized: QuantizedWeight, options: Any) -> Array | None:
         """Better codes, as on disk, under the codebooks and scales of `quantized`; None: the method has no such."""
@@ -104,47 +118,67 @@ class Method(Protocol):
     def cost(self, format: Format, shape: tuple[int, int], options: Any) -> Cost:
         """What `quantize` costs for a weight of this shape."""
 
+    def remedies(self, format: Format, options: Mapping[str, Any]) -> list[str]:
+        """What may lower the error of a layer of this format, in words after "give the layer"; options: as they were,
+        by name, where known.
+        """
+
     def seconds_per_group(self, format: Format, options: Any) -> float:
         """How long one of `Cost.group_searches` takes here and now; 0 for a method without. Takes a few 10 ms."""
 
 
-def signal_of(weight: Array, hessian: Hessian) -> float:
-    """tr(W H W^T); ValueError if it is not above zero."""
-    signal = verbs.quantization_error(weight, hessian.H)
-    if not signal > 0:
-        raise ValueError("H: got one under which this weight has no output (tr(W H W^T) is 0), expected some signal")
-    return signal
+def rounded_scales(problem: LayerProblem, scales: Array, moved: grid.Moved) -> Array:
+    """Scales [out] on the grid of the problem's dtype; a warning if rows become zero by it."""
+    rounded = arrays.round_to(scales, problem.dtype, moved.scales)
+    lost = int(((scales != 0) & (rounded == 0)).sum())
+    if lost:
+        log.warning(
+            *("%s: %d of %d rows are too small for %s beside the largest and become zero", problem.name, lost),
+            *(problem.shape[0], problem.dtype),
+        )
+    return rounded
 
 
 def finished(
     problem: LayerProblem,
-    codes: Array,
-    codebooks: Array,
-    scales: Array,
-    signal: float,
+    state: tuple[Array, Array, Array],
+    moved: grid.Moved,
     seconds: dict[str, float],
     history: list[tuple[str, float]],
 ) -> QuantizedWeight:
     """The result of working codes [out, J, K], codebooks [K, E, g] and scales [out], with its error under H itself."""
-    error = verbs.quantization_error(problem.weight, problem.hessian.H, codes, codebooks, scales) / signal
+    codes, codebooks, scales = state
+    error = verbs.quantization_error(problem.weight, problem.hessian.H, *state) / problem.signal
     return QuantizedWeight(
         codes=verbs.codes_to_disk(codes, problem.format.nbits_per_codebook),
-        codebooks=codebooks[:, :, None, :],
-        scales=scales[:, None, None, None],
+        codebooks=arrays.scaled(codebooks, moved.codebooks)[:, :, None, :],
+        scales=arrays.scaled(scales, moved.scales)[:, None, None, None],
         dtype=problem.dtype,
         relative_error=max(error, 0.0),  # a sum over a rounded H may fall a little below
         seconds=seconds,
         history=history,
-        signal=signal,
+        signal=math.ldexp(problem.signal, 2 * problem.exponent + problem.hessian.exponent),
     )
 
 
-def gaussian_references(problem: LayerProblem, signal: float) -> tuple[float | None, float | None]:
-    """Relative errors of Gaussian weights under this H at the code rate and at the true rate (docs/method.md)."""
-    if not signal > 0:
+def zero_weight(problem: LayerProblem) -> QuantizedWeight:
+    """A weight of zeros, exactly: codes, codebooks and scales of zero."""
+    (out, width), format = problem.shape, problem.format
+    codes = np.zeros((out, width // format.in_group_size, format.num_codebooks), np.uint16)
+    books = np.zeros((format.num_codebooks, format.entries, 1, format.in_group_size), np.float32)
+    parts = (verbs.codes_to_disk(codes, format.nbits_per_codebook), books, np.zeros((out, 1, 1, 1), np.float32))
+    found, zeros, none = (arrays.to_kind(arrays.to_numpy(part), problem.weight) for part in parts)
+    return QuantizedWeight(found, zeros, none, problem.dtype, 0.0, {}, [("zero", 0.0)])
+
+
+def gaussian_references(problem: LayerProblem) -> tuple[float | None, float | None]:
+    """Relative errors of Gaussian weights under this H at the code rate and at the true rate (docs/method.md); None
+    for a weight of zeros, and where the eigenvalues of H were not found.
+    """
+    eigenvalues = problem.hessian.eigenvalues if problem.signal > 0 else None
+    if eigenvalues is None:
         return None, None
     share = arrays.gaussian_signal(problem.weight, problem.hessian.H)
     rates = (problem.format.code_bits_per_weight(), problem.format.bits_per_weight(*problem.shape))
-    eigenvalues: np.ndarray = problem.hessian.eigenvalues
-    code, true = (verbs.gaussian_reference(eigenvalues, rate) * share / signal for rate in rates)
+    code, true = (verbs.gaussian_reference(eigenvalues, rate) * share / problem.signal for rate in rates)
     return code, true

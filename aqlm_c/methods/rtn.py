@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from ..config import MethodOptions
-from ..core import arrays
+from ..core import arrays, grid
 from ..core.verbs import Array
 from ..errors import wrong
 from ..format import Format
-from .base import Cost, LayerProblem, QuantizedWeight, finished, signal_of
+from .base import Cost, LayerProblem, QuantizedWeight, finished, rounded_scales
 from .state import check_searchable
 
 _MOST_BITS = 16  # of a weight
@@ -34,17 +36,17 @@ class RoundToNearest:
             raise wrong("scheme", format.scheme, f"at most {_MOST_BITS} bits per weight to round to")
 
     def quantize(self, problem: LayerProblem, options: MethodOptions) -> QuantizedWeight:
-        signal = signal_of(problem.weight, problem.hessian)
         started = time.perf_counter()
         weight = arrays.to_numpy(problem.weight)
-        grid = _Grid(problem.format)
-        scales = np.abs(weight).max(axis=1) / np.float32(grid.largest)
-        if problem.dtype != "float32":
-            scales = arrays.round_to(scales, problem.dtype)
-        state = (grid.codes(weight, scales), grid.codebooks, scales)
+        values = _Grid(problem.format)
+        scales = np.abs(weight).max(axis=1) / np.float32(values.largest)
+        moved = grid.share(scales, values.codebooks, problem.exponent, problem.dtype)
+        scales = arrays.to_numpy(rounded_scales(problem, scales, moved))
+        codebooks = arrays.to_numpy(arrays.round_to(values.codebooks, problem.dtype, moved.codebooks))
+        state = (values.codes(weight, scales), codebooks, scales)
         seconds = {"round": time.perf_counter() - started}
-        codes, codebooks, scales = (arrays.to_kind(array, problem.weight) for array in state)
-        result = finished(problem, codes, codebooks, scales, signal, seconds, [])
+        codes, books, scales_ = (arrays.to_kind(array, problem.weight) for array in state)
+        result = finished(problem, (codes, books, scales_), moved, seconds, [])
         result.history.append(("rounded", result.relative_error))
         return result
 
@@ -53,6 +55,9 @@ class RoundToNearest:
 
     def cost(self, format: Format, shape: tuple[int, int], options: MethodOptions) -> Cost:
         return Cost(flop=4.0 * shape[0] * shape[1])
+
+    def remedies(self, format: Format, options: Mapping[str, Any]) -> list[str]:
+        return ["another solver"]
 
     def seconds_per_group(self, format: Format, options: MethodOptions) -> float:
         return 0.0

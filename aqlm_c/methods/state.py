@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ..config import AqlmOptions
-from ..core import arrays, verbs
+from ..core import arrays, grid, verbs
 from ..core.verbs import Array
 from ..format import Format
-from .base import LayerProblem, QuantizedWeight, finished, signal_of
+from .base import LayerProblem, QuantizedWeight, finished, rounded_scales
 
 T = TypeVar("T")
 
@@ -31,7 +31,6 @@ class SolverState:
         self.seconds: dict[str, float] = {}
         self.history: list[tuple[str, float]] = []
         self.signal = self.timed("error", verbs.quantization_error, self.weight, H)
-        self.true_signal = self.timed("error", signal_of, self.weight, problem.hessian)
 
     def start(
         self,
@@ -72,16 +71,17 @@ class SolverState:
         in `cg_steps`. The error is measured after rounding: it is that of the values on disk.
         """
         dtype = self.problem.dtype
-        if dtype != "float32":
-            scales = arrays.round_to(self.scales, dtype)
-            books = self.timed(
-                "codebooks", verbs.update_codebooks, self.codebooks, self.weight, self.H, self.codes, scales, cg_steps
-            )
-            self.codebooks, self.scales = arrays.round_to(books, dtype), scales
+        moved = grid.share(self.scales, self.codebooks, self.problem.exponent, dtype)
+        if dtype != "float32" or any(moved):
+            scales, books = rounded_scales(self.problem, self.scales, moved), self.codebooks
+            if dtype != "float32":
+                fixed = (self.weight, self.H, self.codes, scales, cg_steps)
+                books = self.timed("codebooks", verbs.update_codebooks, books, *fixed)
+            self.codebooks, self.scales = arrays.round_to(books, dtype, moved.codebooks), scales
             self.error = self._error(self.codes, self.codebooks, self.scales)
         self.history.append(("rounded", self.error))
         state = (self.codes, self.codebooks, self.scales)
-        return self.timed("error", finished, self.problem, *state, self.true_signal, self.seconds, self.history)
+        return self.timed("error", finished, self.problem, state, moved, self.seconds, self.history)
 
     def timed(self, step: str, function: Callable[..., T], *args: object) -> T:
         """The function's result; its seconds are added to those of `step`."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..calibrate.sources import Calibration, LayerInputs, embedding_hessian
-from ..core import arrays
+from ..core import arrays, grid
 from ..core.hessian import Hessian
 from ..format import Format
 from ..io.checkpoint import quantized_linears
@@ -22,7 +22,7 @@ from ..nn.linear import QuantizedLayer
 from ..recipe import AqlmConfig
 from ..report.layers import BlockReport, LayerReport
 from ..train.block import finetune_block
-from ..weights import layer_problem
+from ..weights import layer_problem, solve
 from .plan import BlockPlan, Plan
 from .progress import Phases
 
@@ -39,17 +39,22 @@ def quantize_module(
 ) -> tuple[QuantizedLayer, QuantizedWeight, LayerProblem]:
     """The quantized layer for the place of a dense one, its weight, and the problem that it solves.
 
-    dtype: of codebooks and scales; None: the 16-bit float in which a layer of this dtype is stored.
+    dtype: of codebooks and scales; None: `disk_dtype`.
     """
-    dtype = dtype or disk_dtype(module.weight.dtype)
+    dtype = dtype or disk_dtype(module.weight)
     problem = layer_problem(name, module.weight, hessian, format, config, str(dtype).removeprefix("torch."))
-    solved = get_method(config.solver).quantize(problem, config.options)
+    solved = solve(problem, config)
     return quantized_class(module).from_quantized_weight(solved, module, dtype), solved, problem
 
 
-def disk_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The 16-bit float in which codebooks and scales of a layer of `dtype` are stored."""
-    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
+def disk_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The 16-bit float in which codebooks and scales of a layer are stored: the weight's own; of others float16, or
+    bfloat16 where the sizes of the rows are beyond float16.
+    """
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        return weight.dtype
+    sizes = arrays.to_numpy(arrays.root_sum_of_rows(arrays.of_tensor(weight.float()), mean=True))
+    return torch.float16 if grid.holds(sizes, "float16") else torch.bfloat16
 
 
 class BlockStages:
@@ -133,7 +138,7 @@ class BlockStages:
                 raise ValueError(f"{name}: {error}") from error
             seconds = time.perf_counter() - started
         with self.phases("reference"):
-            report = layer_report(problem, solved, seconds)
+            report = layer_report(problem, solved, seconds, self.config.gaussian_reference)
         report.tokens, report.embedding = tokens, name in self.plan.embeddings.names
         self.model.set_submodule(name, layer)
         reports["layers"].append(report.to_dict())
@@ -141,10 +146,12 @@ class BlockStages:
         return problem
 
 
-def layer_report(problem: LayerProblem, quantized: QuantizedWeight, seconds: float) -> LayerReport:
-    """The layer's error beside that of Gaussian weights under the same H by reverse water-filling."""
+def layer_report(
+    problem: LayerProblem, quantized: QuantizedWeight, seconds: float, reference: bool = True
+) -> LayerReport:
+    """The layer's error, with `reference` beside that of Gaussian weights under the same H by reverse water-filling."""
     out_features, in_features = problem.shape
-    code_rate, true_rate = gaussian_references(problem, quantized.signal)
+    code_rate, true_rate = gaussian_references(problem) if reference else (None, None)
     return LayerReport(
         name=problem.name,
         out_features=out_features,

@@ -124,7 +124,7 @@ class Work:
             "calibrate": forward,
             "hessian": _SQUARED * self.tokens * sum(n * n for n in self.inputs) / rates.gemm,
             "quantize": solve + factors,
-            "reference": cubes,
+            "reference": cubes if config.gaussian_reference else 0.0,
             "finetune": ahead * forward + epochs * epoch + searched * again if epochs else 0.0,
             "propagate": forward,
         }

@@ -62,6 +62,7 @@ def fingerprint(
     """
     fields = json.loads(model.config.to_json_string(use_diff=False))
     tensors = [*model.named_parameters(), *model.named_buffers()]
+    fields_of = {name: value for name, value in config.to_dict().items() if name != "gaussian_reference"}
     return {
         "model": {
             **{name: value for name, value in fields.items() if name not in _PLACE},
@@ -70,7 +71,7 @@ def fingerprint(
             "weights": _sha256(tensors),
         },
         "data": {"shape": list(sequences.shape), "tokens": _sha256([("tokens", sequences.long())])},
-        "options": {**config.to_dict(), "rules": [*map(list, config.rules.items())], "layers": layers, **options},
+        "options": {**fields_of, "rules": [*map(list, config.rules.items())], "layers": layers, **options},
         "versions": {name: versions().get(name) for name in _VERSIONS},
         "machine": {
             "threads": [runtime.get_num_threads(), torch.get_num_threads()],

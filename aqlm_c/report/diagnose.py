@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from ..format import Format
+from ..methods import DEFAULT, get_method
 from .layers import BlockReport, LayerReport
 from .report import QuantizationReport
 
@@ -19,12 +20,23 @@ _NAMED = 3
 def diagnose(report: QuantizationReport) -> list[str]:
     """Sentences on what may be wrong in this run, the same thing in many layers being said once; none if all is well.
 
-    Fewer calibration tokens than twice in_features (H is then noise along many directions); codebooks larger than
-    the layer's codes can use, or than a third of its bits; held-out error that rises while the training error
-    falls; layers whose distance to the Gaussian reference at the true rate is 3 dB above the median's or over 10 dB.
+    Layers that no calibration token reached; fewer calibration tokens than twice in_features (H is then noise along
+    many directions); codebooks larger than the layer's codes can use, or than a third of its bits; held-out error that
+    rises while the training error falls; layers whose distance to the Gaussian reference at the true rate is 3 dB above
+    the median's or over 10 dB.
     """
-    rules = (_few_tokens, _large_codebooks, _overfitting, _far_layers)
+    rules = (_unreached, _few_tokens, _large_codebooks, _overfitting, _far_layers)
     return [sentence for rule in rules for sentence in rule(report)]
+
+
+def _unreached(report: QuantizationReport) -> list[str]:
+    silent = [layer for layer in report.layers if report.tokens and layer.tokens == 0]
+    if not silent:
+        return []
+    return [
+        f"No calibration token reached {_names(silent)}: quantized as if all inputs were white; give other or more "
+        "calibration data, or leave such layers as they are."
+    ]
 
 
 def _few_tokens(report: QuantizationReport) -> list[str]:
@@ -99,10 +111,14 @@ def _far_layers(report: QuantizationReport) -> list[str]:
     if not far:
         return []
     distance, worst = max(far, key=lambda item: item[0])
+    method = get_method(report.config.get("solver", DEFAULT))
+    known_options = {name: report.config[name] for name in ("beam_size",) if name in report.config}
+    helps = {help: None for _, layer in far for help in method.remedies(Format.parse(layer.scheme), known_options)}
+    cures = ", ".join([*helps, "a scheme with smaller codebooks if they are small"])
     return [
         f"Far from the Gaussian reference at the true rate (a reference, not a bound): {_names([x for _, x in far])}, "
-        f"up to {distance:.1f} dB in {worst.name} (median of all layers {middle:.1f} dB); give such layers a larger "
-        "beam_size or more sweeps, a scheme with smaller codebooks if they are small, or leave them out by --layers."
+        f"up to {distance:.1f} dB in {worst.name} (median of all layers {middle:.1f} dB); "
+        f"give such layers {cures}, or leave them out by --layers."
     ]
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def decibels(error: float, reference: float | None) -> float | None:
+def decibels(error: float | None, reference: float | None) -> float | None:
     """10 log10(error / reference); None where either is missing or zero."""
-    return 10 * math.log10(error / reference) if reference and error > 0 else None
+    return 10 * math.log10(error / reference) if reference and error and error > 0 else None
 
 
 @dataclasses.dataclass
@@ -27,7 +27,7 @@ class LayerReport:
     out_features: int
     in_features: int
     scheme: str
-    relative_error: float
+    relative_error: float | None
     bits_per_weight: float
     gaussian_code_rate: float | None = None
     gaussian_true_rate: float | None = None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from ..versions import versions
 from . import tables
 from .layers import BlockReport, LayerReport
+
+_DISTANCES = "dB: above the Gaussian reference, at the rate of the codes and at the true rate\n"
 
 
 @dataclasses.dataclass
@@ -53,15 +56,17 @@ class QuantizationReport:
         return 8 * self.stored_bytes / self.parameters if self.parameters else None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, with `bits_per_weight` and `effective_bits`; ready for JSON."""
+        """All fields, with `bits_per_weight` and `effective_bits`; ready for JSON, where NaN and Inf are null."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
-            **fields,
-            "bits_per_weight": self.bits_per_weight,
-            "effective_bits": self.effective_bits,
-            "layers": [layer.to_dict() for layer in self.layers],
-            "blocks": [block.to_dict() for block in self.blocks],
-        }
+        return _finite(
+            {
+                **fields,
+                "bits_per_weight": self.bits_per_weight,
+                "effective_bits": self.effective_bits,
+                "layers": [layer.to_dict() for layer in self.layers],
+                "blocks": [block.to_dict() for block in self.blocks],
+            }
+        )
 
     def __rich__(self) -> Any:
         """Tables for a rich console: layers by kind, blocks, sizes on disk, seconds by phase, diagnoses."""
@@ -69,7 +74,7 @@ class QuantizationReport:
 
         parts = [
             tables.layer_table(self.layers, self.bits_per_weight, self.effective_bits, bool(self.blocks)),
-            "dB: above the Gaussian reference, at the rate of the codes and at the true rate\n",
+            *([_DISTANCES] if tables.has_reference(self.layers) else []),
             *([tables.block_table(self.blocks)] if self.blocks else []),
             tables.size_table(self.sizes),
             *([self.note] if self.note else []),
@@ -80,8 +85,18 @@ class QuantizationReport:
 
     def _summary(self) -> str:
         phases = " · ".join(f"{name} {seconds:.1f}" for name, seconds in self.phases.items())
+        start = f", each beginning with {self.data['bos']}" if self.data.get("bos") else ""
         return (
-            f"{self.sequences} sequences, {self.tokens:,} tokens · {self.threads} threads, {self.isa} · "
+            f"{self.sequences} sequences, {self.tokens:,} tokens{start} · {self.threads} threads, {self.isa} · "
             f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB\n"
             f"seconds: {phases} · total {sum(self.phases.values()):.1f}"
         )
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for the numbers that JSON does not have: no report keeps a finished run from being saved."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -9,10 +9,17 @@ from ..model.kinds import kind_of
 from ..units import megabytes
 from .layers import BlockReport, LayerReport
 
+DISTANCES = ("db_above_code_rate", "db_above_true_rate")  # of a LayerReport
+
 
 def db_text(distance: float | None) -> str:
     """A distance for people: "+1.23", or a dash where there is none."""
     return "-" if distance is None else f"{distance:+.2f}"
+
+
+def has_reference(layers: Sequence[LayerReport]) -> bool:
+    """Whether any layer was compared with Gaussian weights."""
+    return any(layer.gaussian_true_rate is not None for layer in layers)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -43,10 +50,11 @@ def layer_table(
     """Errors by kind of layer, of blocks that were `tuned` afterwards or not; `--json` has each layer."""
     embeddings = sum(layer.embedding for layer in layers)
     count = f"{len(layers) - embeddings} layers" + (f" and {embeddings} embeddings" if embeddings else "")
+    referenced = has_reference(layers)
     table = make_table(
         f"{count}, {bits_text(bits_per_weight, effective_bits)}; means over blocks"
         + (", before fine-tuning" if tuned else ""),
-        ("layer", "n", "out x in", "error", "worst", "dB code", "dB true", "bits"),
+        ("layer", "n", "out x in", "error", "worst", *(("dB code", "dB true") if referenced else ()), "bits"),
     )
     mixed = len({layer.scheme for layer in layers}) > 1
     groups: dict[tuple[str, str], list[LayerReport]] = {}
@@ -54,15 +62,15 @@ def layer_table(
         kind = f"{kind_of(layer.name)} {layer.scheme}" if mixed else kind_of(layer.name)
         groups.setdefault((kind, f"{layer.out_features}x{layer.in_features}"), []).append(layer)
     for (kind, shape), alike in groups.items():
-        errors = [layer.relative_error for layer in alike]
+        errors = [layer.relative_error for layer in alike if layer.relative_error is not None]
+        distances = [db_text(_mean([getattr(layer, name) for layer in alike])) for name in DISTANCES if referenced]
         table.add_row(
             kind,
             str(len(alike)),
             shape,
-            f"{_mean(errors):.5f}",
-            f"{max(errors):.5f}",
-            db_text(_mean([layer.db_above_code_rate for layer in alike])),
-            db_text(_mean([layer.db_above_true_rate for layer in alike])),
+            error_text(_mean(errors)),
+            error_text(max(errors, default=None)),
+            *distances,
             f"{alike[0].bits_per_weight:.2f}",
         )
     return table

@@ -73,14 +73,25 @@ def finetune_block(
         return _Tuner(index, blocks, quantized, inputs, targets, ahead, config).run(name, search)
 
 
-class _Trained:
-    """A tensor in training, as start + size * change, so that Adam's steps are relative to size (zeros stay)."""
+def _above_zero(square: Tensor) -> Tensor:
+    """Of outputs that are zero everywhere too: an error is then what it is, not NaN."""
+    return square.clamp(min=1e-30)
 
-    def __init__(self, parameter: nn.Parameter, rate: float, *, common_size: bool = False) -> None:
+
+class _Trained:
+    """A tensor in training, as start + size * change, so that Adam's steps are relative to size (where that is zero, it
+    stays).
+    """
+
+    def __init__(
+        self, parameter: nn.Parameter, rate: float, *, common_size: bool = False, zeros_stay: bool = False
+    ) -> None:
         self.parameter, self.rate = parameter, rate
         self.start = parameter.detach().to(torch.float32, copy=True)
         rms = self.start.square().mean().sqrt()
         self.size = rms if common_size else self.start.abs().clamp(min=_SMALL * rms)
+        if zeros_stay:
+            self.size = self.size * (self.start != 0)
         self.change = torch.zeros_like(self.start).requires_grad_()
 
     def value(self, rounded: bool) -> Tensor:
@@ -111,7 +122,7 @@ class _Tuner:
         rate = tuning.finetune_learning_rate
         layers = quantized.items()
         self.codebooks = {name: _Trained(layer.codebooks, rate, common_size=True) for name, layer in layers}
-        self.scales = {name: _Trained(layer.scales, rate * _OTHERS) for name, layer in layers}
+        self.scales = {name: _Trained(layer.scales, rate * _OTHERS, zeros_stay=True) for name, layer in layers}
         biases = ((name, layer.bias) for name, layer in layers)
         kept = {f"{name}.bias": bias for name, bias in biases if bias is not None}  # the dense layers have copies
         dense = {f"{name}.weight" for name in quantized}
@@ -201,7 +212,9 @@ class _Tuner:
         """The relative errors that are tuned for, of one batch."""
         targets = (goal.hidden[batch].float() for goal in self.goals)
         pairs = zip(self._outputs(batch), targets, strict=True)
-        return [(output.float() - target).square().sum() / target.square().sum() for output, target in pairs]
+        return [
+            (output.float() - target).square().sum() / _above_zero(target.square().sum()) for output, target in pairs
+        ]
 
     def _outputs(self, batch: int, rounded: bool = False) -> list[Tensor]:
         """What the trained block gives for a batch and, with lookahead, what the blocks ahead make of it."""
@@ -236,7 +249,7 @@ class _Tuner:
                 target = goal.hidden[batch].float()
                 sums[i, 0] += (output.float() - target).square().sum().double().cpu()
                 sums[i, 1] += target.square().sum().double().cpu()
-        errors = sums[:, 0] / sums[:, 1]
+        errors = sums[:, 0] / _above_zero(sums[:, 1])
         return errors[0].item(), errors.mean().item()
 
     def _better(self, own: float, objective: float) -> bool:

@@ -3,22 +3,8 @@
 
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 _Thread_local PyThreadState *released;
-
-int poll_signals(void) {
-    static _Thread_local struct timespec last;
-    struct timespec now;
-    if (!released || clock_gettime(CLOCK_MONOTONIC, &now)) return 0;
-    const int64_t elapsed = (int64_t)(now.tv_sec - last.tv_sec) * 1000000000 + (now.tv_nsec - last.tv_nsec);
-    if (elapsed < 50000000) return 0;
-    last = now;
-    PyEval_RestoreThread(released);
-    const int stop = PyErr_CheckSignals();
-    released = PyEval_SaveThread();
-    return stop;
-}
 
 PyObject *raise_status(aqlm_status status, const char *function) {
     if (PyErr_Occurred()) return NULL; /* the signal handler's own exception */

@@ -32,9 +32,6 @@ extern _Thread_local PyThreadState *released; /* NULL: this thread is not inside
         released = NULL;                                                                                               \
     } while (0)
 
-/* Answers Ctrl-C: the core polls from the calling thread, which here takes the GIL back for a moment. */
-int poll_signals(void);
-
 PyObject *raise_status(aqlm_status status, const char *function); /* NULL */
 
 /* A C-contiguous array of exactly this dtype and shape (dims < 0: any, and filled in). New reference or NULL. */

@@ -3,6 +3,7 @@
 #define AQLM_IMPORTS_NUMPY
 #include "python/arguments.h"
 #include "python/settings.h"
+#include "python/signals.h"
 
 #include <stdlib.h>
 
@@ -27,8 +28,17 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* Answers Ctrl-C: the core polls from the calling thread, which here takes the GIL back for a moment. */
+static int poll_signals(void) {
+    if (!released || !may_look_for_signals()) return 0;
+    PyEval_RestoreThread(released);
+    const int stop = PyErr_CheckSignals();
+    released = PyEval_SaveThread();
+    return stop;
+}
+
 static int module_exec(PyObject *module) {
-    if (PyArray_ImportNumPyAPI() < 0 || PyModule_AddFunctions(module, quantizer_methods) ||
+    if (PyArray_ImportNumPyAPI() < 0 || !find_main_thread() || PyModule_AddFunctions(module, quantizer_methods) ||
         PyModule_AddFunctions(module, product_methods))
         return -1;
     aqlm_set_poll(poll_signals);

@@ -14,5 +14,9 @@ inline Tensor as_contiguous(const Tensor &t) { return t.is_contiguous() ? t : to
 /* The core cuts its loops for as many threads as torch.set_num_threads says. */
 inline void follow_torch_threads() { aqlm_set_num_threads(static_cast<int>(torch::stable::get_num_threads())); }
 
+/* Whether this thread is inside an op that Ctrl-C stops. Products are short, and run inside what would not expect it.
+ */
+inline thread_local bool answers_signals = false;
+
 } // namespace aqlm_torch
 #endif

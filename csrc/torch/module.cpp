@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "aqlm.h"
+#include "cpu.h"
 #include "python/settings.h"
+#include "python/signals.h"
 
 namespace {
 
@@ -14,8 +16,20 @@ void run_on_torch_threads(int64_t begin, int64_t end, int64_t grain, aqlm_range_
     torch::stable::parallel_for(begin, end, grain, [=](int64_t first, int64_t last) { fn(first, last, ctx); });
 }
 
+/* Answers Ctrl-C inside a verb of the quantizer. What the handler raises stays set: torch makes it the cause of the
+ * error that the verb then ends with. */
+int poll_signals() {
+    if (!aqlm_torch::answers_signals || !may_look_for_signals()) return 0;
+    const PyGILState_STATE state = PyGILState_Ensure(); /* torch has released it */
+    const int stop = PyErr_CheckSignals();
+    PyGILState_Release(state);
+    return stop;
+}
+
 int exec_module(PyObject *) {
+    if (!find_main_thread()) return -1;
     aqlm_set_parallel(run_on_torch_threads);
+    aqlm_set_poll(poll_signals);
     return 0;
 }
 

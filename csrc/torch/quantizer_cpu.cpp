@@ -1,6 +1,6 @@
 /* quantizer_cpu.cpp: the torch binding's quantizer: aqlm/quantizer.h on tensors of the CPU. Arguments, results and bits
  * are those of `_core` (aqlm_c/_core.pyi); working codes are torch.uint16, scalars 0-dim float64. What is wrong with a
- * tensor or a number raises ValueError. Ctrl-C is answered when an op returns: torch's threads run its loops. */
+ * tensor or a number raises ValueError, and so does Ctrl-C, with KeyboardInterrupt as the cause (core/verbs.py). */
 #include <cmath>
 #include <initializer_list>
 #include <optional>
@@ -296,6 +296,18 @@ Tensor unpack_codes(const Tensor &codes, int64_t nbits_per_codebook) {
     });
 }
 
+/* The verb, while which Ctrl-C is answered. */
+template <auto verb> struct answering;
+template <class Result, class... Arguments, Result (*verb)(Arguments...)> struct answering<verb> {
+    static Result call(Arguments... arguments) {
+        struct Answers {
+            Answers() { answers_signals = true; }
+            ~Answers() { answers_signals = false; }
+        } const answers;
+        return verb(arguments...);
+    }
+};
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(aqlm_c, m) {
@@ -320,18 +332,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aqlm_c, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CPU, m) {
-    m.impl("residual_kmeans", TORCH_BOX(&residual_kmeans));
-    m.impl("accumulate_hessian", TORCH_BOX(&accumulate_hessian));
-    m.impl("factor_hessian", TORCH_BOX(&factor_hessian));
-    m.impl("search_sweep", TORCH_BOX(&search_sweep));
-    m.impl("search_ldl", TORCH_BOX(&search_ldl));
-    m.impl("update_codebooks", TORCH_BOX(&update_codebooks));
-    m.impl("update_scales", TORCH_BOX(&update_scales));
-    m.impl("update_adam", TORCH_BOX(&update_adam));
-    m.impl("quantization_error", TORCH_BOX(&quantization_error));
-    m.impl("gaussian_reference", TORCH_BOX(&gaussian_reference));
-    m.impl("pack_codes", TORCH_BOX(&pack_codes));
-    m.impl("unpack_codes", TORCH_BOX(&unpack_codes));
+    m.impl("residual_kmeans", TORCH_BOX(&answering<&residual_kmeans>::call));
+    m.impl("accumulate_hessian", TORCH_BOX(&answering<&accumulate_hessian>::call));
+    m.impl("factor_hessian", TORCH_BOX(&answering<&factor_hessian>::call));
+    m.impl("search_sweep", TORCH_BOX(&answering<&search_sweep>::call));
+    m.impl("search_ldl", TORCH_BOX(&answering<&search_ldl>::call));
+    m.impl("update_codebooks", TORCH_BOX(&answering<&update_codebooks>::call));
+    m.impl("update_scales", TORCH_BOX(&answering<&update_scales>::call));
+    m.impl("update_adam", TORCH_BOX(&answering<&update_adam>::call));
+    m.impl("quantization_error", TORCH_BOX(&answering<&quantization_error>::call));
+    m.impl("gaussian_reference", TORCH_BOX(&answering<&gaussian_reference>::call));
+    m.impl("pack_codes", TORCH_BOX(&answering<&pack_codes>::call));
+    m.impl("unpack_codes", TORCH_BOX(&answering<&unpack_codes>::call));
 }
 
 } // namespace aqlm_torch

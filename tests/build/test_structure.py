@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "aqlm_c"
 # stands for all its modules that have no line of their own.
 LAYERS = [
     {"errors", "versions", "environment", "_core", "_torch", "_cuda", "model.kinds"},
-    {"units"},
+    {"units", "model.positions"},
     {"files", "format", "config"},
     {"core"},
     {"methods"},

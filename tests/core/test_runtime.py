@@ -116,3 +116,97 @@ def test_other_python_threads_run_meanwhile():
     thread.join()
     inside = [t for t in ticks if started < t < ended]
     assert ended - started > 0.1 and len(inside) > 5
+
+
+DAEMONS = """
+import threading, time
+import numpy as np
+from aqlm_c import _core
+
+W, scales = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32), np.ones(256, np.float32)
+
+
+def deep(n):  # below C frames, as a stack in use is
+    if n:
+        return list(map(deep, [n - 1]))
+    while True:
+        _core.residual_kmeans(W, scales, 4, 10, 8, 1000, 0.0)
+
+
+class Late:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.4)  # the interpreter ends, which asks of every thread that wants the GIL to end
+
+
+late = Late()
+_core.set_num_threads(3)
+for _ in range(4):
+    threading.Thread(target=deep, args=(60,), daemon=True).start()
+time.sleep(0.2)
+"""
+
+
+def test_daemon_threads_inside_the_core_when_the_interpreter_ends():
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", DAEMONS], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("bits", [16, 23])
+def test_the_isa_may_change_while_products_run(bits):
+    """Each product is made by one table of kernels, whoever switches meanwhile."""
+    names = _core.available_isas()
+    if len(names) < 2:
+        pytest.skip("this CPU has one instruction set")
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-128, 128, (512, 64, 2)).astype(np.int8)
+    codebooks = rng.standard_normal((2, 256, 1, 8)).astype(np.float32)
+    x, scales = rng.standard_normal((4, 512)).astype(np.float32), np.ones(512, np.float32)
+    isa, exact, done = _core.get_isa(), _core.get_exact(), threading.Event()
+
+    def switch():
+        while not done.is_set():
+            for name in names:
+                _core.set_isa(name)
+                time.sleep(1e-4)
+
+    _core.set_exact(None if bits == 23 else False)
+    thread = threading.Thread(target=switch)
+    try:
+        truth = _core.matmul(x, codes, codebooks, scales)
+        thread.start()
+        for _ in range(400):
+            np.testing.assert_array_equal(_core.matmul(x, codes, codebooks, scales), truth)
+    finally:
+        done.set()
+        if thread.ident:
+            thread.join()
+        _core.set_isa(isa)
+        _core.set_exact(exact)
+
+
+def test_signals_are_answered_in_a_child_that_a_thread_forked():
+    code = """
+import os, signal, threading, numpy as np
+from aqlm_c import _core
+
+def work():
+    while True:
+        _core.residual_kmeans(np.ones((256, 256), np.float32), np.ones(256, np.float32), 4, 10, 8, 1000, 0.0)
+
+def forks():
+    global child
+    child = os.fork()
+    if child == 0:  # this thread is the main one here
+        signal.alarm(20)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.2)
+        signal.signal(signal.SIGVTALRM, lambda *_: os._exit(7))
+        work()
+
+thread = threading.Thread(target=forks)
+thread.start()
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "7", done.stderr

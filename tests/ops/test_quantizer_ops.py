@@ -179,3 +179,25 @@ def test_the_schemas_are_the_signatures_of_core():
         assert [a.name for a in arguments] == [a.arg for a in functions[verb].args], verb
         defaults = [ast.literal_eval(node) for node in functions[verb].defaults]
         assert [a.default_value for a in arguments if a.has_default_value()] == defaults, verb
+
+
+def test_ctrl_c_stops_a_verb(threads):
+    import signal
+    import threading
+    import time
+
+    from aqlm_c import Format
+    from aqlm_c.core import verbs
+
+    W = torch.from_numpy(random_layer(512, 512)[0])
+    arguments = (W, torch.ones(512), Format.parse("8x12g8"), 10_000, 0.0, 0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        started = time.monotonic()
+        threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
+        with pytest.raises(KeyboardInterrupt):
+            verbs.residual_kmeans(*arguments)
+        assert time.monotonic() - started < 2.5
+    finally:
+        signal.signal(signal.SIGINT, before)
+    same("residual_kmeans", W.numpy()[:64], np.ones(64, np.float32), 2, 4, 8)  # the next call is not disturbed

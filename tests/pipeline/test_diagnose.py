@@ -112,3 +112,28 @@ def test_layers_far_from_the_reference():
         "median of all layers 2.6 dB",
     )
     only(QuantizationReport(layers=layers(db=12.0), tokens=65536), "7 layers", "12.0 dB")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "config", "said", "unsaid"),
+    [
+        ("2x8g8", {}, "give such layers more sweeps (max_sweeps), a scheme", "beam_size"),
+        ("2x8g8", {"beam_size": 16}, "give such layers beam_size=0, which is exact for two codebooks, more", "larger"),
+        ("1x16g8", {}, "give such layers more sweeps", "beam_size"),
+        ("2x12g8", {}, "give such layers a larger beam_size, more sweeps", "beam_size=0"),
+        ("4x8g8", {}, "give such layers a larger beam_size, more sweeps", "beam_size=0"),
+        ("2x8g8", {"solver": "paper"}, "a larger beam_size, more Adam steps (adam_steps)", "sweeps"),
+        ("1x8g8", {"solver": "paper"}, "give such layers more Adam steps", "beam_size"),
+        ("2x8g8", {"solver": "rtn"}, "give such layers another solver", "beam_size"),
+    ],
+)
+def test_advice_is_what_helps_this_format(scheme, config, said, unsaid):
+    far = layers(scheme, out=2**20, in_features=4096, db=12.0)
+    sentence = only(QuantizationReport(layers=far, tokens=65536, config=config), said, "or leave them out by --layers")
+    assert unsaid not in sentence
+
+
+def test_layers_that_no_token_reached():
+    silent = layers(n=2, tokens=0)
+    only(QuantizationReport(layers=layers() + silent, tokens=65536), "No calibration token reached 2 layers", "white")
+    assert diagnose(QuantizationReport(layers=layers(tokens=0))) == []  # without data

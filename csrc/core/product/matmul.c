@@ -24,11 +24,13 @@ static _Atomic int exact = NOT_ASKED;
 void aqlm_set_exact(int choice) { exact = choice < 0 ? -1 : choice != 0; }
 
 int aqlm_get_exact(void) {
-    if (exact == NOT_ASKED) {
+    int choice = exact;
+    if (choice == NOT_ASKED) { /* unless another thread chooses meanwhile */
         const char *wish = getenv("AQLM_C_EXACT");
-        aqlm_set_exact(wish && *wish ? strcmp(wish, "0") != 0 : -1);
+        const int asked = wish && *wish ? strcmp(wish, "0") != 0 : -1;
+        if (atomic_compare_exchange_strong(&exact, &choice, asked)) choice = asked;
     }
-    return exact;
+    return choice;
 }
 
 /* The instruction set chosen for the core has no say in this, so that results do not depend on it. */
@@ -43,13 +45,13 @@ static int64_t least_bf16_rows(const aqlm_weight *w) {
 
 static aqlm_path path_of(const aqlm_weight *w, aqlm_dtype dtype, int64_t n_rows, bool caller_has_bf16) {
     if (aqlm_check_weight(w) || n_rows < 1) return AQLM_PATH_NONE;
-    if (aqlm_get_exact() > 0) return AQLM_PATH_TILES;
+    const int choice = aqlm_get_exact();
+    if (choice > 0) return AQLM_PATH_TILES;
     if (aqlm_bf16_fits(w, dtype)) {
         if (n_rows >= least_bf16_rows(w)) return AQLM_PATH_BF16;
     } else if (caller_is_faster(dtype, n_rows, caller_has_bf16)) return AQLM_PATH_CALLER;
     if (n_rows > MOST_ROWS_BY_CODES) return AQLM_PATH_TILES;
-    if (aqlm_tables_fit(w))
-        return dtype == AQLM_F32 && aqlm_get_exact() < 0 ? AQLM_PATH_TABLES_23BIT : AQLM_PATH_TABLES_16BIT;
+    if (aqlm_tables_fit(w)) return dtype == AQLM_F32 && choice < 0 ? AQLM_PATH_TABLES_23BIT : AQLM_PATH_TABLES_16BIT;
     return aqlm_gather_fits(w) ? AQLM_PATH_GATHER : AQLM_PATH_TILES;
 }
 

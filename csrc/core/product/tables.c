@@ -38,6 +38,7 @@ enum { SHORT_RADIUS = 32760 };
 
 typedef struct tables_job {
     const aqlm_weight *w;
+    const aqlm_kernels *isa; /* one for the whole call: each lays tables out in its own way */
     int planes;
     int64_t n_rows, per_row, blocks, padded; /* rows in this pass; codes of an output; blocks of them; outputs */
     int64_t chunks, parts, group;            /* items of work: chunks of blocks, by parts of the outputs */
@@ -172,14 +173,14 @@ static float make_block(cursor *c, uint8_t *tables, int64_t block, int64_t row) 
         int16_t scaled[AQLM_TABLE_BLOCK * 32];
         const float inverse = usable ? (float)(SHORT_RADIUS / longest) : 0.0f;
         for (int64_t v = 0; v < groups * g; v++) scaled[v] = usable ? round_short(x[v] * inverse) : 0;
-        aqlm_isa()->make_short_tables(tables, scaled, job->short_ct, K, g, first % K, n, ahead);
+        job->isa->make_short_tables(tables, scaled, job->short_ct, K, g, first % K, n, ahead);
         step = bound * (1 << AQLM_TABLE_SHIFT) / ((double)SHORT_RADIUS * SHORT_RADIUS);
     } else {
         float scaled[AQLM_TABLE_BLOCK * 32];
         const double most = aqlm_table_largest(job->planes) - 1; /* 1 below, for rounding */
         const float inverse = usable ? (float)(most / bound) : 0.0f;
         for (int64_t v = 0; v < groups * g; v++) scaled[v] = usable ? x[v] * inverse : 0.0f;
-        aqlm_isa()->make_tables(tables, scaled, job->ct, K, g, first % K, n, ahead);
+        job->isa->make_tables(tables, scaled, job->ct, K, g, first % K, n, ahead);
         step = bound / most;
     }
     return usable ? (float)step : bound <= 1e-30 ? 0.0f : NAN;
@@ -189,7 +190,7 @@ static float make_block(cursor *c, uint8_t *tables, int64_t block, int64_t row) 
  * Packed codes are looked up where they lie; others are transposed, two blocks at a time. */
 static void look_up(cursor *c, float *sums, uint8_t *tables, int64_t begin, int64_t end) {
     const tables_job *job = c->job;
-    const aqlm_kernels *isa = aqlm_isa();
+    const aqlm_kernels *isa = job->isa;
     const bool packed = job->w->packed;
     const int64_t out = job->w->shape.out_features, step = job->per_row, rows = job->n_rows;
     const int64_t table_bytes = AQLM_TABLE_BLOCK * job->planes * AQLM_PLANE;
@@ -273,7 +274,7 @@ aqlm_status aqlm_tables_matmul(void *y, const void *x, aqlm_dtype dtype, const a
                                int bits, int64_t n_rows, void *workspace, size_t workspace_size) {
     if (!aqlm_tables_fit(w)) return AQLM_BAD_ARGUMENT;
     const aqlm_shape *s = &w->shape;
-    tables_job job = {.w = w, .dtype = dtype, .planes = planes_of(bits)};
+    tables_job job = {.w = w, .isa = aqlm_isa(), .dtype = dtype, .planes = planes_of(bits)};
     const layout l = lay_out(&job, w, n_rows);
     const int64_t left = (int64_t)workspace_size - l.scratch * (int64_t)sizeof(float);
     job.n_pieces = aqlm_min(job.n_pieces, left / job.scratch_size);

@@ -6,6 +6,7 @@
 #include "core/runtime/parallel.h"
 #include "core/runtime/rng.h"
 
+#include <float.h>
 #include <math.h>
 
 enum {
@@ -184,7 +185,7 @@ aqlm_status aqlm_residual_kmeans(uint16_t *codes, float *codebooks, const float 
                      .status = {AQLM_OK}};
         for (int64_t i = 0; i < in; i++) weight_of[i] = column_weight ? column_weight[i] : 1.0f;
         for (int64_t o = 0; o < out; o++) {
-            const float inverse = scales[o] != 0.0f ? 1.0f / scales[o] : 0.0f;
+            const float inverse = fabsf(scales[o]) >= FLT_MIN ? 1.0f / scales[o] : 0.0f;
             row_weight[o] = scales[o] * scales[o];
             for (int64_t i = 0; i < in; i++) f[o * in + i] = weight[o * in + i] * inverse;
         }

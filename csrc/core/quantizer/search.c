@@ -18,6 +18,7 @@
 #include "core/runtime/rng.h"
 
 #include <assert.h>
+#include <float.h>
 #include <math.h>
 
 enum { BLOCK_COLS = 128, CHUNK_ROWS = 512, MOST_BEAM = 64, MOST_K = 8 };
@@ -355,7 +356,7 @@ static void walk_chunk(search *x, view *v, beam *b, walk *k, int64_t r0, int64_t
                 return;
             }
             for (int64_t r = 0; r < rows; r++) {
-                const float scale = s->scales[r0 + r], inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
+                const float scale = s->scales[r0 + r], inverse = fabsf(scale) >= FLT_MIN ? 1.0f / scale : 0.0f;
                 const float *w = s->weight + (r0 + r) * in + j * g, *D = k->D + r * in + i * g;
                 const float *T = k->T + r * k->ldt + (i - b0) * g;
                 float *target = k->targets + r * g, base[32];

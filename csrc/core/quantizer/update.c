@@ -89,7 +89,10 @@ aqlm_status aqlm_update_scales(float *scales, const float *weight, const float *
     layer l = {weight, H, NULL, codebooks, codes, shape, false, NULL, sums, {AQLM_OK}};
     status = product(&l);
     for (int64_t o = 0; o < shape->out_features && !status; o++)
-        if (sums[2 * o] > 0.0) scales[o] = (float)(sums[2 * o + 1] / sums[2 * o]);
+        if (sums[2 * o] > 0.0) {
+            const float scale = (float)(sums[2 * o + 1] / sums[2 * o]);
+            if (isfinite(scale)) scales[o] = scale;
+        }
     free(sums);
     return status;
 }

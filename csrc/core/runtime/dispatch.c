@@ -2,10 +2,11 @@
 #include "aqlm/runtime.h"
 #include "core/runtime/isa.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
-static const aqlm_kernels *chosen;
+static const aqlm_kernels *_Atomic chosen; /* another thread may choose while products run */
 static const char *names[5];
 static const aqlm_kernels *tables[4];
 static int count;
@@ -43,7 +44,7 @@ __attribute__((constructor)) static void find_isas(void) {
 
 const aqlm_kernels *aqlm_isa(void) { return chosen; }
 const aqlm_bf16_kernels *aqlm_bf16_isa(void) { return bf16; }
-const char *aqlm_get_isa(void) { return chosen->name; }
+const char *aqlm_get_isa(void) { return aqlm_isa()->name; }
 const char *const *aqlm_available_isas(void) { return names; }
 
 aqlm_status aqlm_set_isa(const char *name) {

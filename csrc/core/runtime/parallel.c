@@ -95,9 +95,26 @@ static void run_threads(int64_t begin, int64_t end, int64_t grain, aqlm_range_fn
     for (int i = 0; i < started; i++) pthread_join(thread[i], NULL);
 }
 
+/* What the host's runner is given: on its threads the calling thread's flag counts, and that one alone polls. */
+typedef struct hosted {
+    aqlm_range_fn fn;
+    void *ctx;
+    _Atomic bool *cancel;
+} hosted;
+
+static void run_hosted(int64_t begin, int64_t end, void *ctx) {
+    const hosted *h = ctx;
+    _Atomic bool *before = flag_of_caller;
+    flag_of_caller = h->cancel == &own_flag ? NULL : h->cancel;
+    h->fn(begin, end, h->ctx);
+    flag_of_caller = before;
+}
+
 void aqlm_parallel(int64_t begin, int64_t end, int64_t grain, aqlm_range_fn fn, void *ctx) {
     if (begin >= end) return;
     grain = aqlm_max(grain, 1);
-    if (runner) runner(begin, end, grain, fn, ctx);
-    else run_threads(begin, end, grain, fn, ctx);
+    if (runner) {
+        hosted h = {fn, ctx, cancel_flag()};
+        runner(begin, end, grain, run_hosted, &h);
+    } else run_threads(begin, end, grain, fn, ctx);
 }
