@@ -62,6 +62,8 @@ class AqlmQuantizer(HfQuantizer):
                 *names.new_linears(model, tensors or ()),
             ]
             swap_linears(model, config.layer_config(), dense, tensors)
+            for _, layer in checkpoint.quantized_linears(model):
+                layer.is_loading = True
         if tensors is not None:
             self._stored = names.check_names(model, tensors, self)
         if not self.pre_quantized:
@@ -95,6 +97,7 @@ class AqlmQuantizer(HfQuantizer):
         for name, linear in checkpoint.quantized_linears(model):
             checkpoint.check_values(name, linear, self._stored)
             linear.pack()
+            linear.is_loading = False
             files.copied(linear.codes.nbytes)
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
