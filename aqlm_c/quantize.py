@@ -70,6 +70,7 @@ def quantize_model(
     activations. Raises OSError if `work_dir` cannot be written; what is finished in it stays usable.
     """
     from .hf.quantizer import attach
+    from .hf.skeleton import check_loads
 
     if batch_size is not None:
         int_between("batch_size", batch_size, 1)
@@ -84,6 +85,8 @@ def quantize_model(
             f"work_dir: got {str(work_dir)!r} without sequences, expected None: nothing is kept without data"
         )
     options = {"layers": layers, "progress": progress, "work_dir": work_dir, "memory_limit": memory_limit}
-    report = Pipeline(model, config, calibration, **options).run()
+    pipeline = Pipeline(model, config, calibration, **options)
+    check_loads(model, pipeline.plan.targets(), config)
+    report = pipeline.run()
     attach(model, config)
     return report
