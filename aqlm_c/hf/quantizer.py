@@ -16,7 +16,7 @@ from ..model.embeddings import Embeddings, find_embeddings, tie, untie
 from ..nn.embedding import quantized_class
 from ..nn.grouped import join_linears
 from ..recipe import AqlmConfig as LayerConfig
-from . import memory, names
+from . import memory, names, skeleton
 from .config import AqlmConfig
 from .onthefly import check_device_map
 
@@ -58,7 +58,7 @@ class AqlmQuantizer(HfQuantizer):
         tensors = names.taken(model, checkpoint.read_headers(files)) if files else None
         self.place(model, tensors)
         if not self.pre_quantized:
-            self._sequences = config.on_the_fly.sequences(model)
+            self._sequences = self.quantization_config.on_the_fly.sequences(model)
 
     def place(self, model: Any, tensors: Mapping[str, checkpoint.StoredTensor] | None) -> None:
         """Put empty quantized layers into a quantized model's places, and check that `tensors` are what it lacks.
@@ -80,7 +80,7 @@ class AqlmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
             on_the_fly = self.quantization_config.on_the_fly
-            report = on_the_fly.quantize(model, self._sequences)
+            report = on_the_fly.quantize(model, self._sequences, check_loads)
             attach(model, on_the_fly.config)
             model.hf_quantizer.report = report
         if self._rounded and self._stored:
@@ -227,6 +227,15 @@ def attach(model: Any, config: LayerConfig) -> None:
     model.is_quantized = True
     model.quantization_method = hf_config.quant_method
     quantizer.postprocess_model(model)
+
+
+def check_loads(model: Any, formats: Mapping[str, Format], config: LayerConfig) -> None:
+    """Raise ValueError if `model`, its layers quantized to `formats`, would be saved as what cannot be loaded.
+
+    Asked before the work. formats: by the names of the layers, experts taken apart. The message names the tensor that
+    has no place, or that nothing fills.
+    """
+    skeleton.check_loads(model, formats, lambda planned: attach(planned, config))
 
 
 def _format_of(

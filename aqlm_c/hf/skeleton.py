@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,7 @@ from ..model import experts
 from ..model.embeddings import find_embeddings, tie
 from ..nn.embedding import quantized_class
 from ..pipeline.block import disk_dtype
-from ..recipe import AqlmConfig
 from . import names
-from .quantizer import AqlmQuantizer, attach
 
 try:
     from transformers.core_model_loading import revert_weight_conversion
@@ -34,19 +32,21 @@ _FILE = Path("model.safetensors")
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int8: "I8", torch.int16: "I16"}
 
 
-def check_loads(model: Any, formats: Mapping[str, Format], config: AqlmConfig) -> None:
+def check_loads(model: Any, formats: Mapping[str, Format], attach: Callable[[Any], None]) -> None:
     """Raise ValueError if `model`, its layers quantized to `formats`, would be saved as what cannot be loaded.
 
-    formats: by the names of the layers, experts taken apart. The names and shapes that `save_pretrained` would write are
-    matched with what `from_pretrained` expects, conversions of transformers included. Nothing is asked of a model of
-    another library. The message names the tensor that has no place, or that nothing fills.
+    The names and shapes that `save_pretrained` would write are matched with what `from_pretrained` expects, conversions
+    of transformers included. attach: makes a quantized model one that transformers can save. A model of another library
+    is asked nothing.
     """
     if not isinstance(model, PreTrainedModel):
         return
     try:
-        stored, planned = _planned(model, formats, config)
+        planned = _planned(model, formats)
+        attach(planned)
+        stored = _stored(planned)
         loaded = _empty(planned)
-        quantizer = AqlmQuantizer(planned.config.quantization_config)
+        quantizer = type(planned.hf_quantizer)(planned.config.quantization_config)
         if hasattr(quantizer, "_convert_model_for_quantization"):  # as transformers does before
             quantizer._convert_model_for_quantization(loaded)
         quantizer.place(loaded, names.taken(loaded, stored))
@@ -58,10 +58,8 @@ def check_loads(model: Any, formats: Mapping[str, Format], config: AqlmConfig) -
         ) from error
 
 
-def _planned(
-    model: PreTrainedModel, formats: Mapping[str, Format], config: AqlmConfig
-) -> tuple[dict[str, checkpoint.StoredTensor], Any]:
-    """The tensors that would be written, and the model that they are of."""
+def _planned(model: PreTrainedModel, formats: Mapping[str, Format]) -> Any:
+    """The quantized model, on the meta device."""
     planned = _empty(model)
     planned.tie_weights()
     if conversions := getattr(model, "_weight_conversions", None):
@@ -75,7 +73,11 @@ def _planned(
         planned.set_submodule(name, quantized_class(module).empty(module, format, dtype))
         if embeddings.tied and name == embeddings.input:
             tie(planned, embeddings)
-    attach(planned, config)
+    return planned
+
+
+def _stored(planned: Any) -> dict[str, checkpoint.StoredTensor]:
+    """The tensors that `save_pretrained` would write."""
     tensors, seen = {}, set()
     for name, tensor in planned.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:  # of tied ones the first
@@ -88,7 +90,7 @@ def _planned(
     return {
         name: checkpoint.StoredTensor(_FILE, _DTYPES.get(tensor.dtype, "other"), tuple(tensor.shape))
         for name, tensor in tensors.items()
-    }, planned
+    }
 
 
 def _check_parameters(model: torch.nn.Module, planned: torch.nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The conversions between a checkpoint's tensors and the model's, such as joining q, k and v, where layers are quantized.
+"""Conversions between a checkpoint's tensors and the model's, such as joining q, k and v, where layers are quantized.
 
 transformers 5 has them by name, whatever is called so. Codes of a linear can be neither joined nor split: a quantized
 layer is stored under its own name in the model. Older transformers convert nothing but names.
@@ -6,6 +6,7 @@ layer is stored under its own name in the model. Older transformers convert noth
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable
 from typing import Any
@@ -37,9 +38,7 @@ def keep_names(model: Any) -> None:
     own = getattr(model, "_weight_conversions", None)
     if own is None:  # as transformers has it for a model that was not loaded
         own = [
-            each
-            for each in get_model_conversion_mapping(model, add_legacy=False)
-            if not isinstance(each, PrefixChange)
+            each for each in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(each, PrefixChange)
         ]
     kept = without_quantized(own, model)
     if len(kept) < len(own):
@@ -49,8 +48,6 @@ def keep_names(model: Any) -> None:
 def _takes(converter: Any, names: Iterable[str]) -> bool:
     """Whether a converter, on saving or on loading, takes one of the tensors `names`."""
     ways = [copy.deepcopy(converter)]  # which remember what they were used for
-    try:
+    with contextlib.suppress(NotImplementedError, ValueError, AttributeError):  # it cannot be saved
         ways.append(converter.reverse_transform())
-    except (NotImplementedError, ValueError, AttributeError):  # it cannot be saved
-        pass
     return any(way.rename_source_key(name)[1] is not None for way in ways for name in names)

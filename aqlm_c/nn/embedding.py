@@ -21,6 +21,7 @@ class QuantizedEmbedding(QuantizedLayer):
     """
 
     output_dtype: torch.dtype | None = None  # the model's, where codebooks are float32 to be tuned
+    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False  # of nn.Embedding, for who asks for them
 
     def __init__(
         self,
