@@ -133,14 +133,14 @@ class QuantizedLayer(nn.Module):
         decode = torch.no_grad()(functools.partial(self.dense_weight, dtype))
         return DecodedWeight(decode, size, dtype, device, settled=self.is_loading)
 
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self._refuse_weight()
+
     @property
     def weight_dtype(self) -> torch.dtype:
         """That of `weight`: of the dense weight that this one stands for, where that is known."""
         return self.dense_dtype or self.codebooks.dtype
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        self._refuse_weight()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight":

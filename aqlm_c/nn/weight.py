@@ -36,14 +36,14 @@ class DecodedWeight(Tensor):
         settled: bool = False,
     ) -> DecodedWeight:
         """decode: gives the values [size] of `dtype` on `device`. settled: changes are ignored, not refused."""
-        weight = Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        weight = Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=dtype, device=device)
         weight._decode, weight._settled = decode, settled
         return weight
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         written, is_view = _effects(func)
         for place, name in written:
@@ -63,7 +63,7 @@ class DecodedWeight(Tensor):
         return tree_map(lambda x: _of(lambda: x, x, settled) if isinstance(x, Tensor) else x, result)
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """Itself."""
         return self.detach()
 
@@ -73,7 +73,7 @@ class DecodedWeight(Tensor):
             raise _refused("data")
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         """False."""
         return False
 
@@ -98,7 +98,7 @@ class DecodedWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._decode().clone().__reduce_ex__(protocol)
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
 
