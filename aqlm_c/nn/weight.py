@@ -50,7 +50,7 @@ class DecodedWeight(Tensor):
             for tensor in tree_iter(args[place] if place < len(args) else kwargs.get(name)):
                 if isinstance(tensor, DecodedWeight):
                     if tensor._settled:
-                        return tensor
+                        return tensor if func._schema.returns else None
                     raise _refused(func)
         found = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, DecodedWeight)]
         settled = any(tensor._settled for tensor in found)
