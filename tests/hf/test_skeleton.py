@@ -9,7 +9,7 @@ from tiny import VOCABULARY, random_model, random_tokens, tiny_llama
 from torch import nn
 from transformers import GPTBigCodeConfig, MambaConfig
 
-import aqlm_c.hf  # noqa: F401  (registers)
+import aqlm_c.hf
 from aqlm_c.hf.quantizer import AqlmQuantizer, attach, check_loads
 from aqlm_c.io.checkpoint import save_quantized
 from aqlm_c.model import experts
@@ -196,7 +196,9 @@ def test_resizing_quantized_embeddings_is_refused(tied):
 def test_resizing_beside_a_quantized_head_is_refused_before_anything_changes():
     model = tiny_llama(tie_word_embeddings=False)
     quantize_model(model, TOKENS, scheme(rules={"lm_head": "1x8g8"}))
-    with pytest.raises(ValueError, match="resize_token_embeddings: got 100, expected 96, the rows of a QuantizedLinear"):
+    with pytest.raises(
+        ValueError, match="resize_token_embeddings: got 100, expected 96, the rows of a QuantizedLinear"
+    ):
         model.resize_token_embeddings(100)
     assert model.get_input_embeddings().weight.shape[0] == VOCABULARY
     dense = tiny_llama()
