@@ -74,9 +74,9 @@ def auto_class(where: str | os.PathLike[str], **options: Any) -> Any:
     options: of `AutoConfig.from_pretrained`, whose errors it raises.
     """
     config = AutoConfig.from_pretrained(where, **options)
-    architecture = (getattr(config, "architectures", None) or [""])[0]
+    architecture = (getattr(config, "architectures", None) or [None])[0]
     causal, multimodal = (
-        mapping.get(config.model_type, "")
+        mapping.get(config.model_type, ())
         for mapping in (
             modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
             modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
