@@ -21,6 +21,7 @@ KEPT = re.compile(  # names of files
     r"(LICEN[SC]E|NOTICE|USE_POLICY)(\.\w+)?|(?!adapter|\w*quant)\w+_config\.json|chat_template\.(json|jinja)"
     r"|(tokenizer|special_tokens_map|added_tokens|vocab)\.json|(vocab|merges)\.txt|[\w-]+\.(model|tiktoken)"
 )
+BESIDE = ["*_config.json", "chat_template.*", "additional_chat_templates/*.jinja", "LICEN*", "NOTICE*", "USE_POLICY*"]
 _TOKENIZER = re.compile(r"(tokenizer\w*|special_tokens_map|added_tokens|vocab)\.json|(vocab|merges)\.txt")
 _TEMPLATES = "additional_chat_templates"
 

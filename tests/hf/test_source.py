@@ -235,4 +235,18 @@ def test_models_of_images_and_text(tmp_path, make):
     with torch.no_grad():
         assert torch.isfinite(model(tokens).logits).all()
     assert check_model(tmp_path / "out") == len(read_directory(tmp_path / "out"))
-    assert make is gemma3 or auto_class(tmp_path / "out") is transformers.AutoModelForImageTextToText
+    if make is llava:
+        assert auto_class(tmp_path / "out") is transformers.AutoModelForImageTextToText
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "AutoModelForImageTextToText.from_pretrained" in card and "pipeline_tag: image-text-to-text" in card
+
+
+def test_from_the_hub_the_files_of_processors_come_too(monkeypatch):
+    asked = []
+    monkeypatch.setattr("aqlm_c.hf.models._hub_reachable", lambda: False)
+    monkeypatch.setattr("aqlm_c.hf.models._from_pretrained", lambda *_, **__: (tiny_llama(), None))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append((name, options)))
+    load_model("some/model")
+    ((name, options),) = asked
+    assert name == "some/model" and options["local_files_only"] and "*_config.json" in options["allow_patterns"]
+    assert not any(pattern.startswith("*.") for pattern in options["allow_patterns"])
