@@ -19,6 +19,7 @@ from ..io.checkpoint import quantized_linears, save_quantized
 from ..io.data import BUNDLED, FILE_TYPES
 from ..model.embeddings import find_embeddings
 from ..model.sizes import stored_size
+from .models import is_image_text
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE = ("license", "license_name", "license_link", "language")
@@ -49,12 +50,14 @@ def model_card(
         inherited = {name: value for name, value in inherited.items() if name == "language"} | {"license": license}
     on_hub = _HUB_NAME.fullmatch(original) is not None and not os.path.exists(original)
     data = report.get("data", {}).get("sources", {})
+    of_images = is_image_text(model.config.model_type, type(model).__name__)
+    auto = "AutoModelForImageTextToText" if of_images else "AutoModelForCausalLM"
     front = huggingface_hub.ModelCardData(
         base_model=original if on_hub else None,
         base_model_relation="quantized" if on_hub else None,
         datasets=[name for source in data if (name := _dataset(source)) and _HUB_NAME.fullmatch(name)] or None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if of_images else "text-generation",
         tags=["aqlm", "aqlm_c", "quantized"],
         **inherited,
     )
@@ -66,8 +69,8 @@ def model_card(
         "[AQLM](https://arxiv.org/abs/2401.06118), made with aqlm_c.\n",
         "## Use\n",
         "```python\nimport aqlm_c.hf  # teaches transformers the format\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY", dtype="auto")\n'
+        f"from transformers import {auto}, AutoTokenizer\n\n"
+        f'model = {auto}.from_pretrained("THIS_REPOSITORY", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY")\n```\n',
         "## Format\n",
         *_format(model, schemes, report),

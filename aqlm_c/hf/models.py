@@ -19,10 +19,12 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto import modeling_auto
 
 from ..errors import one_line
 from ..io import checkpoint
+from ..io.source import BESIDE
 from ..model.embeddings import embedding_names
 
 log = logging.getLogger("aqlm_c")
@@ -63,8 +65,29 @@ def load_model(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any, 
         return _load_directory(name, path, dtype)
     if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
         raise ValueError(f"model: got {name!r}: no such model directory; {_EXPECTED}")
-    model, tokenizer = _from_pretrained(name, name, dtype, local_files_only=not _hub_reachable())
+    offline = not _hub_reachable()
+    model, tokenizer = _from_pretrained(name, name, dtype, local_files_only=offline)
+    with contextlib.suppress(Exception):  # what a processor needs: the model is there without it
+        huggingface_hub.snapshot_download(name, allow_patterns=BESIDE, local_files_only=offline)
     return model, tokenizer, ModelSource(name, "hub", name, quantized=_is_quantized(model))
+
+
+def auto_class(where: str | os.PathLike[str], **options: Any) -> Any:
+    """The class of transformers by which the model at `where` is loaded: that for images and text if its config names
+    such a one.
+
+    options: of `AutoConfig.from_pretrained`, whose errors it raises.
+    """
+    config = AutoConfig.from_pretrained(where, **options)
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    return AutoModelForImageTextToText if is_image_text(config.model_type, architecture) else AutoModelForCausalLM
+
+
+def is_image_text(model_type: str, architecture: str) -> bool:
+    """Whether the class `architecture` is one for images and text that `AutoModelForCausalLM` does not load."""
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    found = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type, ())
+    return architecture != causal and architecture in ((found,) if isinstance(found, str) else found)
 
 
 def saved_sizes(model: Any, directory: str | os.PathLike[str]) -> dict[str, int]:
@@ -154,7 +177,8 @@ def _from_pretrained(
         options["use_safetensors"] = True  # else pickled weights would be taken where there are no others
     with _damage_named(name):
         tokenizer = AutoTokenizer.from_pretrained(where, **for_both)
-        model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
+        auto = auto_class(where, **for_both)
+        model, info = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random values
         raise ValueError(
             f"model: got {name!r}: {len(missing)} tensors are missing from its files, such as {missing[0]}"

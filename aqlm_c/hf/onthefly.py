@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from ..calibrate.sources import DataFree, SequenceCalibration
 from ..errors import wrong
+from ..format import Format
 from ..io.data import check_sequences, check_source, common_start, load_sequences, provenance
 from ..pipeline.pipeline import Pipeline
 from ..recipe import FIELDS, AqlmConfig, RunConfig, check_names, option_types
@@ -89,12 +90,17 @@ class OnTheFly:
                 self._start = common_start(sequences, tokenizer)
             return check_sequences(model, sequences, self.config.tuning)
 
-    def quantize(self, model: Any, sequences: torch.Tensor | None) -> tuple[QuantizationReport, AqlmConfig]:
-        """Quantize the loaded model in place; the report, and the config with all its formats settled."""
+    def quantize(
+        self, model: Any, sequences: torch.Tensor | None, check: Callable[[Any, Mapping[str, Format], Any], None]
+    ) -> tuple[QuantizationReport, AqlmConfig]:
+        """Quantize the loaded model in place; the report, and the config with all its formats settled. check: of model,
+        formats of its layers and config, before the work.
+        """
         check_device_map({name: parameter.device for name, parameter in model.named_parameters()})
         calibration = DataFree() if sequences is None else SequenceCalibration(sequences, self.config)
         options = {name: self._run[name] for name in ("layers", "work_dir", "memory_limit")}
         pipeline = Pipeline(model, self.config, calibration, **options)
+        check(model, pipeline.plan.targets(), pipeline.config)
         report = pipeline.run()
         if sequences is not None:
             sources = self.dataset if isinstance(self.dataset, list) else ["token ids"]

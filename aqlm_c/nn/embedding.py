@@ -26,6 +26,7 @@ class QuantizedEmbedding(QuantizedLayer):
 
     output_dtype: torch.dtype | None = None  # the model's, where codebooks are float32 to be tuned
     scaled: _Scaled | None = None
+    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False  # of nn.Embedding, for who asks for them
 
     def __init__(
         self,
@@ -62,6 +63,10 @@ class QuantizedEmbedding(QuantizedLayer):
         rows = rows.view(*ids.shape, self.embedding_dim).to(self.output_dtype or rows.dtype)
         return rows if self.scaled is None else rows * self.scaled.factor(rows.dtype)
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.output_dtype or self.codebooks.dtype
+
     @staticmethod
     @torch.no_grad()
     def check(name: str, embedding: nn.Embedding) -> None:
@@ -87,7 +92,7 @@ class QuantizedEmbedding(QuantizedLayer):
         head = QuantizedLinear(*sizes, bias is not None, self.format, "meta", self.codebooks.dtype)
         for name in WEIGHT:
             setattr(head, name, getattr(self, name))
-        head.tied = True
+        head.tied, head.dense_dtype = True, self.weight_dtype
         if bias is not None:
             head.bias = bias
         return head

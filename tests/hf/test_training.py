@@ -252,3 +252,80 @@ def test_tuning_needs_a_quantized_layer():
         aqlm_c.hf.prepare_model_for_tuning(transformers.LlamaForCausalLM(transformers.LlamaConfig(
             vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
         )))  # fmt: skip
+
+
+def two_adapters(peft, model, targets=("q_proj", "down_proj")):
+    model = with_lora(peft, model)
+    model.add_adapter("second", peft.LoraConfig(r=4, target_modules=list(targets)))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if ".second." in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def mixed_batch(peft, model):
+    return two_adapters(peft, model)(TOKENS, adapter_names=["default", "second"]).logits
+
+
+def weighted(peft, model, kind, **options):
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = two_adapters(peft, model, every)
+    model.add_weighted_adapter(["default", "second"], [0.7, 0.3], "both", kind, **options)
+    model.set_adapter("both")
+    return model(TOKENS).logits
+
+
+FEATURES = {
+    "one adapter a row": mixed_batch,
+    "svd": lambda peft, model: weighted(peft, model, "svd"),
+    "ties_svd": lambda peft, model: weighted(peft, model, "ties_svd", density=0.5),
+    "linear": lambda peft, model: weighted(peft, model, "linear"),
+    "dora": lambda peft, model: with_lora(peft, model, use_dora=True)(TOKENS).logits,
+    "orthogonal": lambda peft, model: with_lora(peft, model, init_lora_weights="orthogonal")(TOKENS).logits,
+    "embedding": lambda peft, model: with_lora(peft, model, ["embed_tokens", "q_proj"])(TOKENS).logits,
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_peft_can_do_with_dense_linears(directory, peft, feature):
+    with torch.no_grad():
+        found, expected = (FEATURES[feature](peft, model) for model in (load(directory), dense_twin(directory)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_starts_that_change_the_base_weight_are_refused(directory, peft, init):
+    with pytest.raises(ValueError, match=r"weight: got .*expected only reading.*AQLM codes.*dequantize"):
+        with_lora(peft, load(directory), init_lora_weights=init)
+    with_lora(peft, dense_twin(directory), init_lora_weights=init)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "GgufConfig"), reason="transformers 4 ties weights alone")
+def test_lora_on_a_quantized_embedding(peft):
+    model = tiny_llama()
+    options = {"finetune_epochs": 0, "max_sweeps": 1, "ldl_passes": 1, "init_max_iter": 2}
+    config = aqlm_c.AqlmConfig.from_scheme("1x4g8", rules={"embed_tokens": "1x8g8"}, **options)
+    aqlm_c.quantize_model(model, TOKENS, config)
+    model = with_lora(peft, model, ["embed_tokens"])
+    assert type(model.get_input_embeddings()).__name__ == "LoraQuantizedEmbedding"
+    adapted = model(TOKENS).logits
+    loss = model(TOKENS, labels=TOKENS).loss
+    loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "lora_" in name]
+    assert len(gradients) == 2 and all(gradient.abs().max() > 0 for gradient in gradients)
+    with model.disable_adapter():
+        assert not torch.allclose(model(TOKENS).logits, adapted)
+    with pytest.raises(ValueError, match="merge: an adapter cannot be merged"):
+        model.merge_and_unload()
+
+
+def test_a_model_with_adapters_is_not_quantized(peft):
+    config = aqlm_c.AqlmConfig.from_scheme("1x4g8")
+    wrapped = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    injected = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), tiny_llama())
+    prompted = peft.get_peft_model(tiny_llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    for model in (wrapped, injected, prompted):
+        with pytest.raises(ValueError, match=r"model: got \w+, which has adapters of PEFT.*merge them first"):
+            aqlm_c.quantize_model(model, TOKENS, config)
