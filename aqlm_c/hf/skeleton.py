@@ -69,7 +69,7 @@ def _planned(model: PreTrainedModel, formats: Mapping[str, Format]) -> Any:
     embeddings = find_embeddings(planned)
     for name, format in formats.items():
         module = planned.get_submodule(name)
-        dtype = disk_dtype(module.weight.dtype)
+        dtype = disk_dtype(module.weight)
         planned.set_submodule(name, quantized_class(module).empty(module, format, dtype))
         if embeddings.tied and name == embeddings.input:
             tie(planned, embeddings)

@@ -49,10 +49,12 @@ def quantize_module(
 
 def disk_dtype(weight: torch.Tensor) -> torch.dtype:
     """The 16-bit float in which codebooks and scales of a layer are stored: the weight's own; of others float16, or
-    bfloat16 where the sizes of the rows are beyond float16.
+    bfloat16 where the sizes of the rows are beyond float16 (on the meta device there are none).
     """
     if weight.dtype in (torch.float16, torch.bfloat16):
         return weight.dtype
+    if weight.is_meta:
+        return torch.float16
     sizes = arrays.to_numpy(arrays.root_sum_of_rows(arrays.of_tensor(weight.float()), mean=True))
     return torch.float16 if grid.holds(sizes, "float16") else torch.bfloat16
 

@@ -50,9 +50,9 @@ class Pipeline:
         self.memory_limit = None if memory_limit is None else parse_size("memory_limit", memory_limit)
         self.phases = Phases(self.progress)
         self.plan: Plan = make_plan(model, config, layers)
-        self.config = config = self.plan.config
+        self.config = self.plan.config
         dtype = model.dtype  # before its first parameters are codebooks
-        self.stages = BlockStages(model, self.plan, config, calibration, self.phases, dtype)
+        self.stages = BlockStages(model, self.plan, self.config, calibration, self.phases, dtype)
         self.report = QuantizationReport(
             tokens=calibration.tokens,
             sequences=calibration.sequences,
