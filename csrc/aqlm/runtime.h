@@ -20,8 +20,8 @@ void aqlm_set_parallel(aqlm_parallel_fn runner);
 void aqlm_set_num_threads(int n); /* n < 1: as many as the process may use */
 int aqlm_get_num_threads(void);
 
-/* poll() is called now and then from the thread that called into the core, while it runs loops; non-zero means stop, and
- * the call returns AQLM_CANCELLED. */
+/* poll() is called now and then from the thread that called into the core, while it runs loops; non-zero means stop,
+ * and the call returns AQLM_CANCELLED. */
 void aqlm_set_poll(int (*poll)(void));
 
 /* Names of ISAs: "scalar", "avx2", "avx512", "neon". Those this CPU runs, slowest first, and a NULL. */

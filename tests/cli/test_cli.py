@@ -388,7 +388,7 @@ def test_display_without_a_terminal(capsys):
         "estimate: about 3 min, 1.5 GiB of memory, 0.1 GiB on disk\n"
         "finished blocks found: 1, going on from there\n"
         "model.layers.0 (1 of 2), 0 s\n"
-        "  model.layers.0.mlp.up_proj: error 0.02000, - dB, 2.100 bits, 0.0 s\n"
+        "  model.layers.0.mlp.up_proj: error 0.02000, 2.100 bits, 0.0 s\n"
         "  model.layers.0: held-out output error 0.01200 -> 0.00600, 3 epochs, 1.5 s\n"
         "  model.layers.1: training output error 0.01000 -> 0.00400, 2 epochs, 0.0 s\n"
         "warning: [mind] this\n",
