@@ -181,7 +181,7 @@ def _from_pretrained(
         options["use_safetensors"] = True  # else pickled weights would be taken where there are no others
     with _damage_named(name):
         tokenizer = AutoTokenizer.from_pretrained(where, **for_both)
-        auto = auto_class(where, **for_both)
+        auto = AutoModelForCausalLM if "gguf_file" in options else auto_class(where, **for_both)
         model, info = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random values
         raise ValueError(
