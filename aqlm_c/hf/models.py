@@ -19,6 +19,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto import modeling_auto
 
@@ -74,13 +75,18 @@ def load_model(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any, 
 
 def auto_class(where: str | os.PathLike[str], **options: Any) -> Any:
     """The class of transformers by which the model at `where` is loaded: that for images and text if its config names
-    such a one.
+    such a one, or a language model's own where the config alone does not lead to it (Emu3, Mllama).
 
     options: of `AutoConfig.from_pretrained`, whose errors it raises.
     """
     config = AutoConfig.from_pretrained(where, **options)
-    architecture = (getattr(config, "architectures", None) or [""])[0]
-    return AutoModelForImageTextToText if is_image_text(config.model_type, architecture) else AutoModelForCausalLM
+    architecture = str((getattr(config, "architectures", None) or [""])[0])
+    if is_image_text(config.model_type, architecture):
+        return AutoModelForImageTextToText
+    own = None
+    if architecture.endswith("ForCausalLM") and type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        own = getattr(transformers, architecture, None)
+    return own or AutoModelForCausalLM
 
 
 def is_image_text(model_type: str, architecture: str) -> bool:
@@ -108,8 +114,6 @@ def _load_directory(name: str, path: Path, dtype: str | torch.dtype) -> tuple[An
 
 
 def _load_gguf(name: str, path: Path, dtype: str | torch.dtype) -> tuple[Any, Any, ModelSource]:
-    import transformers
-
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # transformers 5 would keep the blocks packed; 4 knows only dequantizing
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -177,7 +181,7 @@ def _from_pretrained(
         options["use_safetensors"] = True  # else pickled weights would be taken where there are no others
     with _damage_named(name):
         tokenizer = AutoTokenizer.from_pretrained(where, **for_both)
-        auto = auto_class(where, **for_both)
+        auto = AutoModelForCausalLM if "gguf_file" in options else auto_class(where, **for_both)
         model, info = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random values
         raise ValueError(

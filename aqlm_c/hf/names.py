@@ -113,12 +113,13 @@ def _targets(model: Any, names: Iterable[str], quantizer: Any) -> dict[str, tupl
     """Where transformers puts each tensor: (its name in the model, the parameters it is converted to a part of)."""
     prefix, names = model.base_model_prefix, list(names)
     if hasattr(model, "_get_key_renaming_mapping"):  # transformers 4
-        whole, has_base = any(name.startswith(prefix) for name in names), hasattr(model, prefix)
+        whole = bool(prefix) and any(name.startswith(prefix) for name in names)
+        has_base = not prefix or hasattr(model, prefix)
         mapping = model._get_key_renaming_mapping(
             names,
             getattr(model, "_checkpoint_conversion_mapping", None),
             loading_base_model_from_task_state_dict=whole and not has_base,
-            loading_task_model_from_base_state_dict=not whole and has_base,
+            loading_task_model_from_base_state_dict=bool(prefix) and not whole and has_base,
         )
         return {name: (target, []) for name, target in mapping.items()}
     from transformers.conversion_mapping import get_model_conversion_mapping

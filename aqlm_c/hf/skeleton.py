@@ -21,12 +21,9 @@ from ..pipeline.block import disk_dtype
 from . import names
 
 try:
-    from transformers.core_model_loading import revert_weight_conversion
     from transformers.initialization import no_init_weights
 except ImportError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
-
-    revert_weight_conversion = None
 
 _FILE = Path("model.safetensors")
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int8: "I8", torch.int16: "I16"}
@@ -85,11 +82,9 @@ def _stored(planned: Any) -> dict[str, checkpoint.StoredTensor]:
         seen.add(id(tensor))
     for name in planned._keys_to_ignore_on_save or ():
         tensors.pop(name, None)
-    if revert_weight_conversion is not None:
-        tensors = revert_weight_conversion(planned, tensors)
     return {
         name: checkpoint.StoredTensor(_FILE, _DTYPES.get(tensor.dtype, "other"), tuple(tensor.shape))
-        for name, tensor in tensors.items()
+        for name, tensor in experts.stored_tensors(planned, tensors).items()
     }
 
 

@@ -324,7 +324,7 @@ def _keep_source(model: Any, directory: Path) -> None:
         tensors = {
             name: tensor for name, tensor in read_directory(source).items() if unread(name) and name not in saved
         }
-    except ValueError as error:  # changed since it was loaded
+    except (OSError, ValueError) as error:  # changed since it was loaded
         log.warning("what the model's class does not read is not kept: %s", error)
         return
     if tensors:

@@ -52,7 +52,12 @@ def source_directory(model: Any) -> Path | None:
 
 def keep_files(source: Path, directory: Path) -> None:
     """Copy to `directory`, a saved model, the files beside the weights that `source` has and it lacks."""
-    for path in _files(source, (directory / "tokenizer_config.json").is_file()):
+    try:
+        paths = list(_files(source, (directory / "tokenizer_config.json").is_file()))
+    except OSError as error:  # it went away
+        log.warning("%s: its files are not kept: %s", source, one_line(error))
+        return
+    for path in paths:
         to = directory / path.relative_to(source)
         if to.exists():
             continue

@@ -7,6 +7,7 @@ what the model's own conversion mapping says. Older transformers have a list of 
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -125,6 +126,8 @@ def without_fusion(transforms: list[Any], model: nn.Module) -> list[Any]:
 
 def renaming(model: nn.Module) -> Callable[[str], str]:
     """A function from a tensor's name in checkpoints to its name in the model, where it is loaded as it is."""
+    if get_model_conversion_mapping is None:
+        return functools.partial(_replace, getattr(model, "_checkpoint_conversion_mapping", None) or {})
     renamings = [transform for transform in _transforms(model) if isinstance(transform, WeightRenaming)]
 
     def rename(name: str) -> str:
@@ -138,8 +141,26 @@ def renaming(model: nn.Module) -> Callable[[str], str]:
 def stored_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The names that `save_pretrained` gives to the parameters `names` of `model`."""
     if get_model_conversion_mapping is None:
-        return list(names)
-    return list(revert_weight_conversion(model, {name: model.get_parameter(name).to("meta") for name in names}))
+        return list(stored_tensors(model, dict.fromkeys(names)))
+    return list(stored_tensors(model, {name: model.get_parameter(name).to("meta") for name in names}))
+
+
+def stored_tensors(model: nn.Module, tensors: dict[str, Any]) -> dict[str, Any]:
+    """The tensors that `save_pretrained` makes of those of `model`, by their names on disk."""
+    if get_model_conversion_mapping is not None:
+        return revert_weight_conversion(model, tensors)
+    mapping = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    back = {new: re.sub(r"\(.*\)", "", old.lstrip("^")) for old, new in mapping.items()}  # as transformers 4 does
+    return {_replace(back, name): tensor for name, tensor in tensors.items()}
+
+
+def _replace(mapping: dict[str, str], name: str) -> str:
+    """By the first pattern of `mapping` that is found in `name`."""
+    for pattern, replacement in mapping.items():
+        name, found = re.subn(pattern, replacement, name)
+        if found:
+            break
+    return name
 
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:

@@ -120,12 +120,11 @@ def test_a_model_that_its_config_does_not_describe_is_refused(monkeypatch):
 
 def test_a_name_that_would_not_load_is_refused_before_the_work(monkeypatch):
     """Whatever transformers does to a name: here it is lost on saving."""
-    from aqlm_c.hf import skeleton
 
     def lossy(model, tensors):
         return {name.replace("up_proj.codes", "up_proj.code"): tensor for name, tensor in tensors.items()}
 
-    monkeypatch.setattr(skeleton, "revert_weight_conversion", lossy)
+    monkeypatch.setattr(experts, "stored_tensors", lossy)
     started = []
     monkeypatch.setattr("aqlm_c.pipeline.pipeline.Pipeline.run", lambda self: started.append(1))
     with pytest.raises(ValueError, match=r"not load again \(model\.layers\.0\.mlp\.up_proj"):

@@ -82,6 +82,7 @@ def test_files_beside_the_weights_are_kept(tmp_path, tokenizer):
     save_quantized(model, tokenizer and tokenizer(), tmp_path / "out")
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     own = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    found.discard("special_tokens_map.json")  # transformers 4 writes it
     assert found == own | set(BESIDE) | ({"vocab.json"} if tokenizer is None else set())
     for name, text in BESIDE.items():
         assert (tmp_path / "out" / name).read_text() == text
@@ -250,3 +251,15 @@ def test_from_the_hub_the_files_of_processors_come_too(monkeypatch):
     ((name, options),) = asked
     assert name == "some/model" and options["local_files_only"] and "*_config.json" in options["allow_patterns"]
     assert not any(pattern.startswith("*.") for pattern in options["allow_patterns"])
+
+
+def test_a_language_model_that_its_config_does_not_lead_to(tmp_path):
+    """`AutoModelForCausalLM` knows the config of the whole Emu3, not that of its text part."""
+    from transformers.models.emu3 import Emu3ForCausalLM, Emu3TextConfig
+
+    torch.manual_seed(0)
+    source = write_source(tmp_path / "source", Emu3ForCausalLM(Emu3TextConfig(**SIZES, pad_token_id=0)).eval(), {})
+    assert auto_class(source) is Emu3ForCausalLM
+    quantize(source, tmp_path / "out")
+    model, _, _ = load_model(str(tmp_path / "out"))
+    assert type(model) is Emu3ForCausalLM and check_model(tmp_path / "out")
