@@ -204,6 +204,9 @@ def attach(model: Any, config: LayerConfig) -> None:
     """Make a model whose linears were quantized in memory equal to a loaded one: it can then be saved."""
     not_quantized = experts.stored_names(model, checkpoint.unquantized_parameters(model))
     config = find_embeddings(model).with_rule_for_input(config)
+    if not config.rules:  # transformers 5 reads it too, with upstream's package, and compares names of modules
+        linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        not_quantized += [name for name in linears if f"{name}.weight" in set(not_quantized)]
     hf_config = AqlmConfig.from_layer_config(config, not_quantized)
     quantizer = AqlmQuantizer(hf_config)
     model.config.quantization_config = hf_config
