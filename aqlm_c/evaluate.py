@@ -7,7 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from .errors import missing
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise missing(error) from error
 
 from .io.data import check_token_ids
 

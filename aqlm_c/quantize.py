@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
+from .errors import int_between, missing
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise missing(error) from error
 
 from .calibrate.sources import DataFree, SequenceCalibration
 from .core.hessian import Hessian
 from .core.verbs import Array
-from .errors import int_between
 from .io.data import check_sequences
 from .methods.base import QuantizedWeight
 from .nn.linear import QuantizedLinear

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config import CalibrationOptions, MethodOptions, TuningOptions
-from .errors import int_between, wrong
+from .errors import int_between, require, wrong
 from .format import FIELDS as FORMAT_FIELDS
 from .format import Format, Rules
 from .methods import DEFAULT, METHODS, get_method
@@ -328,8 +328,7 @@ def _typed(name: str, kind: str, value: Any) -> Any:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
+    yaml = require("yaml")
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -345,7 +344,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def yaml_text(fields: Mapping[str, Any]) -> str:
     """`overwrite` is left out: it permits one run to replace OUT, and no later one."""
-    import yaml
-
+    yaml = require("yaml")
     kept = {name: value for name, value in fields.items() if value is not None and name != "overwrite"}
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    return text

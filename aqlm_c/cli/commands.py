@@ -285,6 +285,23 @@ def doctor() -> int:
     return main()
 
 
+@app.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def execute(
+    command: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[--] COMMAND [ARGS]...",
+            help="One that is installed, such as lm_eval or transformers, a script, -m MODULE or -c CODE.",
+            show_default=False,
+        ),
+    ],
+) -> int:
+    """Run a Python COMMAND that loads quantized models: with aqlm_c.hf imported first, else as Python would."""
+    from ..execute import main
+
+    return main(command)
+
+
 def _check_json(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise ValueError(f"--json: got {str(path)!r}, expected a file in a directory that exists")

@@ -6,7 +6,13 @@ adds "aqlm_c", for what the published layout cannot say.
 
 from typing import Any
 
-from transformers.quantizers import auto
+from ..errors import missing
+
+try:
+    import torch  # noqa: F401  (transformers imports without it, and then has no models)
+    from transformers.quantizers import auto
+except ModuleNotFoundError as error:
+    raise missing(error) from error
 
 from .config import OWN_METHOD, AqlmConfig
 from .peft import extend_peft

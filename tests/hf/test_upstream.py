@@ -95,7 +95,7 @@ def test_we_read_what_upstream_makes(exchanged, scheme):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_with_upstream_loads_what_we_save(tmp_path, python, tied):
-    """No aqlm_c: the output layer is the dense one, whichever names transformers compares. A format without a kernel."""
+    """No aqlm_c: the output layer is the dense one, whichever names transformers compares."""
     model, tokens = tiny_llama(tie_word_embeddings=tied), random_tokens(1, 16)
     quantize_model(model, None, AqlmConfig.from_scheme("2x4g8", **FAST))
     save_quantized(model, None, tmp_path / "out")
