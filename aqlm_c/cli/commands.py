@@ -43,6 +43,10 @@ Data = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Threads = Annotated[int | None, typer.Option(help="Threads; all cores if not given.", show_default=False)]
+Device = Annotated[
+    str,
+    typer.Option(metavar="cpu|cuda[:N]|auto", help="Where the model runs; auto: on a GPU if one is there and works."),
+]
 Json = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.", show_default=False)]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the log on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no tables; evaluate prints the figure alone.")]
@@ -156,6 +160,7 @@ def evaluate(
         int | None, typer.Option(help="Only the first N windows.", metavar="N", show_default=False)
     ] = None,
     threads: Threads = None,
+    device: Device = "cpu",
     json: Json = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -168,14 +173,15 @@ def evaluate(
     sources = _check_data(data)
     prepare(threads)
 
+    from ..core.runtime import find_device
     from ..evaluate import perplexity
     from ..hf.models import load_model
     from ..io.data import BUNDLED, sha256, token_stream
 
-    results = []
+    results, place = [], str(find_device(device, "--device"))
     with Display(quiet, verbose) as display:
         display.on_phase("load")
-        network, tokenizer, _ = load_model(model)
+        network, tokenizer, _ = load_model(model, "auto", place)
         for source in sources or [BUNDLED]:
             display.on_phase(f"evaluate {source}")
             input_ids = token_stream(source, tokenizer, windows and windows * sequence_length)
@@ -185,7 +191,7 @@ def evaluate(
                 raise ValueError(f"data: got {source!r}: {error}") from error
             results.append({"data": source, "sha256": sha256(source), **result})
     if json:
-        write_json(json, {"model": model, "results": results})
+        write_json(json, {"model": model, "device": place, "results": results})
     for result in results:
         figure = result["perplexity"]
         if quiet:
@@ -215,6 +221,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
     seed: Seed = 0,
     threads: Threads = None,
+    device: Device = "cpu",
     verbose: Verbose = False,
 ) -> None:
     """Generate text with MODEL, streamed to stdout."""
@@ -229,11 +236,13 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from ..core.runtime import find_device
     from ..hf.models import load_model
 
+    place = str(find_device(device, "--device"))
     with Display(verbose=verbose) as display:
         display.on_phase("load")
-        network, tokenizer, _ = load_model(model)
+        network, tokenizer, _ = load_model(model, "auto", place)
     if chat and not tokenizer.chat_template:
         raise ValueError(f"--chat: {model!r} has no chat template, expected --raw")
     if tokenizer.chat_template and chat is not False:
@@ -248,7 +257,7 @@ def generate(
     torch.manual_seed(seed)
     with torch.inference_mode():
         network.generate(
-            **inputs,
+            **inputs.to(place),
             do_sample=temperature > 0,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
