@@ -30,16 +30,20 @@ __all__ = ["Progress", "quantize_linear", "quantize_model"]
 def quantize_linear(
     linear: torch.nn.Linear,
     hessian: Hessian | Array,
-    config: AqlmConfig,
+    config: AqlmConfig | str,
     dtype: torch.dtype | None = None,
 ) -> tuple[QuantizedLinear, QuantizedWeight]:
     """Quantize one linear layer under H (arXiv 2401.06118, section 3).
 
     `hessian` is H = X^T X / n_tokens [in, in] over its calibration inputs; pass one `Hessian` for all
-    linears with the same input. Codebooks and scales are rounded to `dtype`, a 16-bit float: the layer's
-    own if not given, and float16 for a float32 layer. Returns the layer, which takes over the bias, and the
-    weight with its error. Raises ValueError for a format that does not fit the layer and for NaN or Inf.
+    linears with the same input. `config`: also the text of a scheme, such as "2x8g8". Codebooks and scales are rounded
+    to `dtype`, a 16-bit float: the layer's own if not given, and float16 for a float32 layer. Returns the layer, which
+    takes over the bias, and the weight with its error. Raises ValueError for a format that does not fit the layer and
+    for NaN or Inf.
     """
+    if not isinstance(linear, torch.nn.Linear):
+        raise ValueError(f"linear: got {type(linear).__name__}, expected a torch.nn.Linear")
+    config = AqlmConfig.of(config)
     layer, solved, _ = quantize_module("weight", linear, hessian, config.format, config, dtype)
     assert isinstance(layer, QuantizedLinear)
     return layer, solved
@@ -48,7 +52,7 @@ def quantize_linear(
 def quantize_model(
     model: Any,
     sequences: torch.Tensor | None,
-    config: AqlmConfig,
+    config: AqlmConfig | str,
     *,
     layers: str | None = None,
     progress: Any = None,
@@ -61,7 +65,8 @@ def quantize_model(
     Each block's linears are quantized under H of their inputs in the model as it is by then, quantized up
     to that block; then the block is fine-tuned (`train.block`), unless `finetune_epochs` is 0. The embeddings
     and the output layer stay, unless a rule of `config` says otherwise. `sequences` holds token ids [n, length], int64;
-    None: without data, each layer is quantized as if all its inputs were white, and nothing is fine-tuned. `layers` is
+    None: without data, each layer is quantized as if all its inputs were white, and nothing is fine-tuned. `config`:
+    also the text of a scheme, such as "2x8g8", or an `aqlm_c.hf.AqlmConfig` without a dataset. `layers` is
     a regular expression: only linears whose name it finds. `progress`: see `Progress`. `batch_size`: sequences in one
     forward pass at most; fine-tuning takes no more than `finetune_batch_size` and half of them all.
     `work_dir`: a directory that keeps each finished block; the same call with the same directory goes on after
@@ -75,6 +80,9 @@ def quantize_model(
     """
     from .hf.quantizer import attach
 
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, expected a transformers model, as load_model gives it")
+    config = AqlmConfig.of(config)
     if batch_size is not None:
         int_between("batch_size", batch_size, 1)
     device = next(model.parameters()).device

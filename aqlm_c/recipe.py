@@ -86,6 +86,27 @@ class AqlmConfig:
             chosen(Format), Rules(given.get("rules")), solver, chosen(kind), chosen(TuningOptions), given.get("seed", 0)
         )
 
+    @classmethod
+    def of(cls, config: Any) -> AqlmConfig:
+        """The config that is meant by one, a scheme's text, a `Format`, or the `AqlmConfig` of `aqlm_c.hf`.
+
+        Raises ValueError for anything else.
+        """
+        if isinstance(config, str):
+            return cls.from_scheme(config)
+        if isinstance(config, Format):
+            return cls(config)
+        if not isinstance(config, cls) and hasattr(config, "quantization"):  # that of transformers, which we do not see
+            config = config.quantization()
+        if not isinstance(config, cls):
+            raise wrong("config", config, "a scheme such as '2x8g8' or an AqlmConfig")
+        return config
+
+    @property
+    def quant_method(self) -> str:
+        """As transformers asks for it: `from_pretrained(..., quantization_config=config)` quantizes without data."""
+        return "aqlm_c" if self.rules else "aqlm"
+
     def replace(self, **fields: Any) -> AqlmConfig:
         """The config with other values of these fields, by their names in `to_dict`."""
         return type(self).from_dict({**self.to_dict(), **fields})

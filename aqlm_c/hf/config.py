@@ -76,6 +76,25 @@ class AqlmConfig(transformers.AqlmConfig):
         """The format of every quantized layer."""
         return LayerConfig(Format(**{name: getattr(self, name) for name in FIELDS}), Rules(self.rules))
 
+    def quantization(self) -> LayerConfig:
+        """What to quantize to and how, for `quantize_model` and others that are given their data themselves.
+
+        Raises ValueError for a config with a dataset.
+        """
+        if self.on_the_fly is None:
+            return self.layer_config()
+        if self.on_the_fly.dataset is not None:
+            raise wrong("dataset", "one", "none in a config that is not for from_pretrained: pass the sequences")
+        return self.on_the_fly.config
+
+    @classmethod
+    def of(cls, config: Any) -> AqlmConfig:
+        """The config itself, or the one that quantizes to an `aqlm_c.AqlmConfig` while loading, without data."""
+        if not isinstance(config, LayerConfig):
+            return config
+        options = {name: value for name, value in config.to_dict().items() if name not in FIELDS}
+        return cls(scheme=config.scheme, **options)
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a config passed to `from_pretrained` may change of the checkpoint's own."""
         return {"dequantize": self.dequantize}

@@ -32,7 +32,8 @@ class AqlmQuantizer(HfQuantizer):
     _dtypes: dict[str, torch.dtype] | None = None  # while loading: of tensors that are cast afterwards
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(AqlmConfig.of(quantization_config), **kwargs)
+        quantization_config = self.quantization_config
         if not self.pre_quantized and getattr(quantization_config, "on_the_fly", None) is None:
             raise ValueError(
                 "scheme: got None, expected AqlmConfig(scheme='2x8g8') or another, since the model is not quantized yet"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from ..config import TuningOptions
+from ..errors import wrong
 
 # The default text: 465 kB of English documentation that every CPython carries.
 BUNDLED = "pydoc_data.topics"
@@ -28,7 +30,7 @@ _SHUFFLE_BUFFER = 10_000  # documents of a streamed data set among which --shuff
 
 
 def load_sequences(
-    sources: Sequence[str],
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     tokenizer: Any,
     samples: int,
     sequence_length: int,
@@ -37,12 +39,12 @@ def load_sequences(
 ) -> torch.Tensor:
     """Calibration sequences: int64 [samples, sequence_length] token ids.
 
-    The samples are spread evenly over `sources` (none: the bundled text), the remainder going to the first
-    ones: non-overlapping windows, in order from the start of each source, or with `shuffle` drawn without
-    replacement from all of its windows by a generator seeded with `seed`. A two-dimensional array of
-    token ids is cut row by row. Raises ValueError naming the source if it cannot be read or is too short.
+    The samples are spread evenly over `sources`, one or several (none: the bundled text), the remainder going to the
+    first ones: non-overlapping windows, in order from the start of each source, or with `shuffle` drawn without
+    replacement from all of its windows by a generator seeded with `seed`. A two-dimensional array of token ids is cut
+    row by row. Raises ValueError naming the source if it cannot be read or is too short.
     """
-    sources = list(sources) or [BUNDLED]
+    sources = source_names("sources", sources) or [BUNDLED]
     if samples < len(sources):
         raise ValueError(f"samples: got {samples}, expected at least one for each of the {len(sources)} data sources")
     if sequence_length < 2:
@@ -66,11 +68,21 @@ def load_sequences(
     return torch.cat(parts)
 
 
-def token_stream(source: str, tokenizer: Any, limit: int | None = None) -> torch.Tensor:
+def source_names(name: str, sources: Any) -> list[str]:
+    """One source or several as texts, for the argument `name`; ValueError for what is neither text nor path."""
+    several = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    if not (isinstance(several, (list, tuple)) and all(isinstance(each, (str, os.PathLike)) for each in several)):
+        got = type(sources).__name__ if hasattr(sources, "shape") else sources  # not all numbers of an array
+        raise wrong(name, got, "a source or a list of them, each a text or a path")
+    return list(map(os.fspath, several))
+
+
+def token_stream(source: str | os.PathLike[str], tokenizer: Any, limit: int | None = None) -> torch.Tensor:
     """The source as one stream: int64 [n] token ids, the first `limit` of them if given.
 
     Raises ValueError naming the source if it cannot be read.
     """
+    (source,) = source_names("source", [source])
     return _read(source, tokenizer, limit).reshape(-1)[:limit]
 
 
@@ -101,7 +113,12 @@ def check_token_ids(name: str, input_ids: torch.Tensor, model: Any) -> None:
 
 def check_sequences(model: Any, sequences: torch.Tensor, tuning: TuningOptions) -> torch.Tensor:
     """`sequences` as int64 [n, length]; ValueError for what calibration and `tuning` cannot take."""
-    sequences = torch.as_tensor(sequences)
+    try:
+        sequences = torch.as_tensor(sequences)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"sequences: got {type(sequences).__name__}, expected token ids [n, length], as load_sequences gives them"
+        ) from None
     if sequences.ndim != 2 or sequences.is_floating_point() or not sequences.numel():
         raise ValueError(
             f"sequences: got {sequences.dtype} {list(sequences.shape)}, expected token ids [n, length], at least one"
