@@ -161,6 +161,9 @@ def evaluate(
     ] = None,
     threads: Threads = None,
     device: Device = "cpu",
+    record: Annotated[
+        bool, typer.Option("--record", help="Put the figures into MODEL's report.json and model card, too.")
+    ] = False,
     json: Json = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -175,10 +178,13 @@ def evaluate(
 
     from ..core.runtime import find_device
     from ..evaluate import perplexity
+    from ..hf.card import record_perplexity
     from ..hf.models import load_model
     from ..io.data import BUNDLED, sha256, token_stream
 
     results, place = [], str(find_device(device, "--device"))
+    if record and not (Path(model) / "report.json").is_file():
+        raise ValueError(f"--record: got {model!r}, expected a directory with the report.json of aqlm-c quantize")
     with Display(quiet, verbose) as display:
         display.on_phase("load")
         network, tokenizer, _ = load_model(model, "auto", place)
@@ -192,6 +198,8 @@ def evaluate(
             results.append({"data": source, "sha256": sha256(source), **result})
     if json:
         write_json(json, {"model": model, "device": place, "results": results})
+    if record:
+        record_perplexity(model, {_described(result): result["perplexity"] for result in results})
     for result in results:
         figure = result["perplexity"]
         if quiet:
@@ -314,6 +322,12 @@ def execute(
 def _check_json(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise ValueError(f"--json: got {str(path)!r}, expected a file in a directory that exists")
+
+
+def _described(result: dict[str, Any]) -> str:
+    """What a perplexity was measured on; of a file without its folder."""
+    name = Path(result["data"]).name if Path(result["data"]).is_file() else result["data"]
+    return f"{name}, {result['windows']} windows of {result['sequence_length']:,} tokens"
 
 
 def _check_data(data: list[str] | None) -> list[str]:

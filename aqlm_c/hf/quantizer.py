@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..model.embeddings import Embeddings, find_embeddings, tie, untie
 from ..nn.embedding import quantized_class
 from ..nn.grouped import join_linears
 from ..recipe import AqlmConfig as LayerConfig
-from . import memory, names
+from . import memory, names, provenance
 from .config import AqlmConfig
 from .onthefly import check_device_map
 
@@ -30,6 +31,7 @@ class AqlmQuantizer(HfQuantizer):
     _loading: Any = None  # the model, while loading
     _files: Sequence[str] | None = None  # while loading
     _dtypes: dict[str, torch.dtype] | None = None  # while loading: of tensors that are cast afterwards
+    _provenance: Mapping[str, bytes] = MappingProxyType({})  # files of the run that made the checkpoint
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(AqlmConfig.of(quantization_config), **kwargs)
@@ -56,6 +58,8 @@ class AqlmQuantizer(HfQuantizer):
         config = self.quantization_config
         files = checkpoint_files or names.files_being_loaded()
         self._files, self._rounded = files, files is not checkpoint_files
+        if self.pre_quantized:
+            self._provenance = provenance.read(files or ())
         tensors = names.taken(model, checkpoint.read_headers(files)) if files else None
         if self.pre_quantized:
             dense = config.linear_weights_not_to_quantize and [
@@ -127,6 +131,14 @@ class AqlmQuantizer(HfQuantizer):
             return dtype
         self._dtypes |= dict.fromkeys(converter.target_patterns, dtype)
         return None
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:  # of transformers 5, when it has made the directory
+        provenance.write(self._provenance)
+        return super().get_state_dict_and_metadata(model)
+
+    def get_state_dict(self, model: Any) -> Any:  # of transformers 4
+        provenance.write(self._provenance)
+        return super().get_state_dict(model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -163,6 +164,19 @@ def test_generate_streams_and_repeats(run, quantized_dir, tokenizer, monkeypatch
     sampled = [run(*arguments, "--temperature", 2, "--top-p", 0.9, "--seed", seed)[1] for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1]
     assert len({greedy, *sampled}) == 3
+
+
+def test_evaluate_records_figures_where_the_model_came_with_a_report(run, model_dir, quantized_dir, tmp_path):
+    out, ids = tmp_path / "out", tmp_path / "ids.npy"
+    shutil.copytree(quantized_dir, out)
+    np.save(ids, np.arange(128) % 256)
+    code, stdout, _ = run("evaluate", out, "--data", ids, "--sequence-length", 64, "--record", "--quiet")
+    assert code == 0
+    name, figure = "ids.npy, 2 windows of 64 tokens", float(stdout)
+    assert json.loads((out / "report.json").read_text())["perplexity"] == {name: figure}
+    assert f"| {name} | - | {figure:.3f} |" in (out / "README.md").read_text()
+    line = f"aqlm-c: --record: got {str(model_dir)!r}, expected a directory with the report.json of aqlm-c quantize\n"
+    assert run("evaluate", model_dir, "--record") == (2, "", line)
 
 
 def test_device(run, quantized_dir, tmp_path, monkeypatch):
