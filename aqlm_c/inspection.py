@@ -14,7 +14,7 @@ from .format import FIELDS, Format, Rules
 from .io import checkpoint
 from .model.kinds import kind_of
 from .recipe import RunConfig
-from .report.tables import make_table
+from .report.tables import html, make_table
 from .units import megabytes
 
 _METHODS = ("aqlm", "aqlm_c")
@@ -37,7 +37,7 @@ class Matrix:
     quantized: bool = False
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Inspection:
     """What `inspect_model` finds. other_bytes: norms, biases and headers of files. provenance: what report.json, or
     else run.yaml, says of the run that wrote the directory; empty without them. checked: tensors that
@@ -77,6 +77,15 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """All fields and properties, ready for JSON."""
         return {**dataclasses.asdict(self), "bits_per_weight": self.bits_per_weight, "sizes": self.sizes}
+
+    def __repr__(self) -> str:
+        return (
+            f"<Inspection: {self.model}, {self.scheme or 'dense'}, {len(self.layers)} layers, "
+            f"{self.bits_per_weight:.3f} bits per weight, {megabytes(self.total_bytes)}>"
+        )
+
+    def _repr_html_(self) -> str | None:
+        return html(self)
 
     def __rich__(self) -> Any:
         """Tables for a rich console: layers by kind, sizes, provenance."""

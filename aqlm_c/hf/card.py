@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY")
-inputs = tokenizer("The capital of France is", return_tensors="pt")
+inputs = tokenizer("The capital of France is", return_tensors="pt", return_token_type_ids=False)
 output = model.generate(**inputs, max_new_tokens=32)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 """

@@ -45,7 +45,7 @@ def outcomes(tmp_path_factory):
     home = tmp_path_factory.mktemp("models")
     rules = {"dense": {"down_proj": "dense"}, "embedding": {"embed_tokens": "2x4g8"}, "head": {"lm_head": "2x4g8"}}
     for name, rule in {**rules, "one-scheme": None}.items():
-        save_quantized(quantized(rule, tie_word_embeddings=name != "head"), None, home / name)
+        save_quantized(quantized(rule, tie_word_embeddings=name not in ("embedding", "head")), None, home / name)
     load(home / "dense").save_pretrained(home / "saved-again")
     load(home / "dense").dequantize().save_pretrained(home / "dequantized")
     directories = sorted(home.iterdir())
