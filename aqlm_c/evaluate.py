@@ -14,7 +14,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing(error) from error
 
-from .io.data import check_token_ids
+from .io.data import as_token_ids, check_token_ids
 
 _SLICE = 256  # positions whose logits are held in float32 at a time
 _MAX_LOSS = 700.0  # exp of a little more overflows
@@ -38,7 +38,9 @@ def perplexity(
     `sequence_length`, `tokens` (read) and `seconds`. Raises ValueError for a text shorter than what was
     asked for, for a token id that the model does not know and for a loss that is not finite or beyond 700.
     """
-    stream = torch.as_tensor(input_ids).reshape(-1)
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, expected a transformers model, as load_model gives it")
+    stream = as_token_ids("input_ids", input_ids, "token ids [n], as token_stream gives them").reshape(-1)
     available = stream.numel() // sequence_length if sequence_length > 1 else 0
     if sequence_length < 2:
         raise ValueError(f"sequence_length: got {sequence_length}, expected at least 2")

@@ -35,7 +35,7 @@ def _from_dict(fields: dict[str, Any]) -> Any:
     return AqlmConfig.from_dict(fields) if fields.get("quant_method") == OWN_METHOD else _of_transformers(fields)
 
 
-auto.AutoQuantizationConfig.from_dict = _from_dict
+auto.AutoQuantizationConfig.from_dict = staticmethod(_from_dict)
 
 if hasattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES"):  # transformers 5
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (AqlmConfig,)

@@ -100,6 +100,17 @@ def check_source(source: str) -> None:
         raise ValueError(f"data: got {source!r}: no such file")
 
 
+def as_token_ids(name: str, given: Any, expected: str) -> torch.Tensor:
+    """A tensor of the argument `name`; ValueError for what is none, and for floats."""
+    try:
+        tensor = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: got {type(given).__name__}, expected {expected}") from None
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise ValueError(f"{name}: got {tensor.dtype} {list(tensor.shape)}, expected {expected}")
+    return tensor
+
+
 def check_token_ids(name: str, input_ids: torch.Tensor, model: Any) -> None:
     """Raise ValueError, naming the argument `name`, unless `model` has an embedding for every id of a tensor."""
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -113,13 +124,8 @@ def check_token_ids(name: str, input_ids: torch.Tensor, model: Any) -> None:
 
 def check_sequences(model: Any, sequences: torch.Tensor, tuning: TuningOptions) -> torch.Tensor:
     """`sequences` as int64 [n, length]; ValueError for what calibration and `tuning` cannot take."""
-    try:
-        sequences = torch.as_tensor(sequences)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"sequences: got {type(sequences).__name__}, expected token ids [n, length], as load_sequences gives them"
-        ) from None
-    if sequences.ndim != 2 or sequences.is_floating_point() or not sequences.numel():
+    sequences = as_token_ids("sequences", sequences, "token ids [n, length], as load_sequences gives them")
+    if sequences.ndim != 2 or not sequences.numel():
         raise ValueError(
             f"sequences: got {sequences.dtype} {list(sequences.shape)}, expected token ids [n, length], at least one"
         )

@@ -101,6 +101,13 @@ def test_what_is_mixed_up_is_named():
             aqlm_c.quantize_model(*arguments)
     with pytest.raises(ValueError, match=r"linear: got Parameter, expected a torch\.nn\.Linear"):
         aqlm_c.quantize_linear(model.lm_head.weight, np.eye(32), SCHEME)
+    for arguments, message in (
+        ((model, "text.txt"), "input_ids: got str, expected token ids"),
+        ((model, tokens.float()), "input_ids: got torch.float32"),
+        (("smollm2", tokens), "model: got str, expected a transformers model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            aqlm_c.perplexity(*arguments, sequence_length=4)
     with pytest.raises(ValueError, match="model: got 5, expected the name of one"):
         aqlm_c.load_model(5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
