@@ -307,8 +307,9 @@ def execute(
     command: Annotated[
         list[str],
         typer.Argument(
-            metavar="[--] COMMAND [ARGS]...",
-            help="One that is installed, such as lm_eval or transformers, a script, -m MODULE or -c CODE.",
+            metavar="COMMAND",
+            help="With its arguments: one that is installed, such as lm_eval or transformers, a script, -m MODULE or "
+            "-c CODE. A -- before it is left out.",
             show_default=False,
         ),
     ],
