@@ -7,6 +7,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .errors import missing
 from .versions import __version__
 
 _HOMES = {
@@ -60,7 +61,10 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # the program dec
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    try:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        raise missing(error) from error
 
 
 def __dir__() -> list[str]:

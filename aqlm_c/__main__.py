@@ -5,11 +5,25 @@ import sys
 
 
 def main() -> int:
-    """The command line, with Ctrl-C answered while it is still being imported."""
-    try:
-        from .cli.main import main
+    """The command line, with Ctrl-C answered while it is still being imported.
 
-        code = main()
+    `doctor` needs nothing but the standard library, so that it can tell what is missing; `exec` leaves the process to
+    the command that it runs.
+    """
+    name, *arguments = sys.argv[1:] or [""]
+    if name == "exec" and arguments[:1] != ["--help"]:
+        from . import execute
+
+        return execute.main(arguments)
+    try:
+        if name == "doctor" and not arguments:
+            from . import doctor
+
+            code = doctor.main()
+        else:
+            from .cli.main import main
+
+            code = main()
     except KeyboardInterrupt:
         print("aqlm-c: stopped", file=sys.stderr)
         code = 130

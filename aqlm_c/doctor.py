@@ -15,9 +15,9 @@ from importlib import metadata, util
 from typing import Any, NamedTuple
 
 from .environment import VARIABLES
+from .errors import INSTALL
 from .versions import __version__
 
-INSTALL = "pip install 'aqlm-c[hf]'"
 BUILD = "AQLM_C_REQUIRE=torch pip install --no-build-isolation FOLDER_OF_AQLM_C"
 # Packages by name: the oldest version that is supported ("" any), and what it is for. As in pyproject.toml.
 REQUIRED = {
@@ -58,7 +58,9 @@ def examine() -> Iterator[Finding]:
     for packages, ok in ((REQUIRED, False), (OPTIONAL, None)):
         for name, (oldest, purpose) in packages.items():
             yield _package(name, oldest, purpose, ok)
-    core, problem = _import("aqlm_c._core")
+    core, problem = _import("numpy")  # without it _core writes to stderr
+    if core is not None:
+        core, problem = _import("aqlm_c._core")
     if core is None:
         yield Finding(False, "_core", f"does not load ({problem})", _core_cure())
     else:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
+
+INSTALL = "pip install 'aqlm-c[hf]'"
+# Packages that no extra of ours brings, or not that one.
+_CURES = {"matplotlib": "pip install 'aqlm-c[plot]'", "pandas": "pip install pandas", "peft": "pip install peft"}
 
 
 def wrong(name: str, got: Any, expected: str) -> ValueError:
@@ -27,3 +32,21 @@ def share(name: str, value: Any, *, zero: bool = False) -> None:
 def one_line(error: BaseException) -> str:
     """What an error of any type says, on one line; its type if it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def missing(error: ImportError) -> ImportError:
+    """The error of a package that is not installed, saying the cure; any other as it is."""
+    package = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package in ("", "aqlm_c"):
+        return error
+    return ModuleNotFoundError(
+        f"{package}: got none that is installed here, expected one: {_CURES.get(package, INSTALL)}", name=error.name
+    )
+
+
+def require(name: str) -> Any:
+    """The module called `name`; an ImportError that says the cure if its package is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise missing(error) from error

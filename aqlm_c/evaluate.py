@@ -7,9 +7,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from .errors import missing
 
-from .io.data import check_token_ids, cut
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise missing(error) from error
+
+from .io.data import as_token_ids, check_token_ids, cut
 from .model.positions import check_length
 
 _SLICE = 256  # positions whose logits are held in float32 at a time
@@ -37,7 +42,9 @@ def perplexity(
     asked for, for windows longer than the model has positions, for a token id that the model does not know and for a
     loss that is not finite or beyond 700.
     """
-    stream = torch.as_tensor(input_ids).reshape(-1)
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, expected a transformers model, as load_model gives it")
+    stream = as_token_ids("input_ids", input_ids, "token ids [n], as token_stream gives them").reshape(-1)
     if sequence_length < 2:
         raise ValueError(f"sequence_length: got {sequence_length}, expected at least 2")
     if windows is not None and windows < 1:

@@ -15,7 +15,7 @@ from .format import FIELDS, WEIGHT, Format, Rules
 from .io import checkpoint
 from .model.kinds import kind_of
 from .recipe import RunConfig
-from .report.tables import bits_text, make_table
+from .report.tables import bits_text, html, make_table
 from .units import megabytes
 
 _METHODS = ("aqlm", "aqlm_c")
@@ -38,7 +38,7 @@ class Matrix:
     quantized: bool = False
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Inspection:
     """What `inspect_model` finds. parameters: of the whole model, as many for a quantized layer as for a dense one.
     provenance: what report.json, or
@@ -86,6 +86,15 @@ class Inspection:
         """All fields and properties, ready for JSON."""
         derived = {name: getattr(self, name) for name in ("bits_per_weight", "effective_bits", "sizes")}
         return {**dataclasses.asdict(self), **derived}
+
+    def __repr__(self) -> str:
+        return (
+            f"<Inspection: {self.model}, {self.scheme or 'dense'}, {len(self.layers)} layers, "
+            f"{self.bits_per_weight:.3f} bits per weight, {megabytes(self.total_bytes)}>"
+        )
+
+    def _repr_html_(self) -> str | None:
+        return html(self)
 
     def __rich__(self) -> Any:
         """Tables for a rich console: layers by kind, sizes, provenance."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
+from .errors import int_between, missing
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise missing(error) from error
 
 from .calibrate.sources import DataFree, SequenceCalibration
 from .core.hessian import Hessian
 from .core.verbs import Array
-from .errors import int_between
 from .io.data import check_sequences
 from .methods.base import QuantizedWeight
 from .nn.linear import QuantizedLinear
@@ -26,16 +30,20 @@ __all__ = ["Progress", "quantize_linear", "quantize_model"]
 def quantize_linear(
     linear: torch.nn.Linear,
     hessian: Hessian | Array,
-    config: AqlmConfig,
+    config: AqlmConfig | str,
     dtype: torch.dtype | None = None,
 ) -> tuple[QuantizedLinear, QuantizedWeight]:
     """Quantize one linear layer under H (arXiv 2401.06118, section 3).
 
     `hessian` is H = X^T X / n_tokens [in, in] over its calibration inputs; pass one `Hessian` for all
-    linears with the same input. Codebooks and scales are rounded to `dtype`, a 16-bit float: the layer's
-    own if not given, and float16 for a float32 layer. Returns the layer, which takes over the bias, and the
-    weight with its error. Raises ValueError for a format that does not fit the layer and for NaN or Inf.
+    linears with the same input. `config`: also the text of a scheme, such as "2x8g8". Codebooks and scales are rounded
+    to `dtype`, a 16-bit float: the layer's own if not given, and float16 for a float32 layer. Returns the layer, which
+    takes over the bias, and the weight with its error. Raises ValueError for a format that does not fit the layer and
+    for NaN or Inf.
     """
+    if not isinstance(linear, torch.nn.Linear):
+        raise ValueError(f"linear: got {type(linear).__name__}, expected a torch.nn.Linear")
+    config = AqlmConfig.of(config)
     layer, solved, _ = quantize_module("weight", linear, hessian, config.format, config, dtype)
     assert isinstance(layer, QuantizedLinear)
     return layer, solved
@@ -44,7 +52,7 @@ def quantize_linear(
 def quantize_model(
     model: Any,
     sequences: torch.Tensor | None,
-    config: AqlmConfig,
+    config: AqlmConfig | str,
     *,
     layers: str | None = None,
     progress: Any = None,
@@ -57,8 +65,9 @@ def quantize_model(
     Each block's linears are quantized under H of their inputs in the model as it is by then, quantized up
     to that block; then the block is fine-tuned (`train.block`), unless `finetune_epochs` is 0. The embeddings
     and the output layer are quantized as `config.embeddings` says, to 4 bits where they would be more than a tenth of
-    the quantized model. `sequences` holds token ids [n, length], int64;
-    None: without data, each layer is quantized as if all its inputs were white, and nothing is fine-tuned. `layers` is
+    the quantized model. `sequences` holds token ids [n, length], int64; None: without data, each layer is quantized as
+    if all its inputs were white, and nothing is fine-tuned. `config`: also the text of a scheme, such as "2x8g8", or an
+    `aqlm_c.hf.AqlmConfig` without a dataset. `layers` is
     a regular expression: only linears whose name it finds. `progress`: see `Progress`. `batch_size`: sequences in one
     forward pass at most; fine-tuning takes no more than `finetune_batch_size` and half of them all.
     `work_dir`: a directory that keeps each finished block; the same call with the same directory goes on after
@@ -74,6 +83,9 @@ def quantize_model(
     from .hf.peft import check_no_adapters
     from .hf.quantizer import attach, check_loads
 
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model: got {type(model).__name__}, expected a transformers model, as load_model gives it")
+    config = AqlmConfig.of(config)
     if batch_size is not None:
         int_between("batch_size", batch_size, 1)
     check_no_adapters(model)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config import CalibrationOptions, MethodOptions, TuningOptions
-from .errors import int_between, wrong
+from .errors import int_between, require, wrong
 from .format import AUTO, DENSE, Format, Rules
 from .format import FIELDS as FORMAT_FIELDS
 from .methods import DEFAULT, METHODS, get_method
@@ -103,6 +103,27 @@ class AqlmConfig:
             tuning=chosen(TuningOptions),
             **{name: given.get(name, default) for name, default in whole.items()},
         )
+
+    @classmethod
+    def of(cls, config: Any) -> AqlmConfig:
+        """The config that is meant by one, a scheme's text, a `Format`, or the `AqlmConfig` of `aqlm_c.hf`.
+
+        Raises ValueError for anything else.
+        """
+        if isinstance(config, str):
+            return cls.from_scheme(config)
+        if isinstance(config, Format):
+            return cls(config)
+        if not isinstance(config, cls) and hasattr(config, "quantization"):  # that of transformers, which we do not see
+            config = config.quantization()
+        if not isinstance(config, cls):
+            raise wrong("config", config, "a scheme such as '2x8g8' or an AqlmConfig")
+        return config
+
+    @property
+    def quant_method(self) -> str:
+        """As transformers asks for it: `from_pretrained(..., quantization_config=config)` quantizes without data."""
+        return "aqlm_c" if self.rules else "aqlm"
 
     def replace(self, **fields: Any) -> AqlmConfig:
         """The config with other values of these fields, by their names in `to_dict`."""
@@ -356,8 +377,7 @@ def _typed(name: str, kind: str, value: Any) -> Any:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
+    yaml = require("yaml")
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -373,7 +393,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def yaml_text(fields: Mapping[str, Any]) -> str:
     """`overwrite` is left out: it permits one run to replace OUT, and no later one."""
-    import yaml
-
+    yaml = require("yaml")
     kept = {name: value for name, value in fields.items() if value is not None and name != "overwrite"}
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    return text

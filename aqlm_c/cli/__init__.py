@@ -7,11 +7,13 @@ is written; Ctrl-C one line and 130. torch and transformers are imported by the 
 import os
 import sys
 
+from ..errors import missing
+
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when torch imports tqdm: progress is shown by `Display` alone
 
 try:
     import rich  # noqa: F401
     import typer  # noqa: F401
 except ModuleNotFoundError as error:
-    print(f"aqlm-c: the package {error.name} is missing: pip install 'aqlm-c[hf]'", file=sys.stderr)
+    print(f"aqlm-c: {missing(error)}", file=sys.stderr)
     raise SystemExit(2) from None

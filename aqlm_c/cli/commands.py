@@ -48,6 +48,10 @@ Data = Annotated[
 _BOS = "|".join(BOS)  # auto: where the tokenizer begins texts with it
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Threads = Annotated[int | None, typer.Option(help="Threads; all cores if not given.", show_default=False)]
+Device = Annotated[
+    str,
+    typer.Option(metavar="cpu|cuda[:N]|auto", help="Where the model runs; auto: on a GPU if one is there and works."),
+]
 Json = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.", show_default=False)]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the log on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no tables; evaluate prints the figure alone.")]
@@ -187,6 +191,10 @@ def evaluate(
         ),
     ] = "auto",
     threads: Threads = None,
+    device: Device = "cpu",
+    record: Annotated[
+        bool, typer.Option("--record", help="Put the figures into MODEL's report.json and model card, too.")
+    ] = False,
     json: Json = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -201,14 +209,18 @@ def evaluate(
     sources = _check_data(data)
     prepare(threads)
 
+    from ..core.runtime import find_device
     from ..evaluate import perplexity
+    from ..hf.card import record_perplexity
     from ..hf.models import load_model
     from ..io.data import BUNDLED, begins_texts, sha256, token_stream, window_start
 
-    results = []
+    results, place = [], str(find_device(device, "--device"))
+    if record and not (Path(model) / "report.json").is_file():
+        raise ValueError(f"--record: got {model!r}, expected a directory with the report.json of aqlm-c quantize")
     with Display(quiet, verbose) as display:
         display.on_phase("load")
-        network, tokenizer, _ = load_model(model)
+        network, tokenizer, _ = load_model(model, "auto", place)
         for source in sources or [BUNDLED]:
             display.on_phase(f"evaluate {source}")
             input_ids = token_stream(source, tokenizer, windows and windows * sequence_length)
@@ -222,7 +234,9 @@ def evaluate(
             token = None if start is None else tokenizer.bos_token
             results.append({"data": source, "sha256": sha256(source), "bos": token, **result})
     if json:
-        write_json(json, {"model": model, "results": results})
+        write_json(json, {"model": model, "device": place, "results": results})
+    if record:
+        record_perplexity(model, {_described(result): result["perplexity"] for result in results})
     for result in results:
         figure = result["perplexity"]
         if quiet:
@@ -253,6 +267,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
     seed: Seed = 0,
     threads: Threads = None,
+    device: Device = "cpu",
     verbose: Verbose = False,
 ) -> None:
     """Generate text with MODEL, streamed to stdout."""
@@ -267,11 +282,13 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from ..core.runtime import find_device
     from ..hf.models import load_model
 
+    place = str(find_device(device, "--device"))
     with Display(verbose=verbose) as display:
         display.on_phase("load")
-        network, tokenizer, _ = load_model(model)
+        network, tokenizer, _ = load_model(model, "auto", place)
     if chat and not tokenizer.chat_template:
         raise ValueError(f"--chat: {model!r} has no chat template, expected --raw")
     if tokenizer.chat_template and chat is not False:
@@ -287,7 +304,7 @@ def generate(
     torch.manual_seed(seed)
     with torch.inference_mode():
         network.generate(
-            **inputs,
+            **inputs.to(place),
             do_sample=temperature > 0,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
@@ -324,6 +341,24 @@ def doctor() -> int:
     return main()
 
 
+@app.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def execute(
+    command: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="COMMAND",
+            help="With its arguments: one that is installed, such as lm_eval or transformers, a script, -m MODULE or "
+            "-c CODE. A -- before it is left out.",
+            show_default=False,
+        ),
+    ],
+) -> int:
+    """Run a Python COMMAND that loads quantized models: with aqlm_c.hf imported first, else as Python would."""
+    from ..execute import main
+
+    return main(command)
+
+
 def _check_json(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise ValueError(f"--json: got {str(path)!r}, expected a file in a directory that exists")
@@ -337,6 +372,13 @@ def _check_positions(network: Any, prompt: int, new: int) -> None:
     if most is not None and prompt <= most < prompt + new - 1:  # the last token is not read
         raise wrong("--max-new-tokens", new, f"at most {most - prompt + 1} after {prompt} tokens of PROMPT")
     check_length("PROMPT and new tokens" if most is None or prompt <= most else "PROMPT", prompt + new - 1, network)
+
+
+def _described(result: dict[str, Any]) -> str:
+    """What a perplexity was measured on; of a file without its folder."""
+    name = Path(result["data"]).name if Path(result["data"]).is_file() else result["data"]
+    start = f", each after {result['bos']}" if result["bos"] else ""
+    return f"{name}, {result['windows']} windows of {result['sequence_length']:,} tokens{start}"
 
 
 def _check_data(data: list[str] | None) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from ..errors import missing
 from .commands import app
 
 _PATIENCE = 1.5  # seconds between Ctrl-C and the end of a process whose main thread does not answer
@@ -75,8 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = result if isinstance(result, int) else 0
         except _UsageError as error:
             code, message = 2, error.format_message()
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError) as error:
             code, message = 2, str(error)
+        except ImportError as error:
+            code, message = 2, str(missing(error))
         except (KeyboardInterrupt, typer.Abort):
             code = 130
         if code == 130:

@@ -1,8 +1,15 @@
-"""Threads and instruction set of the C core that quantizes."""
+"""Threads and instruction set of the C core that quantizes; devices that models run on."""
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING
+
 from .. import _core
+from ..errors import wrong
+
+if TYPE_CHECKING:
+    import torch
 
 get_num_threads = _core.get_num_threads
 get_isa = _core.get_isa
@@ -16,3 +23,35 @@ def set_threads(threads: int | None) -> None:
 
     torch.set_num_threads(threads)
     _core.set_num_threads(threads)
+
+
+def find_device(name: str, argument: str = "device") -> torch.device:
+    """The device called "cpu", "cuda" or "cuda:N"; "auto" is the first GPU that our kernels can use, else the CPU.
+
+    Raises ValueError, naming `argument`, for another name and for a GPU that is not there.
+    """
+    import torch
+
+    from .extensions import has_cuda
+
+    if not isinstance(name, str) or not re.fullmatch(r"cpu|auto|cuda(:\d{1,3})?", name):
+        raise wrong(argument, name, "cpu, cuda, cuda:N or auto")
+    count = torch.cuda.device_count()
+    if name in ("cpu", "auto"):
+        return torch.device("cuda" if name == "auto" and count and has_cuda else "cpu")
+    if not count:
+        raise ValueError(f"{argument}: got {name!r}, expected cpu or auto, since no CUDA device is visible")
+    if int(name.partition(":")[2] or 0) >= count:
+        raise wrong(argument, name, f"one of cuda:0 to cuda:{count - 1}")
+    return torch.device(name)
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raise ValueError for a GPU on which a quantized model cannot run, since this package was built without it."""
+    from .extensions import has_cuda
+
+    if device.type == "cuda" and not has_cuda:
+        raise ValueError(
+            f"device: got {str(device)!r}, expected cpu: aqlm_c was built without its kernels for GPUs; build it again "
+            "where nvcc is found (CUDA_HOME)"
+        )

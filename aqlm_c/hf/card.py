@@ -14,6 +14,8 @@ from typing import Any
 import huggingface_hub
 import yaml
 
+from ..errors import INSTALL
+from ..files import read_json_object, write_json
 from ..format import Format
 from ..io.checkpoint import quantized_linears, save_quantized
 from ..io.data import BUNDLED, FILE_TYPES
@@ -22,6 +24,16 @@ from ..model.sizes import stored_size
 from .models import is_image_text
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_AUTO = "AutoModelForCausalLM"
+_USE = """import aqlm_c.hf  # teaches transformers the format
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY")
+inputs = tokenizer("The capital of France is", return_tensors="pt", return_token_type_ids=False)
+output = model.generate(**inputs, max_new_tokens=32)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+"""
 _LICENSE = ("license", "license_name", "license_link", "language")
 
 
@@ -51,7 +63,7 @@ def model_card(
     on_hub = _HUB_NAME.fullmatch(original) is not None and not os.path.exists(original)
     data = report.get("data", {}).get("sources", {})
     of_images = is_image_text(model.config.model_type, type(model).__name__)
-    auto = "AutoModelForImageTextToText" if of_images else "AutoModelForCausalLM"
+    auto = "AutoModelForImageTextToText" if of_images else _AUTO
     front = huggingface_hub.ModelCardData(
         base_model=original if on_hub else None,
         base_model_relation="quantized" if on_hub else None,
@@ -68,12 +80,13 @@ def model_card(
         f"{f'[{title}](https://huggingface.co/{title})' if on_hub else title} in codes of "
         "[AQLM](https://arxiv.org/abs/2401.06118), made with aqlm_c.\n",
         "## Use\n",
-        "```python\nimport aqlm_c.hf  # teaches transformers the format\n"
-        f"from transformers import {auto}, AutoTokenizer\n\n"
-        f'model = {auto}.from_pretrained("THIS_REPOSITORY", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY")\n```\n',
+        f"```sh\npip install torch  # 2.11 or newer, first\n{INSTALL}\n```\n",
+        f"```python\n{_USE.replace(_AUTO, auto)}```\n",
+        "Programs that know nothing of aqlm_c run with it as `aqlm-c exec -- COMMAND`, such as "
+        "`aqlm-c exec -- transformers serve`.\n",
         "## Format\n",
         *_format(model, schemes, report),
+        *_run(report),
         *_calibration(report, data),
         *_perplexities(perplexity or report.get("perplexity") or {}),
         "## Licence\n",
@@ -124,6 +137,31 @@ def _card(model: Any) -> str:
     return model_card(model, report.to_dict() if report is not None else None)
 
 
+def record_perplexity(directory: str | os.PathLike[str], perplexity: Mapping[str, float]) -> None:
+    """Put figures, by the name of their data, into the report.json and the README.md of a quantized model.
+
+    Those of other data stay. Raises ValueError for a directory without a report.json; OSError if one cannot be written.
+    """
+    directory = Path(directory)
+    if not (directory / "report.json").is_file():
+        raise ValueError(f"model: got {str(directory)!r}, expected a directory with the report.json of aqlm-c quantize")
+    report = read_json_object(directory / "report.json")
+    known = report.get("perplexity")
+    report["perplexity"] = {**(known if isinstance(known, dict) else {}), **perplexity}
+    write_json(directory / "report.json", report)
+    card = directory / "README.md"
+    if card.is_file():
+        text, section = card.read_text(encoding="utf-8"), "\n".join(_perplexities(report["perplexity"]))
+        found = re.search(r"^## Perplexity\n.*?(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+        at = found.span() if found else ((text.find("## Licence\n") + 1 or len(text) + 1) - 1,) * 2
+        new = card.with_name(f".README.md.{os.getpid()}.tmp")
+        try:
+            new.write_text(f"{text[: at[0]]}{section}\n{text[at[1] :]}", encoding="utf-8")
+            os.replace(new, card)
+        finally:
+            new.unlink(missing_ok=True)
+
+
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -166,6 +204,27 @@ def _format(model: Any, schemes: list[str], report: Mapping[str, Any]) -> Iterat
         yield f"Size on disk: {before}{sizes['quantized_bytes'] / 1e6:,.1f} MB quantized, embeddings included.\n"
         if report.get("note"):
             yield f"{report['note']}\n"
+
+
+def _run(report: Mapping[str, Any]) -> Iterator[str]:
+    """How it was made and how near it came: what the report knows of it."""
+    if not report:
+        return
+    yield "## How it was made\n"
+    options = [(name, report.get("config", {}).get(name)) for name in ("preset", "solver", "seed")]
+    rows = [(name, str(value)) for name, value in options if value is not None]
+    rows += list(report.get("versions", {}).items())
+    if layers := report.get("layers"):
+        worst = max(layers, key=lambda layer: layer["relative_error"])
+        mean = sum(layer["relative_error"] for layer in layers) / len(layers)
+        worst_error = f"{worst['relative_error']:.5f} ({worst['name']})"
+        rows.append(("relative error of layers' outputs", f"mean {mean:.5f}, worst {worst_error}"))
+    held_out = [
+        block["held_out_after"] for block in report.get("blocks", []) if block.get("held_out_after") is not None
+    ]
+    if held_out:
+        rows.append(("relative error of the last block's output, held out", f"{held_out[-1]:.5f}"))
+    yield _table(("", ""), rows)
 
 
 def _calibration(report: Mapping[str, Any], data: Mapping[str, str | None]) -> Iterator[str]:

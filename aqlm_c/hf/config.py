@@ -14,6 +14,15 @@ from .onthefly import OnTheFly
 
 _RUN_TIME = ("dequantize", "on_the_fly")
 
+# Written with our own method, which transformers does not know without this package: it would warn, and go on with
+# random weights. Before it looks at the method it hands whatever has `load_in_8bit` to bitsandbytes' config, which
+# raises for this dtype, before anything is loaded: "module 'torch' has no attribute" and this text.
+OWN_METHOD = "aqlm_c"
+_CURE = (
+    "import aqlm_c.hf (pip install aqlm-c) before from_pretrained: quant_method aqlm_c is not of transformers itself"
+)
+GUARD = {"load_in_8bit": _CURE, "bnb_4bit_compute_dtype": _CURE}
+
 
 class AqlmConfig(transformers.AqlmConfig):
     """transformers' `AqlmConfig`, checked, and keeping the keys it does not know.
@@ -44,13 +53,14 @@ class AqlmConfig(transformers.AqlmConfig):
         if scheme is not None:
             self.on_the_fly = OnTheFly(scheme, rules=rules, **fields)
             fields = Format.parse(scheme).to_dict()
+        fields = {name: value for name, value in fields.items() if name not in GUARD}
         super().__init__(*args, **fields)
         if not all(isinstance(name, str) for name in self.linear_weights_not_to_quantize):
             raise wrong("linear_weights_not_to_quantize", self.linear_weights_not_to_quantize, "a list of names")
         known = set(vars(self))
         self.__dict__.update({name: value for name, value in fields.items() if name not in known})
         self.rules: dict[str, str] = Rules(rules).to_dict()
-        self.quant_method = getattr(quant_method, "value", quant_method) or ("aqlm_c" if rules else "aqlm")
+        self.quant_method = getattr(quant_method, "value", quant_method) or (OWN_METHOD if rules else "aqlm")
         self.dequantize = dequantize
         if rules and self.quant_method == "aqlm":
             raise ValueError("quant_method: got 'aqlm' with rules, expected 'aqlm_c'")
@@ -66,6 +76,25 @@ class AqlmConfig(transformers.AqlmConfig):
         """The format of every quantized layer."""
         return LayerConfig(Format(**{name: getattr(self, name) for name in FIELDS}), Rules(self.rules))
 
+    def quantization(self) -> LayerConfig:
+        """What to quantize to and how, for `quantize_model` and others that are given their data themselves.
+
+        Raises ValueError for a config with a dataset.
+        """
+        if self.on_the_fly is None:
+            return self.layer_config()
+        if self.on_the_fly.dataset is not None:
+            raise wrong("dataset", "one", "none in a config that is not for from_pretrained: pass the sequences")
+        return self.on_the_fly.config
+
+    @classmethod
+    def of(cls, config: Any) -> AqlmConfig:
+        """The config itself, or the one that quantizes to an `aqlm_c.AqlmConfig` while loading, without data."""
+        if not isinstance(config, LayerConfig):
+            return config
+        options = {name: value for name, value in config.to_dict().items() if name not in FIELDS}
+        return cls(scheme=config.scheme, **options)
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a config passed to `from_pretrained` may change of the checkpoint's own."""
         return {"dequantize": self.dequantize}
@@ -73,4 +102,6 @@ class AqlmConfig(transformers.AqlmConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields but those of one run; rules as a list of pairs, since config.json sorts the names of a mapping."""
         fields = copy.deepcopy({name: value for name, value in vars(self).items() if name not in (*_RUN_TIME, "rules")})
+        if self.quant_method == OWN_METHOD:
+            fields |= GUARD
         return {**fields, "rules": [list(rule) for rule in self.rules.items()]} if self.rules else fields

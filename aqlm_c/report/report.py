@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from ..errors import require, wrong
 from ..versions import versions
 from . import tables
 from .layers import BlockReport, LayerReport
@@ -13,9 +14,9 @@ from .layers import BlockReport, LayerReport
 _DISTANCES = "dB: above the Gaussian reference, at the rate of the codes and at the true rate\n"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class QuantizationReport:
-    """One run of `quantize_model`.
+    """One run of `quantize_model`. A notebook shows its tables; `to_frame` gives its rows, `to_dict` all of it.
 
     parameters, stored_bytes: of the whole model, and of the tensors that are stored for them; 0 where they are not
     known. phases: seconds by name, in order. sizes: bytes on disk as `original_bytes`, `quantized_bytes` and, of
@@ -67,6 +68,30 @@ class QuantizationReport:
                 "blocks": [block.to_dict() for block in self.blocks],
             }
         )
+
+    def to_frame(self, what: str = "layers") -> Any:
+        """A pandas DataFrame, one row for each of "layers" or "blocks" by name, columns as in `to_dict`.
+
+        Raises ValueError for another name, ImportError where pandas is not installed.
+        """
+        if what not in ("layers", "blocks"):
+            raise wrong("what", what, "'layers' or 'blocks'")
+        kind: Any = LayerReport if what == "layers" else BlockReport
+        rows = [row.to_dict() for row in getattr(self, what)]
+        columns = list(rows[0] if rows else (field.name for field in dataclasses.fields(kind)))
+        return require("pandas").DataFrame(rows, columns=columns).set_index("name")
+
+    def __repr__(self) -> str:
+        schemes = ", ".join(dict.fromkeys(layer.scheme for layer in self.layers)) or "no scheme"
+        errors = [layer.relative_error for layer in self.layers if layer.relative_error is not None]
+        mean = f", mean relative error {sum(errors) / len(errors):.5f}" if errors else ""
+        return (
+            f"<QuantizationReport: {len(self.layers)} layers of {schemes}, {self.bits_per_weight:.3f} bits per weight"
+            f"{mean}, {self.tokens:,} tokens, {sum(self.phases.values()):.1f} s>"
+        )
+
+    def _repr_html_(self) -> str | None:
+        return tables.html(self)
 
     def __rich__(self) -> Any:
         """Tables for a rich console: layers by kind, blocks, sizes on disk, seconds by phase, diagnoses."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,6 +100,18 @@ def block_table(blocks: Sequence[BlockReport]) -> Any:
 def error_text(error: float | None) -> str:
     """An error for people: "0.02600", or a dash where there is none."""
     return "-" if error is None else f"{error:.5f}"
+
+
+def html(shown: Any, width: int = 120) -> str | None:
+    """Something rich as HTML for a notebook; None, which leaves it to `repr`, where rich is not installed."""
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:
+        return None
+    console = Console(file=io.StringIO(), record=True, width=width, highlight=False, force_jupyter=False)
+    console.print(shown)
+    text = console.export_html(inline_styles=True, code_format="{code}").rstrip()
+    return f'<pre style="line-height: 1.2; overflow-x: auto">{text}</pre>'
 
 
 def list_of(sentences: Sequence[str]) -> Any:

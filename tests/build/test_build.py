@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,6 +216,37 @@ def test_make_names_what_this_machine_lacks(tmp_path, missing, message):
     )
     assert run.returncode == 2
     assert re.match(rf"{message}.*\nmake: \*\*\*", run.stderr), run.stderr
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="needs a git checkout")
+def test_the_source_distribution_is_the_whole_checkout(tmp_path):
+    """In a copy, since egg-info is written beside what is packed and names what the next one packs."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    files = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    copy = tmp_path / "copy"
+    for name in files:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    (copy / "tests" / "left.so").touch()
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats", "tar", "--dist-dir", str(tmp_path)]
+    run = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar"))) as archive:
+        packed = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    made = {"PKG-INFO", "setup.cfg"} | {name for name in packed if name.startswith("aqlm_c.egg-info/")}
+    assert packed - made == set(files)
+
+
+def test_torch_is_found_from_a_build_that_does_not_see_it(monkeypatch):
+    """pip's isolated build: torch cannot be imported, but lies in the environment that is installed into."""
+    import torch
+
+    find_spec = BUILD.util.find_spec
+    monkeypatch.setattr(
+        BUILD.util, "find_spec", lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+    )
+    home = BUILD.torch_home()
+    assert home is not None and home.samefile(Path(torch.__file__).parent) and BUILD.torch_problem() is None
 
 
 def test_versions_agree():

@@ -29,7 +29,7 @@ LAYERS = [
     {"evaluate", "inspection"},
     {"quantize"},
     {"run"},
-    {"doctor"},
+    {"doctor", "execute"},
     {"cli"},
     {"demo", "__main__"},
 ]

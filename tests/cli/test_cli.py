@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from aqlm_c import PRESETS, LayerReport, __version__, demo
 from aqlm_c import evaluate as evaluation
 from aqlm_c.cli.display import Display
 from aqlm_c.cli.main import main
+from aqlm_c.hf.models import load_model
 from aqlm_c.report.layers import BlockReport
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
@@ -162,6 +164,50 @@ def test_generate_streams_and_repeats(run, quantized_dir, tokenizer, monkeypatch
     sampled = [run(*arguments, "--temperature", 2, "--top-p", 0.9, "--seed", seed)[1] for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1]
     assert len({greedy, *sampled}) == 3
+
+
+def test_evaluate_records_figures_where_the_model_came_with_a_report(run, model_dir, quantized_dir, tmp_path):
+    out, ids = tmp_path / "out", tmp_path / "ids.npy"
+    shutil.copytree(quantized_dir, out)
+    np.save(ids, np.arange(128) % 256)
+    code, stdout, _ = run("evaluate", out, "--data", ids, "--sequence-length", 64, "--record", "--quiet")
+    assert code == 0
+    name, figure = "ids.npy, 2 windows of 64 tokens", float(stdout)
+    assert json.loads((out / "report.json").read_text())["perplexity"] == {name: figure}
+    assert f"| {name} | - | {figure:.3f} |" in (out / "README.md").read_text()
+    line = f"aqlm-c: --record: got {str(model_dir)!r}, expected a directory with the report.json of aqlm-c quantize\n"
+    assert run("evaluate", model_dir, "--record") == (2, "", line)
+
+
+def test_device(run, quantized_dir, tmp_path, monkeypatch):
+    ids, report = tmp_path / "ids.npy", tmp_path / "result.json"
+    np.save(ids, np.arange(128) % 256)
+    arguments = ("evaluate", quantized_dir, "--data", ids, "--sequence-length", 64, "--quiet", "--json", report)
+    assert run(*arguments, "--device", "cpu") == run(*arguments)
+    assert json.loads(report.read_text())["device"] == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert run(*arguments, "--device", "auto") == run(*arguments)
+    monkeypatch.setattr("aqlm_c.hf.models.load_model", lambda *_: pytest.fail("the model was loaded"))
+    generate = ("generate", quantized_dir, "hello")
+    for command in (arguments, generate):
+        for name, expected in (
+            ("cuda", "--device: got 'cuda', expected cpu or auto, since no CUDA device is visible"),
+            ("cuda:x", "--device: got 'cuda:x', expected cpu, cuda, cuda:N or auto"),
+            ("gpu", "--device: got 'gpu', expected cpu, cuda, cuda:N or auto"),
+        ):
+            assert run(*command, "--device", name)[::2] == (2, f"aqlm-c: {expected}\n")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "--device: got 'cuda:2', expected one of cuda:0 to cuda:1" in run(*generate, "--device", "cuda:2")[2]
+
+
+def test_a_quantized_model_on_a_gpu_needs_our_kernels(quantized_dir, monkeypatch):
+    from aqlm_c.core import extensions
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(extensions, "has_cuda", False)
+    with pytest.raises(ValueError, match="device: got 'cuda', expected cpu: aqlm_c was built without its kernels"):
+        load_model(quantized_dir, device="cuda")
+    assert load_model(quantized_dir, device="auto")[0].device.type == "cpu"
 
 
 # Each wrong input: the options after MODEL and OUT, and words of the one line it gives.

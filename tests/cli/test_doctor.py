@@ -108,6 +108,22 @@ def test_a_wrong_result_fails(monkeypatch, capsys, verb, wrong):
     assert found.startswith("✗") and "build again" in found and (f"{verb} differs" in found or "failed" in found)
 
 
+@pytest.mark.parametrize("arguments", [["doctor"], ["--help"], ["inspect", "."]])
+def test_without_the_packages_of_the_command_line(arguments):
+    """`doctor` tells what is missing; all else says the cure in one line."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('typer', 'rich', 'numpy', 'torch', 'transformers')));"
+        "from aqlm_c.__main__ import main; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    if arguments == ["doctor"]:
+        assert done.returncode == 1 and done.stderr == "" and "To be mended: numpy, torch," in done.stdout
+    else:
+        assert (done.returncode, done.stdout) == (2, "")
+        cure = "got none that is installed here, expected one: pip install 'aqlm-c[hf]'"
+        assert done.stderr == f"aqlm-c: rich: {cure}\n"
+
+
 def test_it_runs_without_the_command_line():
     done = subprocess.run([sys.executable, "-m", "aqlm_c.doctor"], capture_output=True, text=True)
     assert done.returncode == 0 and "The CPU path works." in done.stdout

@@ -52,6 +52,8 @@ def test_what_a_quantized_model_holds(published):
     mine = [layer for layer in inspection.layers if layer is not dense]
     bits = sum(layer.bits_per_weight * layer.out_features * layer.in_features for layer in mine)
     assert inspection.bits_per_weight == bits / sum(layer.out_features * layer.in_features for layer in mine)
+    assert len(repr(inspection)) < 200 + len(str(published)) and "14 layers" in repr(inspection)
+    assert "mlp.up_proj" in inspection._repr_html_()
 
 
 def test_only_headers_are_read(published, inspect):

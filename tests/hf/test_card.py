@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import types
 
 import huggingface_hub
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import aqlm_c
 import aqlm_c.hf
-from aqlm_c.hf.card import model_card, push_to_hub
+from aqlm_c.hf.card import model_card, push_to_hub, record_perplexity
+from aqlm_c.inspection import inspect_model
 from aqlm_c.recipe import AqlmConfig
 
 HUB_NAME = "someone/tiny-llama"
@@ -61,6 +63,69 @@ def test_everything_that_is_known_is_on_the_card(quantized, tmp_path):
     assert "| wikitext \\| test | 10.500 | 12.250 |\n| more | - | 13.000 |\n" in text
     assert "10.0 MB before, 2.5 MB quantized" in text
     assert "tiny-licence (LICENSE), as the original model." in text
+
+
+def test_the_card_says_how_it_was_made_and_its_code_runs(quantized, tmp_path, monkeypatch, capsys):
+    model, report = quantized
+    report["config"]["preset"] = "fast"
+    text = model_card(model, {**report, "perplexity": {"test.txt": 12.25}})
+    worst = max(report["layers"], key=lambda layer: layer["relative_error"])
+    for line in (
+        "| preset | fast |",
+        f"| solver | {report['config']['solver']} |",
+        f"| seed | {report['config']['seed']} |",
+        f"| torch | {torch.__version__} |",
+        f"worst {worst['relative_error']:.5f} ({worst['name']}) |",
+        "| test.txt | - | 12.250 |",
+        "pip install 'aqlm-c[hf]'",
+        "aqlm-c exec -- ",
+    ):
+        assert line in text, line
+    aqlm_c.save_quantized(model, tiny_tokenizer(), tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("THIS_REPOSITORY", "./out"), "card", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_perplexity_is_recorded_in_report_and_card(quantized, tmp_path):
+    model, report = quantized
+    out = tmp_path / "out"
+    files = {"report.json": json.dumps(report), "README.md": model_card(model, report, license="mit") + "\nMy words.\n"}
+    aqlm_c.save_quantized(model, None, out, extra_files=lambda _: files)
+    before = (out / "README.md").read_text()
+    record_perplexity(out, {"a.txt": 20.0})
+    record_perplexity(out, {"b | c": 10.5, "a.txt": 21.0})
+    text = (out / "README.md").read_text()
+    section = "## Perplexity\n\n| data | original | quantized |\n| --- | --- | --- |\n"
+    section += "| a.txt | - | 21.000 |\n| b \\| c | - | 10.500 |\n\n"
+    assert text.replace(section, "") == before and "My words." in text
+    assert text.index("## Calibration") < text.index("## Perplexity") < text.index("## Licence")
+    assert json.loads((out / "report.json").read_text()) == {**report, "perplexity": {"a.txt": 21.0, "b | c": 10.5}}
+    assert section in model_card(model, json.loads((out / "report.json").read_text()))
+    assert not list(out.glob(".*"))
+    with pytest.raises(ValueError, match=r"expected a directory with the report\.json"):
+        record_perplexity(tmp_path, {"a": 1.0})
+
+
+def test_what_is_loaded_and_saved_again_keeps_where_it_came_from(quantized, tmp_path):
+    model, report = quantized
+    files = {"report.json": json.dumps(report), "run.yaml": "scheme: 1x4g8\n", "README.md": "card"}
+    aqlm_c.save_quantized(model, None, tmp_path / "out", extra_files=lambda _: files)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    aqlm_c.save_quantized(loaded, None, tmp_path / "third")
+    for name in ("again", "third"):
+        for file in ("report.json", "run.yaml"):
+            assert (tmp_path / name / file).read_text() == files[file]
+        assert inspect_model(tmp_path / name).provenance["config"] == report["config"]
+    own = {"report.json": "{}"}  # of a later run
+    aqlm_c.save_quantized(loaded, None, tmp_path / "own", extra_files=lambda _: own)
+    assert (tmp_path / "own" / "report.json").read_text() == "{}"
+    loaded.save_pretrained(tmp_path / "not-main", is_main_process=False)
+    loaded.dequantize().save_pretrained(tmp_path / "dense")
+    for name in ("not-main", "dense"):
+        assert not (tmp_path / name / "report.json").exists()
 
 
 def test_nothing_is_made_up(quantized):

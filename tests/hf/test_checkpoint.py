@@ -82,7 +82,7 @@ def test_everything_around_the_weights_is_saved(tmp_path, shared):
         "nbits_per_codebook": 4,
         "in_group_size": 8,
         "out_group_size": 1,
-        "linear_weights_not_to_quantize": checkpoint.unquantized_parameters(shared),
+        "linear_weights_not_to_quantize": [*checkpoint.unquantized_parameters(shared), "lm_head"],
     }
     names = config["linear_weights_not_to_quantize"]
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"} <= set(names)

@@ -91,3 +91,22 @@ def test_we_read_what_upstream_makes(exchanged, scheme):
     assert not any(info.values()), info
     assert_same_weights(model, directory)
     assert model.model.layers[0].mlp.up_proj.bias is not None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_with_upstream_loads_what_we_save(tmp_path, python, tied):
+    """No aqlm_c: the output layer is the dense one, whichever names transformers compares."""
+    model, tokens = tiny_llama(tie_word_embeddings=tied), random_tokens(1, 16)
+    quantize_model(model, None, AqlmConfig.from_scheme("2x4g8", **FAST))
+    save_quantized(model, None, tmp_path / "out")
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM; from safetensors.torch import save_file;"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
+        f"save_file({{'logits': model(torch.tensor({tokens.tolist()})).logits}}, sys.argv[2]);"
+        "assert 'aqlm_c' not in sys.modules"
+    )
+    done = subprocess.run([python, "-c", code, tmp_path / "out", tmp_path / "theirs"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = model(tokens).logits
+    torch.testing.assert_close(load_file(tmp_path / "theirs")["logits"], expected, rtol=1e-3, atol=1e-3)

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import re
+import sys
 
 import pytest
 
@@ -112,6 +114,40 @@ def test_tables_without_references_or_original(report):
     assert " - " in text
     assert "original  " not in text
     assert "quantized" in text
+
+
+def test_a_notebook_shows_the_tables_and_repr_is_one_short_line(tuned, monkeypatch):
+    pytest.importorskip("rich")
+    assert repr(tuned) == (
+        "<QuantizationReport: 7 layers of 2x8g8, 2.367 bits per weight, mean relative error 0.02857, "
+        "4,096 tokens, 3.5 s>"
+    )
+    shown = tuned._repr_html_()
+    assert shown.startswith("<pre") and shown.endswith("</pre>") and "<script" not in shown
+    for part in ("mlp.experts.*.w1", "model.layers.129", "than [needed] in many", "1.50 GiB"):
+        assert part in re.sub(r"<[^>]+>", "", shown)
+    assert repr(QuantizationReport()).startswith("<QuantizationReport: 0 layers") and QuantizationReport()._repr_html_()
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert tuned._repr_html_() is None  # and IPython takes repr
+
+
+def test_frames_have_a_row_for_each_layer_or_block(tuned, monkeypatch):
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, "pandas", None)
+        with pytest.raises(
+            ImportError, match="pandas: got none that is installed here, expected one: pip install pandas"
+        ):
+            tuned.to_frame()
+    with pytest.raises(ValueError, match="what: got 'rows', expected 'layers' or 'blocks'"):
+        tuned.to_frame("rows")
+    pytest.importorskip("pandas")
+    layers, blocks = tuned.to_frame(), tuned.to_frame("blocks")
+    assert list(layers.index) == [layer.name for layer in tuned.layers]
+    assert list(layers["relative_error"]) == [layer.relative_error for layer in tuned.layers]
+    assert layers.loc["model.layers.0.mlp.down_proj", "db_above_code_rate"] == tuned.layers[-1].db_above_code_rate
+    assert list(blocks.index) == [block.name for block in tuned.blocks] and blocks["epochs"].sum() == 4
+    empty = QuantizationReport().to_frame()
+    assert len(empty) == 0 and "relative_error" in empty
 
 
 def test_json_file_is_never_half_written(tmp_path):
