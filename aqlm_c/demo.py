@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     length = options.sequence_length
     wanted = ("model", "out", "scheme", "preset", "samples", "sequence_length", "threads")
     config = RunConfig(overwrite=True, **{name: getattr(options, name) for name in wanted})
-    check_output(options.out, overwrite=True)
+    check_output(options.out, overwrite=True, needed={"MODEL": options.model})
     prepare(options.threads)
     started = time.perf_counter()
     with Display() as display:

@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 
 from .config import CalibrationOptions, MethodOptions, TuningOptions
 from .errors import int_between, wrong
+from .files import read_text
 from .format import FIELDS as FORMAT_FIELDS
 from .format import Format, Rules
 from .methods import DEFAULT, METHODS, get_method
 from .units import parse_size
+
+_MOST_YAML, _MOST_VALUES = 2**20, 20_000  # bytes of a file of options, values in it
 
 # Named sets of the options whose default in RunConfig is None.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -330,17 +333,37 @@ def _typed(name: str, kind: str, value: Any) -> Any:
 def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
+    loader = yaml.SafeLoader
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = read_text(path, _MOST_YAML)
+        node = yaml.compose(text, Loader=loader)
+        if _n_values(node) > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_VALUES} values, what is referred to (*) counted each time")
+        fields = None if node is None else loader("").construct_document(node)
     except FileNotFoundError:
         raise ValueError(f"config: got {str(path)!r}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ValueError(f"config: got {str(path)!r}: not YAML: nested too deeply") from None
+    except yaml.YAMLError as error:
         raise ValueError(f"config: got {str(path)!r}: not YAML: {error}") from None
+    except (ValueError, OverflowError) as error:  # a date that is none, an integer of thousands of digits
+        raise ValueError(f"config: got {str(path)!r}: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(
             f"config: got {str(path)!r}: got {type(fields).__name__}, expected a mapping such as 'scheme: 2x8g8'"
         )
     return fields
+
+
+def _n_values(node: Any, known: dict[int, int] | None = None) -> int:
+    """Values that a YAML node stands for, each time that it is referred to; more than any limit if it holds itself."""
+    known = {} if known is None else known
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1  # while it is counted
+        values = node.value if node is not None and isinstance(node.value, list) else []
+        parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+        known[id(node)] = 1 + sum(_n_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 def yaml_text(fields: Mapping[str, Any]) -> str:

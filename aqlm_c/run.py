@@ -32,6 +32,7 @@ def run(
     sources = _check(config, resolved)
     from .core.runtime import set_threads
     from .hf.models import load_model
+    from .io.checkpoint import check_tokenizer
     from .io.data import load_sequences, provenance
     from .pipeline.progress import Progress
     from .quantize import quantize_model
@@ -45,6 +46,9 @@ def run(
     model, tokenizer, origin = loaded
     drawn, seed = resolved.calibration, resolved.config.seed
     sequences = load_sequences(sources, tokenizer, drawn.samples, drawn.sequence_length, drawn.shuffle, seed)
+    data = provenance(sources, sequences)  # as it was read: the work may take days
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, config.out)
     seconds = time.perf_counter() - started
     report = quantize_model(
         *(model, sequences, resolved.config),
@@ -54,7 +58,7 @@ def run(
         memory_limit=config.memory_limit,
     )
     report.phases = {"load": seconds, **report.phases}
-    report.data = provenance(sources, sequences)
+    report.data = data
     report.model, report.note = origin.name, origin.note
     report.config |= resolved.fields | {"data": sources, "threads": report.threads}
     progress.on_phase("save")
@@ -68,10 +72,15 @@ def _check(config: RunConfig, resolved: Resolved) -> list[str]:
     from .io.checkpoint import check_output
     from .io.data import BUNDLED, check_source
 
-    check_output(config.out, config.overwrite)
+    sources = config.data or [BUNDLED]
+    needed = {
+        "MODEL": config.model,
+        "WORK_DIR": config.work_dir or "",
+        **{f"DATA {n}": name for n, name in enumerate(sources, 1)},
+    }
+    check_output(config.out, config.overwrite, needed)
     if config.work_dir and Path(config.work_dir).resolve().is_relative_to(Path(config.out).resolve()):
         raise wrong("work_dir", config.work_dir, f"a folder outside of OUT={str(config.out)!r}")
-    sources = config.data or [BUNDLED]
     for source in sources:
         check_source(source)
     return sources
@@ -82,7 +91,7 @@ def _save(
 ) -> None:
     from .hf.card import model_card
     from .hf.models import saved_sizes
-    from .io.checkpoint import save_quantized
+    from .io.checkpoint import write_quantized
 
     model, tokenizer, origin = loaded
     started = time.perf_counter()
@@ -101,7 +110,7 @@ def _save(
             "report.json": json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n",
         }
 
-    save_quantized(model, tokenizer, config.out, overwrite=config.overwrite, extra_files=files)
+    write_quantized(model, tokenizer, config.out, overwrite=config.overwrite, extra_files=files)
 
 
 def _comments(report: QuantizationReport) -> str:

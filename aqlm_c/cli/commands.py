@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import int_between
-from ..files import write_json
+from ..errors import int_between, printable
+from ..files import JsonFile
 from ..format import Rules
 from ..methods import METHODS
 from ..recipe import PRESETS, RunConfig, parse_option, parse_rule
@@ -131,7 +131,7 @@ def quantize(
         explicit["rules"] = Rules(list(map(parse_rule, rule))).to_dict()
     run_config = RunConfig.from_file(config, **explicit) if config else RunConfig.from_fields(explicit)
     run_config.resolve().config.check_searchable()
-    _check_json(json)
+    output = _output(json)
     context.obj.kept = (
         f"finished blocks are kept in {run_config.work_dir}, the same command goes on from there"
         if run_config.work_dir
@@ -141,10 +141,10 @@ def quantize(
     with Display(quiet, verbose) as display:
         report = run(run_config, display)
     context.obj.kept = f"{run_config.out} is complete"
-    if json:
-        write_json(json, report.to_dict())
     if not quiet:
         show(report)
+    with output:
+        output.write(report.to_dict())
 
 
 @app.command()
@@ -164,8 +164,7 @@ def evaluate(
     int_between("--sequence-length", sequence_length, 2)
     if windows is not None:
         int_between("--windows", windows, 1)
-    _check_json(json)
-    sources = _check_data(data)
+    output, sources = _output(json), _check_data(data)
     prepare(threads)
 
     from ..evaluate import perplexity
@@ -184,15 +183,15 @@ def evaluate(
             except ValueError as error:
                 raise ValueError(f"data: got {source!r}: {error}") from error
             results.append({"data": source, "sha256": sha256(source), **result})
-    if json:
-        write_json(json, {"model": model, "results": results})
     for result in results:
         figure = result["perplexity"]
         if quiet:
             print(figure)
             continue
         counts = f"{result['windows']} x {sequence_length} tokens, {result['seconds']:.1f} s"
-        print(f"{result['data']}: perplexity {figure:.4f} ({counts})")
+        print(f"{printable(result['data'])}: perplexity {figure:.4f} ({counts})")
+    with output:
+        output.write({"model": model, "results": results})
 
 
 @app.command()
@@ -226,35 +225,14 @@ def generate(
         raise ValueError(f"--top-p: got {top_p}, expected a number in (0, 1]")
     prepare(threads)
 
-    import torch
-    from transformers import TextStreamer
-
+    from ..generate import generate as stream
     from ..hf.models import load_model
 
     with Display(verbose=verbose) as display:
         display.on_phase("load")
         network, tokenizer, _ = load_model(model)
-    if chat and not tokenizer.chat_template:
-        raise ValueError(f"--chat: {model!r} has no chat template, expected --raw")
-    if tokenizer.chat_template and chat is not False:
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")  # the template wrote them
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    if not inputs["input_ids"].numel():
-        raise ValueError("PROMPT: got '': expected at least one token")
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    torch.manual_seed(seed)
-    with torch.inference_mode():
-        network.generate(
-            **inputs,
-            do_sample=temperature > 0,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
-        )
+    sampling = {"temperature": temperature, "top_p": top_p}
+    stream(model, network, tokenizer, prompt, chat=chat, seed=seed, max_new_tokens=max_new_tokens, **sampling)
 
 
 @app.command()
@@ -264,7 +242,7 @@ def inspect(
     json: Json = None,
 ) -> None:
     """Show what MODEL holds: layers, schemes, true bits per weight, bytes, where it came from."""
-    _check_json(json)
+    output = _output(json)
 
     from ..inspection import check_model, inspect_model
 
@@ -272,9 +250,9 @@ def inspect(
     if check:
         prepare(None)
         inspection.checked = check_model(model)
-    if json:
-        write_json(json, inspection.to_dict())
     show(inspection)
+    with output:
+        output.write(inspection.to_dict())
 
 
 @app.command()
@@ -285,9 +263,22 @@ def doctor() -> int:
     return main()
 
 
-def _check_json(path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise ValueError(f"--json: got {str(path)!r}, expected a file in a directory that exists")
+class _NoFile:
+    """What `--json` writes to where it is not given."""
+
+    def write(self, fields: Any) -> None:
+        pass
+
+    def __enter__(self) -> _NoFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+def _output(path: Path | None) -> JsonFile | _NoFile:
+    """The file of --json, tried before the work."""
+    return _NoFile() if path is None else JsonFile("--json", path)
 
 
 def _check_data(data: list[str] | None) -> list[str]:

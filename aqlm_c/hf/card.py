@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -14,11 +13,13 @@ from typing import Any
 import huggingface_hub
 import yaml
 
+from ..files import read_json_object, read_text
 from ..format import Format
 from ..io.checkpoint import quantized_linears, save_quantized
 from ..io.data import BUNDLED, FILE_TYPES
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_MOST_CARD, _MOST_TEXT = 2**20, 500  # bytes of a card, characters of a text in its front matter
 _LICENSE = ("license", "license_name", "license_link", "language")
 
 
@@ -113,22 +114,31 @@ def _card(model: Any) -> str:
     origin = Path(model.config.name_or_path or "-")
     if "quantization_config" in _json(origin / "config.json"):  # loaded quantized
         if (origin / "README.md").is_file():
-            return (origin / "README.md").read_text(encoding="utf-8")
+            return read_text(origin / "README.md")
         return model_card(model, _json(origin / "report.json"))
     report = getattr(getattr(model, "hf_quantizer", None), "report", None)
     return model_card(model, report.to_dict() if report is not None else None)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _front_matter(directory: Path) -> dict[str, Any]:
-    """The metadata of a local model's card; {} if there is none that can be read."""
+    """The metadata of a local model's card, texts and lists of them; {} if there is none that can be read."""
+    card = directory / "README.md"
     try:
-        return huggingface_hub.repocard.metadata_load(directory / "README.md") or {}
-    except (OSError, ValueError, yaml.YAMLError):
+        if not card.is_file() or card.stat().st_size > _MOST_CARD:
+            return {}
+        fields = huggingface_hub.repocard.metadata_load(card) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
+    return {name: value for name, value in fields.items() if _is_text(value)} if isinstance(fields, dict) else {}
+
+
+def _is_text(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(text, str) and len(text) <= _MOST_TEXT for text in texts) and len(texts) <= _MOST_TEXT
 
 
 def _schemes(model: Any) -> list[str]:

@@ -19,11 +19,13 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from ..errors import one_line
+from ..errors import wrong
+from ..files import irregular, read_json_object
 from ..io import checkpoint
 from ..model.embeddings import embedding_names
+from . import trust
 
 log = logging.getLogger("aqlm_c")
 
@@ -52,18 +54,24 @@ def load_model(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any, 
     default. Code that comes with a model is never run. Raises ValueError naming `name` if there is no such
     model or its files are damaged.
     """
+    if not name or "\0" in name:
+        raise wrong("model", name, _EXPECTED.removeprefix("expected "))
     path = Path(name)
     if name == "smollm2" and not path.exists():
         return _load_gguf(name, _smollm2_file(), dtype)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ValueError(f"model: got {name!r}: no such file")
+            raise ValueError(f"model: got {name!r}: {irregular(path) or 'no such file'}, expected a regular file")
         return _load_gguf(name, path, dtype)
     if name and path.is_dir():
         return _load_directory(name, path, dtype)
     if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
         raise ValueError(f"model: got {name!r}: no such model directory; {_EXPECTED}")
-    model, tokenizer = _from_pretrained(name, name, dtype, local_files_only=not _hub_reachable())
+    offline = not _hub_reachable()
+    with _damage_named(name):
+        fields = PretrainedConfig.get_config_dict(name, local_files_only=offline)[0]
+    flash = trust.check_config(fields, f"config.json of {name}")
+    model, tokenizer = _from_pretrained(name, name, dtype, local_files_only=offline, without_flash=flash)
     return model, tokenizer, ModelSource(name, "hub", name, quantized=_is_quantized(model))
 
 
@@ -76,10 +84,13 @@ def saved_sizes(model: Any, directory: str | os.PathLike[str]) -> dict[str, int]
 def _load_directory(name: str, path: Path, dtype: str | torch.dtype) -> tuple[Any, Any, ModelSource]:
     if not (path / "config.json").is_file():
         raise ValueError(f"model: got {name!r}: no config.json in that directory; {_EXPECTED}")
+    trust.check_directory(path)
+    fields = read_json_object(path / "config.json")
     tensors = checkpoint.read_directory(path)  # a damaged file is named here, before anything is loaded
     if not tensors:
         raise ValueError(f"model: got {name!r}: no tensors in that directory, expected *.safetensors")
-    model, tokenizer = _from_pretrained(name, path, dtype)
+    flash = trust.check_config(fields, path / "config.json", len(tensors))
+    model, tokenizer = _from_pretrained(name, path, dtype, without_flash=flash)
     sizes = checkpoint.disk_sizes(path, embedding_names(model))
     return model, tokenizer, ModelSource(name, "directory", str(path), *sizes, quantized=_is_quantized(model))
 
@@ -142,18 +153,27 @@ def _damage_named(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         log.debug("loading %s failed", name, exc_info=True)
-        raise ValueError(f"model: got {name!r}: cannot be loaded ({one_line(error)[:300]}); {_EXPECTED}") from None
+        raise ValueError(f"model: got {name!r}: cannot be loaded ({trust.reason(error)}); {_EXPECTED}") from None
 
 
 def _from_pretrained(
-    name: str, where: str | Path, dtype: str | torch.dtype, local_files_only: bool = True, **options: Any
+    name: str,
+    where: str | Path,
+    dtype: str | torch.dtype,
+    local_files_only: bool = True,
+    without_flash: bool = False,
+    **options: Any,
 ) -> tuple[Any, Any]:
-    options["local_files_only"] = local_files_only
-    for_both = {key: value for key, value in options.items() if key in ("local_files_only", "gguf_file")}
+    """`without_flash`: with the attention of torch where the config asks for another, which would be fetched."""
+    options |= {"local_files_only": local_files_only, "trust_remote_code": False}
+    for_both = {key: options[key] for key in ("local_files_only", "trust_remote_code", "gguf_file") if key in options}
     if "gguf_file" not in options:
         options["use_safetensors"] = True  # else pickled weights would be taken where there are no others
     with _damage_named(name):
         tokenizer = AutoTokenizer.from_pretrained(where, **for_both)
+        if without_flash:
+            options["config"] = AutoConfig.from_pretrained(where, **for_both)
+            options["config"]._attn_implementation = None
         model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random values
         raise ValueError(

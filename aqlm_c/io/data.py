@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 from ..config import TuningOptions
+from ..errors import one_line, wrong
+from ..files import irregular
 
 # The default text: 465 kB of English documentation that every CPython carries.
 BUNDLED = "pydoc_data.topics"
@@ -77,8 +79,13 @@ def token_stream(source: str, tokenizer: Any, limit: int | None = None) -> torch
 def check_source(source: str) -> None:
     """Raise ValueError if `source` is a file that is missing or of an unknown type; reads nothing."""
     path = Path(source)
-    if path.is_dir() and path.suffix in FILE_TYPES:
+    if not source or "\0" in source:
+        raise wrong("data", source, f"a file of type {' '.join(FILE_TYPES)}, or the name of a data set")
+    kind = irregular(path)
+    if kind == "a directory" and path.suffix in FILE_TYPES:
         raise ValueError(f"data: got {source!r}: is a directory, expected a {path.suffix} file")
+    if kind is not None and kind != "a directory":
+        raise ValueError(f"data: got {source!r}: is {kind}, expected a regular file of type {' '.join(FILE_TYPES)}")
     if path.is_file() and path.suffix not in FILE_TYPES:
         raise ValueError(f"data: got {source!r}, expected a file of type {' '.join(FILE_TYPES)}")
     if _is_dataset(source):  # whose name may be that of a local directory
@@ -202,10 +209,12 @@ def _jsonl(path: str) -> Iterator[str]:
                 continue
             try:
                 text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
                 raise ValueError(f'data: got {path!r}: line {number}: expected a JSON object with a string "text"')
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"data: got {path!r}: line {number}: got half of a character, expected Unicode text")
             yield text
 
 
@@ -233,13 +242,15 @@ def _dataset(source: str, shuffle_seed: int | None) -> Iterator[str]:
 def _token_ids(path: str, tokenizer: Any) -> torch.Tensor:
     try:
         if path.endswith(".npy"):
-            ids = np.load(path, allow_pickle=False)
+            ids = np.load(path, mmap_mode="r", allow_pickle=False)  # no memory for more than there is in the file
+            if not isinstance(ids, np.ndarray):
+                raise TypeError("an archive of arrays, expected one array")
         else:
             from safetensors.numpy import load_file
 
             ids = load_file(path).get("input_ids")
     except Exception as error:  # ValueError, EOFError, OSError, SafetensorError: all mean a damaged file
-        raise ValueError(f"data: got {path!r}: not a readable {Path(path).suffix} file: {error}") from error
+        raise ValueError(f"data: got {path!r}: not a readable {Path(path).suffix} file: {one_line(error)}") from error
     if ids is None:
         raise ValueError(f'data: got {path!r}, expected a tensor named "input_ids"')
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from ..versions import versions
 from . import tables
 from .layers import BlockReport, LayerReport
+
+_PROVENANCE = {"model": str, "config": dict, "data": dict, "sequences": int, "tokens": int, "threads": int, "isa": str}
+_PROVENANCE |= {"versions": dict}
 
 
 @dataclasses.dataclass
@@ -75,3 +79,28 @@ class QuantizationReport:
             f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB\n"
             f"seconds: {phases} · total {sum(self.phases.values()):.1f}"
         )
+
+
+def known_provenance(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report.json of a run says of where its result comes from; {} where a field has another type."""
+    known = {name: fields[name] for name in _PROVENANCE if name in fields}
+    if any(type(value) is not _PROVENANCE[name] for name, value in known.items()):
+        return {}
+    flat = [known.get("versions", {}), {**known.get("data", {}), "sources": None}]
+    flat += [(known.get("data") or {}).get("sources") or {}]
+    config = known.get("config", {})
+    sources = config.get("data") or []
+    if not all(isinstance(each, dict) and all(map(_is_plain, each.values())) for each in flat):
+        return {}
+    if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
+        return {}
+    return known if all(map(_is_flat, config.values())) else {}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _is_flat(value: Any) -> bool:
+    parts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+    return all(map(_is_plain, parts))
