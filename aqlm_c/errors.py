@@ -7,6 +7,7 @@ from typing import Any
 
 _SHOWN = 300  # characters of a value in a message
 _LINE = 2000  # of a message
+_MOST_INT = 2**31 - 1
 # Not to be printed as they are: they command a terminal, turn the order of letters or are halves of characters.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -31,10 +32,12 @@ def printable(text: str) -> str:
 
 
 def int_between(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise ValueError unless `value` is an int (not a bool) in [low, high]."""
-    if type(value) is int and low <= value and (high is None or value <= high):
+    """Raise ValueError unless `value` is an int (not a bool) in [low, high]; high None: no more than 32 bits hold."""
+    most = _MOST_INT if high is None else high
+    if type(value) is int and low <= value <= most:
         return
-    raise wrong(name, value, f"an integer in {low}..{high}" if high is not None else f"an integer >= {low}")
+    open_end = high is None and not (type(value) is int and value > most)
+    raise wrong(name, value, f"an integer >= {low}" if open_end else f"an integer in {low}..{most}")
 
 
 def share(name: str, value: Any, *, zero: bool = False) -> None:

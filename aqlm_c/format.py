@@ -14,7 +14,7 @@ from .patterns import pattern_of
 WEIGHT = ("codes", "codebooks", "scales")  # the tensors of a quantized weight, on disk and in its layer
 DENSE = "dense"  # the scheme of a layer that stays as it is
 
-_SCHEME = re.compile(r"(\d+)x(\d+)(?:g(\d+))?(?:o(\d+))?")
+_SCHEME = re.compile(r"(\d{1,9})x(\d{1,9})(?:g(\d{1,9}))?(?:o(\d{1,9}))?")
 _GROUP_SIZES = (4, 8, 16, 32)
 _MOST_RULES, _MOST_SLOW_RULES = 4096, 64
 

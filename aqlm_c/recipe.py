@@ -207,7 +207,8 @@ class RunConfig:
         types = option_types() if others else {}
         check_names(others, {**dict.fromkeys(FIELDS), **types})
         typed = {name: _typed(name, types[name], value) for name, value in others.items()}
-        return cls(**{**own, "options": {**(own.get("options") or {}), **typed}})
+        options = _typed("options", FIELDS["options"], own.get("options") or {})
+        return cls(**{**own, "options": {**options, **typed}})
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], **explicit: Any) -> RunConfig:

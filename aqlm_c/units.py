@@ -14,13 +14,14 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([A-Za-z]*)")
 
 def parse_size(name: str, size: int | str) -> int:
     """Bytes of an int or of a text such as "8GiB" or "500 MB"; ValueError naming `name` for anything else."""
-    match = _SIZE.fullmatch("" if isinstance(size, int) else str(size).strip())
-    n_bytes = float(size) if type(size) is int and 0 < size <= _MOST else 0.0
-    if match is not None and match[2] in _UNITS:
-        n_bytes = float(match[1]) * _UNITS[match[2]]
+    n_bytes, match = 0, None if isinstance(size, int) else _SIZE.fullmatch(str(size).strip())
+    if type(size) is int:
+        n_bytes = size
+    elif match is not None and match[2] in _UNITS:
+        n_bytes = int(min(float(match[1]) * _UNITS[match[2]], 2.0 * _MOST))
     if not 0 < n_bytes <= _MOST:
         raise wrong(name, size, "a number of bytes, or one with KB MB GB TB KiB MiB GiB TiB")
-    return size if isinstance(size, int) else int(n_bytes)
+    return n_bytes
 
 
 def duration(seconds: float) -> str:

