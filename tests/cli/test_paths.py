@@ -132,9 +132,6 @@ def test_a_pipe_without_a_reader_and_what_cannot_be_written_are_refused_at_once(
 
 def test_json_to_the_standard_output_and_a_process_substitution(model_dir, tmp_path):
     command = f"exec {sys.executable} -c '{CLI}' inspect {model_dir} --json"
-    done = subprocess.run(["bash", "-c", f"{command} /dev/stdout"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout[done.stdout.index("\n{") :])["model"] == str(model_dir)
     script = f"echo kept > {tmp_path}/log; {command} /dev/stdout >> {tmp_path}/log"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     log = (tmp_path / "log").read_text()

@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -23,7 +21,6 @@ from aqlm_c.report.report import known_provenance
 from aqlm_c.units import parse_size
 
 SMALL = ["--scheme", "2x4g8", "--samples", "4", "--sequence-length", "32", "--preset", "fast", "--quiet"]
-CLI = "import sys; from aqlm_c.__main__ import main; sys.exit(main())"
 EVALUATE = ("--sequence-length", 32, "--windows", 1, "--quiet")
 
 
@@ -104,7 +101,7 @@ def commands(directory):
     return (
         ("inspect", directory, "--check"),
         ("evaluate", directory, *EVALUATE),
-        ("generate", directory, "hello"),
+        ("generate", directory, "hello", "--max-new-tokens", 2),
         ("quantize", directory, directory.parent / "out", *SMALL),
     )
 
@@ -139,18 +136,18 @@ def test_code_of_a_model_is_never_run_nor_asked_about(model, refused, tmp_path, 
     assert not (tmp_path / "sprung").exists()
 
 
-def test_an_open_silent_stdin_and_one_that_says_yes(model, tmp_path):
+@pytest.mark.parametrize("said", ["", "y\n" * 100], ids=["silent", "yes"])
+def test_an_open_stdin_is_not_read(model, refused, tmp_path, monkeypatch, said):
     trapped(model, tmp_path / "sprung", "model")
-    reader, writer = os.pipe()  # open and silent
-    started = time.monotonic()
-    command = [sys.executable, "-c", CLI, "generate", str(model), "hello"]
-    silent = subprocess.Popen(command, stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    saying = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    for process, given in ((saying, "y\n" * 100), (silent, None)):
-        _, stderr = process.communicate(given, timeout=120)
-        assert process.returncode == 2 and "which is never run" in stderr.splitlines()[-1]
-    os.close(writer), os.close(reader)
-    assert time.monotonic() - started < 60 and not (tmp_path / "sprung").exists()
+    reader, writer = os.pipe()
+    os.write(writer, said.encode())
+    with os.fdopen(reader) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        started = time.monotonic()
+        refused("which is never run", "generate", model, "hello")
+        assert time.monotonic() - started < 10 and not (tmp_path / "sprung").exists()
+        os.close(writer)
+        assert stdin.read() == said
 
 
 KERNELS = [
@@ -172,7 +169,7 @@ def test_a_kernel_repository_is_never_asked_for(model, refused, monkeypatch, fie
     except (ImportError, AttributeError):
         pass
     edit(model / "config.json", **fields)
-    for command in commands(model):
+    for command in commands(model) if fields == KERNELS[0] else commands(model)[:2]:
         refused(["attn_implementation" if "experts" not in str(fields) else "experts", "never run"], *command)
 
 
@@ -234,15 +231,12 @@ def test_rules_of_a_config(ours, run, rules):
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"])
-@pytest.mark.parametrize(
-    "text", [DEEP, '{"a": ' * 100_000, "{", "[]", '{"a": ' + "9" * 6000 + "}", "\xff"], ids=range(6)
-)
+@pytest.mark.parametrize("text", [DEEP, "[]", '{"a": ' + "9" * 6000 + "}", "\xff"], ids=range(4))
 def test_files_that_are_no_json_object(ours, run, file, text):
     (ours / file).write_text(text, encoding="latin-1")
-    for command in commands(ours)[1:3]:
-        code, _, stderr = run(*command)
-        assert code == 2 or file == "generation_config.json"
-        assert "not expected:" not in stderr and "Traceback" not in stderr and len(stderr) < 3000
+    code, _, stderr = run("generate", ours, "hello", "--max-new-tokens", 2)
+    assert code == 2 or file == "generation_config.json"
+    assert "not expected:" not in stderr and "Traceback" not in stderr and len(stderr) < 3000
 
 
 READ = ["report.json", "run.yaml", "model.safetensors", "config.json", "tokenizer.json", "generation_config.json"]
@@ -405,15 +399,14 @@ def test_an_archive_named_npy_and_arrays_larger_than_their_file(refused, tmp_pat
 # ---- 1.9 --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("directory", ["model", "ours"])
-@pytest.mark.parametrize("dtype", ["float64", "int8", "complex64", "nosuch", 7, ["float16"]], ids=str)
-def test_other_dtypes_are_one_line(request, run, directory, dtype):
-    directory = request.getfixturevalue(directory)
-    edit(directory / "config.json", dtype=dtype, torch_dtype=dtype)
-    for command in commands(directory):
-        code, _, stderr = run(*command)
-        assert code in (0, 2) and "not expected:" not in stderr and "Traceback" not in stderr, stderr
-        assert code == 0 or stderr.splitlines()[-1].startswith("aqlm-c: ")
+@pytest.mark.parametrize("dtype", ["float64", "complex64", "nosuch", 7], ids=str)
+def test_other_dtypes_are_one_line(model, ours, run, dtype):
+    for directory, last in ((model, 4), (ours, 3)):
+        edit(directory / "config.json", dtype=dtype, torch_dtype=dtype)
+        for command in commands(directory)[1 : last if dtype == "float64" else 2]:
+            code, _, stderr = run(*command)
+            assert code in (0, 2) and "not expected:" not in stderr and "Traceback" not in stderr, stderr
+            assert code == 0 or stderr.splitlines()[-1].startswith("aqlm-c: ")
 
 
 @pytest.mark.parametrize(

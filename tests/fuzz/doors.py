@@ -125,7 +125,9 @@ def spoiled_array(rng, array):
         return array[None] if rng.random() < 0.5 else array.reshape(-1)
     if kind == 6:  # values that are none
         array = array.copy()
-        values = FLOATS if array.dtype.kind == "f" else [0, 1, 127, 65535 if array.dtype == np.uint16 else -1]
+        values = (
+            FLOATS if array.dtype.kind == "f" else [0, 1, np.iinfo(array.dtype).max if array.dtype.kind in "iu" else 0]
+        )
         for _ in range(rng.randint(1, 4) if array.size else 0):
             with np.errstate(over="ignore"):
                 array.reshape(-1)[rng.randrange(array.size)] = rng.choice(values)

@@ -22,7 +22,8 @@ def build():
     os.chdir(ROOT)
     setup = runpy.run_path("setup.py", run_name="setup")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    newest = max(path.stat().st_mtime for path in [*ROOT.glob("csrc/**/*.*"), Path(__file__)])
+    newest = max(path.stat().st_mtime for path in ROOT.glob("csrc/**/*.*") if path.parent.name != "torch")
+    torch_newest = max(newest, *(path.stat().st_mtime for path in ROOT.glob("csrc/torch/*")))
     objects = []
     for name, info in setup["c_libraries"](setup["compiled_isas"](platform.machine())):
         flags = [flag for flag in info["cflags"] if flag != "-O3"]
@@ -32,6 +33,7 @@ def build():
     made = {}
     for extension in (setup["core_binding"](), setup["torch_binding"]()):
         compiler = CXX if extension.language == "c++" else CC
+        newest = torch_newest if compiler == CXX else newest
         flags = [flag for flag in extension.extra_compile_args if flag not in ("-O3", "-O2")]
         flags += [f"-I{folder}" for folder in [*extension.include_dirs, *_python_headers()]]
         flags += [f"-D{key}={value}" for key, value in extension.define_macros]
