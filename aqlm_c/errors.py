@@ -10,6 +10,7 @@ _LINE = 2000  # of a message
 _MOST_INT = 2**31 - 1
 # Not to be printed as they are: they command a terminal, turn the order of letters or are halves of characters.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def wrong(name: str, got: Any, expected: str) -> ValueError:
@@ -24,6 +25,11 @@ def shown(value: Any) -> str:
     except (RecursionError, ValueError):  # nested deeply, an integer of thousands of digits
         return f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def is_text(text: str) -> bool:
+    """Whether all characters are whole, so that UTF-8 can write them: names of files and arguments need not be."""
+    return not _HALF.search(text)
 
 
 def printable(text: str) -> str:

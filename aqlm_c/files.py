@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -19,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import shown, wrong
+from .errors import is_text, shown, wrong
 from .units import binary_size
 
 MOST_BYTES = 32 * 2**20  # of a file of options or facts that is read as a whole
@@ -143,6 +144,8 @@ class JsonFile:
         if kind is not None:
             self._descriptor = _open_now(self._path)
             return
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(self._path)  # else: links in a circle, a name that is too long
         self._target = Path(os.path.realpath(self._path))
         if not self._target.name or not self._target.parent.is_dir():
             raise wrong(self._name, self._path, "a file in a directory that exists")
@@ -218,7 +221,7 @@ def hidden_name(name: str, end: str) -> str:
     """ ".name.end", or, where no file system would take that, a part of the name and its hash."""
     encoded = os.fsencode(name)
     if len(encoded) > _LONG_NAME:
-        name = f"{os.fsdecode(encoded[: _LONG_NAME // 2])}~{hashlib.sha256(encoded).hexdigest()[:16]}"
+        name = f"{encoded[: _LONG_NAME // 2].decode(errors='ignore')}~{hashlib.sha256(encoded).hexdigest()[:16]}"
     return f".{name}.{end}"
 
 
@@ -253,7 +256,7 @@ def clear_up(path: Path) -> None:
 def named_directory(name: str, path: str | os.PathLike[str]) -> Path:
     """`path` as one that is absolute and ends in a name; ValueError, naming `name`, for the root of a file system."""
     found = Path(path).absolute() if Path(path).name not in ("", "..") else Path(path).resolve()
-    if not found.name or "\0" in str(found):
+    if not found.name or "\0" in str(found) or not is_text(str(found)):
         raise wrong(name, str(path), "a directory that can be made")
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, TextStreamer
 
-from .errors import one_line, printable
+from .errors import is_text, one_line, printable
 
 
 def generate(
@@ -62,10 +62,8 @@ def _inputs(name: str, tokenizer: Any, prompt: str, chat: bool | None) -> Any:
             prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever a template raises
         raise ValueError(f"--chat: the chat template of {name!r} fails ({one_line(error)}), expected --raw") from error
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"PROMPT: got half of a character at {error.start}, expected Unicode text") from None
+    if not is_text(prompt):
+        raise ValueError("PROMPT: got half of a character, expected Unicode text")
     try:
         inputs = tokenizer(prompt, return_tensors="pt", **({"add_special_tokens": False} if by_template else {}))
     except Exception as error:  # tokenizers raises Exception itself

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config import CalibrationOptions, MethodOptions, TuningOptions
-from .errors import int_between, wrong
+from .errors import int_between, is_text, wrong
 from .files import read_text
 from .format import FIELDS as FORMAT_FIELDS
 from .format import Format, Rules
@@ -321,6 +321,8 @@ def _typed(name: str, kind: str, value: Any) -> Any:
         return {_typed(name, "str", key): _typed(name, "str", item) for key, item in value.items()}
     if "dict[str, Any]" in kinds and isinstance(value, Mapping):
         return {_typed(name, "str", key): item for key, item in value.items()}
+    if isinstance(value, str) and not is_text(value):
+        raise wrong(name, value, "text of whole characters, in UTF-8")
     if type(value).__name__ in kinds or (value is None and "None" in kinds):
         return value
     try:
@@ -347,7 +349,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"config: got {str(path)!r}: not YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         raise ValueError(f"config: got {str(path)!r}: not YAML: {error}") from None
-    except (ValueError, OverflowError) as error:  # a date that is none, an integer of thousands of digits
+    except OSError:
+        raise
+    except Exception as error:  # a date that is none, an integer of thousands of digits: of many types
         raise ValueError(f"config: got {str(path)!r}: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(

@@ -103,13 +103,13 @@ def _load_gguf(name: str, path: Path, dtype: str | torch.dtype) -> tuple[Any, An
     if hasattr(transformers, "GgufConfig"):  # transformers 5 would keep the blocks packed; 4 knows only dequantizing
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     dtype = torch.bfloat16 if dtype == "auto" else dtype
+    with _damage_named(name):
+        total, embeddings, types = _gguf_sizes(path)
     model, tokenizer = _from_pretrained(name, path.parent, dtype, gguf_file=path.name, **options)
     for holder, attribute in ((model, "hf_quantizer"), (model.config, "quantization_config")):
         if hasattr(holder, attribute):  # else save_pretrained refuses: "gguf is not serializable"
             delattr(holder, attribute)
     model.is_quantized = False
-    with _damage_named(name):
-        total, embeddings, types = _gguf_sizes(path)
     note = f"The original is a GGUF export whose weights are {types}: its size is not that of 16-bit weights."
     return model, tokenizer, ModelSource(name, "gguf", str(path), total, embeddings, note=note)
 
@@ -118,9 +118,13 @@ def _gguf_sizes(path: Path) -> tuple[int, int, str]:
     """(bytes of the file, bytes of its embeddings, names of its tensors' types, largest share first)."""
     from gguf import GGUFReader
 
+    reader = GGUFReader(path)
+    fields = {name: field for name, field in reader.fields.items() if name.endswith("_count")}
+    counts = {name: field.contents() for name, field in fields.items() if hasattr(field, "contents")}
+    trust.check_counts(counts, path, len(reader.tensors))
     by_type: dict[str, int] = {}
     embeddings = 0
-    for tensor in GGUFReader(path).tensors:
+    for tensor in reader.tensors:
         type_name = tensor.tensor_type.name
         by_type[type_name] = by_type.get(type_name, 0) + int(tensor.n_bytes)
         if tensor.name in ("token_embd.weight", "output.weight"):

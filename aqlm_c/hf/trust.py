@@ -15,7 +15,7 @@ from ..files import MOST_BYTES, irregular
 from ..units import binary_size
 
 _MOST_OF_ONE = 512  # layers, experts: so many are not too many, however few tensors there are
-_COUNT = re.compile(r"(?:^|_)(?:layers?|blocks?|experts?|depth|heads?)$")
+_COUNT = re.compile(r"(?:^|[_.])(?:layers?|blocks?|experts?|depth|heads?|(?:block|expert|head)_count)$")
 _TEXT = {".json": MOST_BYTES, ".jinja": 2**20, ".txt": 8 * MOST_BYTES, ".model": 8 * MOST_BYTES}  # bytes by suffix
 _LARGE = {"tokenizer.json": 8 * MOST_BYTES, "vocab.json": 8 * MOST_BYTES}
 _ASKS_FOR_CODE = "it needs code that comes with it (auto_map), which is never run: expected a model of transformers"
@@ -51,12 +51,19 @@ def check_config(fields: Mapping[str, Any], where: str | os.PathLike[str], n_ten
                     "expected 'eager' or 'sdpa'"
                 )
             flash = flash or any("flash" in text or "|" in text for text in texts)
-        limit = None if n_tensors is None else max(n_tensors, _MOST_OF_ONE)
-        if limit is not None and type(value) is int and value > limit and _COUNT.search(name):
+    if n_tensors is not None:
+        check_counts(fields, where, n_tensors)
+    return flash
+
+
+def check_counts(fields: Mapping[str, Any], where: str | os.PathLike[str], n_tensors: int) -> None:
+    """Raise ValueError for a number of layers, experts or heads in `fields` that so few tensors cannot be."""
+    limit = max(n_tensors, _MOST_OF_ONE)
+    for name, value in _named(fields):
+        if type(value) is int and value > limit and _COUNT.search(name):
             raise ValueError(
                 f"{name} in {where}: got {shown(value)}, expected at most {limit}: it has {n_tensors} tensors"
             )
-    return flash
 
 
 def reason(error: BaseException) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..config import TuningOptions
-from ..errors import int_between, one_line, wrong
+from ..errors import int_between, is_text, one_line, wrong
 from ..files import irregular
 
 # The default text: 465 kB of English documentation that every CPython carries.
@@ -81,7 +81,7 @@ def token_stream(source: str, tokenizer: Any, limit: int | None = None) -> torch
 def check_source(source: str) -> None:
     """Raise ValueError if `source` is a file that is missing or of an unknown type; reads nothing."""
     path = Path(source)
-    if not source or "\0" in source:
+    if not source or "\0" in source or not is_text(source):
         raise wrong("data", source, f"a file of type {' '.join(FILE_TYPES)}, or the name of a data set")
     kind = irregular(path)
     if kind == "a directory" and path.suffix in FILE_TYPES:
@@ -215,7 +215,7 @@ def _jsonl(path: str) -> Iterator[str]:
                 text = None
             if not isinstance(text, str):
                 raise ValueError(f'data: got {path!r}: line {number}: expected a JSON object with a string "text"')
-            if any("\ud800" <= character <= "\udfff" for character in text):
+            if not is_text(text):
                 raise ValueError(f"data: got {path!r}: line {number}: got half of a character, expected Unicode text")
             yield text
 

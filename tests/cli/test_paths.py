@@ -162,8 +162,8 @@ def names(directory):
 @pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["", "overwrite"])
 def test_out_that_is_no_place_is_refused_before_the_work(refused, no_work, tmp_path, monkeypatch, options, model_dir):
     monkeypatch.chdir(tmp_path)
-    for out in ("/", ".", "..", "x" * 300, "a/" + "x" * 300, "/".join(["d" * 200] * 25), "/proc/x", ""):
-        refused(["OUT"], "quantize", model_dir, out, *SMALL, *options)
+    for out in ("/", ".", "..", "x" * 300, "a/" + "x" * 300, "/".join(["d" * 200] * 25), "/proc/x", "", "\udcff"):
+        refused([": got" if out == "\udcff" else "OUT"], "quantize", model_dir, out, *SMALL, *options)
     assert names(tmp_path) == []
 
 

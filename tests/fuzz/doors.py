@@ -162,7 +162,7 @@ def by_torch(verb, values, rng):
             if dtype is not None and value.dtype == torch.float32 and rng.random() < 0.9:
                 value = value.to(dtype)
         tensors[name] = value
-    if verb == "matmul" and rng.random() < 0.3:
+    if verb == "matmul" and len(tensors) == 5 and rng.random() < 0.3:
         lists = [[tensors[name]] * 2 for name in ("codes", "codebooks", "scales")]
         biases = [] if tensors["bias"] is None else [tensors["bias"]] * 2
         return torch.ops.aqlm_c.matmul_grouped(tensors["x"], *lists, biases)
