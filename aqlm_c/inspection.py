@@ -159,8 +159,9 @@ def check_model(directory: str | os.PathLike[str]) -> int:
     from .hf import trust  # and the quantizer is registered, which checks quantized layers
 
     trust.check_directory(directory)
-    trust.check_config(fields, directory / "config.json", len(tensors))
+    flash = trust.check_config(fields, directory / "config.json", len(tensors))
     try:
+        options = {"config": trust.config_of(directory, local_files_only=True)} if flash else {}
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             device_map="meta",
@@ -169,6 +170,7 @@ def check_model(directory: str | os.PathLike[str]) -> int:
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are told in `info`
             output_loading_info=True,
+            **options,
         )
     except Exception as error:  # of many types, as the config is
         if isinstance(error, ValueError) and "trust_remote_code" not in str(error):

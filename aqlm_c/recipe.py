@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from .format import Format, Rules
 from .methods import DEFAULT, METHODS, get_method
 from .units import parse_size
 
-_MOST_YAML, _MOST_VALUES = 2**20, 20_000  # bytes of a file of options, values in it
+_MOST_YAML, _MOST_VALUES, _MOST_DEPTH = 2**20, 20_000, 200  # of a file of options: bytes, values, brackets
 
 # Named sets of the options whose default in RunConfig is None.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -339,6 +340,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     loader = yaml.SafeLoader
     try:
         text = read_text(path, _MOST_YAML)
+        if _depth(text) > _MOST_DEPTH:  # PyYAML would take seconds to stop at it
+            raise RecursionError
         node = yaml.compose(text, Loader=loader)
         if _n_values(node) > _MOST_VALUES:
             raise ValueError(f"more than {_MOST_VALUES} values, what is referred to (*) counted each time")
@@ -358,6 +361,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"config: got {str(path)!r}: got {type(fields).__name__}, expected a mapping such as 'scheme: 2x8g8'"
         )
     return fields
+
+
+def _depth(text: str) -> int:
+    """How deep brackets are in each other, at most, those in quotes too."""
+    depth = most = 0
+    for bracket in re.findall(r"[][{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        most = max(most, depth)
+    return most
 
 
 def _n_values(node: Any, known: dict[int, int] | None = None) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from ..files import irregular, read_json_object
 from ..io import checkpoint
@@ -177,8 +177,7 @@ def _from_pretrained(
     with _damage_named(name):
         tokenizer = AutoTokenizer.from_pretrained(where, **for_both)
         if without_flash:
-            options["config"] = AutoConfig.from_pretrained(where, **for_both)
-            options["config"]._attn_implementation = None
+            options["config"] = trust.config_of(where, **for_both)
         model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random values
         raise ValueError(

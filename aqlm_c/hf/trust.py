@@ -56,6 +56,15 @@ def check_config(fields: Mapping[str, Any], where: str | os.PathLike[str], n_ten
     return flash
 
 
+def config_of(where: str | os.PathLike[str], **options: Any) -> Any:
+    """The config of a model that asks for flash attention, asking for that of torch."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(where, **{**options, "trust_remote_code": False})
+    config._attn_implementation = None
+    return config
+
+
 def check_counts(fields: Mapping[str, Any], where: str | os.PathLike[str], n_tensors: int) -> None:
     """Raise ValueError for a number of layers, experts or heads in `fields` that so few tensors cannot be."""
     limit = max(n_tensors, _MOST_OF_ONE)

@@ -10,6 +10,7 @@ how the text was cut into documents.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..files import irregular
 BUNDLED = "pydoc_data.topics"
 FILE_TYPES = (".txt", ".jsonl", ".npy", ".safetensors")
 
+_MOST_LINE = 64 * 2**20  # bytes of a line of .jsonl
 _SHUFFLE_BUFFER = 10_000  # documents of a streamed data set among which --shuffle draws the next one
 
 
@@ -164,7 +166,7 @@ def _read(source: str, tokenizer: Any, limit: int | None, shuffle_seed: int | No
     per_token = 16
     while True:
         max_chars = None if limit is None else per_token * limit
-        text, cut = _text(_documents(source, shuffle_seed), max_chars)
+        text, cut = _text(_documents(source, shuffle_seed, max_chars), max_chars)
         ids = tokenizer(text, verbose=False)["input_ids"]
         if limit is None or not cut or len(ids) >= 2 * limit:
             return torch.tensor(ids[:limit] if cut else ids, dtype=torch.int64)[None]
@@ -182,12 +184,12 @@ def _text(documents: Iterable[str], max_chars: int | None) -> tuple[str, bool]:
     return "\n\n".join(parts), False
 
 
-def _documents(source: str, shuffle_seed: int | None) -> Iterator[str]:
+def _documents(source: str, shuffle_seed: int | None, max_chars: int | None) -> Iterator[str]:
     if source == BUNDLED:
         return iter(_bundled())
     suffix = Path(source).suffix
     if suffix == ".txt":
-        return _text_file(source)
+        return _text_file(source, max_chars)
     return _jsonl(source) if suffix == ".jsonl" else _dataset(source, shuffle_seed)
 
 
@@ -197,18 +199,24 @@ def _bundled() -> list[str]:
     return [topics.topics[name] for name in sorted(topics.topics)]
 
 
-def _text_file(path: str) -> Iterator[str]:
+def _text_file(path: str, max_chars: int | None) -> Iterator[str]:
+    """The text of a file, or as much of it as has more than `max_chars` characters."""
     try:
-        yield Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(-1 if max_chars is None else max_chars + 2)
     except UnicodeDecodeError as error:
-        raise ValueError(f"data: got {path!r}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        where = f" at byte {error.start}" if max_chars is None else ""  # else of what was read last
+        raise ValueError(f"data: got {path!r}: not UTF-8 text ({error.reason}{where})") from error
+    yield text
 
 
 def _jsonl(path: str) -> Iterator[str]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(_MOST_LINE), b""), 1):
             if not line.strip():
                 continue
+            if len(line) == _MOST_LINE:
+                raise ValueError(f"data: got {path!r}: line {number}: longer than {_MOST_LINE >> 20} MiB")
             try:
                 text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError, RecursionError):
@@ -228,8 +236,10 @@ def _dataset(source: str, shuffle_seed: int | None) -> Iterator[str]:
             f"data: got {source!r}: no such file, and a data set needs `datasets`: pip install 'aqlm-c[hf]'"
         ) from error
     name, config, split = _dataset_name(source)
+    known = inspect.signature(datasets.load_dataset).parameters  # datasets 4 has no scripts any more
+    trust = {"trust_remote_code": False} if "trust_remote_code" in known else {}
     try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True, **trust)
         if shuffle_seed is not None:
             rows = rows.shuffle(seed=shuffle_seed, buffer_size=_SHUFFLE_BUFFER)
         first = next(iter(rows))

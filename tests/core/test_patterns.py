@@ -52,9 +52,9 @@ def test_a_pattern_finds_what_re_finds(monkeypatch, ways):
     ],
 )
 def test_no_pattern_takes_long(text, found):
-    started = time.perf_counter()
+    started = time.process_time()
     assert Pattern("rules", text).found_in(NAME) == found
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,6 @@ def test_rules_are_bounded_too():
     for rules in ([[["a"], "2x8g8"]], {1: "2x8g8"}, [["a", "2x8g8"], [{}, "2x8g8"]]):
         with pytest.raises(ValueError, match=r"rules: got .*, expected a regular expression, as text"):
             Rules(rules)
-    started = time.perf_counter()
+    started = time.process_time()
     assert Rules({f"layers\\.{n}\\.": "2x8g8" for n in range(4096)}).scheme_for(NAME) == "2x8g8"
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
