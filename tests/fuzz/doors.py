@@ -7,6 +7,7 @@ programs know. With --sanitized the C code is compiled with AddressSanitizer and
 import importlib.util
 import os
 import sys
+import warnings
 
 import harness
 import numpy as np
@@ -193,6 +194,7 @@ def case(rng, number):
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # of casts that spoil values
     import sanitized
 
     harness.run(case, __doc__, lambda _: load(), sanitized)

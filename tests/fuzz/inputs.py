@@ -91,7 +91,9 @@ def yaml_text(rng):
     if isinstance(fields, dict) and rng.random() < 0.3:
         fields["rules"] = {"".join(rng.choices(PATTERNS, k=rng.randint(1, 4))): "2x8g8" for _ in range(3)}
     try:
-        text = json.dumps(fields) if rng.random() < 0.4 else yaml.safe_dump(fields)
+        text = json.dumps(fields)
+        if len(text) < 100_000 and rng.random() < 0.6:  # yaml writes slowly
+            text = yaml.safe_dump(fields)
     except RecursionError:
         text = json.dumps(fields)
     kind = rng.random()
