@@ -3,6 +3,7 @@
 # make test-oldest   the tests that load models, with the oldest transformers that is supported
 # make test-gpu      the tests that need a GPU; fails where they are all skipped
 # make wheel   one wheel for every Python and machine, in dist/; with the kernels for GPUs where nvcc is found
+# make fuzz    the fuzzers and fault injection of tests/fuzz, SECONDS each; those of C code with sanitizers
 # make lint    every linter, type checker and static analysis; make tidy: clang-tidy alone
 # make audit   that wheel: its ABIs, its libraries, its imports without torch
 #
@@ -18,7 +19,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_CODE := $(shell find csrc -name '*.h' -o -name '*.c' -o -name '*.cpp')
 CUDA   := $(wildcard $(addprefix csrc/cuda/,*.cu *.cuh */*.cu */*.cuh))
 
-.PHONY: demo test test-oldest test-gpu build wheel audit lint tidy format bench clean
+.PHONY: demo test test-oldest test-gpu fuzz build wheel audit lint tidy format bench clean
 
 demo: build
 	HF_HUB_OFFLINE=1 $(BIN)/python -m aqlm_c.demo --out demo_out $(ARGS)
@@ -31,6 +32,14 @@ test-oldest: build $(VENV)/oldest
 
 test-gpu: build
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu --no-skips $(ARGS)
+
+SECONDS ?= 60
+SEED    ?= 1
+fuzz: build
+	$(BIN)/python tests/fuzz/doors.py --sanitized --seconds $(SECONDS) --seed $(SEED)
+	$(BIN)/python tests/fuzz/directories.py --seconds $(SECONDS) --seed $(SEED)
+	$(BIN)/python tests/fuzz/inputs.py --seconds $(SECONDS) --seed $(SEED)
+	$(BIN)/python tests/fuzz/kill.py --seed $(SEED)
 
 build: $(VENV)/.built
 

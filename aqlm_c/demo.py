@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     wanted = ("model", "out", "scheme", "preset", "samples", "sequence_length", "threads")
     config = RunConfig(overwrite=True, beam_size=BEAM_SIZE if options.scheme == SCHEME else None)
     config = dataclasses.replace(config, **{name: getattr(options, name) for name in wanted})
-    check_output(options.out, overwrite=True)
+    check_output(options.out, overwrite=True, needed={"MODEL": options.model})
     prepare(options.threads)
     started = time.perf_counter()
     with Display() as display:

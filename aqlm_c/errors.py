@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
 
 INSTALL = "pip install 'aqlm-c[hf]'"
 # Packages that no extra of ours brings, or not that one.
 _CURES = {"matplotlib": "pip install 'aqlm-c[plot]'", "pandas": "pip install pandas", "peft": "pip install peft"}
+_SHOWN = 300  # characters of a value in a message
+_LINE = 2000  # of a message
+_MOST_INT = 2**31 - 1
+# Not to be printed as they are: they command a terminal, turn the order of letters or are halves of characters.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def wrong(name: str, got: Any, expected: str) -> ValueError:
     """The error of an argument: its name, its value as Python writes it, what was expected."""
-    return ValueError(f"{name}: got {got!r}, expected {expected}")
+    return ValueError(f"{name}: got {shown(got)}, expected {expected}")
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, cut where it is long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested deeply, an integer of thousands of digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def is_text(text: str) -> bool:
+    """Whether all characters are whole, so that UTF-8 can write them: names of files and arguments need not be."""
+    return not _HALF.search(text)
+
+
+def printable(text: str) -> str:
+    """Text of others, with escapes in place of what would command a terminal; tabs and ends of lines stay."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def int_between(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise ValueError unless `value` is an int (not a bool) in [low, high]."""
-    if type(value) is int and low <= value and (high is None or value <= high):
+    """Raise ValueError unless `value` is an int (not a bool) in [low, high]; high None: no more than 32 bits hold."""
+    most = _MOST_INT if high is None else high
+    if type(value) is int and low <= value <= most:
         return
-    raise wrong(name, value, f"an integer in {low}..{high}" if high is not None else f"an integer >= {low}")
+    open_end = high is None and not (type(value) is int and value > most)
+    raise wrong(name, value, f"an integer >= {low}" if open_end else f"an integer in {low}..{most}")
 
 
 def share(name: str, value: Any, *, zero: bool = False) -> None:
@@ -29,9 +57,10 @@ def share(name: str, value: Any, *, zero: bool = False) -> None:
         raise wrong(name, value, f"a number in {'[' if zero else '('}0, 1)")
 
 
-def one_line(error: BaseException) -> str:
-    """What an error of any type says, on one line; its type if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(error: BaseException | str) -> str:
+    """What an error of any type says, printable, on one line that is not endless; its type if it says nothing."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= _LINE else f"{text[:_LINE]}..."
 
 
 def missing(error: ImportError) -> ImportError:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .errors import int_between, wrong
+from .errors import int_between, shown, wrong
+from .patterns import pattern_of
 
 WEIGHT = ("codes", "codebooks", "scales")  # the tensors of a quantized weight, on disk and in its layer
 DENSE = "dense"  # the scheme of a layer that stays as it is
 AUTO = "auto"  # of embeddings: decided by their share of the model
 
-_SCHEME = re.compile(r"(\d+)x(\d+)(?:g(\d+))?(?:o(\d+))?")
+_SCHEME = re.compile(r"(\d{1,9})x(\d{1,9})(?:g(\d{1,9}))?(?:o(\d{1,9}))?")
 _GROUP_SIZES = (4, 8, 16, 32)
+_MOST_RULES, _MOST_SLOW_RULES = 4096, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,24 +136,26 @@ class Rules(Mapping[str, str]):
         pairs = isinstance(rules, (list, tuple)) and all(
             isinstance(rule, (list, tuple)) and len(rule) == 2 for rule in rules
         )
-        if pairs:
-            patterns = [pattern for pattern, _ in rules]
-            if twice := [pattern for pattern in patterns if patterns.count(pattern) > 1]:
-                raise ValueError(f"rules: got {twice[0]!r} twice, expected one scheme for each pattern")
-            rules = dict(rules)
-        if not isinstance(rules, Mapping | None):
+        if not pairs and not isinstance(rules, Mapping | None):
             raise wrong("rules", rules, "a mapping of regular expressions to schemes")
-        self._schemes: dict[str, str] = dict(rules or {})
+        if rules and len(rules) > _MOST_RULES:
+            raise ValueError(f"rules: got {len(rules)}, expected at most {_MOST_RULES}")
+        items = rules if pairs else (rules or {}).items()
+        if foreign := [pattern for pattern, _ in items if not isinstance(pattern, str)]:
+            raise wrong("rules", foreign[0], "a regular expression, as text")
+        if twice := [pattern for pattern, n in Counter(pattern for pattern, _ in items).items() if n > 1]:
+            raise ValueError(f"rules: got {twice[0]!r} twice, expected one scheme for each pattern")
+        self._schemes: dict[str, str] = dict(items)
+        slow = 0
         for pattern, scheme in self._schemes.items():
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(f"rules: got {pattern!r}, expected a regular expression: {error}") from None
+            slow += not pattern_of("rules", pattern).simple
+            if slow > _MOST_SLOW_RULES:
+                raise wrong("rules", pattern, f"at most {_MOST_SLOW_RULES} patterns with several *, + or groups in one")
             if scheme != DENSE:
                 try:
                     Format.parse(scheme)
                 except ValueError as error:
-                    raise ValueError(f"rules: {pattern!r}: {error}, or {DENSE!r}") from None
+                    raise ValueError(f"rules: {shown(pattern)}: {error}, or {DENSE!r}") from None
 
     def __getitem__(self, pattern: str) -> str:
         return self._schemes[pattern]
@@ -169,11 +174,11 @@ class Rules(Mapping[str, str]):
 
     def fitting(self, name: str) -> list[str]:
         """The patterns that fit the layer `name`, of which the first counts."""
-        return [pattern for pattern in self if re.search(pattern, name)]
+        return list(self._fitting(name))
 
     def scheme_for(self, name: str) -> str | None:
         """The scheme, or "dense", of the first rule that fits the layer `name`; None if no rule does."""
-        return next(map(self.__getitem__, self.fitting(name)), None)
+        return next(map(self.__getitem__, self._fitting(name)), None)
 
     def format_for(self, name: str, default: Format) -> Format | None:
         """The format of the layer `name`, `default` where no rule fits; None if it stays dense."""
@@ -181,6 +186,9 @@ class Rules(Mapping[str, str]):
         if scheme == DENSE:
             return None
         return Format.parse(scheme) if scheme else default
+
+    def _fitting(self, name: str) -> Iterator[str]:
+        return (pattern for pattern in self if pattern_of("rules", pattern).found_in(name))
 
     def formats(self) -> list[Format]:
         """The formats that rules name, each once."""

@@ -9,18 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import wrong
+from .errors import shown, wrong
 from .files import read_json_object
 from .format import FIELDS, WEIGHT, Format, Rules
 from .io import checkpoint
 from .model.kinds import kind_of
 from .recipe import RunConfig
+from .report.report import known_provenance
 from .report.tables import bits_text, html, make_table
 from .units import megabytes
 
 _METHODS = ("aqlm", "aqlm_c")
-_MAPPINGS = ("config", "data", "versions")  # of what follows
-_PROVENANCE = ("model", "config", "data", "sequences", "tokens", "threads", "isa", "versions")
 
 
 @dataclasses.dataclass
@@ -173,22 +172,29 @@ def check_model(directory: str | os.PathLike[str]) -> int:
     naming the tensor.
     """
     directory = Path(directory)
-    _, _, tensors = _read(directory)
+    fields, _, tensors = _read(directory)
+    from .hf import trust
     from .hf.models import auto_class  # and the quantizer is registered, which checks quantized layers
 
+    trust.check_directory(directory)
+    flash = trust.check_config(fields, directory / "config.json", len(tensors))
     try:
+        options = {"config": trust.config_of(directory, local_files_only=True)} if flash else {}
         model, info = auto_class(directory, local_files_only=True).from_pretrained(
             directory,
             device_map="meta",
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are told in `info`
             output_loading_info=True,
+            **options,
         )
-    except ValueError:
-        raise
     except Exception as error:  # of many types, as the config is
-        raise ValueError(f"{directory / 'config.json'}: describes no model that can be built: {error}") from error
+        if isinstance(error, ValueError) and "trust_remote_code" not in str(error):
+            raise
+        text = f"{directory / 'config.json'}: describes no model that can be built: {trust.reason(error)}"
+        raise ValueError(text) from error
     for name, stored, expected in sorted(info["mismatched_keys"]):
         file = tensors[name].file if name in tensors else directory
         raise ValueError(f"{name} in {file}: {list(stored)}, expected {list(expected)}")
@@ -212,7 +218,9 @@ def _read(directory: Path) -> tuple[dict[str, Any], bool, dict[str, checkpoint.S
         raise ValueError(f"model: got {str(directory)!r}: no tensors in that directory, expected *.safetensors")
     quantization = fields.get("quantization_config") or {}
     if not isinstance(quantization, dict):
-        raise ValueError(f"{directory / 'config.json'}: quantization_config: got {quantization!r}, expected an object")
+        raise ValueError(
+            f"{directory / 'config.json'}: quantization_config: got {shown(quantization)}, expected an object"
+        )
     if quantization.get("quant_method") not in _METHODS:
         return fields, False, tensors
     try:
@@ -258,11 +266,8 @@ def _parameters(name: str, tensor: checkpoint.StoredTensor, linears: Mapping[str
 
 
 def _provenance(directory: Path) -> dict[str, Any]:
-    if (directory / "report.json").is_file():
-        fields = read_json_object(directory / "report.json")
-        known = {name: fields[name] for name in _PROVENANCE if name in fields}
-        foreign = any(not isinstance(known.get(name, {}), dict) for name in _MAPPINGS)
-        return {} if foreign else known
-    if (directory / "run.yaml").is_file():
+    if os.path.lexists(directory / "report.json"):
+        return known_provenance(read_json_object(directory / "report.json"))
+    if os.path.lexists(directory / "run.yaml"):
         return {"config": RunConfig.from_file(directory / "run.yaml").resolve().fields}
     return {}

@@ -8,16 +8,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config import CalibrationOptions, MethodOptions, TuningOptions
-from .errors import int_between, require, wrong
+from .errors import int_between, is_text, require, wrong
+from .files import read_text
 from .format import AUTO, DENSE, Format, Rules
 from .format import FIELDS as FORMAT_FIELDS
 from .methods import DEFAULT, METHODS, get_method
 from .units import parse_size
+
+_MOST_YAML, _MOST_VALUES, _MOST_DEPTH = 2**20, 20_000, 200  # of a file of options: bytes, values, brackets
 
 # Named sets of the options whose default in RunConfig is None.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -252,7 +256,8 @@ class RunConfig:
         types = option_types() if others else {}
         check_names(others, {**dict.fromkeys(FIELDS), **types})
         typed = {name: _typed(name, types[name], value) for name, value in others.items()}
-        return cls(**{**own, "options": {**(own.get("options") or {}), **typed}})
+        options = _typed("options", FIELDS["options"], own.get("options") or {})
+        return cls(**{**own, "options": {**options, **typed}})
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], **explicit: Any) -> RunConfig:
@@ -366,6 +371,8 @@ def _typed(name: str, kind: str, value: Any) -> Any:
         return {_typed(name, "str", key): _typed(name, "str", item) for key, item in value.items()}
     if "dict[str, Any]" in kinds and isinstance(value, Mapping):
         return {_typed(name, "str", key): item for key, item in value.items()}
+    if isinstance(value, str) and not is_text(value):
+        raise wrong(name, value, "text of whole characters, in UTF-8")
     if type(value).__name__ in kinds or (value is None and "None" in kinds):
         return value
     try:
@@ -378,17 +385,50 @@ def _typed(name: str, kind: str, value: Any) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     yaml = require("yaml")
+    loader = yaml.SafeLoader
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = read_text(path, _MOST_YAML)
+        if _depth(text) > _MOST_DEPTH:  # PyYAML would take seconds to stop at it
+            raise RecursionError
+        node = yaml.compose(text, Loader=loader)
+        if _n_values(node) > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_VALUES} values, what is referred to (*) counted each time")
+        fields = None if node is None else loader("").construct_document(node)
     except FileNotFoundError:
         raise ValueError(f"config: got {str(path)!r}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ValueError(f"config: got {str(path)!r}: not YAML: nested too deeply") from None
+    except yaml.YAMLError as error:
         raise ValueError(f"config: got {str(path)!r}: not YAML: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # a date that is none, an integer of thousands of digits: of many types
+        raise ValueError(f"config: got {str(path)!r}: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(
             f"config: got {str(path)!r}: got {type(fields).__name__}, expected a mapping such as 'scheme: 2x8g8'"
         )
     return fields
+
+
+def _depth(text: str) -> int:
+    """How deep brackets are in each other, at most, those in quotes too."""
+    depth = most = 0
+    for bracket in re.findall(r"[][{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        most = max(most, depth)
+    return most
+
+
+def _n_values(node: Any, known: dict[int, int] | None = None) -> int:
+    """Values that a YAML node stands for, each time that it is referred to; more than any limit if it holds itself."""
+    known = {} if known is None else known
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1  # while it is counted
+        values = node.value if node is not None and isinstance(node.value, list) else []
+        parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+        known[id(node)] = 1 + sum(_n_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 def yaml_text(fields: Mapping[str, Any]) -> str:

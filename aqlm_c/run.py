@@ -32,6 +32,7 @@ def run(
     sources = _check(config, resolved)
     from .core.runtime import set_threads
     from .hf.models import load_model
+    from .io.checkpoint import check_tokenizer
     from .io.data import common_start, load_sequences, provenance
     from .pipeline.progress import Progress
     from .quantize import quantize_model
@@ -46,6 +47,9 @@ def run(
     drawn, seed = resolved.calibration, resolved.config.seed
     options = (drawn.samples, drawn.sequence_length, drawn.shuffle, seed, drawn.bos)
     sequences = load_sequences(sources, tokenizer, *options)
+    data = provenance(sources, sequences, common_start(sequences, tokenizer))  # as it was read: the work may take days
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, config.out)
     seconds = time.perf_counter() - started
     report = quantize_model(
         *(model, sequences, resolved.config),
@@ -55,7 +59,7 @@ def run(
         memory_limit=config.memory_limit,
     )
     report.phases = {"load": seconds, **report.phases}
-    report.data = provenance(sources, sequences, common_start(sequences, tokenizer))
+    report.data = data
     report.model, report.note = origin.name, origin.note
     report.config |= resolved.fields | {"data": sources, "threads": report.threads}
     progress.on_phase("save")
@@ -69,10 +73,15 @@ def _check(config: RunConfig, resolved: Resolved) -> list[str]:
     from .io.checkpoint import check_output
     from .io.data import BUNDLED, check_source
 
-    check_output(config.out, config.overwrite)
+    sources = config.data or [BUNDLED]
+    needed = {
+        "MODEL": config.model,
+        "WORK_DIR": config.work_dir or "",
+        **{f"DATA {n}": name for n, name in enumerate(sources, 1)},
+    }
+    check_output(config.out, config.overwrite, needed)
     if config.work_dir and Path(config.work_dir).resolve().is_relative_to(Path(config.out).resolve()):
         raise wrong("work_dir", config.work_dir, f"a folder outside of OUT={str(config.out)!r}")
-    sources = config.data or [BUNDLED]
     for source in sources:
         check_source(source)
     return sources
@@ -83,7 +92,7 @@ def _save(
 ) -> None:
     from .hf.card import model_card
     from .hf.models import saved_sizes
-    from .io.checkpoint import save_quantized, unread_text
+    from .io.checkpoint import unread_text, write_quantized
 
     model, tokenizer, origin = loaded
     started = time.perf_counter()
@@ -103,7 +112,7 @@ def _save(
             "report.json": json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n",
         }
 
-    save_quantized(model, tokenizer, config.out, overwrite=config.overwrite, extra_files=files)
+    write_quantized(model, tokenizer, config.out, overwrite=config.overwrite, extra_files=files)
 
 
 def _comments(report: QuantizationReport) -> str:

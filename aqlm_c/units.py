@@ -8,15 +8,20 @@ from .errors import wrong
 
 _UNITS = {"": 1, "B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+_MOST = 2**63 - 1
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([A-Za-z]*)")
 
 
 def parse_size(name: str, size: int | str) -> int:
     """Bytes of an int or of a text such as "8GiB" or "500 MB"; ValueError naming `name` for anything else."""
-    match = _SIZE.fullmatch(str(size).strip())
-    if isinstance(size, bool) or match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+    n_bytes, match = 0, None if isinstance(size, int) else _SIZE.fullmatch(str(size).strip())
+    if type(size) is int:
+        n_bytes = size
+    elif match is not None and match[2] in _UNITS:
+        n_bytes = int(min(float(match[1]) * _UNITS[match[2]], 2.0 * _MOST))
+    if not 0 < n_bytes <= _MOST:
         raise wrong(name, size, "a number of bytes, or one with KB MB GB TB KiB MiB GiB TiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return n_bytes
 
 
 def duration(seconds: float) -> str:

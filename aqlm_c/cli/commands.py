@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ..config import BOS
-from ..errors import int_between, wrong
-from ..files import write_json
+from ..errors import int_between, printable, wrong
+from ..files import JsonFile
 from ..format import Rules
 from ..methods import METHODS
 from ..recipe import PRESETS, RunConfig, parse_option, parse_rule
@@ -158,7 +158,7 @@ def quantize(
         explicit["rules"] = Rules(list(map(parse_rule, rule))).to_dict()
     run_config = RunConfig.from_file(config, **explicit) if config else RunConfig.from_fields(explicit)
     run_config.resolve().config.check_searchable()
-    _check_json(json)
+    output = _output(json)
     context.obj.kept = (
         f"finished blocks are kept in {run_config.work_dir}, the same command goes on from there"
         if run_config.work_dir
@@ -168,10 +168,10 @@ def quantize(
     with Display(quiet, verbose) as display:
         report = run(run_config, display)
     context.obj.kept = f"{run_config.out} is complete"
-    if json:
-        write_json(json, report.to_dict())
     if not quiet:
         show(report)
+    with output:
+        output.write(report.to_dict())
 
 
 @app.command()
@@ -205,8 +205,7 @@ def evaluate(
         int_between("--windows", windows, 1)
     if bos not in BOS:
         raise wrong("--bos", bos, f"one of {', '.join(BOS)}")
-    _check_json(json)
-    sources = _check_data(data)
+    output, sources = _output(json), _check_data(data)
     prepare(threads)
 
     from ..core.runtime import find_device
@@ -233,8 +232,6 @@ def evaluate(
                 raise ValueError(f"data: got {source!r}: {error}") from error
             token = None if start is None else tokenizer.bos_token
             results.append({"data": source, "sha256": sha256(source), "bos": token, **result})
-    if json:
-        write_json(json, {"model": model, "device": place, "results": results})
     if record:
         record_perplexity(model, {_described(result): result["perplexity"] for result in results})
     for result in results:
@@ -242,9 +239,11 @@ def evaluate(
         if quiet:
             print(figure)
             continue
-        begun = f", each beginning with {result['bos']}" if result["bos"] else ""
+        begun = f", each beginning with {printable(result['bos'])}" if result["bos"] else ""
         counts = f"{result['windows']} x {sequence_length} tokens{begun}, {result['seconds']:.1f} s"
-        print(f"{result['data']}: perplexity {figure:.4f} ({counts})")
+        print(f"{printable(result['data'])}: perplexity {figure:.4f} ({counts})")
+    with output:
+        output.write({"model": model, "device": place, "results": results})
 
 
 @app.command()
@@ -279,38 +278,16 @@ def generate(
         raise ValueError(f"--top-p: got {top_p}, expected a number in (0, 1]")
     prepare(threads)
 
-    import torch
-    from transformers import TextStreamer
-
     from ..core.runtime import find_device
+    from ..generate import generate as stream
     from ..hf.models import load_model
 
     place = str(find_device(device, "--device"))
     with Display(verbose=verbose) as display:
         display.on_phase("load")
         network, tokenizer, _ = load_model(model, "auto", place)
-    if chat and not tokenizer.chat_template:
-        raise ValueError(f"--chat: {model!r} has no chat template, expected --raw")
-    if tokenizer.chat_template and chat is not False:
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")  # the template wrote them
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    if not inputs["input_ids"].numel():
-        raise ValueError("PROMPT: got '': expected at least one token")
-    _check_positions(network, inputs["input_ids"].shape[1], max_new_tokens)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    torch.manual_seed(seed)
-    with torch.inference_mode():
-        network.generate(
-            **inputs.to(place),
-            do_sample=temperature > 0,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
-        )
+    sampling = {"temperature": temperature, "top_p": top_p}
+    stream(model, network, tokenizer, prompt, chat=chat, seed=seed, max_new_tokens=max_new_tokens, **sampling)
 
 
 @app.command()
@@ -320,7 +297,7 @@ def inspect(
     json: Json = None,
 ) -> None:
     """Show what MODEL holds: layers, schemes, true bits per weight, bytes, where it came from."""
-    _check_json(json)
+    output = _output(json)
 
     from ..inspection import check_model, inspect_model
 
@@ -328,9 +305,9 @@ def inspect(
     if check:
         prepare(None)
         inspection.checked = check_model(model)
-    if json:
-        write_json(json, inspection.to_dict())
     show(inspection)
+    with output:
+        output.write(inspection.to_dict())
 
 
 @app.command()
@@ -359,19 +336,22 @@ def execute(
     return main(command)
 
 
-def _check_json(path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise ValueError(f"--json: got {str(path)!r}, expected a file in a directory that exists")
+class _NoFile:
+    """What `--json` writes to where it is not given."""
+
+    def write(self, fields: Any) -> None:
+        pass
+
+    def __enter__(self) -> _NoFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
 
 
-def _check_positions(network: Any, prompt: int, new: int) -> None:
-    """Raise ValueError where the model has too few positions for so many tokens; a warning where it says so."""
-    from ..model.positions import check_length, most_positions
-
-    most = most_positions(network)
-    if most is not None and prompt <= most < prompt + new - 1:  # the last token is not read
-        raise wrong("--max-new-tokens", new, f"at most {most - prompt + 1} after {prompt} tokens of PROMPT")
-    check_length("PROMPT and new tokens" if most is None or prompt <= most else "PROMPT", prompt + new - 1, network)
+def _output(path: Path | None) -> JsonFile | _NoFile:
+    """The file of --json, tried before the work."""
+    return _NoFile() if path is None else JsonFile("--json", path)
 
 
 def _described(result: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -18,8 +18,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 
-from ..errors import int_between
+from ..errors import int_between, printable
 from ..report.layers import BlockReport, LayerReport
 from ..report.report import QuantizationReport
 from ..report.tables import db_text, error_text
@@ -84,7 +85,7 @@ class Display:
 
     def on_block(self, index: int, name: str) -> None:
         assert self._all is not None and self._current is not None, "on_start comes first"
-        self._block = escape(name)
+        self._block = escape(printable(name))
         self._bars.update(self._all, completed=index)
         self._bars.reset(self._current, description=self._block)
         if not self._console.is_terminal:
@@ -115,7 +116,7 @@ class Display:
             self._bars.update(self._current, description=f"{self._block} {name}".lstrip())
             return
         self._clear()
-        self._current = self._bars.add_task(escape(name), total=None)
+        self._current = self._bars.add_task(escape(printable(name)), total=None)
         if not self._console.is_terminal:
             self._print(f"{escape(name)} ...")
 
@@ -133,7 +134,7 @@ class Display:
 
     def _print(self, line: str) -> None:
         if not self._quiet:
-            self._console.print(line)
+            self._console.print(printable(line))
 
 
 class _LogLines(logging.Handler):
@@ -144,7 +145,7 @@ class _LogLines(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(escape(f"{record.levelname.lower()}: {self.format(record)}"))
+        self._console.print(escape(printable(f"{record.levelname.lower()}: {self.format(record)}")))
 
 
 def prepare(threads: int | None) -> None:
@@ -163,7 +164,18 @@ def prepare(threads: int | None) -> None:
 def show(result: Any) -> None:
     """Print something rich to stdout, which need not be a terminal."""
     width = None if sys.stdout.isatty() else 120  # a file has no width of its own
-    Console(highlight=False, width=width).print(result)
+    Console(highlight=False, width=width).print(_Printable(result))
+
+
+class _Printable:
+    """Something rich, without what in its texts would command a terminal."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.result, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def check_threads(threads: int | None) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
 from rich.console import Console
 
-from ..errors import missing
+from ..errors import missing, one_line
 from .commands import app
 
 _PATIENCE = 1.5  # seconds between Ctrl-C and the end of a process whose main thread does not answer
@@ -82,11 +84,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             code, message = 2, str(missing(error))
         except (KeyboardInterrupt, typer.Abort):
             code = 130
+        except Exception as error:  # a fault of ours, or of what a file made a library do
+            logging.getLogger("aqlm_c").debug("unexpected", exc_info=True)
+            code, message = 2, f"{type(error).__name__}: {error} (not expected: {_place(error)})"
         if code == 130:
             sys.stderr.write(interrupt.line())
         elif code == 2:
-            print(f"aqlm-c: {' '.join(message.split())}", file=sys.stderr)
+            print(f"aqlm-c: {one_line(message)}", file=sys.stderr)
     return code
+
+
+def _place(error: BaseException) -> str:
+    """Where in this package an error came up, or was passed on last."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if f"{os.sep}aqlm_c{os.sep}" in frame.filename] or frames
+    return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}"
 
 
 _UsageError: Any = typer.BadParameter.__base__  # click's; typer imports click or carries its own, by version

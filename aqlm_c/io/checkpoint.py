@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..files import clear_up, existing_parent, temporary_beside
+from ..errors import one_line, shown
+from ..files import (
+    clear_up,
+    existing_parent,
+    irregular,
+    named_directory,
+    place,
+    read_json,
+    set_aside,
+    temporary_beside,
+    try_place,
+)
 from ..format import WEIGHT, Format
 from ..nn.linear import QuantizedLayer, check_code_range
 from ..units import megabytes
@@ -30,6 +42,13 @@ log = logging.getLogger("aqlm_c")
 
 _SHARD = "model-{:05}-of-{:05}.safetensors"
 _INDEX = "*.safetensors.index.json"
+# What a model directory holds, of ours or others: with --overwrite nothing else is removed.
+_MODEL_FILES = re.compile(
+    r"\.gitattributes|README\.md|(LICEN[SC]E|NOTICE|USE_POLICY)[\w.-]*|run\.yaml|report\.json"
+    r"|(\w+_config|config|tokenizer|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"|[\w.-]+\.safetensors(\.index\.json)?|chat_template\.jinja|additional_chat_templates"
+    r"|(vocab|merges)\.txt|[\w-]+\.(model|tiktoken)"
+)
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -81,6 +100,8 @@ def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, StoredTen
     for file in paths:
         if file.suffix != ".safetensors":
             raise ValueError(f"{file}: expected a .safetensors file")
+        if kind := irregular(file):
+            raise ValueError(f"{file}: got {kind}, expected a regular file")
         try:
             with safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118  (a safe_open cannot be iterated)
@@ -128,10 +149,13 @@ def _check_index(index: Path, files: Iterable[Path], tensors: Mapping[str, Store
 def _read_index(index: Path) -> dict[str, Path]:
     """The file of each tensor, as an index has it."""
     try:
-        fields = json.loads(index.read_text(encoding="utf-8"))
-        return {name: index.parent / shard for name, shard in fields["weight_map"].items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
+        shards = {str(name): Path(shard) for name, shard in read_json(index)["weight_map"].items()}
+    except (KeyError, AttributeError, TypeError):
         raise ValueError(f"{index}: expected a JSON object with 'weight_map'") from None
+    for shard in set(shards.values()):
+        if shard.is_absolute() or ".." in shard.parts or not shard.name:
+            raise ValueError(f"{index}: got {shown(str(shard))}, expected names of files in this directory")
+    return {name: index.parent / shard for name, shard in shards.items()}
 
 
 def check_stored_layer(
@@ -221,22 +245,53 @@ def check_dense_dtype(name: str, tensor: StoredTensor) -> None:
         raise ValueError(f"{name} in {tensor.file}: got {tensor.dtype}, expected {' or '.join(_FLOATS)}")
 
 
-def check_output(out_dir: str | os.PathLike[str], overwrite: bool = False) -> None:
+def check_output(
+    out_dir: str | os.PathLike[str],
+    overwrite: bool = False,
+    needed: Mapping[str, str | os.PathLike[str]] | None = None,
+) -> None:
     """Raise unless `save_quantized` may write `out_dir`: call it before the work starts.
 
-    FileExistsError if it exists; even with `overwrite` only an empty directory or one with a config.json is
-    replaced. PermissionError if the directory it would be made in is not one, or may not be written.
+    FileExistsError if it exists; even with `overwrite` only an empty directory is replaced, or one with a config.json
+    that holds nothing but files of a model: neither foreign ones nor a path of `needed`, by what they are called (the
+    model that is read, its data). PermissionError if the directory it would be made in is not one, or may not be
+    written; OSError if a directory cannot appear there; ValueError for the root of a file system.
     """
-    out = Path(out_dir)
+    out = named_directory("OUT", out_dir)
     clear_up(out)
-    if os.path.lexists(out):
-        if not overwrite:
-            raise FileExistsError(f"OUT: got {str(out)!r}, which exists, expected a new path, or overwrite")
-        if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-            raise FileExistsError(f"OUT: got {str(out)!r}, expected a model directory (with config.json) to overwrite")
+    _check_replaceable(out, overwrite, needed or {})
     parent = existing_parent(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"OUT: got {str(out)!r}, expected {str(parent)!r} to be a directory that can be written")
+        raise PermissionError(
+            f"OUT: got {shown(str(out))}, expected {str(parent)!r} to be a directory that can be written"
+        )
+    try_place("OUT", out)
+
+
+def _check_replaceable(out: Path, overwrite: bool, needed: Mapping[str, str | os.PathLike[str]]) -> None:
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise FileExistsError(f"OUT: got {shown(str(out))}, which exists, expected a new path, or overwrite")
+    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+        raise FileExistsError(f"OUT: got {shown(str(out))}, expected a model directory (with config.json) to overwrite")
+    if inside := next(_not_replaced(out, needed), None):
+        raise FileExistsError(
+            f"OUT: got {shown(str(out))}, which holds {inside}: expected a directory with files of a model alone "
+            "to overwrite, or a new path"
+        )
+
+
+def _not_replaced(out: Path, needed: Mapping[str, str | os.PathLike[str]]) -> Iterator[str]:
+    """What in the directory `out` must not be removed."""
+    for name, path in {**needed, "the current directory": os.curdir}.items():
+        if os.path.exists(path) and Path(path).resolve().is_relative_to(out.resolve()):
+            yield name if path == os.curdir else f"{name} at {shown(str(path))}"
+    for folder in (out, out / "additional_chat_templates"):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            known = _MODEL_FILES.fullmatch(path.name) and path.is_dir() == (path.name == "additional_chat_templates")
+            if not known and not (folder != out and path.suffix == ".jinja"):
+                yield f"{shown(path.name)}, no file of a model"
 
 
 def save_quantized(
@@ -255,16 +310,31 @@ def save_quantized(
     that the model's class does not read.
     `tokenizer` may be None. `extra_files` is called with that directory when the model lies in it and gives
     names and texts of files to add. Raises what `check_output` does; ValueError if the model has no quantized
-    linear; OSError if a file cannot be written.
+    linear; OSError if a file cannot be written. A model that lies on the disk is never removed: if what comes after it
+    fails (the tokenizer, the new name), it is kept beside `out_dir`, and the error says where.
     """
-    out = Path(out_dir)
-    check_output(out, overwrite)
+    check_output(out_dir, overwrite)
     if next(quantized_linears(model), None) is None:
         raise ValueError("model: got no quantized layer, expected a model of quantize_model")
-    new, old = (temporary_beside(out, which, os.getpid()) for which in ("new", "old"))
+    write_quantized(model, tokenizer, out_dir, overwrite=overwrite, extra_files=extra_files)
+
+
+def write_quantized(
+    model: Any,
+    tokenizer: Any,
+    out_dir: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    extra_files: Callable[[Path], Mapping[str, str]] | None = None,
+) -> None:
+    """`save_quantized` after the work: where `out_dir` has meanwhile become no place for it, the model is kept too."""
+    out = named_directory("OUT", out_dir)
+    new = temporary_beside(out, "new", os.getpid())
+    written = False
     try:
         new.mkdir()
         model.save_pretrained(new)
+        written = True
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         _keep_source(model, new)
@@ -272,19 +342,38 @@ def save_quantized(
             (new / name).write_text(text, encoding="utf-8")
         for file in filter(Path.is_file, new.rglob("*")):  # safetensors makes its files private
             file.chmod((new / "config.json").stat().st_mode)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists():
-            os.rename(out, old)
-        os.rename(new, out)
+        _check_replaceable(out, overwrite, {})  # it may have appeared or changed
+        place(new, out)
     except BaseException as error:
-        if old.exists() and not out.exists():
-            os.rename(old, out)
+        if written:
+            _keep(new, out, error)
+        shutil.rmtree(new, ignore_errors=True)
         if isinstance(error, SafetensorError):  # a full disk, for one
             raise OSError(f"OUT: got {str(out)!r}, which cannot be written: {error}") from None
         raise
+
+
+def _keep(new: Path, out: Path, error: BaseException) -> None:
+    """Keep the directory of a model that is written, and raise `error` with its path."""
+    kept = set_aside(new, out)
+    if not isinstance(error, Exception):  # Ctrl-C: the error has its own line
+        log.warning("OUT: the quantized model is kept in %s", kept)
+        raise error
+    kind = ValueError if isinstance(error, ValueError) else OSError
+    text = f"OUT: got {shown(str(out))}: {one_line(error)}; the quantized model is kept in {str(kept)!r}"
+    raise kind(text) from error
+
+
+def check_tokenizer(tokenizer: Any, out_dir: str | os.PathLike[str]) -> None:
+    """Raise OSError unless the tokenizer can be saved where `save_quantized` will do it: call it before the work."""
+    new = temporary_beside(named_directory("OUT", out_dir), "new", os.getpid())
+    try:
+        new.mkdir()
+        tokenizer.save_pretrained(new)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise OSError(f"OUT: got {shown(str(out_dir))}: the tokenizer cannot be saved: {one_line(error)}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def disk_sizes(directory: str | os.PathLike[str], embeddings: Iterable[str]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ how the text was cut into documents.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -21,7 +22,8 @@ import numpy as np
 import torch
 
 from ..config import BOS, TuningOptions
-from ..errors import wrong
+from ..errors import int_between, is_text, one_line, wrong
+from ..files import irregular
 from ..model.positions import check_length
 
 log = logging.getLogger("aqlm_c")
@@ -30,6 +32,7 @@ log = logging.getLogger("aqlm_c")
 BUNDLED = "pydoc_data.topics"
 FILE_TYPES = (".txt", ".jsonl", ".npy", ".safetensors")
 
+_MOST_LINE = 64 * 2**20  # bytes of a line of .jsonl
 _SHUFFLE_BUFFER = 10_000  # documents of a streamed data set among which --shuffle draws the next one
 
 
@@ -56,6 +59,8 @@ def load_sequences(
         raise ValueError(f"samples: got {samples}, expected at least one for each of the {len(sources)} data sources")
     if sequence_length < 2:
         raise ValueError(f"sequence_length: got {sequence_length}, expected at least 2 tokens")
+    for name, value in (("samples", samples), ("sequence_length", sequence_length)):
+        int_between(name, value, 1)
     share, rest = divmod(samples, len(sources))
     generator = torch.Generator().manual_seed(seed)
     parts = []
@@ -150,8 +155,13 @@ def token_stream(source: str | os.PathLike[str], tokenizer: Any, limit: int | No
 def check_source(source: str) -> None:
     """Raise ValueError if `source` is a file that is missing or of an unknown type; reads nothing."""
     path = Path(source)
-    if path.is_dir() and path.suffix in FILE_TYPES:
+    if not source or "\0" in source or not is_text(source):
+        raise wrong("data", source, f"a file of type {' '.join(FILE_TYPES)}, or the name of a data set")
+    kind = irregular(path)
+    if kind == "a directory" and path.suffix in FILE_TYPES:
         raise ValueError(f"data: got {source!r}: is a directory, expected a {path.suffix} file")
+    if kind is not None and kind != "a directory":
+        raise ValueError(f"data: got {source!r}: is {kind}, expected a regular file of type {' '.join(FILE_TYPES)}")
     if path.is_file() and path.suffix not in FILE_TYPES:
         raise ValueError(f"data: got {source!r}, expected a file of type {' '.join(FILE_TYPES)}")
     if _is_dataset(source):  # whose name may be that of a local directory
@@ -247,7 +257,7 @@ def _read(source: str, tokenizer: Any, limit: int | None, shuffle_seed: int | No
     per_token = 16
     while True:
         max_chars = None if limit is None else per_token * limit
-        text, cut = _text(_documents(source, shuffle_seed), max_chars)
+        text, cut = _text(_documents(source, shuffle_seed, max_chars), max_chars)
         ids = tokenizer(text, verbose=False)["input_ids"]
         if limit is None or not cut or len(ids) >= 2 * limit:
             return torch.tensor(ids[:limit] if cut else ids, dtype=torch.int64)[None]
@@ -265,12 +275,12 @@ def _text(documents: Iterable[str], max_chars: int | None) -> tuple[str, bool]:
     return "\n\n".join(parts), False
 
 
-def _documents(source: str, shuffle_seed: int | None) -> Iterator[str]:
+def _documents(source: str, shuffle_seed: int | None, max_chars: int | None) -> Iterator[str]:
     if source == BUNDLED:
         return iter(_bundled())
     suffix = Path(source).suffix
     if suffix == ".txt":
-        return _text_file(source)
+        return _text_file(source, max_chars)
     return _jsonl(source) if suffix == ".jsonl" else _dataset(source, shuffle_seed)
 
 
@@ -280,24 +290,32 @@ def _bundled() -> list[str]:
     return [topics.topics[name] for name in sorted(topics.topics)]
 
 
-def _text_file(path: str) -> Iterator[str]:
+def _text_file(path: str, max_chars: int | None) -> Iterator[str]:
+    """The text of a file, or as much of it as has more than `max_chars` characters."""
     try:
-        yield Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(-1 if max_chars is None else max_chars + 2)
     except UnicodeDecodeError as error:
-        raise ValueError(f"data: got {path!r}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        where = f" at byte {error.start}" if max_chars is None else ""  # else of what was read last
+        raise ValueError(f"data: got {path!r}: not UTF-8 text ({error.reason}{where})") from error
+    yield text
 
 
 def _jsonl(path: str) -> Iterator[str]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(_MOST_LINE), b""), 1):
             if not line.strip():
                 continue
+            if len(line) == _MOST_LINE:
+                raise ValueError(f"data: got {path!r}: line {number}: longer than {_MOST_LINE >> 20} MiB")
             try:
                 text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
                 raise ValueError(f'data: got {path!r}: line {number}: expected a JSON object with a string "text"')
+            if not is_text(text):
+                raise ValueError(f"data: got {path!r}: line {number}: got half of a character, expected Unicode text")
             yield text
 
 
@@ -309,8 +327,10 @@ def _dataset(source: str, shuffle_seed: int | None) -> Iterator[str]:
             f"data: got {source!r}: no such file, and a data set needs `datasets`: pip install 'aqlm-c[hf]'"
         ) from error
     name, config, split = _dataset_name(source)
+    known = inspect.signature(datasets.load_dataset).parameters  # datasets 4 has no scripts any more
+    trust = {"trust_remote_code": False} if "trust_remote_code" in known else {}
     try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True, **trust)
         if shuffle_seed is not None:
             rows = rows.shuffle(seed=shuffle_seed, buffer_size=_SHUFFLE_BUFFER)
         first = next(iter(rows))
@@ -325,13 +345,15 @@ def _dataset(source: str, shuffle_seed: int | None) -> Iterator[str]:
 def _token_ids(path: str, tokenizer: Any) -> torch.Tensor:
     try:
         if path.endswith(".npy"):
-            ids = np.load(path, allow_pickle=False)
+            ids = np.load(path, mmap_mode="r", allow_pickle=False)  # no memory for more than there is in the file
+            if not isinstance(ids, np.ndarray):
+                raise TypeError("an archive of arrays, expected one array")
         else:
             from safetensors.numpy import load_file
 
             ids = load_file(path).get("input_ids")
     except Exception as error:  # ValueError, EOFError, OSError, SafetensorError: all mean a damaged file
-        raise ValueError(f"data: got {path!r}: not a readable {Path(path).suffix} file: {error}") from error
+        raise ValueError(f"data: got {path!r}: not a readable {Path(path).suffix} file: {one_line(error)}") from error
     if ids is None:
         raise ValueError(f'data: got {path!r}, expected a tensor named "input_ids"')
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":

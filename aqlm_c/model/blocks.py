@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 
-from ..errors import wrong
 from ..format import Format
+from ..patterns import pattern_of
 from ..recipe import AqlmConfig
 
 
@@ -54,15 +52,12 @@ def quantizable_linears(
     """The linears of the block called `prefix` to quantize, name in the model -> format: all but routers and what is to
     stay dense. layers: regular expression, only linears whose name it finds; ValueError if it is none.
     """
-    try:
-        pattern = re.compile(layers or "")
-    except re.error as error:
-        raise wrong("layers", layers, f"a regular expression: {error}") from None
+    pattern = pattern_of("layers", layers or "")
     kept = routers(block)
     found = {}
     for part, module in block.named_modules():
         name = f"{prefix}.{part}"
-        if part not in kept and isinstance(module, torch.nn.Linear) and pattern.search(name):
+        if part not in kept and isinstance(module, torch.nn.Linear) and pattern.found_in(name):
             format = config.format_for(name)
             if format is not None:
                 found[name] = format

@@ -110,9 +110,10 @@ def _check_rules(model: torch.nn.Module, config: AqlmConfig, embeddings: Embeddi
         for name in quantizable_linears(f"{prefix}.{index}", block, None, free)
     ]
     names += embeddings.names
+    fitting = {name: config.rules.fitting(name) for name in names}
     for rule in config.rules:
-        found = [name for name in names if rule in config.rules.fitting(name)]
-        first = {config.rules.fitting(name)[0] for name in found}
+        found = [name for name in names if rule in fitting[name]]
+        first = {fitting[name][0] for name in found}
         if not found:
             raise ValueError(f"rules: {rule!r}: matches no layer, expected a part of names such as {names[0]!r}")
         if rule not in first:

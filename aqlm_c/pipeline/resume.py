@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..core import runtime
+from ..errors import shown
+from ..files import irregular
 from ..format import Format
 from ..io.checkpoint import quantized_linears, quantized_names, tensor_name
 from ..nn.embedding import quantized_class
@@ -133,11 +135,12 @@ class WorkDir:
         path = self.path / _block_name(index)
         damaged = f"work_dir: got {str(self.path)!r}: {path.name} is damaged"
         try:
+            self._check_regular(path.name)
             with self._explained("reading", path.name), safe_open(path, framework="pt") as stored:
                 tensors = {name: stored.get_tensor(name).clone() for name in sorted(stored.keys())}
                 facts = json.loads(stored.metadata()["aqlm_c"])
             sha256, report = facts["sha256"], facts["report"]
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{damaged}: {error}") from error
         if sha256 != _sha256(tensors.items(), report):
             raise ValueError(f"{damaged}: its SHA-256 differs from the one written with it")
@@ -164,6 +167,7 @@ class WorkDir:
                     f"work_dir: got {str(self.path)!r}: holds {foreign[0]!r} and no {_FINGERPRINT}; "
                     "expected a new or an empty directory, or that of an earlier run"
                 )
+            self._check_regular(_LOCK)
             self._lock = open(self.path / _LOCK, "ab")  # noqa: SIM115  (open as long as the run)
         if fcntl is None:
             log.warning("work_dir=%r: no file locks here: let no other process use it", str(self.path))
@@ -184,6 +188,7 @@ class WorkDir:
     def _compare(self, now: Mapping[str, Any]) -> None:
         """Write the fingerprint of a new directory; refuse the directory of another run."""
         path = self.path / _FINGERPRINT
+        self._check_regular(_FINGERPRINT)
         with self._explained("reading", _FINGERPRINT):
             stored = path.read_bytes() if path.exists() else None
         if stored is None:
@@ -191,7 +196,7 @@ class WorkDir:
             return
         try:
             begun = {part: dict(fields) for part, fields in json.loads(stored).items()}
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise ValueError(
                 f"work_dir: got {str(self.path)!r}: {_FINGERPRINT} is damaged; expected JSON: pass another --work-dir"
             ) from None
@@ -218,6 +223,10 @@ class WorkDir:
             for path in self.path.iterdir():
                 if (match := _BLOCK.fullmatch(path.name)) and int(match[1]) >= self.finished:
                     path.unlink()
+
+    def _check_regular(self, name: str) -> None:
+        if kind := irregular(self.path / name):
+            raise ValueError(f"work_dir: got {str(self.path)!r}: {name} is {kind}, expected a regular file")
 
     def _write(self, name: str, data: bytes) -> None:
         """Write a file that is either complete and on the disk or not there."""
@@ -308,5 +317,5 @@ def _differences(
         for name in dict.fromkeys((*old, *new)):
             if old.get(name) != new.get(name):
                 label = name if part == "options" else f"{part}.{name}"
-                plain = f"{label}: {old.get(name)!r} in WORK_DIR, {new.get(name)!r} now"
+                plain = f"{label}: {shown(old.get(name))} in WORK_DIR, {shown(new.get(name))} now"
                 yield _HASHES.get((part, name), plain)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import require, wrong
@@ -12,6 +13,8 @@ from . import tables
 from .layers import BlockReport, LayerReport
 
 _DISTANCES = "dB: above the Gaussian reference, at the rate of the codes and at the true rate\n"
+_PROVENANCE = {"model": str, "config": dict, "data": dict, "sequences": int, "tokens": int, "threads": int, "isa": str}
+_PROVENANCE |= {"versions": dict}
 
 
 @dataclasses.dataclass(repr=False)
@@ -125,3 +128,28 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def known_provenance(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report.json of a run says of where its result comes from; {} where a field has another type."""
+    known = {name: fields[name] for name in _PROVENANCE if name in fields}
+    if any(type(value) is not _PROVENANCE[name] for name, value in known.items()):
+        return {}
+    flat = [known.get("versions", {}), {**known.get("data", {}), "sources": None}]
+    flat += [(known.get("data") or {}).get("sources") or {}]
+    config = known.get("config", {})
+    sources = config.get("data") or []
+    if not all(isinstance(each, dict) and all(map(_is_plain, each.values())) for each in flat):
+        return {}
+    if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
+        return {}
+    return known if all(map(_is_flat, config.values())) else {}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _is_flat(value: Any) -> bool:
+    parts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+    return all(map(_is_plain, parts))

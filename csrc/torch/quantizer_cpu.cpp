@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor> residual_kmeans(const Tensor &weight, const Tensor &s
 void accumulate_hessian(const Tensor &sum, const Tensor &x_in) {
     const Tensor x = floats_of(x_in, "x", {-1, -1});
     tensor_of(sum, "sum", ScalarType::Double, {x.size(1), x.size(1)});
-    check_value(sum.is_contiguous(), "sum: got a strided tensor, expected one to write into");
+    check_value(sum.is_contiguous() && is_aligned(sum), "sum: got a strided tensor, expected one to write into");
     follow_torch_threads();
     check_status(aqlm_accumulate_hessian(writable<double>(sum), data(x), x.size(0), x.size(1)), "accumulate_hessian");
 }

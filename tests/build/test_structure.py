@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "aqlm_c"
 # stands for all its modules that have no line of their own.
 LAYERS = [
     {"errors", "versions", "environment", "_core", "_torch", "_cuda", "model.kinds"},
-    {"units", "model.positions"},
+    {"units", "patterns", "model.positions"},
     {"files", "format", "config"},
     {"core"},
     {"methods"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"train"},
     {"pipeline"},
     {"hf"},
-    {"evaluate", "inspection"},
+    {"evaluate", "generate", "inspection"},
     {"quantize"},
     {"run"},
     {"doctor", "execute"},
@@ -35,6 +35,7 @@ LAYERS = [
 ]
 MOST_LINES, MOST_PARAMETERS = 60, 8
 TORCH_FREE = {"errors", "versions", "environment", "units", "files", "format", "config", "methods", "recipe", "report"}
+TORCH_FREE |= {"patterns"}
 
 
 def module_name(path):

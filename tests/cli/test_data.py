@@ -65,6 +65,18 @@ def test_text_is_one_stream_read_as_far_as_needed(tmp_path, tokenizer):
     assert data.token_stream(str(path), tokenizer).numel() == 100_000
 
 
+def test_no_more_of_a_file_is_read_than_is_needed(tmp_path, tokenizer):
+    path = tmp_path / "endless.txt"
+    path.write_text("é漢" * 20_000)
+    with open(path, "r+b") as file:
+        file.truncate(2**40)  # sparse: a TiB of zeros
+    assert data.token_stream(str(path), tokenizer, limit=1000).numel() == 1000
+    assert text_of(data.token_stream(str(path), tokenizer, limit=1000)[:5]) == "é漢"
+    (tmp_path / "cut.txt").write_bytes("漢".encode()[:2])
+    with pytest.raises(ValueError, match="not UTF-8 text"):
+        data.token_stream(str(tmp_path / "cut.txt"), tokenizer, limit=10)
+
+
 def test_more_text_is_read_where_tokens_are_long(tmp_path):
     class Sparse(ByteTokenizer):  # a token for every hundred characters
         def __call__(self, text, verbose=True):

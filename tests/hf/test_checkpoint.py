@@ -8,6 +8,7 @@ import stat
 import struct
 import subprocess
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,9 +131,12 @@ def test_overwrite_replaces_a_model_and_nothing_else(tmp_path, shared):
     out = tmp_path / "out"
     out.mkdir()
     save_quantized(shared, None, out, overwrite=True)  # empty
-    (out / "old").touch()
+    (out / "vocab.txt").touch()
     save_quantized(shared, None, out, overwrite=True)
-    assert not (out / "old").exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (out / "vocab.txt").exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
+    (out / "mine").touch()
+    with pytest.raises(FileExistsError, match="holds 'mine', no file of a model"):
+        save_quantized(shared, None, out, overwrite=True)
     (out / "config.json").unlink()
     with pytest.raises(FileExistsError, match="expected a model directory"):
         save_quantized(shared, None, out, overwrite=True)
@@ -197,9 +201,11 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, shared, where, existed):
     if existed:
         save_quantized(shared, None, out)
         before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device; the quantized model is kept in '(.*)'") as error:
         save_quantized(shared, FullDisk(), out, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == (["out"] if existed else [])
+    kept = Path(str(error.value).rpartition(" in ")[2].strip("'"))  # it lies on the disk: never removed
+    assert kept.parent == tmp_path and (kept / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([kept.name, *(["out"] if existed else [])])
     if existed:
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
@@ -210,7 +216,7 @@ def test_a_failed_rename_puts_the_old_model_back(tmp_path, shared, monkeypatch):
     before, rename = (out / "model.safetensors").read_bytes(), os.rename
 
     def refuse(source, target):
-        if ".new-" in str(source):
+        if ".new-" in str(source) and target == out:
             raise OSError(5, "Input/output error")
         rename(source, target)
 
@@ -218,7 +224,7 @@ def test_a_failed_rename_puts_the_old_model_back(tmp_path, shared, monkeypatch):
     with pytest.raises(OSError, match="Input/output"):
         save_quantized(shared, None, out, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.finished-1"]  # the new one
 
 
 def test_a_dense_model_is_not_saved(tmp_path):
