@@ -70,7 +70,7 @@ class HessianSums:
                 except _Stop:
                     continue
                 else:
-                    if outputs is None and len(self._called) == len(self.linears):
+                    if outputs is None and len(set(self._called)) == len(self._called) == len(self.linears):
                         self._last = self._called[-1]
                 finally:
                     self._seen.clear()

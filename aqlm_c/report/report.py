@@ -17,7 +17,8 @@ class QuantizationReport:
     phases: seconds by name, in order. sizes: bytes on disk as `original_bytes`, `quantized_bytes` and, of
     those, `original_embedding_bytes`, `quantized_embedding_bytes`; the original's may be unknown. data:
     SHA-256 of the sources and of the token ids. note: what a reader of the sizes should know of the original.
-    diagnoses: sentences of what may be wrong and what to do (`diagnose`).
+    diagnoses: sentences of what may be wrong and what to do (`diagnose`). plan: "quantized" of all "linears" in
+    "blocks", names of the "dense" by reason, and a "text" of it.
     """
 
     layers: list[LayerReport] = dataclasses.field(default_factory=list)
@@ -34,6 +35,7 @@ class QuantizationReport:
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     threads: int = 0
     isa: str = ""
+    plan: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=versions)
 
     @property
@@ -61,6 +63,7 @@ class QuantizationReport:
             tables.layer_table(self.layers, self.bits_per_weight, bool(self.blocks)),
             "dB: above the Gaussian reference, at the rate of the codes and at the true rate\n",
             *([tables.block_table(self.blocks)] if self.blocks else []),
+            *([self.plan["text"]] if self.plan else []),
             tables.size_table(self.sizes),
             *([self.note] if self.note else []),
             self._summary(),
