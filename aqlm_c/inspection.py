@@ -155,12 +155,10 @@ def check_model(directory: str | os.PathLike[str]) -> int:
     """
     directory = Path(directory)
     _, _, tensors = _read(directory)
-    from transformers import AutoModelForCausalLM
-
-    from . import hf as _hf  # noqa: F401  (registers the quantizer, which checks quantized layers)
+    from .hf.models import auto_class  # and the quantizer is registered, which checks quantized layers
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(directory, local_files_only=True).from_pretrained(
             directory,
             device_map="meta",
             use_safetensors=True,

@@ -64,15 +64,18 @@ def quantize_model(
     the last of them (`pipeline.resume`). `memory_limit`: bytes, or text such as "8GiB"; where the activations would not
     fit too, they are kept on disk. The model is left in evaluation mode and can be saved with `save_quantized`.
 
-    Raises ValueError, before any work, for token ids that are too few or outside the vocabulary, for a
+    Raises ValueError, before any work, for a model with adapters or whose quantized checkpoint would not load again
+    (`hf.quantizer.check_loads`), for token ids that are too few or outside the vocabulary, for a
     format that does not fit a layer or cannot be searched yet, for NaN or Inf in any parameter, for a `work_dir`
     of another run and a `memory_limit` that is too small; and later, naming the layer, for NaN or Inf in
     activations. Raises OSError if `work_dir` cannot be written; what is finished in it stays usable.
     """
-    from .hf.quantizer import attach
+    from .hf.peft import check_no_adapters
+    from .hf.quantizer import attach, check_loads
 
     if batch_size is not None:
         int_between("batch_size", batch_size, 1)
+    check_no_adapters(model)
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise ValueError(f"model: got one on {device}, expected cpu, where its weights are quantized")
@@ -84,6 +87,8 @@ def quantize_model(
             f"work_dir: got {str(work_dir)!r} without sequences, expected None: nothing is kept without data"
         )
     options = {"layers": layers, "progress": progress, "work_dir": work_dir, "memory_limit": memory_limit}
-    report = Pipeline(model, config, calibration, **options).run()
+    pipeline = Pipeline(model, config, calibration, **options)
+    check_loads(model, pipeline.plan.targets(), config)
+    report = pipeline.run()
     attach(model, config)
     return report

@@ -82,7 +82,7 @@ def _save(
 ) -> None:
     from .hf.card import model_card
     from .hf.models import saved_sizes
-    from .io.checkpoint import save_quantized
+    from .io.checkpoint import save_quantized, unread_text
 
     model, tokenizer, origin = loaded
     started = time.perf_counter()
@@ -90,6 +90,7 @@ def _save(
 
     def files(directory: Path) -> Mapping[str, str]:
         report.sizes = saved_sizes(model, directory)
+        report.note = " ".join(filter(None, (report.note, unread_text(model, directory))))
         if origin.total_bytes:
             report.sizes["original_bytes"] = origin.total_bytes
             report.sizes["original_embedding_bytes"] = origin.embedding_bytes

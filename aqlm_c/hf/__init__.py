@@ -9,6 +9,7 @@ from transformers.quantizers import auto
 from .config import AqlmConfig
 from .peft import extend_peft
 from .quantizer import AqlmQuantizer
+from .resizing import guard_resizing
 from .training import prepare_model_for_tuning
 
 __all__ = ["AqlmConfig", "AqlmQuantizer", "prepare_model_for_tuning"]
@@ -23,3 +24,4 @@ if hasattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES"):  # transformers 5
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (AqlmConfig,)
 
 extend_peft()
+guard_resizing()

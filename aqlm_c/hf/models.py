@@ -19,7 +19,8 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto import modeling_auto
 
 from ..errors import one_line
 from ..io import checkpoint
@@ -65,6 +66,24 @@ def load_model(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any, 
         raise ValueError(f"model: got {name!r}: no such model directory; {_EXPECTED}")
     model, tokenizer = _from_pretrained(name, name, dtype, local_files_only=not _hub_reachable())
     return model, tokenizer, ModelSource(name, "hub", name, quantized=_is_quantized(model))
+
+
+def auto_class(where: str | os.PathLike[str], **options: Any) -> Any:
+    """The class of transformers by which a model is loaded: that for images and text if its config names such a one.
+
+    options: of `AutoConfig.from_pretrained`, whose errors it raises.
+    """
+    config = AutoConfig.from_pretrained(where, **options)
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    causal, multimodal = (
+        mapping.get(config.model_type, "")
+        for mapping in (
+            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        )
+    )
+    names = (multimodal,) if isinstance(multimodal, str) else multimodal
+    return AutoModelForImageTextToText if architecture in names and architecture != causal else AutoModelForCausalLM
 
 
 def saved_sizes(model: Any, directory: str | os.PathLike[str]) -> dict[str, int]:
@@ -154,7 +173,8 @@ def _from_pretrained(
         options["use_safetensors"] = True  # else pickled weights would be taken where there are no others
     with _damage_named(name):
         tokenizer = AutoTokenizer.from_pretrained(where, **for_both)
-        model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
+        auto = auto_class(where, **for_both)
+        model, info = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random values
         raise ValueError(
             f"model: got {name!r}: {len(missing)} tensors are missing from its files, such as {missing[0]}"

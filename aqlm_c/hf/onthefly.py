@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from ..calibrate.sources import DataFree, SequenceCalibration
 from ..errors import wrong
+from ..format import Format
 from ..io.data import check_sequences, check_source, load_sequences, provenance
 from ..pipeline.pipeline import Pipeline
 from ..recipe import FIELDS, RunConfig, check_names, option_types
@@ -85,12 +86,17 @@ class OnTheFly:
                 )
             return check_sequences(model, sequences, self.config.tuning)
 
-    def quantize(self, model: Any, sequences: torch.Tensor | None) -> QuantizationReport:
-        """Quantize the loaded model in place; the report."""
+    def quantize(
+        self, model: Any, sequences: torch.Tensor | None, check: Callable[[Any, Mapping[str, Format], Any], None]
+    ) -> QuantizationReport:
+        """Quantize the loaded model in place; the report. check: of model, formats of its layers and config,
+        before the work."""
         check_device_map({name: parameter.device for name, parameter in model.named_parameters()})
         calibration = DataFree() if sequences is None else SequenceCalibration(sequences, self.config)
         options = {name: self._run[name] for name in ("layers", "work_dir", "memory_limit")}
-        report = Pipeline(model, self.config, calibration, **options).run()
+        pipeline = Pipeline(model, self.config, calibration, **options)
+        check(model, pipeline.plan.targets(), self.config)
+        report = pipeline.run()
         if sequences is not None:
             report.data = provenance(self.dataset if isinstance(self.dataset, list) else ["token ids"], sequences)
         return report

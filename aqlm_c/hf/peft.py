@@ -12,6 +12,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from ..nn.embedding import QuantizedEmbedding
 from ..nn.linear import QuantizedLinear
 
 _LORA = "peft.tuners.lora.model"
@@ -20,12 +21,12 @@ _LORA = "peft.tuners.lora.model"
 def _extend(lora: Any) -> None:
     """Teach the loaded module peft.tuners.lora.model this package's layer."""
     from peft.tuners import tuners_utils
-    from peft.tuners.lora.aqlm import AqlmLoraLinear
+    from peft.tuners.lora import layer
 
     dispatch, all_linear = lora.dispatch_aqlm, tuners_utils._maybe_include_all_linear_layers
 
-    class LoraQuantizedLinear(AqlmLoraLinear):
-        """``y = base_layer(x) + scaling * B A dropout(x)``; the codes cannot take the adapter in."""
+    class Unmerged:
+        """The codes cannot take the adapter in; what reads the base layer's weight gets it decoded."""
 
         def merge(self, *args: Any, **kwargs: Any) -> None:
             raise ValueError(
@@ -33,10 +34,21 @@ def _extend(lora: Any) -> None:
                 "the loaded one, then load the adapter on it, and merge"
             )
 
+    class LoraQuantizedLinear(Unmerged, layer.Linear):
+        """``y = base_layer(x) + scaling * B A dropout(x)``, and all else that PEFT can do with a dense linear."""
+
+    class LoraQuantizedEmbedding(Unmerged, layer.Embedding):
+        """The same of rows that are looked up."""
+
+        def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+            return module.num_embeddings, module.embedding_dim
+
     def dispatch_aqlm(target: Any, adapter_name: str, **kwargs: Any) -> Any:
         base = target.get_base_layer() if isinstance(target, tuners_utils.BaseTunerLayer) else target
-        layer = LoraQuantizedLinear if isinstance(base, QuantizedLinear) else dispatch
-        return layer(target, adapter_name, **kwargs)
+        if isinstance(base, QuantizedEmbedding):
+            return LoraQuantizedEmbedding(target, adapter_name, **kwargs)
+        make = LoraQuantizedLinear if isinstance(base, QuantizedLinear) else dispatch
+        return make(target, adapter_name, **kwargs)
 
     def with_quantized_linears(peft_config: Any, model: Any) -> Any:
         asked = getattr(peft_config, "target_modules", None)
@@ -70,6 +82,17 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
             loader.exec_module = execute_and_extend
         return spec
+
+
+def check_no_adapters(model: Any) -> None:
+    """Raise ValueError for a model with adapters: their layers would be quantized as if they were the model's."""
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")
+    wrapped = tuners is not None and any(isinstance(module, tuners.BaseTunerLayer) for module in model.modules())
+    if wrapped or hasattr(model, "peft_config"):
+        raise ValueError(
+            f"model: got {type(model).__name__}, which has adapters of PEFT, expected a model without: merge them "
+            "first (merge_and_unload()), or unload() them and load them again on the quantized model"
+        )
 
 
 def extend_peft() -> None:

@@ -11,11 +11,12 @@ from transformers.quantizers.base import HfQuantizer
 from ..format import Format
 from ..io import checkpoint
 from ..model import experts
+from ..model.conversions import keep_names, without_quantized
 from ..model.embeddings import Embeddings, find_embeddings, tie, untie
 from ..nn.embedding import quantized_class
 from ..nn.grouped import join_linears
 from ..recipe import AqlmConfig as LayerConfig
-from . import memory, names
+from . import memory, names, skeleton
 from .config import AqlmConfig
 from .onthefly import check_device_map
 
@@ -52,25 +53,34 @@ class AqlmQuantizer(HfQuantizer):
         self._loading = model
         places = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
         self._dtypes = {} if set(map(str, places)) == {"cpu"} else None
-        config = self.quantization_config
         files = checkpoint_files or names.files_being_loaded()
         self._files, self._rounded = files, files is not checkpoint_files
         tensors = names.taken(model, checkpoint.read_headers(files)) if files else None
+        self.place(model, tensors)
+        if not self.pre_quantized:
+            self._sequences = self.quantization_config.on_the_fly.sequences(model)
+
+    def place(self, model: Any, tensors: Mapping[str, checkpoint.StoredTensor] | None) -> None:
+        """Put empty quantized layers into a quantized model's places, and check that `tensors` are what it lacks.
+
+        tensors: the headers of the checkpoint that the model takes; None: not known. Raises ValueError naming a tensor.
+        """
+        config = self.quantization_config
         if self.pre_quantized:
             dense = config.linear_weights_not_to_quantize and [
                 *config.linear_weights_not_to_quantize,
                 *names.new_linears(model, tensors or ()),
             ]
             swap_linears(model, config.layer_config(), dense, tensors)
+            for _, layer in checkpoint.quantized_linears(model):
+                layer.is_loading = True
         if tensors is not None:
             self._stored = names.check_names(model, tensors, self)
-        if not self.pre_quantized:
-            self._sequences = config.on_the_fly.sequences(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
             on_the_fly = self.quantization_config.on_the_fly
-            report = on_the_fly.quantize(model, self._sequences)
+            report = on_the_fly.quantize(model, self._sequences, check_loads)
             attach(model, on_the_fly.config)
             model.hf_quantizer.report = report
         if self._rounded and self._stored:
@@ -95,6 +105,7 @@ class AqlmQuantizer(HfQuantizer):
         for name, linear in checkpoint.quantized_linears(model):
             checkpoint.check_values(name, linear, self._stored)
             linear.pack()
+            linear.is_loading = False
             files.copied(linear.codes.nbytes)
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -114,7 +125,8 @@ class AqlmQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         own = model[0] if model else self._loading  # transformers 5.17 does not pass it, 5.23 does
-        return super().update_weight_conversions(experts.without_fusion(weight_conversions, own), *model)
+        kept = without_quantized(experts.without_fusion(weight_conversions, own), own)
+        return super().update_weight_conversions(kept, *model)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype that transformers 5.24 gives a tensor as it loads it; None for that of the file.
@@ -202,7 +214,11 @@ def swap_linears(
 
 def attach(model: Any, config: LayerConfig) -> None:
     """Make a model whose linears were quantized in memory equal to a loaded one: it can then be saved."""
-    not_quantized = experts.stored_names(model, checkpoint.unquantized_parameters(model))
+    keep_names(model)
+    dense = checkpoint.unquantized_parameters(model)
+    not_quantized = experts.stored_names(model, dense)
+    found = set(map(experts.renaming(model), not_quantized))
+    not_quantized += [name for name in dense if name not in found]  # joined with others on disk
     config = find_embeddings(model).with_rule_for_input(config)
     hf_config = AqlmConfig.from_layer_config(config, not_quantized)
     quantizer = AqlmQuantizer(hf_config)
@@ -211,6 +227,15 @@ def attach(model: Any, config: LayerConfig) -> None:
     model.is_quantized = True
     model.quantization_method = hf_config.quant_method
     quantizer.postprocess_model(model)
+
+
+def check_loads(model: Any, formats: Mapping[str, Format], config: LayerConfig) -> None:
+    """Raise ValueError if `model`, its layers quantized to `formats`, would be saved as what cannot be loaded.
+
+    Asked before the work. formats: by the names of the layers, experts taken apart. The message names the tensor that
+    has no place, or that nothing fills.
+    """
+    skeleton.check_loads(model, formats, lambda planned: attach(planned, config))
 
 
 def _format_of(

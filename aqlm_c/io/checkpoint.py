@@ -8,6 +8,7 @@ float; `P.bias` [out] if any. K, B, g and og stand in config.json under `quantiz
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -17,11 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ..files import clear_up, existing_parent, temporary_beside
 from ..format import WEIGHT, Format
 from ..nn.linear import QuantizedLayer, check_code_range
+from ..units import megabytes
+from .source import is_unread, keep_files, source_directory
 
+log = logging.getLogger("aqlm_c")
+
+_SHARD = "model-{:05}-of-{:05}.safetensors"
 _INDEX = "*.safetensors.index.json"
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -243,7 +250,9 @@ def save_quantized(
     """Write a quantized transformers model and its tokenizer as one directory.
 
     Everything is written to a temporary directory beside `out_dir` (or beside the first of its parents that
-    is missing) that takes its name at the end, so `out_dir` is either absent, the old one, or complete.
+    is missing) that takes its name at the end, so `out_dir` is either absent, the old one, or complete. From the
+    directory that the model was loaded from it gets the files beside the weights too (`io.source`), and the tensors
+    that the model's class does not read.
     `tokenizer` may be None. `extra_files` is called with that directory when the model lies in it and gives
     names and texts of files to add. Raises what `check_output` does; ValueError if the model has no quantized
     linear; OSError if a file cannot be written.
@@ -258,6 +267,7 @@ def save_quantized(
         model.save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+        _keep_source(model, new)
         for name, text in (extra_files(new) if extra_files else {}).items():
             (new / name).write_text(text, encoding="utf-8")
         for file in filter(Path.is_file, new.rglob("*")):  # safetensors makes its files private
@@ -288,3 +298,56 @@ def n_bytes(tensor: StoredTensor) -> int:
     """Bytes of a tensor's values."""
     bits = int("".join(filter(str.isdigit, tensor.dtype.split("_")[0])) or 8)  # F16 -> 16, F8_E4M3 -> 8, BOOL -> 8
     return bits // 8 * math.prod(tensor.shape)
+
+
+def unread_text(model: Any, directory: str | os.PathLike[str]) -> str:
+    """What of a model's directory its class does not read, as a sentence for the report; "" if it reads all."""
+    unread = is_unread(model)
+    sizes = {name: n_bytes(tensor) for name, tensor in read_directory(directory).items() if unread(name)}
+    if not sizes:
+        return ""
+    return (
+        f"{len(sizes)} tensors of the original that the model's class does not read, such as {min(sizes)}, are kept as "
+        f"they are ({megabytes(sum(sizes.values()))})."
+    )
+
+
+def _keep_source(model: Any, directory: Path) -> None:
+    """Add to `directory`, where `model` was saved, what lies beside the weights it was loaded from."""
+    source = source_directory(model)
+    if source is None:
+        return
+    keep_files(source, directory)
+    unread = is_unread(model)
+    try:
+        saved = read_directory(directory)
+        tensors = {
+            name: tensor for name, tensor in read_directory(source).items() if unread(name) and name not in saved
+        }
+    except ValueError as error:  # changed since it was loaded
+        log.warning("what the model's class does not read is not kept: %s", error)
+        return
+    if tensors:
+        _add_shard(directory, tensors)
+        log.warning("%s", unread_text(model, directory))
+
+
+def _add_shard(directory: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Store `tensors`, as they lie in their files, as one more shard of the model in `directory`."""
+    index = directory / "model.safetensors.index.json"
+    places = {name: tensor.file.name for name, tensor in read_directory(directory).items()}
+    shards = sorted(set(places.values()))
+    last = _SHARD.format(len(shards) + 1, len(shards) + 1)
+    renamed = {shard: _SHARD.format(number, len(shards) + 1) for number, shard in enumerate(shards, 1)}
+    values = {}
+    for name, tensor in tensors.items():
+        with safe_open(tensor.file, framework="pt") as file:
+            values[name] = file.get_tensor(name)
+    save_file(values, directory / last, metadata={"format": "pt"})
+    for shard, name in renamed.items():
+        os.rename(directory / shard, directory / name)
+    weight_map = {name: renamed[shard] for name, shard in places.items()} | dict.fromkeys(tensors, last)
+    index.unlink(missing_ok=True)
+    total = sum(map(n_bytes, read_headers(directory / name for name in (*renamed.values(), last)).values()))
+    fields = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    index.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

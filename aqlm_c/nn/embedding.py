@@ -21,6 +21,7 @@ class QuantizedEmbedding(QuantizedLayer):
     """
 
     output_dtype: torch.dtype | None = None  # the model's, where codebooks are float32 to be tuned
+    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False  # of nn.Embedding, for who asks for them
 
     def __init__(
         self,
@@ -53,6 +54,10 @@ class QuantizedEmbedding(QuantizedLayer):
         rows = ops.decode_rows(self.codes[flat], self.codebooks, self.scales[flat])
         return rows.view(*ids.shape, self.embedding_dim).to(self.output_dtype or rows.dtype)
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.output_dtype or self.codebooks.dtype
+
     @staticmethod
     def check(name: str, embedding: nn.Embedding) -> None:
         """Raise ValueError naming the layer `name` for an embedding that does more than looking rows up."""
@@ -66,7 +71,7 @@ class QuantizedEmbedding(QuantizedLayer):
         head = QuantizedLinear(*sizes, bias is not None, self.format, "meta", self.codebooks.dtype)
         for name in WEIGHT:
             setattr(head, name, getattr(self, name))
-        head.tied = True
+        head.tied, head.dense_dtype = True, self.weight_dtype
         if bias is not None:
             head.bias = bias
         return head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ..format import FIELDS, Format
 from . import ops
+from .weight import DecodedWeight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,6 +54,9 @@ class QuantizedLayer(nn.Module):
     nbits_per_codebook: int
     in_group_size: int
     out_group_size: int
+    is_loading = False  # from files: what a model's initialisation would do to the weight is ignored
+    dense_dtype: torch.dtype | None = None  # of the weight that this one stands for; None: of codebooks
+    _is_hf_initialized = True  # by this every transformers leaves a module as it is
 
     def _set_format(
         self,
@@ -114,6 +119,47 @@ class QuantizedLayer(nn.Module):
         """
         check_code_range(self.codes, self.nbits_per_codebook, name)
 
+    @property
+    def weight(self) -> Tensor:
+        """W [out, in] for whoever reads it: decoded when its values are, in the model's dtype (`DecodedWeight`).
+
+        It is no parameter, has no gradient and cannot be changed: that raises ValueError. `forward` does not use it.
+        """
+        dtype = self.weight_dtype
+        if torch.compiler.is_compiling():
+            return self.dense_weight(dtype).detach()
+        (rows, groups, _), device = self.codes.shape, self.codes.device
+        size = torch.Size((rows * self.out_group_size, groups * self.in_group_size))
+        decode = torch.no_grad()(functools.partial(self.dense_weight, dtype))
+        return DecodedWeight(decode, size, dtype, device, settled=self.is_loading)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self._refuse_weight()
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """That of `weight`: of the dense weight that this one stands for, where that is known."""
+        return self.dense_dtype or self.codebooks.dtype
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            self._refuse_weight()
+        super().register_parameter(name, param)
+
+    def _refuse_weight(self) -> None:
+        raise ValueError(
+            f"weight: got one for a {type(self).__name__}, expected none: it is decoded from codes. Put another layer "
+            "in its place, such as that of dequantize()"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.dense_dtype is not None:
+            self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=self.codes.device)).dtype
+        self.pack()  # for the device it may be on now
+        return self
+
     def pack(self) -> None:
         """Lay codes out for the kernels that run on their device, where these prefer another order in memory.
 
@@ -131,6 +177,7 @@ class QuantizedLayer(nn.Module):
         if name in state_dict and not self.codes.is_meta:  # else a loader is at work, which knows the layer's name
             check_code_range(state_dict[name], self.nbits_per_codebook, name)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.pack()
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """W [out, in] in `dtype` (that of codebooks if None), rounded once."""
@@ -175,6 +222,7 @@ class QuantizedLinear(QuantizedLayer):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
+        self.pack()  # what is copied into codes stays packed
 
     @classmethod
     def empty(cls, module: nn.Linear, format: Format, dtype: torch.dtype) -> QuantizedLinear:
@@ -183,6 +231,7 @@ class QuantizedLinear(QuantizedLayer):
         It takes over the bias, in the dtype of the model, which need not be that of the codebooks.
         """
         layer = cls(module.in_features, module.out_features, module.bias is not None, format, "meta", dtype)
+        layer.dense_dtype = module.weight.dtype
         if module.bias is not None:
             layer.bias = module.bias
         return layer.requires_grad_(False)
@@ -199,11 +248,6 @@ class QuantizedLinear(QuantizedLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "grouped"}  # the original's
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self.pack()  # for the device it may be on now
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], a new tensor of x's dtype."""
