@@ -135,7 +135,8 @@ def find_blocks(model: nn.Module, found: Trace | None = None) -> tuple[str, Bloc
     list's entry, the one with the most linear weights. Found by what runs, so that no table of model types is needed,
     and entries that do not run, as those of a vision tower, are none. found: of `probe.trace`, if it was run.
 
-    Raises ValueError if there is none, or for a model that does not run on token ids.
+    Raises ValueError if there is none, for a model that does not run on token ids, and for one in which a block stands
+    under two names.
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     none = wrong_model(model)
@@ -153,6 +154,13 @@ def find_blocks(model: nn.Module, found: Trace | None = None) -> tuple[str, Bloc
     if not most:
         raise none
     own = {f"{best}.{index}" for index in range(len(lists[best]))}
+    first: dict[int, str] = {}
+    for index, block in enumerate(lists[best]):
+        if (name := first.setdefault(id(block), f"{best}.{index}")) != f"{best}.{index}":
+            raise ValueError(
+                f"{best}.{index}: got the same module as {name}, expected one of its own: transformers saves no model "
+                "whose blocks stand under two names"
+            )
     return best, Blocks(best, [call for call in found.entries if call.name in own], model)
 
 

@@ -117,7 +117,7 @@ def watching(model: nn.Module) -> Iterator[None]:
 
 def token_ids(model: Any) -> torch.Tensor:
     """Token ids [1, N_TOKENS] for a pass, on the model's device: of words, not of what configs name (images, ends)."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     size = embedding.weight.shape[0] if hasattr(embedding, "weight") else N_TOKENS
     named = set(_named_tokens(model.config.to_dict())) if hasattr(model, "config") else set()
     free = [token for token in range(min(size, len(named) + 64 * N_TOKENS)) if token not in named] or [0]
@@ -132,7 +132,8 @@ def dense_reasons(model: nn.Module, found: Trace, blocks: list[tuple[str, nn.Mod
     Those that the pass did not reach, though it reached others of their kind (experts), are called here.
     """
     kinds = {kind_of(name) for name, count in found.counts.items() if count}
-    shared = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    modules = (module for _, module in model.named_modules(remove_duplicate=False))  # each as often as it has names
+    shared = Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
     reasons = {}
     with watching(model):
         for prefix, block in blocks:

@@ -197,7 +197,7 @@ def _check(model: Any, plan: Plan, config: AqlmConfig, layers: str | None, reaso
             QuantizedEmbedding.check(name, module)
 
 
-def _check_shapes(model: torch.nn.Module, targets: Mapping[str, Format]) -> None:
+def _check_shapes(model: Any, targets: Mapping[str, Format]) -> None:
     """Raise ValueError naming every layer that its format does not fit, and the rule that leaves them dense."""
     unfit: dict[str, ValueError] = {}
     for name, format in targets.items():

@@ -174,37 +174,17 @@ def test_tokens_of_a_pass_are_none_that_the_config_names():
 # ---- blocks ---------------------------------------------------------------------------------------------------
 
 
-def looped(how):
-    config = LlamaConfig(**SIZES, num_hidden_layers=2, initializer_range=0.2)
-    model = random_model(config)
-    if how == "list":
-        model.model.layers = torch.nn.ModuleList([*model.model.layers, *model.model.layers])
-        model.config.num_hidden_layers = 4
-    else:
-        original = model.model.layers
+class Twice(torch.nn.ModuleList):
+    """Blocks that a Llama runs twice, one after another."""
 
-        class Loop(torch.nn.Module):
-            attention_type = "full_attention"
-
-            def __init__(self):
-                super().__init__()
-                self.inner = original
-
-            def forward(self, hidden_states, **kwargs):
-                for _ in range(2):
-                    for layer in self.inner:
-                        hidden_states = layer(hidden_states, **kwargs)
-                return hidden_states
-
-        model.model.layers = Loop()
-        model.model.layers.__class__.__getitem__ = lambda self, key: [self]
-    return model
+    def __getitem__(self, key):
+        return [*self, *self] if isinstance(key, slice) else super().__getitem__(key)
 
 
-@pytest.mark.parametrize("how", ["list", "loop"])
 @pytest.mark.parametrize("epochs", [0, 1])
-def test_blocks_that_run_twice_are_calibrated_on_both_runs(how, epochs):
-    model = looped(how)
+def test_blocks_that_run_twice_are_calibrated_on_both_runs(epochs):
+    model = random_model(LlamaConfig(**SIZES, num_hidden_layers=2, initializer_range=0.2))
+    model.model.layers = Twice(model.model.layers)
     ids = random_tokens(4, 12)
     _, blocks = find_blocks(model)
     assert len(blocks) == 2 and blocks.runs == [2, 2] and not blocks.chained
@@ -227,6 +207,25 @@ def test_blocks_that_run_twice_are_calibrated_on_both_runs(how, epochs):
     assert "the model runs from its start for each block" in report.plan["text"]
     assert all(layer.tokens in (None, 2 * ids.numel()) for layer in report.layers)
     assert (model(ids, use_cache=False).logits - before).abs().max() > 0
+
+
+def test_a_block_that_stands_under_two_names_is_refused():
+    model = tiny_llama()
+    first, second = model.model.layers
+    model.model.layers = torch.nn.ModuleList([first, second, first, second])
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.2: got the same module as model\.layers\.0, expected one of its"
+    ):
+        quantize_model(model, random_tokens(4, 12), CONFIG)
+
+
+def test_a_module_that_stands_under_two_names_stays_dense():
+    model = tiny_llama()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    plan = make_plan(model, CONFIG)
+    assert plan.n_layers == 8
+    shared = [name for name, reason in plan.dense.items() if reason == "shares its weight"]
+    assert shared == [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")]
 
 
 def test_a_block_that_adds_to_what_it_was_given_before_is_refused_and_the_model_is_as_it_was():

@@ -53,7 +53,7 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_dt_rank", "time_step_rank"), 8),
     **dict.fromkeys(("chunk_size", "mamba_chunk_size", "block_size", "index_block_size"), 8),
     **dict.fromkeys(("image_size", "patch_size"), 16),
-    **dict.fromkeys(("n_group", "topk_group"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 2),
     "encoder_hash_byte_group_vocab": 64,
     "pronunciation_vocab_size": 64,
     "shape_vocab_size": 64,
@@ -97,6 +97,7 @@ def _tiny_fields(config: Any) -> dict[str, Any]:
             fields[name] = [value[index] for index in kept]
     if "kv_lora_rank" in given and "num_key_value_heads" in given:
         fields["num_key_value_heads"] = HEADS  # latent attention has a key for every head
+        fields |= {"head_dim": 8} if "head_dim" in given else {}  # what is rotated
     return fields
 
 
@@ -116,6 +117,7 @@ def _merged(fields: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+NOTE = {"swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS, "num_key_value_heads": HEADS}
 HEAD_GIVEN = {"fields": {"head_dim": HEAD}}  # where its config has none and its model wants one
 INDEXER = {
     "indexer_n_heads": 2,
@@ -147,13 +149,36 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
         }
     },
-    "dots1": {"fields": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1}},
-    "dots3_note": {"start": {"text_config": {}}, "fields": {"text_config": {"num_key_value_heads": HEADS}}},
-    "dots3_note_text": {"fields": {"num_key_value_heads": HEADS}},
+    "dots1": {
+        "fields": {
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+        }
+    },
+    "deepseek_v2": {"fields": {"num_experts_per_tok": 2}},
+    "dots3_note_text": {"fields": NOTE},
+    "dots3_note": {
+        "fields": {
+            "text_config": NOTE,
+            "vision_config": {"adapter_in_dim": 64},
+            "audio_config": {"adapter_input_size": 64},
+        }
+    },
     "gemma3n_text": {
         "fields": {**SHARED_KV, "intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]}
     },
-    "gemma4_text": {"fields": {**SHARED_KV, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}},
+    "gemma4_text": {
+        "fields": {
+            **SHARED_KV,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        }
+    },
     "hunyuan_v1_dense": HEAD_GIVEN,
     "hunyuan_v1_moe": HEAD_GIVEN,
     "lfm2_moe": {"fields": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}},
