@@ -151,8 +151,8 @@ def dense_reasons(model: nn.Module, found: Trace, blocks: list[tuple[str, nn.Mod
 
 
 def _calls_plainly(linear: nn.Linear) -> bool:
-    x = torch.randn(2, linear.in_features).to(linear.weight)
     try:
+        x = torch.randn(2, linear.in_features, device=linear.weight.device).to(linear.weight.dtype)
         return _is_plain(linear, (x,), {}, linear(x))
     except Exception:  # it wants something else
         return False

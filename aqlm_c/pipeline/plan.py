@@ -280,7 +280,7 @@ def _work(model: Any, plan: Plan, step: BlockPlan, config: AqlmConfig, tokens: i
     return Work.from_shapes(
         {name: tuple(model.get_submodule(name).weight.shape) for name in step.targets},
         sum(linear.weight.numel() for linear in linears),
-        tokens=tokens,
+        tokens=tokens * (1 if step.index is None else plan.blocks.runs[step.index]),
         sequence_length=sequence_length,
         hidden_size=plan.blocks.width,
         config=config,

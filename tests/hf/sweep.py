@@ -16,6 +16,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -59,7 +60,9 @@ TOLERANCE = 1e-3  # of logits, relative to the largest
 
 @dataclasses.dataclass
 class Result:
-    """What became of one model type. linears: quantized, of all; error: largest difference of logits, relative."""
+    """What became of one model type. linears: quantized, of all; error: largest difference of logits, relative; rule:
+    that a refusal asked for, with which it was tried again.
+    """
 
     model_type: str
     class_name: str
@@ -69,6 +72,7 @@ class Result:
     linears: int = 0
     dense: str = ""
     error: float | None = None
+    rule: str = ""
 
 
 class Begun(Progress):
@@ -110,13 +114,19 @@ def try_model(model_type: str) -> Result:
     except Exception as error:  # of transformers, of any type
         return dataclasses.replace(result, outcome="not built", note=f"{type(error).__name__}: {one_line(error)[:160]}")
     result.class_name = type(model).__name__
-    begun = Begun()
-    try:
-        report = quantize_model(model, ids, AqlmConfig.from_scheme(SCHEME, **FAST), progress=begun)
-    except Exception as error:
-        expected = isinstance(error, (ValueError, OSError))
-        outcome = "traceback" if not expected else "late" if begun.begun else "refused"
-        return dataclasses.replace(result, outcome=outcome, note=_said(error, expected))
+    config, begun = AqlmConfig.from_scheme(SCHEME, **FAST), Begun()
+    for attempt in range(2):
+        try:
+            report = quantize_model(model, ids, config, progress=begun)
+            break
+        except Exception as error:
+            expected = isinstance(error, (ValueError, OSError))
+            rule = re.search(r"--rule '(.*)=dense'", str(error))
+            if attempt == 0 and rule and not begun.begun:  # its advice is followed
+                config, result.rule = config.replace(rules={rule[1]: "dense"}), f"{rule[1]}=dense"
+                continue
+            outcome = "traceback" if not expected else "late" if begun.begun else "refused"
+            return dataclasses.replace(result, outcome=outcome, note=_said(error, expected))
     result.quantized = len(report.layers)
     _describe(report, result)
     with tempfile.TemporaryDirectory() as directory:
@@ -135,9 +145,9 @@ def _save_and_load(model: Any, ids: torch.Tensor, out: Path, result: Result) -> 
     except Exception as error:
         expected = isinstance(error, (ValueError, OSError))
         return dataclasses.replace(result, outcome="late" if expected else "traceback", note=_said(error, False))
-    del model
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+        known = type(model.config) in AutoModelForCausalLM._model_mapping
+        loaded = (AutoModelForCausalLM if known else type(model)).from_pretrained(out, dtype=torch.float32).eval()
         if hasattr(loaded, "set_default_language"):
             loaded.set_default_language(loaded.config.languages[0])
         found = logits(loaded, ids)
@@ -216,7 +226,8 @@ def markdown(results: list[Result]) -> str:
     ]
     for result in results:
         linears = f"{result.quantized} of {result.linears}" if result.linears else ""
-        note = (result.note or result.dense).replace("|", "\\|").replace("<", "&lt;")
+        rule = f"with --rule '{result.rule}': " if result.rule else ""
+        note = (rule + (result.note or result.dense)).replace("|", "\\|").replace("<", "&lt;")
         lines.append(f"| {result.model_type} | {result.class_name} | {result.outcome} | {linears} | {note} |")
     return "\n".join(lines) + "\n"
 
