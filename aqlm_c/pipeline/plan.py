@@ -77,10 +77,16 @@ class Plan:
         for name, reason in self.dense.items():
             by_reason.setdefault(reason, []).append(name)
         parts = [
-            f"{kinds_text(names)} ({f'{len(names)}, ' if len(names) > 1 else ''}{reason})"
+            f"{self._kinds_text(names)} ({f'{len(names)}, ' if len(names) > 1 else ''}{reason})"
             for reason, names in by_reason.items()
         ]
         return f"{text}; dense: {', '.join(parts)}" if parts else text
+
+    def _kinds_text(self, names: Iterable[str]) -> str:
+        """Kinds of layers in blocks, the lists of those elsewhere, such as "mlp.up_proj, mlp.gate_proj and 3 more"."""
+        inside = tuple(f"{name}." for name in self.blocks.names)
+        kinds = (kind_of(name) if name.startswith(inside) else re.split(r"\.\d+(?:\.|$)", name)[0] for name in names)
+        return few(list(dict.fromkeys(kinds)))
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON: numbers of linears and blocks, names by the reason why they stay dense, and the text."""
@@ -97,12 +103,11 @@ class Plan:
         }
 
 
-def kinds_text(names: Iterable[str]) -> str:
-    """Kinds of layers, such as "self_attn.q_proj, mlp.up_proj and 3 more kinds"."""
-    kinds = list(dict.fromkeys(map(kind_of, names)))
-    if len(kinds) <= _SHOWN:
-        return ", ".join(kinds)
-    return f"{', '.join(kinds[: _SHOWN - 1])} and {len(kinds) - _SHOWN + 1} more kinds"
+def few(names: list[str]) -> str:
+    """All of a few names, of many the first."""
+    if len(names) <= _SHOWN:
+        return ", ".join(names)
+    return f"{', '.join(names[: _SHOWN - 1])} and {len(names) - _SHOWN + 1} more"
 
 
 def make_plan(model: Any, config: AqlmConfig, layers: str | None = None) -> Plan:
@@ -146,12 +151,9 @@ def _make_plan(model: Any, config: AqlmConfig, layers: str | None) -> Plan:
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     dense = _why_dense(model, plan, found, config, reasons)
     if others := [name for name, reason in dense.items() if reason == NOT_PLAIN]:
-        log.warning("%s: %d linears stay dense, whose modules do more than a linear layer", *_few(others))
+        kinds = few(list(dict.fromkeys(map(kind_of, others))))
+        log.warning("%s: %d linears stay dense, whose modules do more than a linear layer", kinds, len(others))
     return dataclasses.replace(plan, dense=dense, n_linears=len(linears))
-
-
-def _few(names: list[str]) -> tuple[str, int]:
-    return kinds_text(names), len(names)
 
 
 def _why_dense(
@@ -159,6 +161,7 @@ def _why_dense(
 ) -> dict[str, str]:
     """Why each linear that is no target of `plan` stays dense."""
     targets, dense = plan.targets(), {}
+    body = set(getattr(model, "base_model", model).modules())
     inside = {
         f"{name}.{part}": f"{name}.{part}" in {f"{name}.{router}" for router in routers(block)}
         for name, block in plan.blocks.named()
@@ -172,7 +175,8 @@ def _why_dense(
                 continue
             dense[name] = "output layer"
         elif name not in inside:
-            dense[name] = "outside of the blocks" if found.counts[name] else NOT_CALLED
+            head = module not in body  # which the pass left out
+            dense[name] = "outside of the blocks" if found.counts[name] or head else NOT_CALLED
         elif inside[name]:
             dense[name] = "chooses experts"
         elif name in reasons:
