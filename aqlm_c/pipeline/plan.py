@@ -84,7 +84,7 @@ class Plan:
 
     def _kinds_text(self, names: Iterable[str]) -> str:
         """Kinds of layers in blocks, the lists of those elsewhere, such as "mlp.up_proj, mlp.gate_proj and 3 more"."""
-        inside = tuple(f"{name}." for name in self.blocks.names)
+        inside = f"{self.blocks.prefix}."
         kinds = (kind_of(name) if name.startswith(inside) else re.split(r"\.\d+(?:\.|$)", name)[0] for name in names)
         return few(list(dict.fromkeys(kinds)))
 

@@ -185,6 +185,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"fields": {"num_heads": 8, "head_dim": 16}},
     "ministral": HEAD_GIVEN,
     "mllama": {"fields": {"text_config": {"num_hidden_layers": 4, "cross_attention_layers": [1], "layer_types": None}}},
+    "nemotron_h": {"fields": {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2}},
     "nemotron": {"fields": {"num_key_value_heads": 2, "head_dim": HEAD}},
     "qwen4_exp": {"fields": {"text_config": INDEXER}},
     "qwen4_exp_text": {"fields": INDEXER},
