@@ -136,21 +136,39 @@ class HessianSums:
                 self._seen[name] = x  # kept alive, so that no other tensor of this batch can have its address
                 self._add(name, x)
             elif not _same_tensor(self._seen.get(self.leader[name]), x):
-                raise RuntimeError(f"{name} shared the input of {self.leader[name]} in one batch and not in another")
+                self._part(name)  # it had the leader's input until now
+                self._seen[name] = x
+                self._add(name, x)
             if name == self._last:
                 raise _Stop  # the rest of the block is not needed
 
         return hook
 
+    def _part(self, name: str) -> None:
+        """Give a linear sums of its own: those of its leader so far, without this batch unless it took part in that."""
+        leader, sums = self.leader[name], self.sums[self.leader[name]].copy()
+        self.leader[name], self.tokens[name] = name, self.tokens[leader]
+        if self._called.count(name) == 1 and leader in self._seen:
+            rows, own = _rows(self._seen[leader]), np.zeros_like(sums)
+            verbs.accumulate_hessian(own, rows.numpy())
+            sums -= own
+            self.tokens[name] -= rows.shape[0]
+        self.sums[name] = sums
+
     def _add(self, name: str, x: torch.Tensor) -> None:
         started = time.perf_counter()
-        rows = x.reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous()
+        rows = _rows(x)
         if name not in self.sums:
             self.sums[name] = np.zeros((rows.shape[1],) * 2)
             self.tokens[name] = 0
         verbs.accumulate_hessian(self.sums[name], rows.numpy())
         self.tokens[name] += rows.shape[0]
         self.seconds += time.perf_counter() - started
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Inputs of a linear as a float32 matrix [tokens, in] in CPU memory."""
+    return x.reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous()
 
 
 def _same_tensor(a: torch.Tensor | None, b: torch.Tensor) -> bool:

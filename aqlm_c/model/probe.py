@@ -49,7 +49,7 @@ class Trace:
 def trace(model: nn.Module) -> Trace:
     """Run `model` on a few token ids, each module watched.
 
-    Raises ValueError for a model that does not run on token ids alone.
+    Raises ValueError for a model that does not run on token ids alone, and for one that changes weights as it runs.
     """
     found = Trace(Counter(), [], set())
     names = {id(module): name for name, module in model.named_modules()}
@@ -73,7 +73,7 @@ def trace(model: nn.Module) -> Trace:
         if id(module) in entries:
             open_calls[id(module)].pop().output = output
 
-    handles = []
+    versions, handles = _versions(model), []
     try:
         for module in model.modules():
             handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
@@ -82,7 +82,18 @@ def trace(model: nn.Module) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
+    if changed := [name for name, version in _versions(model).items() if version != versions[name]]:
+        raise ValueError(
+            f"{changed[0]}.weight: got one that {type(model).__name__} changes as it runs, expected one that stays: the "
+            "codes of such a model would not be its own"
+        )
     return found
+
+
+def _versions(model: nn.Module) -> dict[str, int]:
+    """How often the weight of each linear was written to."""
+    linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {name: 0 if linear.weight.is_inference() else linear.weight._version for name, linear in linears}
 
 
 def forward(model: nn.Module) -> None:

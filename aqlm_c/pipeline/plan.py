@@ -183,7 +183,7 @@ def _why_dense(
             dense[name] = reasons[name]
         else:
             dense[name] = "by rule" if config.rules.scheme_for(name) == DENSE else "left out by layers"
-    return dense | dict.fromkeys(experts.unknown(model), "experts in a layout that is not known")
+    return dense | dict.fromkeys(experts.unknown(model), "3D weights in a layout that is not known")
 
 
 def _check(model: Any, plan: Plan, config: AqlmConfig, layers: str | None, reasons: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ MOST_REFUSED = 10
 def sweep():
     spec = importlib.util.spec_from_file_location("sweep", Path(__file__).with_name("sweep.py"))
     module = importlib.util.module_from_spec(spec)
+    sys.modules["sweep"] = module  # where dataclasses look
     spec.loader.exec_module(module)
     return module
 

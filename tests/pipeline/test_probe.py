@@ -9,6 +9,8 @@ import transformers
 from tiny import FAST, random_model, random_tokens, tiny_llama
 from transformers import LlamaConfig
 
+from aqlm_c.calibrate.activations import Activations
+from aqlm_c.calibrate.hessians import HessianSums
 from aqlm_c.calibrate.sources import SequenceCalibration
 from aqlm_c.model.blocks import find_blocks
 from aqlm_c.model.probe import NOT_CALLED, NOT_PLAIN, token_ids
@@ -380,6 +382,42 @@ def test_a_model_that_does_not_run_on_token_ids_is_refused(caplog):
     ):
         quantize_model(model, random_tokens(4, 12), CONFIG)
     assert not hooks_of(model) and model.model.layers[0].forward is forward
+
+
+def test_a_model_that_changes_its_weights_as_it_runs_is_refused():
+    model = tiny_llama()
+    layer = model.model.layers[1]
+    layer.register_forward_pre_hook(lambda *_: layer.mlp.down_proj.weight.div_(1) is None or None)  # as RWKV
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.mlp\.down_proj\.weight: got one that Llama.* changes as it"
+    ):
+        quantize_model(model, random_tokens(4, 12), CONFIG)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_linears_that_share_their_input_at_times(twice):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.calls = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), 0
+
+        def forward(self, x):
+            self.calls += 1
+            self.first(x)
+            if twice or self.calls == 1:
+                self.second(x)
+            if twice or self.calls > 1:
+                self.second(x + 1)
+            return x
+
+    block, xs = Block(), [torch.randn(2, 5, 4) for _ in range(3)]
+    sums = HessianSums({name: getattr(block, name) for name in ("first", "second")})
+    sums.gather(Activations(list(xs), [[((), {})]] * 3), 0, block)
+    second = [x + part for x in xs for part in (0, 1)] if twice else [xs[0], xs[1] + 1, xs[2] + 1]
+    for name, given in (("first", xs), ("second", second)):
+        x = torch.cat(given).reshape(-1, 4).double().numpy()
+        np.testing.assert_allclose(sums.hessians()[name].H, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+        assert sums.tokens_of(name) == len(x)
 
 
 # ---- routers --------------------------------------------------------------------------------------------------
