@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..config import TuningOptions
+from ..model.blocks import Blocks
+from ..model.probe import Arguments, equal, hidden_of, join_hidden, replaced_forward, split_hidden
 from .spill import SpilledTensors
 
 TOKENS_PER_BATCH = 8192  # of calibration, in one forward pass
-
-_Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, after its hidden states
 
 
 @dataclasses.dataclass
@@ -22,11 +23,12 @@ class Activations:
     """The activations as they pass through the model: what goes into the next block, batch by batch.
 
     hidden: one tensor [batch, length, hidden_size] in the model's dtype a batch, in memory (a list) or on disk.
-    arguments: what the model passes to each block beside it (positions, masks), by batch and block.
+    arguments: what the model passes to each block beside it (positions, masks), by batch and block. Of a block that
+    runs more than once in a pass, each call is a batch.
     """
 
     hidden: list[torch.Tensor] | SpilledTensors
-    arguments: list[list[_Arguments]]
+    arguments: Sequence[Sequence[Arguments] | Mapping[int, Arguments]]
 
     def forward(
         self, index: int, block: Callable[..., Any], batch: int, hidden: torch.Tensor | None = None
@@ -35,8 +37,9 @@ class Activations:
 
         hidden: what goes in, if not the activations' own.
         """
-        args, kwargs = self.arguments[batch][index]
-        return _hidden_states(block(self.hidden[batch] if hidden is None else hidden, *args, **kwargs))
+        given = self.hidden[batch] if hidden is None else hidden
+        args, kwargs = join_hidden(given, self.arguments[batch][index])
+        return hidden_of(block(*args, **kwargs))
 
     @torch.no_grad()
     def run(self, index: int, block: torch.nn.Module, batch: int) -> torch.Tensor:
@@ -82,81 +85,89 @@ def batch_size_for(sequences: torch.Tensor, tuning: TuningOptions, asked: int | 
 @torch.no_grad()
 def capture(
     model: torch.nn.Module,
-    blocks: torch.nn.ModuleList,
+    blocks: Blocks,
     sequences: torch.Tensor,
     batch_size: int | None = None,
     directory: str | os.PathLike[str] | None = None,
 ) -> Activations:
     """What goes into the first block for token ids [n, length], and every block's other arguments.
 
-    The model itself prepares them: its forward pass runs with the blocks replaced by recorders that hand
-    their input on, so that per-block masks and positions are right for any architecture. The activations stay
-    in memory or, if `directory` is given, on disk there (`SpilledTensors`).
+    The model itself prepares them: its forward pass runs with the blocks, which are `chained`, replaced by recorders
+    that hand their input on, so that per-block masks and positions are right for any architecture. The activations
+    stay in memory or, if `directory` is given, on disk there (`SpilledTensors`).
     """
-    batch_size = batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1])
-    activations = Activations([] if directory is None else SpilledTensors(directory), [])
-    returns_tuple: bool | None = None
+    activations = _nothing_yet(directory)
+    arguments: list[list[Arguments]] = []
 
-    def recorder(block: torch.nn.Module) -> Callable[..., Any]:
-        forward = block.forward
+    def record(index: int, hidden: torch.Tensor, others: Arguments) -> None:
+        if index == 0:
+            activations.hidden.append(hidden)
+            arguments.append([])
+        arguments[-1].append(others)
 
-        def record(*args: Any, **kwargs: Any) -> Any:
-            nonlocal returns_tuple
-            hidden, args, kwargs = _split_hidden(args, kwargs)
-            if block is blocks[0]:
-                activations.hidden.append(hidden)
-                activations.arguments.append([])
-                if returns_tuple is None:
-                    returns_tuple = isinstance(forward(hidden, *args, **kwargs), tuple)
-            activations.arguments[-1].append((args, kwargs))
-            return (hidden,) if returns_tuple else hidden
-
-        return record
-
-    body = getattr(model, "base_model", model)  # without the output embedding
-    for block in blocks:
-        block.forward = recorder(block)
-    try:
-        for ids in sequences.to(next(model.parameters()).device).split(batch_size):
+    with blocks.recorded(record):
+        for body, ids in _batches(model, sequences, batch_size):
             body(input_ids=ids, use_cache=False)
-            _share(activations.arguments)
-    finally:
-        for block in blocks:
-            del block.forward
+            for index, (kept, new) in enumerate(zip(arguments[0], arguments[-1], strict=True)):
+                arguments[-1][index] = kept if equal(kept, new) else new  # masks are large
+    activations.arguments = arguments
     return activations
 
 
-def _split_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return args[0], args[1:], kwargs
-    return (
-        kwargs["hidden_states"],
-        (),
-        {name: value for name, value in kwargs.items() if name != "hidden_states"},
-    )
+@torch.no_grad()
+def capture_block(
+    model: torch.nn.Module,
+    blocks: Blocks,
+    index: int,
+    sequences: torch.Tensor,
+    batch_size: int | None = None,
+    directory: str | os.PathLike[str] | None = None,
+) -> Activations:
+    """What goes into block number `index` of a model whose blocks are not `chained`, for token ids [n, length]: the
+    model runs from its start up to the block, as often as that runs. Otherwise as `capture`.
+    """
+    activations = _nothing_yet(directory)
+    arguments: list[Mapping[int, Arguments]] = []
+    calls = 0
+
+    def recorder(_: int, module: torch.nn.Module) -> Callable[..., Any]:
+        run = module.forward
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            hidden, others = split_hidden((args, kwargs))
+            activations.hidden.append(hidden.clone())  # some models write into it
+            first = arguments[calls][index] if len(arguments) > calls else others
+            arguments.append({index: first if equal(first, others) else others})
+            calls += 1
+            if calls == blocks.runs[index]:
+                raise _Reached
+            return run(*args, **kwargs)
+
+        return record
+
+    with replaced_forward([blocks[index]], recorder):
+        for body, ids in _batches(model, sequences, batch_size):
+            calls = 0
+            with contextlib.suppress(_Reached):
+                body(input_ids=ids, use_cache=False)
+    activations.arguments = arguments
+    return activations
 
 
-def _hidden_states(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+class _Reached(Exception):
+    """Leaves a forward pass where all calls of a block are known."""
 
 
-def _share(arguments: list[list[_Arguments]]) -> None:
-    """Let the last batch use the first one's arguments where they are equal: masks are large."""
-    first, last = arguments[0], arguments[-1]
-    for index, (kept, new) in enumerate(zip(first, last, strict=True)):
-        if kept is not new and _equal(kept, new):
-            last[index] = kept
+def _nothing_yet(directory: str | os.PathLike[str] | None) -> Activations:
+    return Activations([] if directory is None else SpilledTensors(directory), [])
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    return a is b or a == b
+def _batches(
+    model: torch.nn.Module, sequences: torch.Tensor, batch_size: int | None
+) -> Iterator[tuple[Callable[..., Any], torch.Tensor]]:
+    """(the model without its output embedding, token ids) of each batch."""
+    body: Any = getattr(model, "base_model", model)
+    batch_size = batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1])
+    device = next(model.parameters()).device
+    return ((body, ids) for ids in sequences.to(device).split(batch_size))

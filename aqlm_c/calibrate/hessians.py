@@ -71,7 +71,7 @@ class HessianSums:
                 except _Stop:
                     continue
                 else:
-                    if outputs is None and len(self._called) == len(self.linears):
+                    if outputs is None and len(set(self._called)) == len(self._called) == len(self.linears):
                         self._last = self._called[-1]
                 finally:
                     self._seen.clear()
@@ -141,7 +141,7 @@ class HessianSums:
                 self._seen[name] = x  # kept alive, so that no other tensor of this batch can have its address
                 self._add(name, x)
             elif not _same_tensor(self._seen.get(self.leader[name]), x):
-                self._part(name)
+                self._part(name)  # it had the leader's input until now
                 self._seen[name] = x
                 self._add(name, x)
             if name == self._last:
@@ -150,16 +150,15 @@ class HessianSums:
         return hook
 
     def _part(self, name: str) -> None:
-        """Give a linear that had its leader's input in earlier batches, but not in this one, a sum of its own."""
-        leader = self.leader[name]
-        self.leader[name] = name
-        self.sums[name], self.tokens[name] = self.sums[leader].copy(), self.tokens[leader]
-        if (seen := self._seen.get(leader)) is not None:  # which the leader's sum has by now
-            rows = _rows(seen)
-            of_this = np.zeros_like(self.sums[name])
-            verbs.accumulate_hessian(of_this, rows.numpy())
-            self.sums[name] -= of_this
+        """Give a linear sums of its own: those of its leader so far, without this batch unless it took part in that."""
+        leader, sums = self.leader[name], self.sums[self.leader[name]].copy()
+        self.leader[name], self.tokens[name] = name, self.tokens[leader]
+        if self._called.count(name) == 1 and leader in self._seen:
+            rows, own = _rows(self._seen[leader]), np.zeros_like(sums)
+            verbs.accumulate_hessian(own, rows.numpy())
+            sums -= own
             self.tokens[name] -= rows.shape[0]
+        self.sums[name] = sums
 
     def _add(self, name: str, x: torch.Tensor) -> None:
         started = time.perf_counter()
@@ -173,6 +172,7 @@ class HessianSums:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Inputs of a linear as a float32 matrix [tokens, in] in CPU memory."""
     return x.reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from ..core.hessian import Hessian
+from ..model.blocks import Blocks
 from ..recipe import AqlmConfig
-from .activations import Activations, batch_size_for, capture
+from .activations import Activations, batch_size_for, capture, capture_block
 from .hessians import HessianSums
 
 
@@ -43,7 +44,7 @@ class Calibration(Protocol):
     sequence_length: int
     inputs: Activations | None
 
-    def start(self, model: Any, blocks: torch.nn.ModuleList, directory: str | os.PathLike[str] | None) -> None:
+    def start(self, model: Any, blocks: Blocks, directory: str | os.PathLike[str] | None) -> None:
         """Make `inputs` those of the first block, kept on disk in `directory` if one is given."""
 
     def of_block(
@@ -65,7 +66,9 @@ class Calibration(Protocol):
 
 
 class SequenceCalibration:
-    """Token ids [n, length] that run through the model as it is by then, quantized up to the block in question."""
+    """Token ids [n, length] that run through the model as it is by then, quantized up to the block in question: from
+    block to block where these are `chained`, else from the model's start for each.
+    """
 
     def __init__(self, sequences: torch.Tensor, config: AqlmConfig, batch_size: int | None = None) -> None:
         self.ids = sequences
@@ -73,18 +76,26 @@ class SequenceCalibration:
         self.tokens = sequences.numel()
         self.batch_size = batch_size_for(sequences, config.tuning, batch_size)
         self.inputs: Activations | None = None
+        self._of_index: Callable[[int], Activations] | None = None  # where blocks are not chained
         self._order: torch.Tensor | None = None
         if config.tuning.finetune_epochs:  # that puts every source into every batch
             self._order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.seed))
 
-    def start(self, model: Any, blocks: torch.nn.ModuleList, directory: str | os.PathLike[str] | None) -> None:
+    def start(self, model: Any, blocks: Blocks, directory: str | os.PathLike[str] | None) -> None:
         ids = self.ids if self._order is None else self.ids[self._order]
-        self.inputs = capture(model, blocks, ids, self.batch_size, directory)
+        if blocks.chained:
+            self.inputs = capture(model, blocks, ids, self.batch_size, directory)
+        else:
+            self.inputs = Activations([], [])
+            self._of_index = lambda index: capture_block(model, blocks, index, ids, self.batch_size, directory)
 
     def of_block(
         self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear], outputs: bool
     ) -> LayerInputs:
         assert self.inputs is not None, "start comes first"
+        if self._of_index is not None:
+            self.inputs.close()
+            self.inputs = self._of_index(index)
         kept = self.inputs.empty() if outputs else None
         try:
             sums = HessianSums(linears)
@@ -102,7 +113,8 @@ class SequenceCalibration:
 
     def advance(self, index: int, block: torch.nn.Module) -> None:
         assert self.inputs is not None, "start comes first"
-        self.inputs.advance(index, block)
+        if self._of_index is None:
+            self.inputs.advance(index, block)
 
     def __enter__(self) -> SequenceCalibration:
         return self
@@ -113,6 +125,7 @@ class SequenceCalibration:
         if self.inputs is not None:
             self.inputs.close()
             self.inputs = None
+            self._of_index = None
 
     @staticmethod
     def _inputs(sums: HessianSums, outputs: Activations | None = None) -> LayerInputs:
@@ -129,7 +142,7 @@ class DataFree:
     def __init__(self) -> None:
         self._hessians: dict[int, Hessian] = {}  # by in_features
 
-    def start(self, model: Any, blocks: torch.nn.ModuleList, directory: str | os.PathLike[str] | None) -> None:
+    def start(self, model: Any, blocks: Blocks, directory: str | os.PathLike[str] | None) -> None:
         pass
 
     def of_block(

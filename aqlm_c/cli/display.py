@@ -77,6 +77,10 @@ class Display:
     def on_resume(self, n_finished_blocks: int) -> None:
         self._print(f"finished blocks found: {n_finished_blocks}, going on from there")
 
+    def on_plan(self, plan: Any) -> None:
+        for line in plan.describe().split("; "):
+            self._print(f"plan: {escape(line)}")
+
     def on_start(self, n_blocks: int, n_layers: int) -> None:
         self._n_blocks, self._started = n_blocks, time.monotonic()
         self._clear()

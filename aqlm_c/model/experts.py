@@ -90,13 +90,12 @@ def unfuse(model: nn.Module, quantized: Iterable[str] | None = None) -> None:
     transforms = _transforms(model)
     for name, module in fused.items():
         model.set_submodule(name, Experts(module, _names(name, transforms)))
-    unknown = [name for name, module in model.named_modules() if _is_unknown(module)]
-    if unknown:
+    if others := unknown(model):
         log.warning(
             "%s (%s) stays dense, as do all its like: expected experts in gate_up_proj [experts, 2 * width, in] and "
             "down_proj [experts, in, width]",
-            unknown[0],
-            type(model.get_submodule(unknown[0])).__name__,
+            others[0],
+            type(model.get_submodule(others[0])).__name__,
         )
 
 
@@ -161,6 +160,18 @@ def _replace(mapping: dict[str, str], name: str) -> str:
         if found:
             break
     return name
+
+
+def fused_counts(block: nn.Module) -> set[int]:
+    """How many experts are in each of the fused modules of `block` that stay as they are."""
+    modules = [module for module in block.modules() if _is_fused(module) or _is_unknown(module)]
+    sides = (parameter.squeeze().shape for module in modules for parameter in module.parameters(recurse=False))
+    return {shape[0] for shape in sides if len(shape) == 3}
+
+
+def unknown(model: nn.Module) -> list[str]:
+    """Names of the modules of fused experts in a layout that is not known: they stay dense."""
+    return [name for name, module in model.named_modules() if _is_unknown(module)]
 
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:

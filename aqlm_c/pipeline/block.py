@@ -95,7 +95,8 @@ class BlockStages:
     def _tune(
         self, name: str, index: int, given: LayerInputs, problems: dict[str, LayerProblem], reports: Reports
     ) -> None:
-        blocks, inputs = self.plan.blocks, self.calibration.inputs
+        inputs = self.calibration.inputs
+        blocks = self.plan.blocks[:] if self.plan.blocks.chained else self.plan.blocks[: index + 1]  # none is ahead
         assert inputs is not None and given.outputs is not None, "tuning compares activations"
 
         def search(part: str, *state: torch.Tensor) -> torch.Tensor | None:

@@ -51,6 +51,12 @@ class Pipeline:
         self.phases = Phases(self.progress)
         self.plan: Plan = make_plan(model, config, layers)
         self.config = self.plan.config
+        try:
+            if calibration.tokens:
+                self.plan.blocks.check_repeatable(model)
+        except BaseException:
+            experts.fuse(model)
+            raise
         dtype = model.dtype  # before its first parameters are codebooks
         self.stages = BlockStages(model, self.plan, self.config, calibration, self.phases, dtype)
         self.report = QuantizationReport(
@@ -61,6 +67,7 @@ class Pipeline:
             threads=runtime.get_num_threads(),
             isa=runtime.get_isa(),
             phases=self.phases.seconds,
+            plan=self.plan.to_dict(),
         )
         self.store: WorkDir | None = None
         self.finished = 0  # steps found in the work directory
@@ -70,6 +77,7 @@ class Pipeline:
         self.model.eval()
         with contextlib.ExitStack() as stack:
             stack.enter_context(without_gradients(self.model))
+            stack.callback(experts.fuse, self.model)  # if none was quantized
             if self.work_dir is not None:
                 self.store = stack.enter_context(WorkDir.open(self.work_dir, self._fingerprint()))
                 self.finished = self.store.finished
@@ -84,7 +92,6 @@ class Pipeline:
                 self._step(number, step)
                 estimator.finish_block(number, self.phases.seconds, alike=step.index is not None)
                 self.progress.on_estimate(estimator.estimate())
-        experts.fuse(self.model)  # if none was quantized
         self.report.parameters, self.report.stored_bytes = stored_size(self.model)
         self.report.peak_memory_bytes = peak_memory()
         if self.calibration.tokens:
@@ -129,6 +136,7 @@ class Pipeline:
         rates = Rates.measure(config, str(self.stages.dtype).removeprefix("torch."))
         estimator = Estimator(works, memory, rates, resumed=self.finished)
         self.progress.on_start(len(works), self.plan.n_layers)
+        self.progress.on_plan(self.plan)
         if self.finished:
             self.progress.on_resume(self.finished)
         self.progress.on_estimate(estimator.estimate())

@@ -25,7 +25,8 @@ class QuantizationReport:
     known. phases: seconds by name, in order. sizes: bytes on disk as `original_bytes`, `quantized_bytes` and, of
     those, `original_embedding_bytes`, `quantized_embedding_bytes`; the original's may be unknown. data:
     SHA-256 of the sources and of the token ids. note: what a reader of the sizes should know of the original.
-    diagnoses: sentences of what may be wrong and what to do (`diagnose`).
+    diagnoses: sentences of what may be wrong and what to do (`diagnose`). plan: "quantized" of all "linears" in
+    "blocks", names of the "dense" by reason, and a "text" of it.
     """
 
     layers: list[LayerReport] = dataclasses.field(default_factory=list)
@@ -44,6 +45,7 @@ class QuantizationReport:
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     threads: int = 0
     isa: str = ""
+    plan: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=versions)
 
     @property
@@ -104,6 +106,7 @@ class QuantizationReport:
             tables.layer_table(self.layers, self.bits_per_weight, self.effective_bits, bool(self.blocks)),
             *([_DISTANCES] if tables.has_reference(self.layers) else []),
             *([tables.block_table(self.blocks)] if self.blocks else []),
+            *([self.plan["text"]] if self.plan else []),
             tables.size_table(self.sizes),
             *([self.note] if self.note else []),
             self._summary(),

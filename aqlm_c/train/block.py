@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def gradient_scale(hidden: Tensor) -> float:
 def finetune_block(
     name: str,
     index: int,
-    blocks: nn.ModuleList,
+    blocks: Sequence[nn.Module],
     quantized: Mapping[str, QuantizedLinear],
     inputs: Activations,
     targets: Activations,
@@ -107,7 +107,7 @@ class _Tuner:
     def __init__(
         self,
         index: int,
-        blocks: nn.ModuleList,
+        blocks: Sequence[nn.Module],
         quantized: Mapping[str, QuantizedLinear],
         inputs: Activations,
         targets: Activations,

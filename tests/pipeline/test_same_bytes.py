@@ -36,7 +36,7 @@ FIXED = {  # read when torch and NumPy are first imported: kernels that every x8
 }
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 OF_THE_RUN = {"seconds", "phases", "peak_memory_bytes", "versions", "threads", "isa"}  # in a report: differ each time
-LATER = {"parameters", "stored_bytes", "effective_bits", "embedding", "embeddings"}  # fields since the record
+LATER = {"parameters", "stored_bytes", "effective_bits", "embedding", "embeddings", "plan"}  # fields since the record
 VOCABULARY, WIDTH, BLOCKS = 96, 32, 2
 
 # Weights: scheme -> shape.
