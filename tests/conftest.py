@@ -16,10 +16,14 @@ def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true", help="fail where every selected test was skipped")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if mark := MARKS.get(item.path.parent.name):
             item.add_marker(mark)
+    if "slow" not in (config.option.markexpr or ""):  # left out unless asked for
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 def pytest_sessionfinish(session):
