@@ -180,7 +180,7 @@ def check_model(directory: str | os.PathLike[str]) -> int:
     flash = trust.check_config(fields, directory / "config.json", len(tensors))
     try:
         options = {"config": trust.config_of(directory, local_files_only=True)} if flash else {}
-        model, info = auto_class(directory, local_files_only=True).from_pretrained(
+        model, info = auto_class(directory, local_files_only=True, trust_remote_code=False).from_pretrained(
             directory,
             device_map="meta",
             use_safetensors=True,
