@@ -91,8 +91,8 @@ def trace(model: nn.Module) -> Trace:
             handle.remove()
     if changed := [name for name, version in _versions(model).items() if version != versions[name]]:
         raise ValueError(
-            f"{changed[0]}.weight: got one that {type(model).__name__} changes as it runs, expected one that stays, "
-            "since codes cannot be changed"
+            f"{changed[0]}.weight: got one that {type(model).__name__} changes as it runs, expected one that stays: "
+            "the codes of such a model would not be its own"
         )
     return found
 
