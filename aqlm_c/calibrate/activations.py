@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..config import TuningOptions
-from ..model.blocks import Blocks
+from ..model.blocks import Blocks, find_blocks
 from ..model.probe import Arguments, equal, hidden_of, join_hidden, replaced_forward, split_hidden
 from .spill import SpilledTensors
 
@@ -85,7 +85,7 @@ def batch_size_for(sequences: torch.Tensor, tuning: TuningOptions, asked: int | 
 @torch.no_grad()
 def capture(
     model: torch.nn.Module,
-    blocks: Blocks,
+    blocks: Blocks | torch.nn.ModuleList,
     sequences: torch.Tensor,
     batch_size: int | None = None,
     directory: str | os.PathLike[str] | None = None,
@@ -94,8 +94,11 @@ def capture(
 
     The model itself prepares them: its forward pass runs with the blocks, which are `chained`, replaced by recorders
     that hand their input on, so that per-block masks and positions are right for any architecture. The activations
-    stay in memory or, if `directory` is given, on disk there (`SpilledTensors`).
+    stay in memory or, if `directory` is given, on disk there (`SpilledTensors`). blocks: as `find_blocks` gives them,
+    which is asked where they are a plain list.
     """
+    if not isinstance(blocks, Blocks):
+        _, blocks = find_blocks(model)
     activations = _nothing_yet(directory)
     arguments: list[list[Arguments]] = []
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import one_line
+from ..errors import one_line, wrong
 from .kinds import kind_of
 
 N_TOKENS = 8  # of the pass
@@ -51,6 +51,13 @@ def trace(model: nn.Module) -> Trace:
 
     Raises ValueError for a model that does not run on token ids alone, and for one that changes weights as it runs.
     """
+    rescaled = getattr(getattr(model, "config", None), "rescale_every", 0)
+    if rescaled and any(
+        hasattr(module, "layers_are_rescaled") for module in model.modules()
+    ):  # once, when it first runs
+        raise wrong(
+            "rescale_every", rescaled, f"0 in the config of {type(model).__name__}, which else divides its weights"
+        )
     found = Trace(Counter(), [], set())
     names = {id(module): name for name, module in model.named_modules()}
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]

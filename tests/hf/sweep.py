@@ -36,7 +36,7 @@ from zoo import VOCABULARY, tiny_config
 
 import aqlm_c.hf  # noqa: F401  (registers)
 from aqlm_c.errors import one_line
-from aqlm_c.io.checkpoint import save_quantized
+from aqlm_c.io.checkpoint import quantized_linears, save_quantized
 from aqlm_c.pipeline.progress import Progress
 from aqlm_c.quantize import quantize_model
 from aqlm_c.recipe import AqlmConfig
@@ -60,8 +60,8 @@ TOLERANCE = 1e-3  # of logits, relative to the largest
 
 @dataclasses.dataclass
 class Result:
-    """What became of one model type. linears: quantized, of all; error: largest difference of logits, relative; rule:
-    that a refusal asked for, with which it was tried again.
+    """What became of one model type. linears: quantized, of all; error: largest difference of logits, relative;
+    changed: that of the quantized model to the original; rule: that a refusal asked for, with which it was tried again.
     """
 
     model_type: str
@@ -72,6 +72,7 @@ class Result:
     linears: int = 0
     dense: str = ""
     error: float | None = None
+    changed: float | None = None
     rule: str = ""
 
 
@@ -109,7 +110,8 @@ def try_model(model_type: str) -> Result:
     ids = torch.randint(3, VOCABULARY - 20, (4, 16), generator=torch.Generator().manual_seed(0))
     try:
         model = tiny_model(model_type)
-        if not torch.isfinite(logits(model, ids)).all():
+        original = logits(model, ids)
+        if not torch.isfinite(original).all():
             raise ValueError("its logits are NaN")
     except Exception as error:  # of transformers, of any type
         return dataclasses.replace(result, outcome="not built", note=f"{type(error).__name__}: {one_line(error)[:160]}")
@@ -130,7 +132,7 @@ def try_model(model_type: str) -> Result:
     result.quantized = len(report.layers)
     _describe(report, result)
     with tempfile.TemporaryDirectory() as directory:
-        return _save_and_load(model, ids, Path(directory) / "out", result)
+        return _save_and_load(model, ids, original, Path(directory) / "out", result)
 
 
 def _describe(report: Any, result: Result) -> None:
@@ -138,9 +140,10 @@ def _describe(report: Any, result: Result) -> None:
     result.linears, result.dense = plan.get("linears", 0), plan.get("text", "")
 
 
-def _save_and_load(model: Any, ids: torch.Tensor, out: Path, result: Result) -> Result:
+def _save_and_load(model: Any, ids: torch.Tensor, original: torch.Tensor, out: Path, result: Result) -> Result:
     try:
         wanted = logits(model, ids)
+        result.changed = _difference(wanted, original)
         save_quantized(model, None, out)
     except Exception as error:
         expected = isinstance(error, (ValueError, OSError))
@@ -153,8 +156,14 @@ def _save_and_load(model: Any, ids: torch.Tensor, out: Path, result: Result) -> 
         found = logits(loaded, ids)
     except Exception as error:
         return dataclasses.replace(result, outcome="not loaded", note=_said(error, False))
-    result.error = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    result.error = _difference(found, wanted)
+    if len(list(quantized_linears(loaded))) != len(list(quantized_linears(model))) or not result.changed:
+        return dataclasses.replace(result, outcome="differs", note="its quantized layers are others")
     return result if result.error <= TOLERANCE else dataclasses.replace(result, outcome="differs")
+
+
+def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
 
 
 def _said(error: Exception, expected: bool) -> str:
