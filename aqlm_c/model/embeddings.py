@@ -64,6 +64,8 @@ def find_embeddings(model: Any) -> Embeddings:
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = ("" if module is None else names.get(id(module), "") for module in modules)
     tied = bool(embedding and head) and bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    if tied and modules[0].weight.shape != modules[1].weight.shape:  # CPM-Ant's head is a part of its embedding
+        tied = False
     return Embeddings(embedding, head, tied)
 
 

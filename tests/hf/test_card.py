@@ -56,7 +56,7 @@ def test_everything_that_is_known_is_on_the_card(quantized, tmp_path):
         "tags": ["aqlm", "aqlm_c", "quantized"],
     }
     assert f"# {HUB_NAME}, quantized to {SCHEME}\n" in text
-    assert f"{report['bits_per_weight']:.3f} bits per quantized weight" in text
+    assert f"{report['bits_per_weight']:.3f} bits per weight of the quantized layers" in text
     assert "import aqlm_c.hf" in text and "AutoModelForCausalLM.from_pretrained(" in text
     assert "| text.txt | ab12 |\n" in text and "/home/me" not in text
     assert "| all token ids | cd34 |\n" in text and "2 sequences, 32 tokens" in text
@@ -151,7 +151,7 @@ def test_rules_are_listed():
     text = model_card(model, report.to_dict())
     assert "| `k_proj\\|q_proj` | 1x3g8 |\n| `v_proj` | dense |\n" in text
     assert f"quantized to {SCHEME} and 1x3g8" in text
-    assert f"{report.bits_per_weight:.3f} bits per quantized weight" in text
+    assert f"{report.bits_per_weight:.3f} bits per weight of the quantized layers" in text
 
 
 def test_a_local_model_is_called_by_its_last_name_only(tmp_path):

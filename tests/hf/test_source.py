@@ -246,6 +246,7 @@ def test_from_the_hub_the_files_of_processors_come_too(monkeypatch):
     asked = []
     monkeypatch.setattr("aqlm_c.hf.models._hub_reachable", lambda: False)
     monkeypatch.setattr("aqlm_c.hf.models._from_pretrained", lambda *_, **__: (tiny_llama(), None))
+    monkeypatch.setattr("aqlm_c.hf.models.PretrainedConfig.get_config_dict", lambda *_, **__: ({}, {}))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append((name, options)))
     load_model("some/model")
     ((name, options),) = asked

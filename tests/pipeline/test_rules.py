@@ -16,6 +16,7 @@ from aqlm_c.evaluate import perplexity
 from aqlm_c.hf.card import model_card
 from aqlm_c.inspection import check_model, inspect_model
 from aqlm_c.io.checkpoint import save_quantized
+from aqlm_c.model.embeddings import find_embeddings
 from aqlm_c.nn.embedding import QuantizedEmbedding
 from aqlm_c.nn.linear import QuantizedLinear
 from aqlm_c.pipeline.plan import make_plan
@@ -358,3 +359,11 @@ def test_a_scaled_embedding_stays_scaled(buffer, tmp_path):
     loaded = load(tmp_path / "model")
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_head_of_other_sizes_is_not_tied():
+    """Whatever the config says: CPM-Ant's has fewer rows than its embedding."""
+    model = tiny_llama(tie_word_embeddings=True)
+    assert find_embeddings(model).tied
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size // 2, bias=False)
+    assert not find_embeddings(model).tied
