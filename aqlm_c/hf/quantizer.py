@@ -53,7 +53,6 @@ class AqlmQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> None:
-        self._loading = model
         places = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
         self._dtypes = {} if set(map(str, places)) == {"cpu"} else None
         files = checkpoint_files or names.files_being_loaded()
@@ -70,6 +69,7 @@ class AqlmQuantizer(HfQuantizer):
 
         tensors: the headers of the checkpoint that the model takes; None: not known. Raises ValueError naming a tensor.
         """
+        self._loading = model
         config = self.quantization_config
         if self.pre_quantized:
             dense = config.linear_weights_not_to_quantize and [

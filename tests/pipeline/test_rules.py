@@ -285,9 +285,9 @@ def test_embeddings_are_quantized_where_they_are_large():
         report = quantize_model(model, None, config)
         found = {name for name in schemes(model) if "layers" not in name}
         assert found == expected and {layer.name for layer in report.layers if layer.embedding} == expected
-        assert all(schemes(model)[name] == "2x8g4" for name in found)
+        assert all(schemes(model)[name] == "4x8g8" for name in found)
         rules = model.config.quantization_config.rules
-        assert rules == {f"^{name.replace('.', chr(92) + '.')}$": "2x8g4" for name in sorted(expected, reverse=True)}
+        assert rules == {f"^{name.replace('.', chr(92) + '.')}$": "4x8g8" for name in sorted(expected, reverse=True)}
 
 
 @pytest.mark.parametrize(
@@ -296,8 +296,8 @@ def test_embeddings_are_quantized_where_they_are_large():
         ({"embeddings": "dense"}, None, {}),
         ({}, "q_proj", {}),  # some layers alone
         ({"embeddings": "1x4g8"}, None, {"model.embed_tokens": "1x4g8", "lm_head": "1x4g8"}),
-        ({"rules": {"lm_head": "dense"}}, None, {"model.embed_tokens": "2x8g4"}),
-        ({"rules": {"lm_head": "1x5g8"}}, None, {"model.embed_tokens": "2x8g4", "lm_head": "1x5g8"}),
+        ({"rules": {"lm_head": "dense"}}, None, {"model.embed_tokens": "4x8g8"}),
+        ({"rules": {"lm_head": "1x5g8"}}, None, {"model.embed_tokens": "4x8g8", "lm_head": "1x5g8"}),
     ],
 )
 def test_what_is_asked_of_embeddings_counts(asked, layers, expected):
