@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[2] / "aqlm_c"
 LAYERS = [
     {"errors", "versions", "environment", "_core", "_torch", "_cuda", "model.kinds"},
     {"units", "patterns", "model.positions"},
-    {"files", "format", "config"},
+    {"files", "format"},
+    {"config"},
     {"core"},
     {"methods"},
     {"recipe", "report"},
