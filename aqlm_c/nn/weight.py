@@ -98,7 +98,7 @@ class DecodedWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._decode().clone().__reduce_ex__(protocol)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override, unused-ignore]
         return f"{type(self).__name__}({list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
 
