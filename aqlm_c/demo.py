@@ -23,8 +23,8 @@ from .recipe import PRESETS, RunConfig
 from .run import run
 
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
-MODEL, SCHEME = "smollm2", "4x8g8"
-SEARCH = {"beam_size": 2, "ldl_passes": 3, "max_sweeps": 2}  # less than the preset, for the demo's time
+MODEL, SCHEME = "smollm2", "2x8g4"
+SEARCH = {"ldl_passes": 2, "max_sweeps": 1}  # less than the preset, for the demo's time
 LIMIT = 4.0  # times the original's perplexity
 
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default=MODEL, help="as in aqlm-c quantize")
     parser.add_argument("--scheme", default=SCHEME)
     parser.add_argument("--preset", default="fast", choices=PRESETS)
-    parser.add_argument("--samples", type=int, default=32, help="calibration sequences of bundled text")
+    parser.add_argument("--samples", type=int, default=16, help="calibration sequences of bundled text")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens in each, and in a test window")
     parser.add_argument("--windows", type=int, default=16, help="test windows, from the end of the bundled text")
     parser.add_argument("--threads", type=int)
