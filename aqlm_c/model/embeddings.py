@@ -54,8 +54,7 @@ class Embeddings(NamedTuple):
         scheme = config.rules.scheme_for(self.output) if self.tied else None
         if scheme is None or config.rules.scheme_for(self.input):
             return config
-        rules = Rules({f"^{re.escape(self.input)}$": scheme, **config.rules})
-        return dataclasses.replace(config, rules=rules)
+        return _ruling(config, [self.input], scheme)
 
 
 def find_embeddings(model: Any) -> Embeddings:
@@ -89,7 +88,7 @@ def with_rules(
         format = Format.parse(config.embeddings)
         for name, module in names.items():
             format.check_layer(name, *module.weight.shape)
-        return _ruling(settled, names, format), {}
+        return _ruling(settled, names, format.scheme), {}
     impossible = "tied: needs transformers 5" if embeddings.tied and not _ties_parts(model) else ""
     kept = {name: reason for name, module in names.items() if (reason := impossible or _unfit(name, module))}
     names = {name: module for name, module in names.items() if name not in kept}
@@ -97,7 +96,7 @@ def with_rules(
     if partial or share <= AUTO_SHARE:
         reason = "layers were chosen" if partial else f"{share:.0%} of the quantized model's bytes"
         return settled, kept | dict.fromkeys(names, reason)
-    return _ruling(settled, names, Format.parse(AUTO_SCHEME)), kept
+    return _ruling(settled, names, AUTO_SCHEME), kept
 
 
 def _ruled(config: AqlmConfig, embeddings: Embeddings, name: str) -> bool:
@@ -106,8 +105,9 @@ def _ruled(config: AqlmConfig, embeddings: Embeddings, name: str) -> bool:
     return any(config.rules.scheme_for(each) for each in names)
 
 
-def _ruling(config: AqlmConfig, names: Mapping[str, Any], format: Format) -> AqlmConfig:
-    own = {f"^{re.escape(name)}$": format.scheme for name in names}
+def _ruling(config: AqlmConfig, names: Iterable[str], scheme: str) -> AqlmConfig:
+    """`config` with a rule of this scheme for each of the layers `names`, before its own."""
+    own = {f"^{re.escape(name)}$": scheme for name in names}
     return dataclasses.replace(config, rules=Rules({**own, **config.rules}))
 
 

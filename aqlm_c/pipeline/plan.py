@@ -166,11 +166,8 @@ def _why_dense(
     """Why each linear that is no target of `plan` stays dense."""
     targets, dense = plan.targets(), {}
     body = set(getattr(model, "base_model", model).modules())
-    inside = {
-        f"{name}.{part}": f"{name}.{part}" in {f"{name}.{router}" for router in routers(block)}
-        for name, block in plan.blocks.named()
-        for part, _ in block.named_modules()
-    }
+    inside = {f"{name}.{part}" for name, block in plan.blocks.named() for part, _ in block.named_modules()}
+    choosing = _routers(plan)
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear) or name in targets:
             continue
@@ -181,13 +178,18 @@ def _why_dense(
         elif name not in inside:
             head = module not in body  # which the pass left out
             dense[name] = "outside of the blocks" if found.counts[name] or head else NOT_CALLED
-        elif inside[name]:
+        elif name in choosing:
             dense[name] = "chooses experts"
         elif name in reasons:
             dense[name] = reasons[name]
         else:
             dense[name] = "by rule" if config.rules.scheme_for(name) == DENSE else "left out by layers"
     return dense | dict.fromkeys(experts.unknown(model), "3D weights in a layout that is not known")
+
+
+def _routers(plan: Plan) -> set[str]:
+    """Names, in the model, of the linears of its blocks that choose experts."""
+    return {f"{name}.{part}" for name, block in plan.blocks.named() for part in routers(block)}
 
 
 def _check(model: Any, plan: Plan, config: AqlmConfig, layers: str | None, reasons: Mapping[str, str]) -> None:
@@ -251,15 +253,12 @@ def _check_rules(plan: Plan, config: AqlmConfig, reasons: Mapping[str, str]) -> 
     free = config.replace(rules=None)
     within = [name for prefix, block in plan.blocks.named() for name in quantizable_linears(prefix, block, None, free)]
     names = [*(name for name in within if name not in reasons), *plan.embeddings.names]
-    kept = {
-        *reasons,
-        *(f"{prefix}.{part}" for prefix, block in plan.blocks.named() for part in routers(block)),
-    }
+    kept = sorted({*reasons, *_routers(plan)})
     fitting = {name: config.rules.fitting(name) for name in (*names, *kept)}
     for rule, scheme in config.rules.items():
         found = [name for name in names if rule in fitting[name]]
         first = {fitting[name][0] for name in found}
-        anyway = next((name for name in sorted(kept) if rule in fitting[name]), None)
+        anyway = next((name for name in kept if rule in fitting[name]), None)
         if not found and anyway and scheme == DENSE:
             continue
         if not found and anyway:
