@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import main_in_time
 from tiny import BYTES, byte_tokenizer, tiny_llama
 
 from aqlm_c.cli.main import main
@@ -35,17 +35,8 @@ def model_dir(tmp_path_factory):
 def run(capsys):
     """Runs the command line in this process; gives (exit code, stderr). What hangs fails."""
 
-    def late(*_):
-        raise TimeoutError("it hangs")
-
     def run(*arguments):
-        before = signal.signal(signal.SIGALRM, late)
-        signal.alarm(60)
-        try:
-            code = main([str(argument) for argument in arguments])
-        finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
+        code = main_in_time(*arguments)
         return code, capsys.readouterr().err
 
     return run

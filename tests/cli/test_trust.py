@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import time
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command import main_in_time
 from safetensors.torch import load_file, save_file
 from tiny import BYTES, byte_tokenizer, tiny_llama
 
@@ -64,17 +64,8 @@ def edit(path, **fields):
 def run(capsys):
     """Runs the command line in this process; gives (exit code, stdout, stderr). What hangs fails."""
 
-    def late(*_):
-        raise TimeoutError("it hangs")
-
     def run(*arguments):
-        before = signal.signal(signal.SIGALRM, late)
-        signal.alarm(60)
-        try:
-            code = main([str(argument) for argument in arguments])
-        finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
+        code = main_in_time(*arguments)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
