@@ -12,7 +12,7 @@ namespace aqlm_cuda {
  * are 3 g + 3 terms, two of them a word, 16 a step of the matrix units; what is left out is 2^-16 of |x| |p|. */
 template <int G> struct Nearest {
     static constexpr int STEPS = (3 * G + 3 + 15) / 16;
-    static constexpr int TILES = G <= 16 ? 4 : 2; /* of 16 points, a warp's */
+    static constexpr int TILES = G <= 8 ? 4 : 2; /* of 16 points, a warp's */
     static constexpr int THREADS = 256, WARPS = THREADS / 32, POINTS = WARPS * TILES * 16;
     static constexpr int ENTRIES = G <= 16 ? 128 : 64; /* in shared memory at a time */
     static constexpr int CHUNK = 64; /* entries of which a thread, who sees a quarter, remembers the lowest */
@@ -184,8 +184,10 @@ __global__ void __launch_bounds__(256, 2)
         const float *x = p.at(min(mine + i * 8, range.last - 1));
 #pragma unroll
         for (int step = 0; step < N::STEPS; ++step) {
-            a[i / 2][step][i % 2] = point_word<G>(x, step * 16 + lane % 4 * 2);
-            a[i / 2][step][i % 2 + 2] = point_word<G>(x, step * 16 + 8 + lane % 4 * 2);
+            /* | 0, which the compiler does not know: x_high twice, or each step would copy it to beside its others. */
+            const uint32_t apart = step > 0 ? threadIdx.y : 0;
+            a[i / 2][step][i % 2] = point_word<G>(x, step * 16 + lane % 4 * 2) | apart;
+            a[i / 2][step][i % 2 + 2] = point_word<G>(x, step * 16 + 8 + lane % 4 * 2) | apart;
         }
         best[i] = INFINITY, where[i] = lane % 4;
     }
