@@ -45,6 +45,53 @@ cudaError_t aqlm_cuda_factor_blocks(float *feedback /* [in, in] */, float *metri
                                     int64_t row_stride, int64_t column_stride, int64_t in_features,
                                     int64_t in_group_size, cudaStream_t stream);
 
+/* ---- search */
+
+/* s->weight, codebooks and scales are device pointers. Where no block of threads has enough shared memory for the
+ * format, cudaErrorInvalidConfiguration. */
+size_t aqlm_cuda_search_workspace(const aqlm_search *s);
+
+/* aqlm_search_sweep: codes in and out, groups in the order that it has on a CPU. */
+cudaError_t aqlm_cuda_search_sweep(uint16_t *codes, const aqlm_search *s, const float *H, void *workspace,
+                                   cudaStream_t stream);
+
+/* aqlm_search_ldl: codes out. */
+cudaError_t aqlm_cuda_search_ldl(uint16_t *codes, const aqlm_search *s, const int32_t *order, const float *feedback,
+                                 const float *metric, void *workspace, cudaStream_t stream);
+
+/* ---- updates */
+
+/* For any of the verbs below. */
+size_t aqlm_cuda_update_workspace(const aqlm_shape *shape);
+
+/* *outside = whether any working code is beyond its codebook. */
+cudaError_t aqlm_cuda_check_codes(int32_t *outside, const uint16_t *codes, const aqlm_shape *shape,
+                                  cudaStream_t stream);
+
+cudaError_t aqlm_cuda_update_codebooks(float *codebooks, const float *weight, const float *H, const uint16_t *codes,
+                                       const float *scales, const aqlm_shape *shape, int64_t cg_steps, void *workspace,
+                                       cudaStream_t stream);
+cudaError_t aqlm_cuda_update_scales(float *scales, const float *weight, const float *H, const uint16_t *codes,
+                                    const float *codebooks, const aqlm_shape *shape, void *workspace,
+                                    cudaStream_t stream);
+cudaError_t aqlm_cuda_update_adam(float *codebooks, float *scales, double *moments, const float *weight, const float *H,
+                                  const uint16_t *codes, const aqlm_shape *shape, int64_t steps, double learning_rate,
+                                  int64_t steps_before, void *workspace, cudaStream_t stream);
+/* error: a device pointer */
+cudaError_t aqlm_cuda_quantization_error(double *error, const float *weight, const float *H, const uint16_t *codes,
+                                         const float *codebooks, const float *scales, const aqlm_shape *shape,
+                                         void *workspace, cudaStream_t stream);
+
+/* aqlm_pack_codes and aqlm_unpack_codes of n codes; *where, on the device: the first that is outside, or the largest
+ * number. */
+cudaError_t aqlm_cuda_pack_codes(void *stored, const uint16_t *codes, int64_t n, int64_t nbits_per_codebook,
+                                 uint64_t *where, cudaStream_t stream);
+cudaError_t aqlm_cuda_unpack_codes(uint16_t *codes, const void *stored, int64_t n, int64_t nbits_per_codebook,
+                                   uint64_t *where, cudaStream_t stream);
+
+/* square[in, in] = x^T x of floats x [n, in] */
+cudaError_t aqlm_cuda_square(float *square, const float *x, int64_t n, int64_t in_features, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif
