@@ -141,7 +141,7 @@ def _(grad_y, codes, codebooks, scales):
 
 
 @torch.library.register_fake("aqlm_c::decode_rows_backward")
-def _(grad_rows, codes, codebooks, scales, need_codebooks, need_scales):
+def _(grad_rows, codes, codebooks, scales, need_codebooks, need_scales, index=None):
     return tuple(
         t.new_empty(t.shape if needed else (0,)) for t, needed in ((codebooks, need_codebooks), (scales, need_scales))
     )
@@ -196,7 +196,7 @@ def _matmul_double_backward(ctx, grad):  # grad [..., in], to grad_x = grad_y W
 
 def _save_inputs(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4])
-    ctx.flags = inputs[4:]
+    ctx.flags = inputs[4:6]
 
 
 def _decode_rows_backward(ctx, grad_rows):
@@ -217,7 +217,7 @@ def _decode_rows_double_backward(ctx, of_codebooks, of_scales):
         to_codebooks, _ = _weight_gradients(grad_rows, codes, codebooks, of_scales, True, False)
     if need_scales and with_codebooks:
         _, to_scales = _weight_gradients(grad_rows, codes, of_codebooks, scales, False, True)
-    return to_rows, None, to_codebooks, to_scales, None, None
+    return to_rows, None, to_codebooks, to_scales, None, None, None
 
 
 for _name, _backward, _save in (
