@@ -177,11 +177,12 @@ Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &
     return p.y;
 }
 
-/* W [out, in], of the codebooks' dtype. */
-Tensor decode_rows(const Tensor &codes, const Tensor &codebooks, const Tensor &scales) {
+/* W [out, in] of dtype, without one of the codebooks'. */
+Tensor decode_rows(const Tensor &codes, const Tensor &codebooks, const Tensor &scales,
+                   const std::optional<ScalarType> &dtype) {
     const Weight w(codes, codebooks, scales);
-    Tensor rows = torch::stable::new_empty(w.codebooks, {w.view.shape.out_features, w.view.shape.in_features});
-    check(aqlm_decode_rows(rows.mutable_data_ptr(), w.view.dtype, &w.view, 0, w.view.shape.out_features),
+    Tensor rows = new_rows(w, dtype);
+    check(aqlm_decode_rows(rows.mutable_data_ptr(), dtype_of(rows, "dtype"), &w.view, 0, w.view.shape.out_features),
           "decode_rows");
     return rows;
 }
@@ -211,7 +212,7 @@ STABLE_TORCH_LIBRARY(aqlm_c, m) {
     m.def("matmul(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, Tensor? bias) -> Tensor");
     m.def("matmul_grouped(Tensor x, Tensor[] codes, Tensor[] codebooks, Tensor[] scales, Tensor[] biases) -> Tensor[]");
     m.def("matmul_backward(Tensor grad_y, Tensor codes, Tensor codebooks, Tensor scales) -> Tensor");
-    m.def("decode_rows(Tensor codes, Tensor codebooks, Tensor scales) -> Tensor");
+    m.def("decode_rows(Tensor codes, Tensor codebooks, Tensor scales, ScalarType? dtype=None) -> Tensor");
     m.def("decode_rows_backward(Tensor grad_rows, Tensor codes, Tensor codebooks, Tensor scales, bool need_codebooks, "
           "bool need_scales, Tensor? index=None) -> (Tensor, Tensor)");
     m.def("index_codes(Tensor codes, Tensor codebooks, Tensor scales) -> Tensor");

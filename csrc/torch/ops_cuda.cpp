@@ -60,12 +60,16 @@ struct Weight {
         stream = static_cast<cudaStream_t>(handle);
     }
 
-    /* W[first_out : first_out + outs, first_group * g : (first_group + groups) * g], of like's dtype. */
-    Tensor decode(const Tensor &like, int64_t first_out, int64_t outs, int64_t first_group, int64_t groups) const {
-        Tensor rows = torch::stable::new_empty(like, {outs, groups * view.shape.in_group_size});
-        check(aqlm_cuda_decode_rows(rows.mutable_data_ptr(), dtype_of(like, "x"), &view, first_out, outs, first_group,
+    /* W[first_out : first_out + outs, first_group * g : (first_group + groups) * g], of rows' dtype. */
+    void decode_to(Tensor &rows, const char *name, int64_t first_out, int64_t outs, int64_t first_group,
+                   int64_t groups) const {
+        check(aqlm_cuda_decode_rows(rows.mutable_data_ptr(), dtype_of(rows, name), &view, first_out, outs, first_group,
                                     groups, stream),
               "decode_rows");
+    }
+    Tensor decode(const Tensor &like, int64_t first_out, int64_t outs, int64_t first_group, int64_t groups) const {
+        Tensor rows = torch::stable::new_empty(like, {outs, groups * view.shape.in_group_size});
+        decode_to(rows, "x", first_out, outs, first_group, groups);
         return rows;
     }
 };
@@ -188,11 +192,13 @@ Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &
     return p.y;
 }
 
-/* W [out, in], of the codebooks' dtype. */
-Tensor decode_rows(const Tensor &codes, const Tensor &codebooks, const Tensor &scales) {
+/* W [out, in] of dtype, without one of the codebooks'. */
+Tensor decode_rows(const Tensor &codes, const Tensor &codebooks, const Tensor &scales,
+                   const std::optional<ScalarType> &dtype) {
     const Weight w(codes, "codes", codes, codebooks, scales);
-    const aqlm_shape &s = w.view.shape;
-    return w.decode(w.codebooks, 0, s.out_features, 0, s.in_features / s.in_group_size);
+    Tensor rows = new_rows(w, dtype);
+    w.decode_to(rows, "dtype", 0, w.view.shape.out_features, 0, w.view.shape.in_features / w.view.shape.in_group_size);
+    return rows;
 }
 
 aqlm_cuda_gradient_plan gradient_plan_of(const Weight &w) {
