@@ -147,7 +147,7 @@ def synthetic(shape: tuple[int, int], seed: int, device: str, samples: int = 163
     for count in (min(2048, samples - first) for first in range(0, samples, 2048)):
         x = normal(count, width) @ root * channels
         H += (x.T @ x).double()
-    return weight, (H / samples).float()
+    return weight, ((H + H.T) / (2 * samples)).float()  # products need not be symmetric to the bit
 
 
 def solve_timed(weight: Any, H: Any, config: AqlmConfig, args: argparse.Namespace) -> dict[str, Any]:
