@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from ..calibrate.sources import Calibration, LayerInputs, embedding_hessian
 from ..core import arrays, grid
-from ..core.hessian import Hessian
+from ..distributed import group
 from ..format import Format
 from ..io.checkpoint import quantized_linears
 from ..methods import get_method
@@ -25,6 +27,10 @@ from ..train.block import finetune_block
 from ..weights import layer_problem, solve
 from .plan import BlockPlan, Plan
 from .progress import Phases
+from .resume import sha256_of
+from .spread import spread_layers
+
+log = logging.getLogger("aqlm_c")
 
 Reports = dict[str, list[dict[str, Any]]]  # of a step, as JSON can hold them: "layers" and "blocks"
 
@@ -59,8 +65,18 @@ def disk_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.float16 if grid.holds(sizes, "float16") else torch.bfloat16
 
 
+class _Solved(NamedTuple):
+    layer: QuantizedLayer
+    weight: QuantizedWeight
+    report: LayerReport
+    problem: LayerProblem
+
+
 class BlockStages:
-    """Quantizes the steps of a plan, one at a time, in place. dtype: the model's."""
+    """Quantizes the steps of a plan, one at a time, in place. dtype: the model's.
+
+    Of several ranks each quantizes some layers of a step, and has the sums of H of these alone; all have the results.
+    """
 
     def __init__(
         self, model: Any, plan: Plan, config: AqlmConfig, calibration: Calibration, phases: Phases, dtype: torch.dtype
@@ -82,13 +98,11 @@ class BlockStages:
         tunes = self.config.tuning.finetune_epochs > 0 and self.calibration.inputs is not None
         linears = {name: self.model.get_submodule(name) for name in step.targets}
         with self.phases("calibrate"):
-            given = self.calibration.of_block(index, block, linears, outputs=tunes)
+            spread = functools.partial(self._spread, step)
+            given = self.calibration.of_block(index, block, linears, outputs=tunes, spread=spread)
         self.phases.move("calibrate", "hessian", given.seconds)
         with given.outputs or contextlib.nullcontext():
-            problems = {}
-            for name, format in step.targets.items():
-                tokens = given.tokens.get(name)
-                problems[name] = self._quantize_layer(name, format, given.hessians[name], tokens, reports)
+            problems = self._quantize_layers(step, given, reports)
             if tunes:
                 self._tune(step.name, index, given, problems, reports)
 
@@ -100,10 +114,15 @@ class BlockStages:
         assert inputs is not None and given.outputs is not None, "tuning compares activations"
 
         def search(part: str, *state: torch.Tensor) -> torch.Tensor | None:
-            return search_again(problems[f"{name}.{part}"], self.config, *state)
+            layer, device = f"{name}.{part}", state[0].device
+            found = search_again(problems[layer], self.config, *state) if layer in problems else None
+            told = {} if found is None else {"codes": found}
+            codes = group().broadcast_arrays(told, given.rank_of(layer), device).get("codes")
+            return None if codes is None else torch.as_tensor(codes)
 
         with self.phases("finetune"), dense(blocks[index], self.dtype) as quantized:
             tuned = finetune_block(name, index, blocks, quantized, inputs, given.outputs, self.config, search)
+            same_everywhere(name, quantized, blocks[index])
         reports["blocks"].append(tuned.to_dict())
         self.phases.progress.on_block_report(tuned)
 
@@ -113,40 +132,102 @@ class BlockStages:
         a quantized embedding.
         """
         embeddings = self.plan.embeddings
-        of_output = None
+        ranks = self._spread(step, {name: (name,) for name in step.targets})
+        given, of_output = LayerInputs({}, ranks), None
         if embeddings.output in step.targets or embeddings.tied:
+            (rank,) = (ranks[name] for name in step.targets if embeddings.tied or name == embeddings.output)
             with self.phases("calibrate"):
-                given = self.calibration.of_output(self.model, embeddings.output)
-            of_output = given.hessians[embeddings.output]
-            self.phases.move("calibrate", "hessian", given.seconds)
-        for name, format in step.targets.items():
+                found = self.calibration.of_output(
+                    self.model, embeddings.output, lambda names: dict.fromkeys(names, rank)
+                )
+            of_output = found.hessians.get(embeddings.output)
+            self.phases.move("calibrate", "hessian", found.seconds)
+        for name in step.targets:
+            if given.rank_of(name) != group().rank:
+                continue
             hessian = of_output
             if name == embeddings.input:
                 width = self.model.get_submodule(name).embedding_dim
                 hessian = embedding_hessian(width, of_output if embeddings.tied else None)
             assert hessian is not None, "an output layer has one"
-            self._quantize_layer(name, format, hessian, self.calibration.tokens or None, reports)
+            given.hessians[name] = hessian
+        if self.calibration.tokens:
+            given.tokens = dict.fromkeys(step.targets, self.calibration.tokens)
+        self._quantize_layers(step, given, reports)
 
-    def _quantize_layer(
-        self, name: str, format: Format, hessian: Hessian, tokens: int | None, reports: Reports
-    ) -> LayerProblem:
-        """Put the quantized layer in the place of the dense one; its report joins the others."""
+    def _spread(self, step: BlockPlan, shared: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
+        layers = {}
+        for name in shared:
+            weight = self.model.get_submodule(name).weight
+            layers[name] = (step.targets[name], tuple(weight.shape), self._config_of(name, step.targets[name]))
+        return spread_layers(layers, shared, group().size)
+
+    def _config_of(self, name: str, format: Format) -> AqlmConfig:
+        return search_config(self.config, format) if name in self.plan.embeddings.names else self.config
+
+    def _quantize_layers(self, step: BlockPlan, given: LayerInputs, reports: Reports) -> dict[str, LayerProblem]:
+        """Put quantized layers in the place of the dense ones; their reports join the others. The problems of this
+        rank's.
+        """
+        ranks, own = group(), {}
+        for name, format in step.targets.items():
+            if given.rank_of(name) == ranks.rank:
+                own[name] = self._quantize_layer(name, format, given)
+                if ranks.size == 1:
+                    self._place(name, own[name].layer, own[name].report, reports)
+        for name in step.targets if ranks.size > 1 else ():
+            with self.phases("quantize"):
+                layer, report = self._shared(name, own.get(name), given.rank_of(name))
+            self._place(name, layer, report, reports)
+        return {name: found.problem for name, found in own.items()}
+
+    def _place(self, name: str, layer: QuantizedLayer, report: LayerReport, reports: Reports) -> None:
+        self.model.set_submodule(name, layer)
+        reports["layers"].append(report.to_dict())
+        self.phases.progress.on_layer(report)
+
+    def _shared(self, name: str, found: _Solved | None, rank: int) -> tuple[QuantizedLayer, LayerReport]:
+        """The quantized layer and its report, which `rank` has found, on every rank."""
         module = self.model.get_submodule(name)
+        dtype = disk_dtype(module.weight)
+        report = LayerReport.from_dict(group().broadcast(found and found.report.to_dict(), rank))
+        tensors = group().broadcast_arrays(found and found.weight.tensors(), rank, module.weight.device)
+        if found is not None:
+            return found.layer, report
+        codes, books, scales = (tensors[part] for part in ("codes", "codebooks", "scales"))
+        solved = QuantizedWeight(codes, books, scales, str(dtype).removeprefix("torch."), 0.0, {}, [])
+        return quantized_class(module).from_quantized_weight(solved, module, dtype), report
+
+    def _quantize_layer(self, name: str, format: Format, given: LayerInputs) -> _Solved:
+        module, config = self.model.get_submodule(name), self._config_of(name, format)
         with self.phases("quantize"):
             started = time.perf_counter()
             try:
-                config = search_config(self.config, format) if name in self.plan.embeddings.names else self.config
-                layer, solved, problem = quantize_module(name, module, hessian, format, config)
+                layer, solved, problem = quantize_module(name, module, given.hessians[name], format, config)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             seconds = time.perf_counter() - started
         with self.phases("reference"):
             report = layer_report(problem, solved, seconds, self.config.gaussian_reference)
-        report.tokens, report.embedding = tokens, name in self.plan.embeddings.names
-        self.model.set_submodule(name, layer)
-        reports["layers"].append(report.to_dict())
-        self.phases.progress.on_layer(report)
-        return problem
+        report.tokens, report.embedding = given.tokens.get(name), name in self.plan.embeddings.names
+        return _Solved(layer, solved, report, problem)
+
+
+def same_everywhere(name: str, layers: Mapping[str, QuantizedLayer], block: torch.nn.Module) -> None:
+    """See that fine-tuning left the block `name` the same bits on all ranks; where machines of several kinds do not
+    give them, all take the first rank's, and a warning says so.
+    """
+    ranks = group()
+    if ranks.size == 1:
+        return
+    state = {f"{part} {key}": p.detach() for part, layer in layers.items() for key, p in layer.named_parameters()}
+    state |= {part: p.detach() for part, p in block.named_parameters() if p.squeeze().ndim <= 1}
+    if len(set(ranks.gather(sha256_of(state.items())))) == 1:
+        return
+    log.warning("%s: fine-tuning gave other bits on some ranks, those of rank 0 are taken", name)
+    told = ranks.broadcast_arrays(state, 0, next(block.parameters()).device)
+    for part, tensor in state.items():
+        tensor.copy_(torch.as_tensor(told[part]))
 
 
 def layer_report(

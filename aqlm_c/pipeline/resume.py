@@ -70,9 +70,9 @@ def fingerprint(
             **{name: value for name, value in fields.items() if name not in _PLACE},
             "class": type(model).__name__,
             "attention": getattr(model.config, "_attn_implementation", None),
-            "weights": _sha256(tensors),
+            "weights": sha256_of(tensors),
         },
-        "data": {"shape": list(sequences.shape), "tokens": _sha256([("tokens", sequences.long())])},
+        "data": {"shape": list(sequences.shape), "tokens": sha256_of([("tokens", sequences.long())])},
         "options": {**fields_of, "rules": [*map(list, config.rules.items())], "layers": layers, **options},
         "versions": {name: versions().get(name) for name in _VERSIONS},
         "machine": {
@@ -123,7 +123,7 @@ class WorkDir:
             name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
-        facts = {"sha256": _sha256(sorted(owned.items()), report), "report": report}
+        facts = {"sha256": sha256_of(sorted(owned.items()), report), "report": report}
         self._write(_block_name(index), save(owned, {"aqlm_c": json.dumps(facts)}))
         self.finished += 1
 
@@ -142,7 +142,7 @@ class WorkDir:
             sha256, report = facts["sha256"], facts["report"]
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{damaged}: {error}") from error
-        if sha256 != _sha256(tensors.items(), report):
+        if sha256 != sha256_of(tensors.items(), report):
             raise ValueError(f"{damaged}: its SHA-256 differs from the one written with it")
         return tensors, report
 
@@ -299,7 +299,7 @@ def _block_name(index: int) -> str:
     return f"block-{index:04d}.safetensors"
 
 
-def _sha256(tensors: Iterable[tuple[str, torch.Tensor]], report: Mapping[str, Any] | None = None) -> str:
+def sha256_of(tensors: Iterable[tuple[str, torch.Tensor]], report: Mapping[str, Any] | None = None) -> str:
     """Of `report` as JSON and of names, dtypes, shapes and bytes of tensors."""
     digest = hashlib.sha256(f"{json.dumps(report)}\n".encode())
     for name, tensor in tensors:
