@@ -30,7 +30,7 @@ def run(
     """
     resolved = config.resolve()
     sources = _check(config, resolved)
-    from .core.runtime import set_threads
+    from .core.runtime import find_device, set_threads
     from .hf.models import load_model
     from .io.checkpoint import check_tokenizer
     from .io.data import common_start, load_sequences, provenance
@@ -39,6 +39,7 @@ def run(
 
     started = time.perf_counter()
     set_threads(config.threads)
+    device = str(find_device(config.device))
     progress = progress or Progress()
     if loaded is None:
         progress.on_phase("load")
@@ -57,6 +58,8 @@ def run(
         progress=progress,
         work_dir=config.work_dir,
         memory_limit=config.memory_limit,
+        device=device,
+        device_memory_limit=config.device_memory_limit,
     )
     report.phases = {"load": seconds, **report.phases}
     report.data = data

@@ -12,10 +12,16 @@ import torch
 
 from ..config import TuningOptions
 from ..model.blocks import Blocks, find_blocks
-from ..model.probe import Arguments, equal, hidden_of, join_hidden, replaced_forward, split_hidden
+from ..model.probe import Arguments, equal, hidden_of, input_device, join_hidden, replaced_forward, split_hidden
 from .spill import SpilledTensors
 
 TOKENS_PER_BATCH = 8192  # of calibration, in one forward pass
+_ON_GPU = 16384  # whose kernels take no longer for each of more tokens, and little less
+
+
+def tokens_per_batch(device: torch.device | None) -> int:
+    """Tokens in one forward pass of calibration; device: None is the CPU."""
+    return _ON_GPU if device is not None and device.type == "cuda" else TOKENS_PER_BATCH
 
 
 @dataclasses.dataclass
@@ -73,10 +79,12 @@ class Activations:
         self.hidden.clear()
 
 
-def batch_size_for(sequences: torch.Tensor, tuning: TuningOptions, asked: int | None = None) -> int:
+def batch_size_for(
+    sequences: torch.Tensor, tuning: TuningOptions, asked: int | None = None, device: torch.device | None = None
+) -> int:
     """Sequences in one forward pass: as many as asked for or as memory likes, of a step of fine-tuning at most."""
     n, length = sequences.shape
-    size = asked or max(1, TOKENS_PER_BATCH // length)
+    size = asked or max(1, tokens_per_batch(device) // length)
     if tuning.finetune_epochs:
         size = min(size, tuning.finetune_batch_size, max(1, n // 2))  # some must be left to validate
     return min(size, n)
@@ -172,5 +180,4 @@ def _batches(
     """(the model without its output embedding, token ids) of each batch."""
     body: Any = getattr(model, "base_model", model)
     batch_size = batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1])
-    device = next(model.parameters()).device
-    return ((body, ids) for ids in sequences.to(device).split(batch_size))
+    return ((body, ids) for ids in sequences.to(input_device(model)).split(batch_size))

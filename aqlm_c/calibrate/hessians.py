@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core import verbs
+from ..core import arrays, verbs
 from ..core.hessian import Hessian
+from ..core.verbs import Array
 from ..model.kinds import kind_of
+from ..model.probe import input_device
 from .activations import Activations
 
 log = logging.getLogger("aqlm_c")
@@ -34,7 +37,7 @@ class HessianSums:
     def __init__(self, linears: Mapping[str, torch.nn.Linear]) -> None:
         self.linears = linears
         self.leader: dict[str, str] = {}  # linear -> the first linear with the same input
-        self.sums: dict[str, np.ndarray] = {}  # leader -> float64 [in, in]
+        self.sums: dict[str, Array] = {}  # leader -> float64 [in, in], where its inputs are
         self.tokens: dict[str, int] = {}
         self.seconds = 0.0  # spent on the sums alone
         self._seen: dict[str, torch.Tensor] = {}  # leader -> its input in this batch
@@ -56,7 +59,7 @@ class HessianSums:
         """Run the whole model, up to the last of the linears, on token ids [n, length] and add up their inputs."""
         if len(self.linears) == 1:
             self._last = next(iter(self.linears))
-        batches = sequences.to(next(model.parameters()).device).split(batch_size)
+        batches = sequences.to(input_device(model)).split(batch_size)
         self._gather(functools.partial(model, input_ids=ids, use_cache=False) for ids in batches)
 
     def _gather(self, runs: Iterable[Callable[[], Any]], outputs: Activations | None = None) -> None:
@@ -98,7 +101,9 @@ class HessianSums:
                 few += [name] if leaders != (self.leader.get(name),) else []
             else:
                 key = ("", str(linear.in_features))
-                found[name] = shared[key] = shared.get(key) or Hessian.identity(linear.in_features)
+                found[name] = shared[key] = shared.get(key) or Hessian.identity(
+                    linear.in_features, linear.weight.device
+                )
                 silent.append(name)
         for names, what in (
             (few, "fewer calibration tokens than in_features, H of all experts taken"),
@@ -122,9 +127,9 @@ class HessianSums:
 
     def _hessian(self, name: str, leaders: tuple[str, ...]) -> Hessian:
         with np.errstate(over="ignore"):
-            total = functools.reduce(np.add, (self.sums[leader] for leader in leaders))
-            H = (total / self.tokens_of(name)).astype(np.float32)
-        if not np.isfinite(H.diagonal()).all():
+            total = functools.reduce(operator.add, (self.sums[leader] for leader in leaders))
+            H = arrays.to_float(total / self.tokens_of(name))
+        if not arrays.is_finite(H.diagonal()):
             raise ValueError(f"{name}: got NaN or Inf in H of the layer's input activations, expected finite values")
         return Hessian(H)
 
@@ -151,11 +156,13 @@ class HessianSums:
 
     def _part(self, name: str) -> None:
         """Give a linear sums of its own: those of its leader so far, without this batch unless it took part in that."""
-        leader, sums = self.leader[name], self.sums[self.leader[name]].copy()
+        leader = self.leader[name]
+        sums = arrays.copied(self.sums[leader])
         self.leader[name], self.tokens[name] = name, self.tokens[leader]
         if self._called.count(name) == 1 and leader in self._seen:
-            rows, own = _rows(self._seen[leader]), np.zeros_like(sums)
-            verbs.accumulate_hessian(own, rows.numpy())
+            rows = _rows(self._seen[leader])
+            own = arrays.zeros(rows, *sums.shape)
+            verbs.accumulate_hessian(own, rows)
             sums -= own
             self.tokens[name] -= rows.shape[0]
         self.sums[name] = sums
@@ -164,16 +171,17 @@ class HessianSums:
         started = time.perf_counter()
         rows = _rows(x)
         if name not in self.sums:
-            self.sums[name] = np.zeros((rows.shape[1],) * 2)
+            self.sums[name] = arrays.zeros(rows, rows.shape[1], rows.shape[1])
             self.tokens[name] = 0
-        verbs.accumulate_hessian(self.sums[name], rows.numpy())
+        verbs.accumulate_hessian(self.sums[name], rows)
         self.tokens[name] += rows.shape[0]
         self.seconds += time.perf_counter() - started
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Inputs of a linear as a float32 matrix [tokens, in] in CPU memory."""
-    return x.reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous()
+def _rows(x: torch.Tensor) -> Array:
+    """Inputs of a linear as a matrix [tokens, in]: float32 on the CPU, on a GPU of their own dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    return arrays.of_tensor((rows.float() if x.device.type == "cpu" else rows).contiguous())
 
 
 def _same_tensor(a: torch.Tensor | None, b: torch.Tensor) -> bool:

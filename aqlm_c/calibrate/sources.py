@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
+from ..core import arrays
 from ..core.hessian import Hessian
 from ..model.blocks import Blocks
 from ..recipe import AqlmConfig
@@ -70,11 +70,17 @@ class SequenceCalibration:
     block to block where these are `chained`, else from the model's start for each.
     """
 
-    def __init__(self, sequences: torch.Tensor, config: AqlmConfig, batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        sequences: torch.Tensor,
+        config: AqlmConfig,
+        batch_size: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.ids = sequences
         self.sequences, self.sequence_length = sequences.shape
         self.tokens = sequences.numel()
-        self.batch_size = batch_size_for(sequences, config.tuning, batch_size)
+        self.batch_size = batch_size_for(sequences, config.tuning, batch_size, device)
         self.inputs: Activations | None = None
         self._of_index: Callable[[int], Activations] | None = None  # where blocks are not chained
         self._order: torch.Tensor | None = None
@@ -139,7 +145,8 @@ class DataFree:
     tokens = sequences = sequence_length = 0
     inputs: Activations | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
         self._hessians: dict[int, Hessian] = {}  # by in_features
 
     def start(self, model: Any, blocks: Blocks, directory: str | os.PathLike[str] | None) -> None:
@@ -166,13 +173,15 @@ class DataFree:
 
     def _identity(self, in_features: int) -> Hessian:
         if in_features not in self._hessians:
-            self._hessians[in_features] = Hessian.identity(in_features)
+            self._hessians[in_features] = Hessian.identity(in_features, self._device)
         return self._hessians[in_features]
 
 
-def embedding_hessian(in_features: int, of_output: Hessian | None) -> Hessian:
+def embedding_hessian(in_features: int, of_output: Hessian | None, device: torch.device | None = None) -> Hessian:
     """H of an input embedding, whose rows are looked up and not multiplied: the identity, and half of it where it is
     the output layer too, whose H is `of_output`.
     """
-    identity = np.eye(in_features, dtype=np.float32)
-    return Hessian(identity if of_output is None else (identity + of_output.H / of_output.H.diagonal().mean()) / 2)
+    if of_output is None:
+        return Hessian.identity(in_features, device)
+    identity = arrays.to_kind(arrays.identity(in_features), of_output.H)
+    return Hessian((identity + of_output.H / of_output.H.diagonal().mean()) / 2)

@@ -17,6 +17,7 @@ from ..io.checkpoint import quantized_linears
 from ..methods import get_method
 from ..methods.base import LayerProblem, QuantizedWeight, gaussian_references
 from ..model.embeddings import search_config
+from ..model.residence import Residence
 from ..nn.embedding import quantized_class
 from ..nn.linear import QuantizedLayer
 from ..recipe import AqlmConfig
@@ -60,12 +61,21 @@ def disk_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 class BlockStages:
-    """Quantizes the steps of a plan, one at a time, in place. dtype: the model's."""
+    """Quantizes the steps of a plan, one at a time, in place. dtype: the model's. residence: brings what a step works on
+    to the device; the block of the step itself is there.
+    """
 
     def __init__(
-        self, model: Any, plan: Plan, config: AqlmConfig, calibration: Calibration, phases: Phases, dtype: torch.dtype
+        self,
+        residence: Residence,
+        plan: Plan,
+        config: AqlmConfig,
+        calibration: Calibration,
+        phases: Phases,
+        dtype: torch.dtype,
     ) -> None:
-        self.model, self.plan, self.config = model, plan, config
+        self.model: Any = residence.model
+        self.residence, self.plan, self.config = residence, plan, config
         self.calibration, self.phases, self.dtype = calibration, phases, dtype
 
     def quantize(self, step: BlockPlan) -> Reports:
@@ -81,14 +91,17 @@ class BlockStages:
         block = self.plan.blocks[index]
         tunes = self.config.tuning.finetune_epochs > 0 and self.calibration.inputs is not None
         linears = {name: self.model.get_submodule(name) for name in step.targets}
-        with self.phases("calibrate"):
+        whole = contextlib.nullcontext() if self.plan.blocks.chained else self.residence.running()
+        with self.phases("calibrate"), whole:
             given = self.calibration.of_block(index, block, linears, outputs=tunes)
         self.phases.move("calibrate", "hessian", given.seconds)
         with given.outputs or contextlib.nullcontext():
-            problems = {}
+            problems: dict[str, LayerProblem] = {}
             for name, format in step.targets.items():
                 tokens = given.tokens.get(name)
-                problems[name] = self._quantize_layer(name, format, given.hessians[name], tokens, reports)
+                problem = self._quantize_layer(name, format, given.hessians[name], tokens, reports)
+                if tunes and self.config.tuning.finetune_search:
+                    problems[name] = problem
             if tunes:
                 self._tune(step.name, index, given, problems, reports)
 
@@ -97,12 +110,15 @@ class BlockStages:
     ) -> None:
         inputs = self.calibration.inputs
         blocks = self.plan.blocks[:] if self.plan.blocks.chained else self.plan.blocks[: index + 1]  # none is ahead
+        ahead = blocks[index + 1 : index + 1 + self.config.tuning.finetune_lookahead]
         assert inputs is not None and given.outputs is not None, "tuning compares activations"
 
         def search(part: str, *state: torch.Tensor) -> torch.Tensor | None:
-            return search_again(problems[f"{name}.{part}"], self.config, *state)
+            problem = problems.get(f"{name}.{part}")
+            return None if problem is None else search_again(problem, self.config, *state)
 
-        with self.phases("finetune"), dense(blocks[index], self.dtype) as quantized:
+        using = self.residence.using(*ahead)
+        with self.phases("finetune"), using, dense(blocks[index], self.dtype) as quantized:
             tuned = finetune_block(name, index, blocks, quantized, inputs, given.outputs, self.config, search)
         reports["blocks"].append(tuned.to_dict())
         self.phases.progress.on_block_report(tuned)
@@ -115,7 +131,7 @@ class BlockStages:
         embeddings = self.plan.embeddings
         of_output = None
         if embeddings.output in step.targets or embeddings.tied:
-            with self.phases("calibrate"):
+            with self.phases("calibrate"), self.residence.running():
                 given = self.calibration.of_output(self.model, embeddings.output)
             of_output = given.hessians[embeddings.output]
             self.phases.move("calibrate", "hessian", given.seconds)
@@ -123,7 +139,7 @@ class BlockStages:
             hessian = of_output
             if name == embeddings.input:
                 width = self.model.get_submodule(name).embedding_dim
-                hessian = embedding_hessian(width, of_output if embeddings.tied else None)
+                hessian = embedding_hessian(width, of_output if embeddings.tied else None, self.residence.device)
             assert hessian is not None, "an output layer has one"
             self._quantize_layer(name, format, hessian, self.calibration.tokens or None, reports)
 

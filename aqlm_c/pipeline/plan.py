@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -111,11 +111,14 @@ def few(names: list[str]) -> str:
     return f"{', '.join(names[: _SHOWN - 1])} and {len(names) - _SHOWN + 1} more"
 
 
-def make_plan(model: Any, config: AqlmConfig, layers: str | None = None) -> Plan:
+def make_plan(
+    model: Any, config: AqlmConfig, layers: str | None = None, on_read: Callable[[int], None] | None = None
+) -> Plan:
     """The plan for a transformers model, whose fused experts are taken apart for it (`model.experts`).
 
     A short pass over a few token ids decides what its blocks are and which of their linears can be quantized
-    (`model.probe`). layers: regular expression, only linears of blocks whose name it finds. Raises ValueError for a
+    (`model.probe`). layers: regular expression, only linears of blocks whose name it finds. on_read: is told of so many
+    bytes of the model that were looked at. Raises ValueError for a
     model that is quantized already or does not run on token ids, a format that does not fit a layer or that the method
     does not know, a rule or a `layers` that matches nothing, and for NaN or Inf in any parameter. The model is then as
     it was.
@@ -124,6 +127,12 @@ def make_plan(model: Any, config: AqlmConfig, layers: str | None = None) -> Plan
         raise ValueError("model: got one that is quantized already, expected an unquantized model")
     experts.unfuse(model)
     try:
+        config.check_searchable()
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"{name}: got NaN or Inf, expected finite values")
+            if on_read is not None:
+                on_read(parameter.nbytes)
         return _make_plan(model, config, layers)
     except BaseException:
         experts.fuse(model)
@@ -131,10 +140,6 @@ def make_plan(model: Any, config: AqlmConfig, layers: str | None = None) -> Plan
 
 
 def _make_plan(model: Any, config: AqlmConfig, layers: str | None) -> Plan:
-    config.check_searchable()
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"{name}: got NaN or Inf, expected finite values")
     found = trace(model)
     _, blocks = find_blocks(model, found)
     reasons = dense_reasons(model, found, blocks.named())

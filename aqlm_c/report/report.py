@@ -26,7 +26,8 @@ class QuantizationReport:
     those, `original_embedding_bytes`, `quantized_embedding_bytes`; the original's may be unknown. data:
     SHA-256 of the sources and of the token ids. note: what a reader of the sizes should know of the original.
     diagnoses: sentences of what may be wrong and what to do (`diagnose`). plan: "quantized" of all "linears" in
-    "blocks", names of the "dense" by reason, and a "text" of it.
+    "blocks", names of the "dense" by reason, and a "text" of it. device: "cpu" or the name of the GPU that quantized, with
+    the most bytes that were held there; both are in `to_dict` for a GPU alone.
     """
 
     layers: list[LayerReport] = dataclasses.field(default_factory=list)
@@ -45,6 +46,8 @@ class QuantizationReport:
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     threads: int = 0
     isa: str = ""
+    device: str = "cpu"
+    peak_device_memory_bytes: int = 0
     plan: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=versions)
 
@@ -64,6 +67,8 @@ class QuantizationReport:
     def to_dict(self) -> dict[str, Any]:
         """All fields, with `bits_per_weight` and `effective_bits`; ready for JSON, where NaN and Inf are null."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.device == "cpu":
+            del fields["device"], fields["peak_device_memory_bytes"]
         return _finite(
             {
                 **fields,
@@ -117,9 +122,10 @@ class QuantizationReport:
     def _summary(self) -> str:
         phases = " · ".join(f"{name} {seconds:.1f}" for name, seconds in self.phases.items())
         start = f", each beginning with {self.data['bos']}" if self.data.get("bos") else ""
+        device = f", {self.peak_device_memory_bytes / 2**30:.2f} GiB on {self.device}" if self.device != "cpu" else ""
         return (
             f"{self.sequences} sequences, {self.tokens:,} tokens{start} · {self.threads} threads, {self.isa} · "
-            f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB\n"
+            f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB{device}\n"
             f"seconds: {phases} · total {sum(self.phases.values()):.1f}"
         )
 
