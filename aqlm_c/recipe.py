@@ -188,14 +188,14 @@ class Resolved(NamedTuple):
 class RunConfig:
     """What to quantize, to what and how; None takes an option from the preset or its default.
 
-    model: directory, hub name, .gguf file or "smollm2". out: directory to write. data: sources as in
-    `load_sequences`, none: the bundled text. threads: all cores if None. layers: regular expression, only linears
-    whose name it finds. work_dir: directory that keeps finished blocks, for the same run to go on from.
-    memory_limit: bytes, or text such as "8GiB". device: that quantizes, "cpu", "cuda", "cuda:N" or "auto", which is the first
-    GPU that our kernels can use, else the CPU. device_memory_limit: of its memory. overwrite: replace `out` if it is a model. samples, sequence_length,
-    shuffle, bos: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`; beam_size to
-    relative_damp: see `AqlmOptions`; finetune_*: see `TuningOptions`. options: by name, those of a method that has
-    others.
+    model: directory, hub name, .gguf file or "smollm2". out: directory to write. data: sources as in `load_sequences`,
+    none: the bundled text. threads: all cores if None. layers: regular expression, only linears whose name it finds.
+    work_dir: directory that keeps finished blocks, for the same run to go on from. memory_limit: bytes, or text such as
+    "8GiB". device: that quantizes, "cpu", "cuda", "cuda:N" or "auto", which is the first GPU that our kernels can use,
+    else the CPU. device_memory_limit: of its memory. overwrite: replace `out` if it is a model. samples,
+    sequence_length, shuffle, bos: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`;
+    beam_size to relative_damp: see `AqlmOptions`; finetune_*: see `TuningOptions`. options: by name, those of a method
+    that has others.
 
     Raises ValueError naming the field, its value and what was expected.
     """

@@ -23,10 +23,10 @@ def quantize_weight(weight: Any, H: Any, config: AqlmConfig | str, *, dtype: str
     """Find codes, codebooks and scales that minimise tr((W - Wq) H (W - Wq)^T) (AQLM, arXiv 2401.06118, section 3).
 
     weight: [out, in], an array or tensor of any float dtype; what lies on a GPU is quantized there. H, wherever it
-    lies: [in, in] = X^T X / n_tokens over the layer's inputs, or a `Hessian`, which keeps what is derived from it for layers that share
-    an input. dtype: the 16-bit float (or "float32") whose values codebooks and scales are restricted to. How is said by
-    the method that `config.solver` names: see `AqlmMethod`, `PaperMethod`, `RoundToNearest`. config: also the text of a
-    scheme, such as "2x8g8".
+    lies: [in, in] = X^T X / n_tokens over the layer's inputs, or a `Hessian`, which keeps what is derived from it for
+    layers that share an input. dtype: the 16-bit float (or "float32") whose values codebooks and scales are restricted
+    to. How is said by the method that `config.solver` names: see `AqlmMethod`, `PaperMethod`, `RoundToNearest`. config:
+    also the text of a scheme, such as "2x8g8".
 
     The result depends on the seed and not on the number of threads or the instruction set.
 

@@ -6,6 +6,7 @@ import functools
 import logging
 import operator
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,11 +16,20 @@ import torch
 from ..core import arrays, verbs
 from ..core.hessian import Hessian
 from ..core.verbs import Array
+from ..distributed import group
 from ..model.kinds import kind_of
 from ..model.probe import input_device
 from .activations import Activations
 
 log = logging.getLogger("aqlm_c")
+
+# Ranks of linears, given for each what it has in common with those of the same H.
+Spread = Callable[[Mapping[str, tuple[str, ...]]], Mapping[str, int]]
+
+
+def alone(linears: Mapping[str, tuple[str, ...]]) -> Mapping[str, int]:
+    """The spread over one rank."""
+    return dict.fromkeys(linears, 0)
 
 
 class _Stop(Exception):
@@ -39,6 +49,7 @@ class HessianSums:
         self.leader: dict[str, str] = {}  # linear -> the first linear with the same input
         self.sums: dict[str, Array] = {}  # leader -> float64 [in, in], where its inputs are
         self.tokens: dict[str, int] = {}
+        self.ranks: dict[str, int] = {}  # linear -> the rank that has its H, after `collect`
         self.seconds = 0.0  # spent on the sums alone
         self._seen: dict[str, torch.Tensor] = {}  # leader -> its input in this batch
         self._called: list[str] = []  # in this batch
@@ -84,15 +95,20 @@ class HessianSums:
                 hook.remove()
 
     def hessians(self) -> dict[str, Hessian]:
-        """Each linear's H = X^T X / n_tokens; the same object for linears that share their input.
+        """Each linear's H = X^T X / n_tokens; the same object for linears that share their input. After `collect`: of
+        this rank's linears.
 
         Experts with too few tokens share the H of all their kind; a warning names them. The identity takes the place of
         an H of zeros, and of none where no input was seen, by the kind neither; a warning names those too. Raises
         ValueError naming a linear whose inputs were NaN, Inf or too large to square.
         """
         shared: dict[tuple[str, ...], Hessian] = {}
-        few, silent, found = [], [], {}
+        few: list[str] = []
+        silent: list[str] = []
+        found = {}
         for name, linear in self.linears.items():
+            if self.ranks.get(name, group().rank) != group().rank:
+                continue
             leaders = self._leaders(name)
             if leaders and leaders not in shared:
                 shared[leaders] = self._hessian(name, leaders)
@@ -105,13 +121,45 @@ class HessianSums:
                     linear.in_features, linear.weight.device
                 )
                 silent.append(name)
-        for names, what in (
+        for found_there, what in (
             (few, "fewer calibration tokens than in_features, H of all experts taken"),
             (silent, "no calibration token reaches these or all of them are zero there, the identity taken as H"),
         ):
-            if names:
+            everywhere = {name for names in group().gather(found_there) for name in names}
+            if names := [name for name in self.linears if name in everywhere]:
                 log.warning("%s for %d layers: %s", what, len(names), ", ".join(names))
         return found
+
+    def collect(self, spread: Spread) -> None:
+        """Bring the sums of all ranks to those to which `spread` gives the linears; `ranks` says which these are.
+
+        The parts are float64 and added in the order of the ranks, which have the sequences in order: they are those of
+        one process but for the last bits of float64, of which H, float32, sees nothing, rare ties of rounding aside.
+        """
+        ranks, own = group(), self.sums
+        told = ranks.gather({"leader": self.leader, "tokens": self.tokens})
+        leaders, tokens = [one["leader"] for one in told], [one["tokens"] for one in told]
+        alike: dict[tuple[str | None, ...], str] = {}  # leaders of a linear, by rank -> the first linear that has them
+        self.leader = {}
+        for name in dict.fromkeys(name for there in leaders for name in there):
+            self.leader[name] = alike.setdefault(tuple(there.get(name) for there in leaders), name)
+        self.tokens = {
+            name: sum(counts[one] for counts, one in zip(tokens, there, strict=True) if one is not None)
+            for there, name in alike.items()
+        }
+        self.ranks = dict(spread({name: self._leaders(name) for name in self.linears}))
+        self.sums, left = {}, Counter(there[ranks.rank] for there in alike)
+        for there, name in alike.items():
+            width, part = self.linears[name].in_features, there[ranks.rank]
+            having = [rank for rank, one in enumerate(there) if one is not None]
+            for root in sorted({self.ranks[other] for other in self.linears if name in self._leaders(other)}):
+                place = functools.partial(arrays.zeros_at, self.linears[name].weight.device, width, width)
+                total = ranks.sum_in_order(None if part is None else own[part], having, root, place)
+                if total is not None:
+                    self.sums[name] = total
+            left[part] -= 1
+            if part is not None and not left[part]:
+                del own[part]
 
     def tokens_of(self, name: str) -> int:
         """Tokens that the linear's H is of."""

@@ -142,7 +142,8 @@ def quantize(
     ] = None,
     memory_limit: Annotated[str | None, _optional("Such as 8GiB: activations that do not fit go to disk.")] = None,
     device: Annotated[
-        str | None, _optional("Where it is quantized. \\[default: auto, a GPU if one is there]", metavar="cpu|cuda[:N]|auto")
+        str | None,
+        _optional("Where it is quantized. \\[default: auto, a GPU if one is there]", metavar="cpu|cuda[:N]|auto"),
     ] = None,
     device_memory_limit: Annotated[str | None, _optional("Such as 24GiB, of the GPU's memory.")] = None,
     overwrite: Annotated[bool | None, _optional("Replace OUT if it exists.", "--overwrite")] = None,

@@ -123,11 +123,16 @@ def ones_like(array: Array) -> Array:
 
 def zeros(like: Array, *shape: int) -> Array:
     """float64 zeros where `like` is."""
-    if isinstance(like, np.ndarray):
+    return np.zeros(shape) if isinstance(like, np.ndarray) else zeros_at(like.device, *shape, of_torch=True)
+
+
+def zeros_at(device: torch.device, *shape: int, of_torch: bool = False) -> Array:
+    """float64 zeros, as the verbs take what is on `device`; of_torch: a tensor in any case."""
+    if device.type == "cpu" and not of_torch:
         return np.zeros(shape)
     import torch
 
-    return torch.zeros(shape, dtype=torch.float64, device=like.device)
+    return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
 def to_float(array: Array) -> Array:
@@ -173,8 +178,9 @@ def damped(H: Array, relative_damp: float) -> Array:
 
 
 def eigenvalues(H: Array) -> np.ndarray | None:
-    """Eigenvalues of H, float64 [in] in CPU memory, ascending; none below zero. None if they were not found, and on a GPU
-    for more than `MOST_EIGENVALUES`: they are a reference alone, and take longer there than the layer's quantization.
+    """Eigenvalues of H, float64 [in] in CPU memory, ascending; none below zero. None if they were not found, and on a
+    GPU for more than `MOST_EIGENVALUES`: they are a reference alone, and take longer there than the layer's
+    quantization.
     """
     if isinstance(H, np.ndarray):
         try:

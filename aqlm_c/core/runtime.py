@@ -52,7 +52,9 @@ def kind_of_device(device: torch.device) -> str:
 
 
 def peak_device_memory(device: torch.device) -> int:
-    """Most bytes of tensors that a GPU has held for this process so far, those that are kept free among them; 0 on a CPU."""
+    """Most bytes of tensors that a GPU has held for this process so far, those that are kept free among them; 0 on a
+    CPU.
+    """
     import torch
 
     return int(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else 0

@@ -1,8 +1,8 @@
-"""Memory of mapped files. transformers leaves a checkpoint's tensors where they lie, in files that are mapped, and their
-pages are in memory once they are read. A tensor that is copied out of such a file, packed, quantized or to another
-dtype, would be in memory twice for as long as any other tensor lies in it, since the mapping lives that long. Pages are
-therefore given back: without that, SmolLM2 at 2x8g8 in bfloat16 took 1.57 times its checkpoint to load, 2.25 times
-where float16 was cast, and a model could not be larger than memory while it is quantized.
+"""Memory of mapped files. transformers leaves a checkpoint's tensors where they lie, in files that are mapped, and
+their pages are in memory once they are read. A tensor that is copied out of such a file, packed, quantized or to
+another dtype, would be in memory twice for as long as any other tensor lies in it, since the mapping lives that long.
+Pages are therefore given back: without that, SmolLM2 at 2x8g8 in bfloat16 took 1.57 times its checkpoint to load, 2.25
+times where float16 was cast, and a model could not be larger than memory while it is quantized.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _LEAST, _PARTS, _MOST = 16 << 20, 16, 1 << 30
 
 
 class MappedFiles:
-    """The files that a model's tensors are read from, of which 16 MiB or a sixteenth, and 1 GiB at most, may be in memory
-    though it is not needed any more.
+    """The files that a model's tensors are read from, of which 16 MiB or a sixteenth, and 1 GiB at most, may be in
+    memory though it is not needed any more.
     """
 
     def __init__(self, files: Iterable[str | os.PathLike[str]]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..io import mapped
 from ..io.source import weight_files
 
+
 class Residence:
     """Brings blocks of a model to `device` and back; does nothing where the model is there anyway.
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from ..calibrate.sources import Calibration, LayerInputs, embedding_hessian
 from ..core import arrays, grid
-from ..core.hessian import Hessian
+from ..distributed import group
 from ..format import Format
 from ..io.checkpoint import quantized_linears
 from ..methods import get_method
@@ -26,6 +27,7 @@ from ..train.block import finetune_block
 from ..weights import layer_problem, solve
 from .plan import BlockPlan, Plan
 from .progress import Phases
+from .spread import spread_layers
 
 Reports = dict[str, list[dict[str, Any]]]  # of a step, as JSON can hold them: "layers" and "blocks"
 
@@ -60,9 +62,18 @@ def disk_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.float16 if grid.holds(sizes, "float16") else torch.bfloat16
 
 
+class _Solved(NamedTuple):
+    layer: QuantizedLayer
+    weight: QuantizedWeight
+    report: LayerReport
+    problem: LayerProblem | None  # if its codes will be searched again
+
+
 class BlockStages:
-    """Quantizes the steps of a plan, one at a time, in place. dtype: the model's. residence: brings what a step works on
-    to the device; the block of the step itself is there.
+    """Quantizes the steps of a plan, one at a time, in place. dtype: the model's. residence: brings to the device what
+    a step works on; the step's own block is there.
+
+    Of several ranks each quantizes some layers of a step, and has the sums of H of these alone; all have the results.
     """
 
     def __init__(
@@ -93,15 +104,11 @@ class BlockStages:
         linears = {name: self.model.get_submodule(name) for name in step.targets}
         whole = contextlib.nullcontext() if self.plan.blocks.chained else self.residence.running()
         with self.phases("calibrate"), whole:
-            given = self.calibration.of_block(index, block, linears, outputs=tunes)
+            spread = functools.partial(self._spread, step)
+            given = self.calibration.of_block(index, block, linears, outputs=tunes, spread=spread)
         self.phases.move("calibrate", "hessian", given.seconds)
         with given.outputs or contextlib.nullcontext():
-            problems: dict[str, LayerProblem] = {}
-            for name, format in step.targets.items():
-                tokens = given.tokens.get(name)
-                problem = self._quantize_layer(name, format, given.hessians[name], tokens, reports)
-                if tunes and self.config.tuning.finetune_search:
-                    problems[name] = problem
+            problems = self._quantize_layers(step, given, reports)
             if tunes:
                 self._tune(step.name, index, given, problems, reports)
 
@@ -114,8 +121,11 @@ class BlockStages:
         assert inputs is not None and given.outputs is not None, "tuning compares activations"
 
         def search(part: str, *state: torch.Tensor) -> torch.Tensor | None:
-            problem = problems.get(f"{name}.{part}")
-            return None if problem is None else search_again(problem, self.config, *state)
+            layer, device = f"{name}.{part}", state[0].device
+            found = search_again(problems[layer], self.config, *state) if layer in problems else None
+            told = {} if found is None else {"codes": found}
+            codes = group().broadcast_arrays(told, given.rank_of(layer), device).get("codes")
+            return None if codes is None else torch.as_tensor(codes)
 
         using = self.residence.using(*ahead)
         with self.phases("finetune"), using, dense(blocks[index], self.dtype) as quantized:
@@ -129,40 +139,85 @@ class BlockStages:
         a quantized embedding.
         """
         embeddings = self.plan.embeddings
-        of_output = None
+        ranks = self._spread(step, {name: (name,) for name in step.targets})
+        given, of_output = LayerInputs({}, ranks), None
         if embeddings.output in step.targets or embeddings.tied:
+            (rank,) = (ranks[name] for name in step.targets if embeddings.tied or name == embeddings.output)
             with self.phases("calibrate"), self.residence.running():
-                given = self.calibration.of_output(self.model, embeddings.output)
-            of_output = given.hessians[embeddings.output]
-            self.phases.move("calibrate", "hessian", given.seconds)
-        for name, format in step.targets.items():
+                found = self.calibration.of_output(
+                    self.model, embeddings.output, lambda names: dict.fromkeys(names, rank)
+                )
+            of_output = found.hessians.get(embeddings.output)
+            self.phases.move("calibrate", "hessian", found.seconds)
+        for name in step.targets:
+            if given.rank_of(name) != group().rank:
+                continue
             hessian = of_output
             if name == embeddings.input:
                 width = self.model.get_submodule(name).embedding_dim
                 hessian = embedding_hessian(width, of_output if embeddings.tied else None, self.residence.device)
             assert hessian is not None, "an output layer has one"
-            self._quantize_layer(name, format, hessian, self.calibration.tokens or None, reports)
+            given.hessians[name] = hessian
+        if self.calibration.tokens:
+            given.tokens = dict.fromkeys(step.targets, self.calibration.tokens)
+        self._quantize_layers(step, given, reports)
 
-    def _quantize_layer(
-        self, name: str, format: Format, hessian: Hessian, tokens: int | None, reports: Reports
-    ) -> LayerProblem:
-        """Put the quantized layer in the place of the dense one; its report joins the others."""
+    def _spread(self, step: BlockPlan, shared: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
+        layers = {}
+        for name in shared:
+            weight = self.model.get_submodule(name).weight
+            layers[name] = (step.targets[name], tuple(weight.shape), self._config_of(name, step.targets[name]))
+        return spread_layers(layers, shared, group().size)
+
+    def _config_of(self, name: str, format: Format) -> AqlmConfig:
+        return search_config(self.config, format) if name in self.plan.embeddings.names else self.config
+
+    def _quantize_layers(self, step: BlockPlan, given: LayerInputs, reports: Reports) -> dict[str, LayerProblem]:
+        """Put quantized layers in the place of the dense ones; their reports join the others. The problems of this
+        rank's.
+        """
+        ranks, own = group(), {}
+        for name, format in step.targets.items():
+            if given.rank_of(name) == ranks.rank:
+                own[name] = self._quantize_layer(name, format, given)
+                if ranks.size == 1:
+                    self._place(name, own[name].layer, own[name].report, reports)
+        for name in step.targets if ranks.size > 1 else ():
+            with self.phases("quantize"):
+                layer, report = self._shared(name, own.get(name), given.rank_of(name))
+            self._place(name, layer, report, reports)
+        return {name: found.problem for name, found in own.items() if found.problem is not None}
+
+    def _place(self, name: str, layer: QuantizedLayer, report: LayerReport, reports: Reports) -> None:
+        self.model.set_submodule(name, layer)
+        reports["layers"].append(report.to_dict())
+        self.phases.progress.on_layer(report)
+
+    def _shared(self, name: str, found: _Solved | None, rank: int) -> tuple[QuantizedLayer, LayerReport]:
+        """The quantized layer and its report, which `rank` has found, on every rank."""
         module = self.model.get_submodule(name)
+        dtype = disk_dtype(module.weight)
+        report = LayerReport.from_dict(group().broadcast(found and found.report.to_dict(), rank))
+        tensors = group().broadcast_arrays(found and found.weight.tensors(), rank, module.weight.device)
+        if found is not None:
+            return found.layer, report
+        codes, books, scales = (tensors[part] for part in ("codes", "codebooks", "scales"))
+        solved = QuantizedWeight(codes, books, scales, str(dtype).removeprefix("torch."), 0.0, {}, [])
+        return quantized_class(module).from_quantized_weight(solved, module, dtype), report
+
+    def _quantize_layer(self, name: str, format: Format, given: LayerInputs) -> _Solved:
+        module, config = self.model.get_submodule(name), self._config_of(name, format)
         with self.phases("quantize"):
             started = time.perf_counter()
             try:
-                config = search_config(self.config, format) if name in self.plan.embeddings.names else self.config
-                layer, solved, problem = quantize_module(name, module, hessian, format, config)
+                layer, solved, problem = quantize_module(name, module, given.hessians[name], format, config)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             seconds = time.perf_counter() - started
         with self.phases("reference"):
             report = layer_report(problem, solved, seconds, self.config.gaussian_reference)
-        report.tokens, report.embedding = tokens, name in self.plan.embeddings.names
-        self.model.set_submodule(name, layer)
-        reports["layers"].append(report.to_dict())
-        self.phases.progress.on_layer(report)
-        return problem
+        report.tokens, report.embedding = given.tokens.get(name), name in self.plan.embeddings.names
+        return _Solved(layer, solved, report, problem if self.config.tuning.finetune_search else None)
 
 
 def layer_report(

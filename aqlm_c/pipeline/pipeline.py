@@ -151,7 +151,9 @@ class Pipeline:
         works = works_of(self.model, self.plan, tuned, calibration.tokens, calibration.sequence_length)
         dense_bytes = sum(self.model.get_submodule(name).weight.nbytes for name in self.plan.targets())
         kept = sum(parameter.nbytes for parameter in self.model.parameters()) - dense_bytes
-        memory = plan_memory(self.placement.limits[0], works, work_dir=self.work_dir, other_bytes=kept, resumed=self.finished)
+        memory = plan_memory(
+            self.placement.limits[0], works, work_dir=self.work_dir, other_bytes=kept, resumed=self.finished
+        )
         rates = Rates.measure(config, str(self.stages.dtype).removeprefix("torch."))
         estimator = Estimator(works, memory, rates, resumed=self.finished)
         self.progress.on_start(len(works), self.plan.n_layers)

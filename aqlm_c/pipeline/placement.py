@@ -22,8 +22,8 @@ class Placing(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """device: that computes, "cpu", "cuda", "cuda:N" or "auto"; None: where the model is. Limits: bytes, or text such as
-    "8GiB", of host memory and of the device's.
+    """device: that computes, "cpu", "cuda", "cuda:N" or "auto"; None: where the model is. Limits: bytes, or text such
+    as "8GiB", of host memory and of the device's.
     """
 
     device: str | torch.device | None = None

@@ -64,10 +64,10 @@ def fingerprint(
 ) -> dict[str, Any]:
     """What the bits of a run's result depend on, ready for JSON: `WorkDir.open` compares it part by part.
 
-    Parts "model" (a transformers model: class, config, attention, SHA-256 of all parameters and buffers), "data"
-    (of the token ids [n, length]), "options" (every field of `config`, `layers` and `options`, such as the batch
-    size and the kind of device) and "versions" must be equal. "machine" (threads, torch's instruction set) may move the
-    last bits and only warns; aqlm_c's own instruction set moves none. on_read: is told of so many bytes of the model that
+    Parts "model" (a transformers model: class, config, attention, SHA-256 of all parameters and buffers), "data" (of
+    the token ids [n, length]), "options" (every field of `config`, `layers` and `options`, such as the batch size and
+    the kind of device) and "versions" must be equal. "machine" (threads, torch's instruction set) may move the last
+    bits and only warns; aqlm_c's own instruction set moves none. on_read: is told of so many bytes of the model that
     were read.
     """
     fields = json.loads(model.config.to_json_string(use_diff=False))

@@ -26,8 +26,8 @@ class QuantizationReport:
     those, `original_embedding_bytes`, `quantized_embedding_bytes`; the original's may be unknown. data:
     SHA-256 of the sources and of the token ids. note: what a reader of the sizes should know of the original.
     diagnoses: sentences of what may be wrong and what to do (`diagnose`). plan: "quantized" of all "linears" in
-    "blocks", names of the "dense" by reason, and a "text" of it. device: "cpu" or the name of the GPU that quantized, with
-    the most bytes that were held there; both are in `to_dict` for a GPU alone.
+    "blocks", names of the "dense" by reason, and a "text" of it. device: "cpu" or the name of the GPU that quantized,
+    with the most bytes that were held there; both are in `to_dict` for a GPU alone.
     """
 
     layers: list[LayerReport] = dataclasses.field(default_factory=list)
