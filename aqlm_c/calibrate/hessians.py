@@ -63,6 +63,7 @@ class HessianSums:
         outputs: an empty place that takes the block's outputs, if they are wanted.
         """
         batches = range(len(inputs.hidden))
+        inputs.expect(batches)
         self._gather((functools.partial(inputs.run, index, block, batch) for batch in batches), outputs)
 
     @torch.no_grad()

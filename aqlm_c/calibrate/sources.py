@@ -17,6 +17,7 @@ from ..model.blocks import Blocks
 from ..recipe import AqlmConfig
 from .activations import Activations, batch_size_for, capture, capture_block
 from .hessians import HessianSums, Spread, alone
+from .offload import Room
 
 
 @dataclasses.dataclass
@@ -52,8 +53,8 @@ class Calibration(Protocol):
     sequence_length: int
     inputs: Activations | None
 
-    def start(self, model: Any, blocks: Blocks, directory: str | os.PathLike[str] | None) -> None:
-        """Make `inputs` those of the first block, kept on disk in `directory` if one is given."""
+    def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
+        """Make `inputs` those of the first block, kept in `place`: a directory, a `Room`, or None for memory."""
 
     def of_block(
         self,
@@ -101,13 +102,13 @@ class SequenceCalibration:
         if config.tuning.finetune_epochs:  # that puts every source into every batch
             self._order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.seed))
 
-    def start(self, model: Any, blocks: Blocks, directory: str | os.PathLike[str] | None) -> None:
+    def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         ids = (self.ids if self._order is None else self.ids[self._order])[self._share]
         if blocks.chained:
-            self.inputs = capture(model, blocks, ids, self.batch_size, directory)
+            self.inputs = capture(model, blocks, ids, self.batch_size, place)
         else:
             self.inputs = Activations([], [])
-            self._of_index = lambda index: capture_block(model, blocks, index, ids, self.batch_size, directory)
+            self._of_index = lambda index: capture_block(model, blocks, index, ids, self.batch_size, place)
 
     def of_block(
         self,
@@ -180,7 +181,7 @@ class DataFree:
         self._device = device
         self._hessians: dict[int, Hessian] = {}  # by in_features
 
-    def start(self, model: Any, blocks: Blocks, directory: str | os.PathLike[str] | None) -> None:
+    def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         pass
 
     def of_block(

@@ -135,6 +135,14 @@ def zeros_at(device: torch.device, *shape: int, of_torch: bool = False) -> Array
     return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
+def wait_for(array: Array) -> None:
+    """Until it is computed."""
+    if is_tensor(array) and array.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(array.device)
+
+
 def to_float(array: Array) -> Array:
     """In float32."""
     return array.astype(np.float32) if isinstance(array, np.ndarray) else array.float()

@@ -51,6 +51,22 @@ def kind_of_device(device: torch.device) -> str:
     return device.type if device.type != "cuda" else torch.cuda.get_device_name(device)
 
 
+def synchronize(device: torch.device | None) -> None:
+    """Wait for what a GPU still works on; nothing on a CPU."""
+    import torch
+
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process can use: what is free, and what its tensors have and do not use."""
+    import torch
+
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + int(kept)
+
+
 def peak_device_memory(device: torch.device) -> int:
     """Most bytes of tensors that a GPU has held for this process so far, those that are kept free among them; 0 on a
     CPU.

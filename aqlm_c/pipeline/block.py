@@ -88,6 +88,7 @@ class BlockStages:
         self.model: Any = residence.model
         self.residence, self.plan, self.config = residence, plan, config
         self.calibration, self.phases, self.dtype = calibration, phases, dtype
+        self.most_hessians: int | None = None  # bytes that all H of a step may take together; None: any number
 
     def quantize(self, step: BlockPlan) -> Reports:
         """Quantize and tune a step; the reports of its layers and, after fine-tuning, of the block."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..calibrate.offload import Room
 from ..calibrate.sources import Calibration, SequenceCalibration
 from ..core import runtime
-from ..core.runtime import kind_of_device, peak_device_memory
+from ..core.runtime import free_device_memory, kind_of_device, peak_device_memory
 from ..files import peak_memory
 from ..model import experts
 from ..model.embeddings import tie
@@ -21,7 +23,7 @@ from ..recipe import AqlmConfig
 from ..report.diagnose import diagnose
 from ..report.report import QuantizationReport
 from .block import BlockStages, block_reports, dense
-from .estimate import Estimator, MemoryPlan, Rates, plan_memory
+from .estimate import Estimator, MemoryPlan, Rates, plan_memory, plan_on_device
 from .placement import Placement
 from .plan import BlockPlan, Plan, make_plan, works_of
 from .progress import Phases, Progress
@@ -92,11 +94,13 @@ class Pipeline:
                 self.store = stack.enter_context(WorkDir.open(self.work_dir, self._fingerprint()))
                 self.finished = self.store.finished
             memory, estimator = self._estimate()
+            place = self._place(memory, stack)
+            self.stages.most_hessians = memory.most_hessians
             stack.enter_context(self.calibration)
             for number, step in enumerate(self.plan.steps):
                 if step.index == 0:
                     with self.phases("calibrate"), self.residence.using(self.model):
-                        self.calibration.start(self.model, self.plan.blocks, memory.directory)
+                        self.calibration.start(self.model, self.plan.blocks, place)
                     if number == 0:
                         estimator.start(self.phases.seconds)
                 self._step(number, step)
@@ -134,6 +138,14 @@ class Pipeline:
         self.report.layers += layers
         self.report.blocks += blocks
 
+    def _place(self, memory: MemoryPlan, stack: contextlib.ExitStack) -> Path | Room | None:
+        """Where activations are kept."""
+        if self.residence.device.type != "cuda":
+            return memory.directory
+        room = Room(self.residence.device, memory.device_activations, memory.host_activations, memory.directory)
+        stack.callback(room.close)
+        return room
+
     def _read_ahead(self, index: int) -> None:
         if index < len(self.plan.blocks):
             self.residence.read_ahead(self.plan.blocks[index])
@@ -148,13 +160,17 @@ class Pipeline:
         """What the run will take, as the progress is told."""
         calibration, config = self.calibration, self.config
         tuned = config if calibration.tokens else config.replace(finetune_epochs=0)
-        works = works_of(self.model, self.plan, tuned, calibration.tokens, calibration.sequence_length)
+        brought = self.residence.moves or self.residence.mapped_bytes() > 0
+        works = works_of(self.model, self.plan, tuned, calibration.tokens, calibration.sequence_length, brought)
         dense_bytes = sum(self.model.get_submodule(name).weight.nbytes for name in self.plan.targets())
         kept = sum(parameter.nbytes for parameter in self.model.parameters()) - dense_bytes
-        memory = plan_memory(
-            self.placement.limits[0], works, work_dir=self.work_dir, other_bytes=kept, resumed=self.finished
-        )
-        rates = Rates.measure(config, str(self.stages.dtype).removeprefix("torch."))
+        device, limits = self.residence.device, self.placement.limits
+        options: dict[str, Any] = {"work_dir": self.work_dir, "other_bytes": kept, "resumed": self.finished}
+        if device.type == "cuda":
+            memory = plan_on_device(limits, works, free_device_memory(device), **options)
+        else:
+            memory = plan_memory(limits[0], works, **options)
+        rates = Rates.measure(config, str(self.stages.dtype).removeprefix("torch."), device)
         estimator = Estimator(works, memory, rates, resumed=self.finished)
         self.progress.on_start(len(works), self.plan.n_layers)
         self.progress.on_plan(self.plan)

@@ -275,9 +275,19 @@ def _check_rules(plan: Plan, config: AqlmConfig, reasons: Mapping[str, str]) -> 
             raise ValueError(f"rules: {rule!r}: expected before {min(first)!r}, which matches all its layers first")
 
 
-def works_of(model: Any, plan: Plan, config: AqlmConfig, tokens: int, sequence_length: int) -> list[Work]:
-    """The work of each step, for estimates."""
-    return [_work(model, plan, step, config, tokens, sequence_length) for step in plan.steps]
+def works_of(
+    model: Any, plan: Plan, config: AqlmConfig, tokens: int, sequence_length: int, brought: bool = False
+) -> list[Work]:
+    """The work of each step, for estimates. brought: blocks are brought to memory for their steps."""
+    works = [_work(model, plan, step, config, tokens, sequence_length) for step in plan.steps]
+    if not brought:
+        return works
+    inside = [sum(parameter.nbytes for parameter in block.parameters()) for block in plan.blocks]
+    outside = sum(parameter.nbytes for parameter in model.parameters()) - sum(inside)
+    return [
+        dataclasses.replace(work, block_bytes=outside + max(inside) if step.index is None else inside[step.index])
+        for work, step in zip(works, plan.steps, strict=True)
+    ]
 
 
 def _work(model: Any, plan: Plan, step: BlockPlan, config: AqlmConfig, tokens: int, sequence_length: int) -> Work:
