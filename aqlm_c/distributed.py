@@ -192,6 +192,14 @@ class _Group(Group):
 
 
 _group = Group()
+_joined = False
+
+
+def told_elsewhere() -> bool:
+    """Whether another process of this machine says what is wrong before the ranks are connected: all have the same
+    arguments.
+    """
+    return not _joined and os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def group() -> Group:
@@ -251,13 +259,13 @@ def started(on_lost: Callable[[str], NoReturn] | None = None) -> Iterator[Group]
     with a text that says which. None: one line on stderr, exit code 1. Raises ValueError as `environment` does, OSError
     if not all ranks are there within `JOIN_SECONDS`.
     """
-    global _group
+    global _group, _joined
     rank, size, local_rank = environment()
     if size == 1:
         yield _group
         return
     joined = _join(rank, size, local_rank, on_lost or _end)
-    _group = joined
+    _group, _joined = joined, True
     try:
         yield joined
         joined.barrier(_WORK.total_seconds())

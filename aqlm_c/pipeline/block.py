@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -27,7 +28,10 @@ from ..train.block import finetune_block
 from ..weights import layer_problem, solve
 from .plan import BlockPlan, Plan
 from .progress import Phases
+from .resume import sha256_of
 from .spread import spread_layers
+
+log = logging.getLogger("aqlm_c")
 
 Reports = dict[str, list[dict[str, Any]]]  # of a step, as JSON can hold them: "layers" and "blocks"
 
@@ -131,6 +135,7 @@ class BlockStages:
         using = self.residence.using(*ahead)
         with self.phases("finetune"), using, dense(blocks[index], self.dtype) as quantized:
             tuned = finetune_block(name, index, blocks, quantized, inputs, given.outputs, self.config, search)
+            same_everywhere(name, quantized, blocks[index])
         reports["blocks"].append(tuned.to_dict())
         self.phases.progress.on_block_report(tuned)
 
@@ -219,6 +224,23 @@ class BlockStages:
             report = layer_report(problem, solved, seconds, self.config.gaussian_reference)
         report.tokens, report.embedding = given.tokens.get(name), name in self.plan.embeddings.names
         return _Solved(layer, solved, report, problem if self.config.tuning.finetune_search else None)
+
+
+def same_everywhere(name: str, layers: Mapping[str, QuantizedLayer], block: torch.nn.Module) -> None:
+    """See that fine-tuning left the block `name` the same bits on all ranks; where machines of several kinds do not
+    give them, all take the first rank's, and a warning says so.
+    """
+    ranks = group()
+    if ranks.size == 1:
+        return
+    state = {f"{part} {key}": p.detach() for part, layer in layers.items() for key, p in layer.named_parameters()}
+    state |= {part: p.detach() for part, p in block.named_parameters() if p.squeeze().ndim <= 1}
+    if len(set(ranks.gather(sha256_of(state.items())))) == 1:
+        return
+    log.warning("%s: fine-tuning gave other bits on some ranks, those of rank 0 are taken", name)
+    told = ranks.broadcast_arrays(state, 0, next(block.parameters()).device)
+    for part, tensor in state.items():
+        tensor.copy_(torch.as_tensor(told[part]))
 
 
 def layer_report(

@@ -14,6 +14,7 @@ from ..calibrate.offload import Room
 from ..calibrate.sources import Calibration, SequenceCalibration
 from ..core import runtime
 from ..core.runtime import free_device_memory, kind_of_device, peak_device_memory
+from ..distributed import group
 from ..files import peak_memory
 from ..model import experts
 from ..model.embeddings import tie
@@ -22,7 +23,7 @@ from ..model.sizes import stored_size
 from ..recipe import AqlmConfig
 from ..report.diagnose import diagnose
 from ..report.report import QuantizationReport
-from .block import BlockStages, block_reports, dense
+from .block import BlockStages, Reports, block_reports, dense
 from .estimate import Estimator, MemoryPlan, Rates, plan_memory, plan_on_device
 from .placement import Placement
 from .plan import BlockPlan, Plan, make_plan, works_of
@@ -68,6 +69,7 @@ class Pipeline:
             device=kind_of_device(self.residence.device),
             phases=self.phases.seconds,
             plan=self.plan.to_dict(),
+            ranks=group().size,
         )
         self.store: WorkDir | None = None
         self.finished = 0  # steps found in the work directory
@@ -90,12 +92,10 @@ class Pipeline:
             stack.enter_context(without_gradients(self.model))
             stack.callback(experts.fuse, self.model)  # if none was quantized
             stack.enter_context(self.residence)
-            if self.work_dir is not None:
-                self.store = stack.enter_context(WorkDir.open(self.work_dir, self._fingerprint()))
-                self.finished = self.store.finished
+            self._open(stack)
             memory, estimator = self._estimate()
             place = self._place(memory, stack)
-            self.stages.most_hessians = memory.most_hessians
+            self.stages.most_hessians = agreed(memory.most_hessians)
             stack.enter_context(self.calibration)
             for number, step in enumerate(self.plan.steps):
                 if step.index == 0:
@@ -118,16 +118,13 @@ class Pipeline:
         """Quantize a step, or take it from the work directory; then run on to the next block."""
         self.progress.on_block(number, step.name)
         module = self.model if step.index is None else self.plan.blocks[step.index]
-        reports = None
-        if self.store is not None and number < self.finished:
-            tensors, reports = self.store.load_block(number)
-            restore_block(module, tensors)
+        reports = self._restore(number, module) if number < self.finished else None
         with self.residence.using(module):
             if reports is None:
                 reports = self.stages.quantize(step)
                 if self.store is not None:
                     state = block_state(module, quantized_only=step.index is None) if step.targets else {}
-                    self.store.save_block(number, state, reports)
+                    self.store.save_block(number, state, {**reports, "ranks": group().size})
             if step.index is None and self.plan.embeddings.tied:
                 tie(self.model, self.plan.embeddings)
             if step.index is not None and self.calibration.inputs is not None and number + 1 < len(self.plan.steps):
@@ -150,9 +147,35 @@ class Pipeline:
         if index < len(self.plan.blocks):
             self.residence.read_ahead(self.plan.blocks[index])
 
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        """The work directory, which only the first rank sees; before it, that all ranks are of the same run."""
+        ranks = group()
+        if ranks.size == 1 and self.work_dir is None:
+            return
+        parts = self._fingerprint()
+        ranks.check_same({
+            name if part == "options" else f"{part}.{name}": value
+            for part, fields in parts.items()
+            if part != "machine"
+            for name, value in fields.items()
+        })  # fmt: skip
+        if self.work_dir is not None and ranks.first:
+            self.store = stack.enter_context(WorkDir.open(self.work_dir, parts))
+        self.finished = ranks.broadcast(self.store.finished if self.store else 0)
+
+    def _restore(self, number: int, module: torch.nn.Module) -> Reports:
+        """Take a step from the work directory; its reports."""
+        ranks, found = group(), (self.store.load_block(number) if self.store else ({}, {}))
+        reports: Any = ranks.broadcast(found[1])
+        tensors = ranks.broadcast_arrays(found[0], 0, "cpu")
+        restore_block(module, {name: torch.as_tensor(tensor) for name, tensor in tensors.items()})
+        self.report.add_ranks(reports.get("ranks", 1))
+        return reports
+
     def _fingerprint(self) -> dict[str, Any]:
-        assert isinstance(self.calibration, SequenceCalibration), "without data nothing is kept"
-        ids, batch_size = self.calibration.ids, self.calibration.batch_size
+        ids, batch_size = torch.zeros(0, 0), None
+        if isinstance(self.calibration, SequenceCalibration):
+            ids, batch_size = self.calibration.ids, self.calibration.batch_size
         options = {"batch_size": batch_size, "device": kind_of_device(self.residence.device)}
         return fingerprint(self.model, ids, self.config, self.layers, self.residence.done, **options)
 
@@ -179,6 +202,11 @@ class Pipeline:
         self.progress.on_estimate(estimator.estimate())
         estimator.start(self.phases.seconds)
         return memory, estimator
+
+
+def agreed(most: int | None) -> int | None:
+    """The least of what the ranks say, None being more than any number."""
+    return min((one for one in group().gather(most) if one is not None), default=None)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from typing import Any, TypedDict
 
 import torch
 
-from ..core.runtime import check_kernels, find_device
+from ..core.runtime import check_kernels
+from ..distributed import device_of_rank
 from ..model.residence import common_device
 from ..units import parse_size
 
@@ -50,7 +51,7 @@ class Placement:
         if own is None or own.type not in ("cpu", "cuda"):
             found = sorted({str(parameter.device) for parameter in model.parameters()})
             raise ValueError(f"model: got one on {', '.join(found)}, expected cpu, or a GPU, for all of it")
-        device = own if self.device is None else find_device(str(self.device))
+        device = own if self.device is None else device_of_rank(str(self.device))
         check_kernels(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())

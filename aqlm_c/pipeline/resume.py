@@ -80,7 +80,7 @@ def fingerprint(
             "attention": getattr(model.config, "_attn_implementation", None),
             "weights": _sha256_of_many(tensors, on_read),
         },
-        "data": {"shape": list(sequences.shape), "tokens": _sha256([("tokens", sequences.long())])},
+        "data": {"shape": list(sequences.shape), "tokens": sha256_of([("tokens", sequences.long())])},
         "options": {**fields_of, "rules": [*map(list, config.rules.items())], "layers": layers, **options},
         "versions": {name: versions().get(name) for name in _VERSIONS},
         "machine": {
@@ -130,7 +130,7 @@ class WorkDir:
             name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
-        facts = {"sha256": _sha256(sorted(owned.items()), report), "report": report}
+        facts = {"sha256": sha256_of(sorted(owned.items()), report), "report": report}
         self._write(_block_name(index), save(owned, {"aqlm_c": json.dumps(facts)}))
         self.finished += 1
 
@@ -149,7 +149,7 @@ class WorkDir:
             sha256, report = facts["sha256"], facts["report"]
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{damaged}: {error}") from error
-        if sha256 != _sha256(tensors.items(), report):
+        if sha256 != sha256_of(tensors.items(), report):
             raise ValueError(f"{damaged}: its SHA-256 differs from the one written with it")
         return tensors, report
 
@@ -312,14 +312,14 @@ def _sha256_of_many(tensors: Sequence[tuple[str, torch.Tensor]], on_read: Callab
     with ThreadPoolExecutor(min(8, torch.get_num_threads())) as pool:
         for begin in range(0, len(tensors), _AT_A_TIME):
             part = tensors[begin : begin + _AT_A_TIME]
-            for one in pool.map(lambda named: _sha256([named]), part):
+            for one in pool.map(lambda named: sha256_of([named]), part):
                 digest.update(one.encode())
             if on_read is not None:
                 on_read(sum(tensor.nbytes for _, tensor in part))
     return digest.hexdigest()
 
 
-def _sha256(tensors: Iterable[tuple[str, torch.Tensor]], report: Mapping[str, Any] | None = None) -> str:
+def sha256_of(tensors: Iterable[tuple[str, torch.Tensor]], report: Mapping[str, Any] | None = None) -> str:
     """Of `report` as JSON and of names, dtypes, shapes and bytes of tensors."""
     digest = hashlib.sha256(f"{json.dumps(report)}\n".encode())
     for name, tensor in tensors:

@@ -12,15 +12,17 @@ one more 41.4, after three 40.0).
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..calibrate.activations import Activations
+from ..distributed import group
 from ..nn import ops
 from ..nn.linear import QuantizedLinear
 from ..recipe import AqlmConfig
@@ -66,6 +68,9 @@ def finetune_block(
     What is tuned for is the mean of the relative errors at both outputs. Epochs end early after `finetune_patience` of
     them without a better state: one with a lower held-out mean and an error at the block's own output that is not
     above the start's. All errors are of values rounded to the layers' dtype: those that are saved.
+
+    Of several ranks each has some of the batches, those of the first rank first. Gradients and errors of each batch are
+    told to all ranks and added there in the order of one process, so that all have the same state.
 
     Raises ValueError for NaN or Inf in the block's outputs.
     """
@@ -131,14 +136,18 @@ class _Tuner:
             for name, parameter in self.block.named_parameters()
             if name not in dense and parameter.is_floating_point() and parameter.squeeze().ndim <= 1
         }
-        self.sequences = inputs.batch_sizes()
+        sizes = group().gather(inputs.batch_sizes())
+        ends = list(itertools.accumulate(map(len, sizes), initial=0))
+        self.of_ranks = [range(*pair) for pair in itertools.pairwise(ends)]  # numbers of their batches
+        self.own = self.of_ranks[group().rank]
+        self.sequences = [size for there in sizes for size in there]
         n_batches = len(self.sequences)
-        self.gradient_scale = gradient_scale(inputs.hidden[0])
+        self.gradient_scale = group().broadcast(gradient_scale(inputs.hidden[0]))
         self.held_out = held_out_batches(n_batches, tuning.finetune_held_out)
         self.training = [batch for batch in range(n_batches) if batch not in self.held_out]
         self.probe = self.training[: len(self.held_out)]  # shows the error on what is trained on
         self.goals = [targets, ahead] if self.ahead else [targets]
-        for batch in range(n_batches if self.ahead else 0):
+        for batch in range(len(self.own) if self.ahead else 0):
             ahead.hidden.append(self._look_ahead(batch, targets.hidden[batch]).detach())
 
     @property
@@ -199,17 +208,49 @@ class _Tuner:
         for step in range(0, len(order), per_step):
             batches = order[step : step + per_step]
             optimizer.zero_grad()
-            for batch in batches:
-                share = self.sequences[batch] / sum(self.sequences[batch] for batch in batches)
-                own, *ahead = self._errors(batch)
-                loss = sum(ahead, own) / len(self.goals)
-                (loss * (share * self.gradient_scale)).backward()
-                total += loss.item() * self.sequences[batch]
+            for batch, error in zip(batches, self._gradients(batches), strict=True):
+                total += error * self.sequences[batch]
             optimizer.step()
         return total / sum(self.sequences[batch] for batch in order)
 
+    def _gradients(self, batches: list[int]) -> list[float]:
+        """Add up the gradients of a step's batches, of all ranks; the batches' errors."""
+        whole = sum(self.sequences[batch] for batch in batches)
+        if group().size == 1:
+            return [self._backward(batch, self.sequences[batch] / whole) for batch in batches]
+        changes = [tensor.change for tensor in self.trained]
+        of_ranks = [[batch for batch in batches if batch in there] for there in self.of_ranks]
+        own = of_ranks[group().rank]
+        width = 1 + len(changes) + sum(change.numel() for change in changes)
+        rows = changes[0].detach().new_zeros(len(own), width)  # error, which tensors have a gradient, gradients
+        for row, batch in zip(rows, own, strict=True):
+            row[0] = self._backward(batch, self.sequences[batch] / whole)
+            gradients = [change.grad for change in changes]
+            parts = [torch.zeros_like(of) if g is None else g for of, g in zip(changes, gradients, strict=True)]
+            has = row.new_tensor([g is not None for g in gradients])
+            row[1:] = torch.cat([has, *(part.view(-1) for part in parts)])
+            for change in changes:
+                change.grad = None
+        told = group().gather_rows(rows, list(map(len, of_ranks)))
+        found = dict(zip(itertools.chain(*of_ranks), itertools.chain(*told), strict=True))
+        for batch in batches:
+            given = found[batch][1 : 1 + len(changes)].tolist()
+            values = found[batch][1 + len(changes) :].split([change.numel() for change in changes])
+            for change, value, is_given in zip(changes, values, given, strict=True):
+                if is_given:
+                    value = value.view_as(change)
+                    change.grad = value.clone() if change.grad is None else change.grad + value
+        return [found[batch][0].item() for batch in batches]
+
+    def _backward(self, batch: int, share: float) -> float:
+        """Add the gradients of a batch of this rank, times its share of a step, to the tensors'; its error."""
+        own, *ahead = self._errors(batch - self.own.start)
+        loss = sum(ahead, own) / len(self.goals)
+        (loss * (share * self.gradient_scale)).backward()
+        return loss.item()
+
     def _errors(self, batch: int) -> list[Tensor]:
-        """The relative errors that are tuned for, of one batch."""
+        """The relative errors that are tuned for, of one batch, by its number among this rank's."""
         targets = (goal.hidden[batch].float() for goal in self.goals)
         pairs = zip(self._outputs(batch), targets, strict=True)
         return [
@@ -241,14 +282,19 @@ class _Tuner:
         return {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}
 
     @torch.no_grad()
-    def _error(self, batches: Iterable[int]) -> tuple[float, float]:
+    def _error(self, batches: list[int]) -> tuple[float, float]:
         """Relative errors ||Y - Yq||^2 / ||Y||^2 of rounded values: of the block's output, and the mean tuned for."""
-        sums = torch.zeros(len(self.goals), 2, dtype=torch.float64)
-        for batch in batches:
+        of_ranks = [[batch for batch in batches if batch in there] for there in self.of_ranks]
+        own = torch.zeros(len(of_ranks[group().rank]), len(self.goals), 2, dtype=torch.float64)
+        for squares, number in zip(own, of_ranks[group().rank], strict=True):
+            batch = number - self.own.start
             for i, (output, goal) in enumerate(zip(self._outputs(batch, rounded=True), self.goals, strict=True)):
                 target = goal.hidden[batch].float()
-                sums[i, 0] += (output.float() - target).square().sum().double().cpu()
-                sums[i, 1] += target.square().sum().double().cpu()
+                squares[i, 0] = (output.float() - target).square().sum().double().cpu()
+                squares[i, 1] = target.square().sum().double().cpu()
+        sums = torch.zeros(len(self.goals), 2, dtype=torch.float64)
+        for row in itertools.chain(*group().gather_rows(own.flatten(1), list(map(len, of_ranks)))):  # in order
+            sums += row.view_as(sums)
         errors = sums[:, 0] / _above_zero(sums[:, 1])
         return errors[0].item(), errors.mean().item()
 
