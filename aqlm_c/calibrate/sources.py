@@ -16,7 +16,7 @@ from ..distributed import group
 from ..model.blocks import Blocks
 from ..recipe import AqlmConfig
 from .activations import Activations, batch_size_for, capture, capture_block
-from .hessians import HessianSums, Spread, alone
+from .hessians import NO_POOLS, HessianSums, Pools, Spread, alone, pool_kinds
 from .offload import Room
 
 
@@ -63,8 +63,14 @@ class Calibration(Protocol):
         linears: Mapping[str, torch.nn.Linear],
         outputs: bool,
         spread: Spread = alone,
+        pools: Pools = NO_POOLS,
     ) -> LayerInputs:
-        """The inputs of `linears` in the model's block number `index`."""
+        """The inputs of `linears` in the model's block number `index`. pools: where these are not all that are
+        quantized in it.
+        """
+
+    def pools(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> Pools:
+        """What experts among `linears` have in common, of which `of_block` will be asked a part at a time."""
 
     def of_output(self, model: Any, name: str, spread: Spread = alone) -> LayerInputs:
         """The inputs of the output layer called `name`."""
@@ -117,20 +123,29 @@ class SequenceCalibration:
         linears: Mapping[str, torch.nn.Linear],
         outputs: bool,
         spread: Spread = alone,
+        pools: Pools = NO_POOLS,
     ) -> LayerInputs:
-        assert self.inputs is not None, "start comes first"
-        if self._of_index is not None:
-            self.inputs.close()
-            self.inputs = self._of_index(index)
-        kept = self.inputs.empty() if outputs else None
+        inputs = self._inputs_of(index)
+        kept = inputs.empty() if outputs else None
         try:
-            sums = HessianSums(linears)
-            sums.gather(self.inputs, index, block, kept)
+            sums = HessianSums(linears, pools)
+            sums.gather(inputs, index, block, kept)
             return self._inputs(sums, spread, kept)
         except BaseException:
             if kept is not None:
                 kept.close()
             raise
+
+    def pools(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> Pools:
+        return pool_kinds(linears, self._inputs_of(index), index, block)
+
+    def _inputs_of(self, index: int) -> Activations:
+        """Those of block number `index`."""
+        assert self.inputs is not None, "start comes first"
+        if self._of_index is not None:
+            self.inputs.close()
+            self.inputs = self._of_index(index)
+        return self.inputs
 
     def of_output(self, model: Any, name: str, spread: Spread = alone) -> LayerInputs:
         sums = HessianSums({name: model.get_submodule(name)})
@@ -191,9 +206,13 @@ class DataFree:
         linears: Mapping[str, torch.nn.Linear],
         outputs: bool,
         spread: Spread = alone,
+        pools: Pools = NO_POOLS,
     ) -> LayerInputs:
         ranks = spread({name: (str(linear.in_features),) for name, linear in linears.items()})
         return LayerInputs({name: self._identity(linear.in_features) for name, linear in linears.items()}, ranks)
+
+    def pools(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> Pools:
+        return NO_POOLS
 
     def of_output(self, model: Any, name: str, spread: Spread = alone) -> LayerInputs:
         return LayerInputs({name: self._identity(model.get_submodule(name).weight.shape[1])}, spread({name: ()}))

@@ -70,7 +70,8 @@ def mapped_bytes(tensors: Iterable[Tensor], files: Iterable[str | os.PathLike[st
     """Bytes of the tensors that lie in mapped `files`, and in no other memory."""
     if not sys.platform.startswith("linux"):
         return 0
-    ranges = sorted(_unwritten({os.path.realpath(file) for file in files}))
+    paths = {os.path.realpath(file) for file in files}
+    ranges = sorted(_unwritten(paths)) if paths else []
     begins = [begin for begin, _ in ranges]
 
     def is_mapped(tensor: Tensor) -> bool:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from ..io import mapped
 from ..io.source import weight_files
 
+Read = dict[int, tuple[Tensor, Tensor]]  # a tensor at home and its copy on the device, by the id of the first
+
 
 class Residence:
     """Brings blocks of a model to `device` and back; does nothing where the model is there anyway.
@@ -46,7 +48,7 @@ class Residence:
         self._users: dict[int, set[int]] = {}  # the blocks, by id, that it is in
         self._uses: dict[int, int] = {}  # of a block, by its id
         self._sizes: dict[int, int] = {}  # bytes of a block as it came
-        self._coming: dict[int, Future[dict[int, Tensor]]] = {}
+        self._coming: dict[int, Future[Read]] = {}
         self._reader: ThreadPoolExecutor | None = None
         self._stream: Any = torch.cuda.Stream(device) if self.moves and device.type == "cuda" else None
 
@@ -67,8 +69,8 @@ class Residence:
             if self._is_away(tensor):
                 continue
             self._at_home[id(tensor)] = weakref.ref(tensor), tensor.data
-            there = found.get(id(tensor))
-            if there is None:
+            read, there = found.get(id(tensor), (None, None))
+            if there is None or read is not tensor:
                 there = tensor.data.to(self.device, copy=True)
             elif self._stream is not None:
                 there.record_stream(torch.cuda.current_stream(self.device))
@@ -100,7 +102,7 @@ class Residence:
             return
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, "aqlm_c-read-ahead")
-        wanted = {id(tensor): tensor.data for tensor in self._tensors(block) if not self._is_away(tensor)}
+        wanted = [tensor for tensor in self._tensors(block) if not self._is_away(tensor)]
         self._coming[id(block)] = self._reader.submit(self._read, wanted)
 
     @contextlib.contextmanager
@@ -198,9 +200,9 @@ class Residence:
                     del self._users[key]
                     self._at_home.pop(key, None)
 
-    def _read(self, wanted: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _read(self, wanted: list[Tensor]) -> Read:
         with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            found = {key: tensor.to(self.device, copy=True) for key, tensor in wanted.items()}
+            found = {id(tensor): (tensor, tensor.data.to(self.device, copy=True)) for tensor in wanted}
         if self._stream is not None:
             self._stream.synchronize()
         return found
