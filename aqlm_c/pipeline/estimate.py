@@ -17,7 +17,7 @@ from ..files import check_free_space, resident_memory, temporary_directory
 from ..format import Format
 from ..methods import get_method
 from ..recipe import AqlmConfig
-from ..units import binary_size, duration
+from ..units import binary_size, duration, fastest
 
 # How phases relate to the products that `Rates` counts: fitted to a run of SmolLM2 (64 x 1,024 tokens, 2x8g8, two
 # AVX-512 cores), of which they give every phase within a tenth. What they miss elsewhere, `Estimator` learns.
@@ -52,19 +52,10 @@ class Rates:
         x = rng.standard_normal((2048, 512), dtype=np.float32)
         sums = np.zeros((512, 512))
         return cls(
-            product=2 * a.numel() * b.shape[1] / _fastest(lambda: a @ b),
-            gemm=_SQUARED * x.size * x.shape[1] / _fastest(lambda: verbs.accumulate_hessian(sums, x)),
+            product=2 * a.numel() * b.shape[1] / fastest(lambda: a @ b),
+            gemm=_SQUARED * x.size * x.shape[1] / fastest(lambda: verbs.accumulate_hessian(sums, x)),
             group=get_method(config.solver).seconds_per_group(config.format, config.options),
         )
-
-
-def _fastest(call: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
 
 
 @dataclasses.dataclass(frozen=True)
