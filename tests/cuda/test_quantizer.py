@@ -153,7 +153,7 @@ def test_accumulate_hessian(dtype, inp):
         verbs.accumulate_hessian(sums, rows.cuda())
     truth = x.double().T @ x.double()
     size = truth.diagonal().sqrt()
-    assert ((sums.cpu() - truth) / (size[:, None] * size)).abs().max() < 2e-5
+    assert ((sums.cpu() - truth) / (size[:, None] * size)).abs().max() < 4e-5
     assert torch.equal(sums, sums.T)
 
 
