@@ -85,10 +85,16 @@ class Group:
         first, *others = self.gather(json.loads(json.dumps(facts)))
         for rank, other in enumerate(others, 1):
             names = [name for name in dict.fromkeys((*first, *other)) if first.get(name) != other.get(name)]
-            told = [f"{name}: {shown(first.get(name))} and {shown(other.get(name))}" for name in names[:_SHOWN]]
+            told = [f"{name}: {_short(first.get(name))} and {_short(other.get(name))}" for name in names[:_SHOWN]]
             told += [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
             if told:
                 raise ValueError(f"ranks: got other values on 0 and {rank} ({'; '.join(told)}), expected the same run")
+
+
+def _short(value: Any) -> str:
+    """A hash need not be read to its end."""
+    text = shown(value)
+    return text if len(text) <= 40 else f"{text[:20]}..."
 
 
 class _Group(Group):

@@ -30,9 +30,11 @@ def run(
     configuration, hashes of the data and versions. `progress`: see `Progress`. `loaded` is what
     `load_model` returned for `config.model`, if that is done already; its model is quantized in place.
     Raises ValueError for what is wrong in the configuration, model or data, before the work starts where that
-    can be seen; OSError where a file cannot be written. `out` is then as it was.
+    can be seen; OSError where a file cannot be written. `out` is then as it was. Of
+    several ranks (`distributed`) all do the work, and the first alone writes.
     """
     resolved = config.resolve()
+    group().check_same({name: value for name, value in resolved.fields.items() if name not in _OF_A_RANK})
     sources = _check(config, resolved)
     from .core.runtime import check_kernels, set_threads
     from .hf.models import load_model

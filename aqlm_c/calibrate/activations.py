@@ -49,6 +49,11 @@ class Activations:
         args, kwargs = join_hidden(given, self.arguments[batch][index])
         return hidden_of(block(*args, **kwargs))
 
+    def prefetch(self, batch: int) -> None:
+        """A batch is needed soon: where activations are kept far away, it begins to come."""
+        if prefetch := getattr(self.hidden, "prefetch", None):
+            prefetch(batch)
+
     @torch.no_grad()
     def run(self, index: int, block: torch.nn.Module, batch: int) -> torch.Tensor:
         """`forward` without gradients."""

@@ -22,6 +22,7 @@ __all__ = [
     "get_exact",
     "get_isa",
     "has_cuda",
+    "index_codes",
     "matmul",
     "matmul_grouped",
     "pack",
@@ -105,9 +106,28 @@ def matmul_grouped(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     return ops.matmul_grouped(x, codes, codebooks, scales, biases)
 
 
-def decode_rows(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    """The weight itself: W [out, in] in the dtype of codebooks. Arguments, gradients and errors as in `matmul`."""
-    return ops.decode_rows(codes, codebooks, scales)
+def decode_rows(
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    dtype: torch.dtype | None = None,
+    index: Tensor | None = None,
+) -> Tensor:
+    """The weight itself: W [out, in] in `dtype`, float32, float16 or bfloat16; None: that of codebooks.
+
+    index: what `index_codes` gives for these codes; gradients take less time with it, and are given once only. Other
+    arguments, gradients and errors as in `matmul`.
+    """
+    if index is not None and torch.is_grad_enabled() and _is_trained(codebooks, codebooks, scales, None):
+        return _DecodeRows.apply(codes, codebooks, scales, dtype, index)
+    return ops.decode_rows(codes, codebooks, scales, dtype)
+
+
+def index_codes(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    """For `decode_rows`, while codes stay as they are: int32 [K, E + 1 + O * J], where the groups of each code start
+    and then these; [0] on the CPU, and for codebooks so small that it is not needed.
+    """
+    return ops.index_codes(codes, codebooks, scales)
 
 
 def packs(codes: Tensor, out_group_size: int = 1) -> bool:
@@ -131,8 +151,9 @@ def _(x, codes, codebooks, scales, biases):
 
 
 @torch.library.register_fake("aqlm_c::decode_rows")
-def _(codes, codebooks, scales):
-    return codebooks.new_empty((codes.shape[0] * codebooks.shape[2], codes.shape[1] * codebooks.shape[3]))
+def _(codes, codebooks, scales, dtype=None):
+    shape = codes.shape[0] * codebooks.shape[2], codes.shape[1] * codebooks.shape[3]
+    return codebooks.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("aqlm_c::matmul_backward")
@@ -141,16 +162,24 @@ def _(grad_y, codes, codebooks, scales):
 
 
 @torch.library.register_fake("aqlm_c::decode_rows_backward")
-def _(grad_rows, codes, codebooks, scales, need_codebooks, need_scales):
+def _(grad_rows, codes, codebooks, scales, need_codebooks, need_scales, index=None):
     return tuple(
         t.new_empty(t.shape if needed else (0,)) for t, needed in ((codebooks, need_codebooks), (scales, need_scales))
     )
 
 
-def _weight_gradients(grad_rows, codes, codebooks, scales, need_codebooks, need_scales):
+@torch.library.register_fake("aqlm_c::index_codes")
+def _(codes, codebooks, scales):
+    if codes.device.type != "cuda":
+        return codes.new_empty((0,), dtype=torch.int32)
+    raise NotImplementedError("index_codes: its size depends on the GPU")
+
+
+def _weight_gradients(grad_rows, codes, codebooks, scales, need_codebooks, need_scales, index=None):
     """Gradients to codebooks and scales (None where not needed) from that to W, grad_rows [out, in]."""
+    index = None if index is None or index.numel() == 0 else index
     grad_codebooks, grad_scales = ops.decode_rows_backward(
-        grad_rows, codes, codebooks, scales, need_codebooks, need_scales
+        grad_rows, codes, codebooks, scales, need_codebooks, need_scales, index
     )
     return grad_codebooks if need_codebooks else None, grad_scales if need_scales else None
 
@@ -195,12 +224,27 @@ def _matmul_double_backward(ctx, grad):  # grad [..., in], to grad_x = grad_y W
 
 
 def _save_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-    ctx.flags = inputs[4:]
+    ctx.save_for_backward(*[value for value in inputs[:4] if isinstance(value, Tensor)])
+    ctx.flags = inputs[4:6]
 
 
 def _decode_rows_backward(ctx, grad_rows):
-    return None, *_weight_gradients(grad_rows, *ctx.saved_tensors, *ctx.needs_input_grad[1:])
+    return None, *_weight_gradients(grad_rows, *ctx.saved_tensors, *ctx.needs_input_grad[1:3]), None
+
+
+class _DecodeRows(torch.autograd.Function):  # eager `decode_rows` with an index
+    @staticmethod
+    def forward(ctx, codes, codebooks, scales, dtype, index):
+        ctx.save_for_backward(codes, codebooks, scales)
+        ctx.index = index
+        with torch._C._AutoDispatchBelowAutograd():
+            return ops.decode_rows(codes, codebooks, scales, dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_rows):
+        needs = ctx.needs_input_grad[1:3]
+        return None, *_weight_gradients(grad_rows, *ctx.saved_tensors, *needs, index=ctx.index), None, None
 
 
 def _decode_rows_double_backward(ctx, of_codebooks, of_scales):
@@ -217,7 +261,7 @@ def _decode_rows_double_backward(ctx, of_codebooks, of_scales):
         to_codebooks, _ = _weight_gradients(grad_rows, codes, codebooks, of_scales, True, False)
     if need_scales and with_codebooks:
         _, to_scales = _weight_gradients(grad_rows, codes, of_codebooks, scales, False, True)
-    return to_rows, None, to_codebooks, to_scales, None, None
+    return to_rows, None, to_codebooks, to_scales, None, None, None
 
 
 for _name, _backward, _save in (

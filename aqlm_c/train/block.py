@@ -12,11 +12,12 @@ one more 41.4, after three 40.0).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,10 @@ def finetune_block(
         return _Tuner(index, blocks, quantized, inputs, targets, ahead, config).run(name, search)
 
 
+def _square_error(output: Tensor, target: Tensor) -> Tensor:
+    return (output.float() - target.float()).square().sum()
+
+
 def _above_zero(square: Tensor) -> Tensor:
     """Of outputs that are zero everywhere too: an error is then what it is, not NaN."""
     return square.clamp(min=1e-30)
@@ -85,7 +90,7 @@ def _above_zero(square: Tensor) -> Tensor:
 
 class _Trained:
     """A tensor in training, as start + size * change, so that Adam's steps are relative to size (where that is zero, it
-    stays).
+    stays). All of them change in a few calls: `_Tuner._values`.
     """
 
     def __init__(
@@ -94,18 +99,22 @@ class _Trained:
         self.parameter, self.rate = parameter, rate
         self.start = parameter.detach().to(torch.float32, copy=True)
         rms = self.start.square().mean().sqrt()
-        self.size = rms if common_size else self.start.abs().clamp(min=_SMALL * rms)
-        if zeros_stay:
-            self.size = self.size * (self.start != 0)
+        size = rms.expand_as(self.start) if common_size else self.start.abs().clamp(min=_SMALL * rms)
+        self.size = (size * (self.start != 0) if zeros_stay else size).contiguous()
         self.change = torch.zeros_like(self.start).requires_grad_()
 
-    def value(self, rounded: bool) -> Tensor:
-        value = self.start + self.size * self.change
-        return value.to(self.parameter.dtype).float() if rounded else value
 
-    @torch.no_grad()
-    def store(self) -> None:
-        self.parameter.copy_(self.value(False))
+class _Decoder:
+    """Dense weights of a layer with these codes."""
+
+    def __init__(self, layer: QuantizedLinear, codes: Tensor, dtype: torch.dtype) -> None:
+        self.codes, self.dtype = codes, dtype
+        self.index = ops.index_codes(codes, layer.codebooks.float(), layer.scales.float())
+
+    def __call__(self, codebooks: Tensor, scales: Tensor) -> Tensor:
+        if self.dtype.itemsize > 4:
+            return ops.decode_rows(self.codes, codebooks, scales).to(self.dtype)
+        return ops.decode_rows(self.codes, codebooks, scales, self.dtype, self.index)
 
 
 class _Tuner:
@@ -123,7 +132,8 @@ class _Tuner:
         tuning = self.tuning = config.tuning
         self.ahead = list(blocks[index + 1 : index + 1 + tuning.finetune_lookahead])
         self.inputs, self.seed = inputs, config.seed
-        self.codes = {name: layer.codes.detach() for name, layer in quantized.items()}
+        self.dtypes = {name: parameter.dtype for name, parameter in self.block.named_parameters()}
+        self.decoders = {name: self._decoder(name, layer.codes.detach()) for name, layer in quantized.items()}
         rate = tuning.finetune_learning_rate
         layers = quantized.items()
         self.codebooks = {name: _Trained(layer.codebooks, rate, common_size=True) for name, layer in layers}
@@ -136,28 +146,31 @@ class _Tuner:
             for name, parameter in self.block.named_parameters()
             if name not in dense and parameter.is_floating_point() and parameter.squeeze().ndim <= 1
         }
+        self.trained = [*self.codebooks.values(), *self.scales.values(), *self.others.values()]
         sizes = group().gather(inputs.batch_sizes())
         ends = list(itertools.accumulate(map(len, sizes), initial=0))
         self.of_ranks = [range(*pair) for pair in itertools.pairwise(ends)]  # numbers of their batches
-        self.own = self.of_ranks[group().rank]
+        self.start = self.of_ranks[group().rank].start
         self.sequences = [size for there in sizes for size in there]
         n_batches = len(self.sequences)
-        self.gradient_scale = group().broadcast(gradient_scale(inputs.hidden[0]))
+        first = inputs.hidden[0]
+        self.device, self.gradient_scale = first.device, group().broadcast(gradient_scale(first))
         self.held_out = held_out_batches(n_batches, tuning.finetune_held_out)
         self.training = [batch for batch in range(n_batches) if batch not in self.held_out]
         self.probe = self.training[: len(self.held_out)]  # shows the error on what is trained on
         self.goals = [targets, ahead] if self.ahead else [targets]
-        for batch in range(len(self.own) if self.ahead else 0):
+        self.squares: dict[tuple[bool, int], Tensor] = {}
+        for batch in range(len(targets.hidden) if self.ahead else 0):
             ahead.hidden.append(self._look_ahead(batch, targets.hidden[batch]).detach())
 
-    @property
-    def trained(self) -> list[_Trained]:
-        return [*self.codebooks.values(), *self.scales.values(), *self.others.values()]
+    def _decoder(self, name: str, codes: Tensor) -> _Decoder:
+        return _Decoder(self.quantized[name], codes, self.dtypes[f"{name}.weight"])
 
     def run(self, name: str, search: Search | None) -> BlockReport:
         started = time.perf_counter()
         tuning, trained = self.tuning, self.trained
         self.ceiling, self.best = self._error(self.held_out)
+        self.own = self.ceiling  # error of the best state at the block's own output
         training_before, training = self._error(self.probe)
         if not math.isfinite(self.ceiling + self.best + training):
             after = f" or of the {len(self.ahead)} after it" if self.ahead else ""
@@ -177,10 +190,11 @@ class _Tuner:
                 report.searched += better
             since_best = 0
             groups = [{"params": [tensor.change], "lr": tensor.rate} for tensor in trained]
-            optimizer = torch.optim.Adam(groups, betas=_BETAS)
+            optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=self.device.type == "cuda" or None)
             for _ in range(tuning.finetune_epochs):
-                training = self._epoch(optimizer, report.epochs)
+                mean = self._epoch(optimizer, report.epochs)
                 own, held_out = self._error(self.held_out)
+                training = mean.item()
                 if not math.isfinite(training + held_out):
                     log.warning("%s: NaN or Inf in fine-tuning, which ends here", name)
                     break
@@ -190,145 +204,209 @@ class _Tuner:
                 if since_best >= tuning.finetune_patience:
                     break
             self._restore()
-        for tensor in trained:
-            tensor.store()
-        for part, layer in self.quantized.items():
-            layer.codes.data.copy_(self.codes[part])
-        report.held_out_after, _ = self._error(self.held_out)
-        report.training_after, _ = self._error(self.probe)
+        self._store()
+        report.held_out_after = self.own
+        report.training_after, _ = self._error(self.probe, self.goals[:1])
         report.seconds = time.perf_counter() - started
         return report
 
-    def _epoch(self, optimizer: torch.optim.Optimizer, epoch: int) -> float:
-        """One pass over the training batches; the relative error meanwhile."""
+    def _epoch(self, optimizer: torch.optim.Optimizer, epoch: int) -> Tensor:
+        """One pass over the training batches; the relative error meanwhile, float64, which nobody waits for."""
         generator = torch.Generator().manual_seed(self.seed + 7919 * self.index + epoch)
         order = [self.training[i] for i in torch.randperm(len(self.training), generator=generator).tolist()]
         per_step = math.ceil(self.tuning.finetune_batch_size / max(self.sequences))
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for step in range(0, len(order), per_step):
             batches = order[step : step + per_step]
             optimizer.zero_grad()
-            for batch, error in zip(batches, self._gradients(batches), strict=True):
+            for batch, error in zip(batches, self._gradients(batches, order[step + per_step :]), strict=True):
                 total += error * self.sequences[batch]
             optimizer.step()
         return total / sum(self.sequences[batch] for batch in order)
 
-    def _gradients(self, batches: list[int]) -> list[float]:
-        """Add up the gradients of a step's batches, of all ranks; the batches' errors."""
+    def _gradients(self, batches: list[int], later: list[int]) -> list[Tensor]:
+        """Add up the gradients of a step's batches, one after another, of all ranks; the batches' errors, float64.
+
+        later: the batches after these.
+        """
         whole = sum(self.sequences[batch] for batch in batches)
-        if group().size == 1:
-            return [self._backward(batch, self.sequences[batch] / whole) for batch in batches]
-        changes = [tensor.change for tensor in self.trained]
+        own, upcoming = self._own(batches), self._own(later)
+        rows = []
+        for batch, following in zip(own, [*own[1:], *upcoming[:1], None], strict=False):
+            self._prefetch(following)
+            error = self._backward(batch, self.sequences[self.start + batch] / whole)
+            rows.append(error if group().size == 1 else self._taken(error))
+        return rows if group().size == 1 else self._told(batches, rows)
+
+    def _own(self, batches: Sequence[int]) -> list[int]:
+        """Those of these batches that this rank has, by their numbers here."""
+        return [batch - self.start for batch in batches if batch in self.of_ranks[group().rank]]
+
+    def _backward(self, batch: int, share: float) -> Tensor:
+        """Add the gradients of a batch of this rank, times its share of a step, to those of the changes; its error."""
+        with self._trainable() as tensors:  # decoded for each, so that the sums do not depend on who has which
+            own, *ahead = self._errors(batch, tensors)
+            loss = sum(ahead, own) / len(self.goals)
+            (loss * (share * self.gradient_scale)).backward()
+        return loss.detach().double()
+
+    def _taken(self, error: Tensor) -> Tensor:
+        """A batch's error, which tensors it gave a gradient, and these, which are then gone: float32."""
+        gradients = [tensor.change.grad for tensor in self.trained]
+        parts = [tensor.start if g is None else g for tensor, g in zip(self.trained, gradients, strict=True)]
+        has = torch.tensor([float(g is not None) for g in gradients]).to(error.device)
+        for tensor in self.trained:
+            tensor.change.grad = None
+        return torch.cat([error.float().view(1), has, *(part.reshape(-1) for part in parts)])
+
+    def _told(self, batches: list[int], rows: list[Tensor]) -> list[Tensor]:
+        """Add the gradients of the batches of all ranks to those of the changes, in the order of the step."""
         of_ranks = [[batch for batch in batches if batch in there] for there in self.of_ranks]
-        own = of_ranks[group().rank]
-        width = 1 + len(changes) + sum(change.numel() for change in changes)
-        rows = changes[0].detach().new_zeros(len(own), width)  # error, which tensors have a gradient, gradients
-        for row, batch in zip(rows, own, strict=True):
-            row[0] = self._backward(batch, self.sequences[batch] / whole)
-            gradients = [change.grad for change in changes]
-            parts = [torch.zeros_like(of) if g is None else g for of, g in zip(changes, gradients, strict=True)]
-            has = row.new_tensor([g is not None for g in gradients])
-            row[1:] = torch.cat([has, *(part.view(-1) for part in parts)])
-            for change in changes:
-                change.grad = None
-        told = group().gather_rows(rows, list(map(len, of_ranks)))
+        sizes = [tensor.change.numel() for tensor in self.trained]
+        own = torch.stack(rows) if rows else torch.zeros(0, 1 + len(sizes) + sum(sizes), device=self.device)
+        told = group().gather_rows(own, list(map(len, of_ranks)))
         found = dict(zip(itertools.chain(*of_ranks), itertools.chain(*told), strict=True))
-        for batch in batches:
-            given = found[batch][1 : 1 + len(changes)].tolist()
-            values = found[batch][1 + len(changes) :].split([change.numel() for change in changes])
-            for change, value, is_given in zip(changes, values, given, strict=True):
+        given = torch.stack([found[batch][1 : 1 + len(sizes)] for batch in batches]).tolist()
+        for batch, of_tensors in zip(batches, given, strict=True):
+            parts = found[batch][1 + len(sizes) :].split(sizes)
+            for tensor, part, is_given in zip(self.trained, parts, of_tensors, strict=True):
                 if is_given:
-                    value = value.view_as(change)
-                    change.grad = value.clone() if change.grad is None else change.grad + value
-        return [found[batch][0].item() for batch in batches]
+                    grad = part.view_as(tensor.change)
+                    tensor.change.grad = grad.clone() if tensor.change.grad is None else tensor.change.grad + grad
+        return [found[batch][0].double() for batch in batches]
 
-    def _backward(self, batch: int, share: float) -> float:
-        """Add the gradients of a batch of this rank, times its share of a step, to the tensors'; its error."""
-        own, *ahead = self._errors(batch - self.own.start)
-        loss = sum(ahead, own) / len(self.goals)
-        (loss * (share * self.gradient_scale)).backward()
-        return loss.item()
+    @contextlib.contextmanager
+    def _trainable(self) -> Iterator[dict[str, Tensor]]:
+        """The block's tensors; what their gradients come to is added to those of the changes."""
+        values = [value.requires_grad_() for value in self._values()]
+        tensors = self._tensors(values)
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        yield leaves
+        given = [(tensors[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
+        torch.autograd.backward([tensor for tensor, _ in given], [grad for _, grad in given])
+        reached = [
+            (tensor, value.grad) for tensor, value in zip(self.trained, values, strict=True) if value.grad is not None
+        ]
+        grads = torch._foreach_mul([grad for _, grad in reached], [tensor.size for tensor, _ in reached])
+        for (tensor, _), grad in zip(reached, grads, strict=True):
+            tensor.change.grad = grad if tensor.change.grad is None else tensor.change.grad + grad
 
-    def _errors(self, batch: int) -> list[Tensor]:
-        """The relative errors that are tuned for, of one batch, by its number among this rank's."""
-        targets = (goal.hidden[batch].float() for goal in self.goals)
-        pairs = zip(self._outputs(batch), targets, strict=True)
+    def _prefetch(self, batch: int | None) -> None:
+        if batch is not None:
+            for activations in (self.inputs, *self.goals):
+                activations.prefetch(batch)
+
+    def _errors(self, batch: int, tensors: dict[str, Tensor]) -> list[Tensor]:
+        """The relative errors that are tuned for, of one batch."""
+        outputs = self._outputs(batch, tensors, len(self.goals))
         return [
-            (output.float() - target).square().sum() / _above_zero(target.square().sum()) for output, target in pairs
+            _square_error(output, goal.hidden[batch]) / _above_zero(self._square(goal, batch))
+            for output, goal in zip(outputs, self.goals, strict=True)
         ]
 
-    def _outputs(self, batch: int, rounded: bool = False) -> list[Tensor]:
-        """What the trained block gives for a batch and, with lookahead, what the blocks ahead make of it."""
-        tensors = self._tensors(rounded)
+    def _square(self, goal: Activations, batch: int) -> Tensor:
+        """Of a batch of a goal, summed."""
+        key = goal is self.goals[0], batch
+        if key not in self.squares:
+            self.squares[key] = goal.hidden[batch].float().square().sum()
+        return self.squares[key]
+
+    def _outputs(self, batch: int, tensors: dict[str, Tensor], goals: int) -> list[Tensor]:
+        """What the trained block gives for a batch and, with two goals, what the blocks ahead make of it."""
 
         def block(*args, **kwargs):
             return torch.func.functional_call(self.block, tensors, args, kwargs)
 
         own = self.inputs.forward(self.index, block, batch)
-        return [own, self._look_ahead(batch, own)] if self.ahead else [own]
+        return [own, self._look_ahead(batch, own)] if goals > 1 else [own]
 
     def _look_ahead(self, batch: int, hidden: Tensor) -> Tensor:
         for ahead, block in enumerate(self.ahead, self.index + 1):
             hidden = self.inputs.forward(ahead, block, batch, hidden)
         return hidden
 
-    def _tensors(self, rounded: bool) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def _values(self, rounded: bool = False) -> list[Tensor]:
+        """What is trained, in the order of `trained`; rounded: to what is saved."""
+        values = torch._foreach_mul(
+            [tensor.size for tensor in self.trained], [tensor.change for tensor in self.trained]
+        )
+        torch._foreach_add_(values, [tensor.start for tensor in self.trained])
+        if not rounded:
+            return list(values)
+        return [value.to(tensor.parameter.dtype).float() for tensor, value in zip(self.trained, values, strict=True)]
+
+    def _tensors(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         """The block's parameters by name: dense weights decoded, norms and biases."""
-        dtypes = {name: parameter.dtype for name, parameter in self.block.named_parameters()}
-        tensors = {name: tensor.value(rounded) for name, tensor in self.others.items()}
-        for name in self.quantized:
-            books, scales = self.codebooks[name].value(rounded), self.scales[name].value(rounded)
-            tensors[f"{name}.weight"] = ops.decode_rows(self.codes[name], books, scales)
-        return {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}
+        left = iter(values)
+        codebooks, scales = ([next(left) for _ in self.quantized] for _ in range(2))
+        tensors = {name: value.to(self.dtypes[name]) for name, value in zip(self.others, left, strict=True)}
+        for name, *given in zip(self.quantized, codebooks, scales, strict=True):
+            tensors[f"{name}.weight"] = self.decoders[name](*given)
+        return tensors
 
     @torch.no_grad()
-    def _error(self, batches: list[int]) -> tuple[float, float]:
-        """Relative errors ||Y - Yq||^2 / ||Y||^2 of rounded values: of the block's output, and the mean tuned for."""
-        of_ranks = [[batch for batch in batches if batch in there] for there in self.of_ranks]
-        own = torch.zeros(len(of_ranks[group().rank]), len(self.goals), 2, dtype=torch.float64)
-        for squares, number in zip(own, of_ranks[group().rank], strict=True):
-            batch = number - self.own.start
-            for i, (output, goal) in enumerate(zip(self._outputs(batch, rounded=True), self.goals, strict=True)):
-                target = goal.hidden[batch].float()
-                squares[i, 0] = (output.float() - target).square().sum().double().cpu()
-                squares[i, 1] = target.square().sum().double().cpu()
-        sums = torch.zeros(len(self.goals), 2, dtype=torch.float64)
-        for row in itertools.chain(*group().gather_rows(own.flatten(1), list(map(len, of_ranks)))):  # in order
+    def _error(self, batches: Sequence[int], goals: Sequence[Activations] = ()) -> tuple[float, float]:
+        """Relative errors ||Y - Yq||^2 / ||Y||^2 of rounded values: of the block's output, and the mean tuned for.
+
+        goals: where outputs are compared, if not at all.
+        """
+        goals = goals or self.goals
+        tensors = self._tensors(self._values(rounded=True))
+        own = self._own(batches)
+        squares = torch.zeros(len(own), len(goals), 2, dtype=torch.float64, device=self.device)
+        for row, batch, upcoming in zip(squares, own, [*own[1:], None], strict=False):
+            self._prefetch(upcoming)
+            for i, (output, goal) in enumerate(zip(self._outputs(batch, tensors, len(goals)), goals, strict=True)):
+                row[i, 0] = _square_error(output, goal.hidden[batch]).double()
+                row[i, 1] = self._square(goal, batch).double()
+        counts = [sum(batch in there for batch in batches) for there in self.of_ranks]
+        sums = torch.zeros(len(goals), 2, dtype=torch.float64, device=self.device)
+        for row in itertools.chain(*group().gather_rows(squares.flatten(1), counts)):  # in order, as batches are
             sums += row.view_as(sums)
         errors = sums[:, 0] / _above_zero(sums[:, 1])
-        return errors[0].item(), errors.mean().item()
+        own, mean = torch.stack([errors[0], errors.mean()]).tolist()
+        return own, mean
 
     def _better(self, own: float, objective: float) -> bool:
         """Keep the state if it is the best yet."""
         if not (objective < self.best and own <= self.ceiling):
             return False
-        self.best = objective
+        self.best, self.own = objective, own
         self._keep()
         return True
 
     def _keep(self) -> None:
-        self.kept = [tensor.change.detach().clone() for tensor in self.trained], dict(self.codes)
+        self.kept = [tensor.change.detach().clone() for tensor in self.trained], dict(self.decoders)
 
     @torch.no_grad()
     def _restore(self) -> None:
-        changes, codes = self.kept
+        changes, decoders = self.kept
         for tensor, change in zip(self.trained, changes, strict=True):
             tensor.change.copy_(change)
-        self.codes = dict(codes)
+        self.decoders = dict(decoders)
+
+    @torch.no_grad()
+    def _store(self) -> None:
+        for tensor, value in zip(self.trained, self._values(), strict=True):
+            tensor.parameter.copy_(value)
+        for name, layer in self.quantized.items():
+            layer.codes.copy_(self.decoders[name].codes)
 
     def _search_again(self, search: Search) -> int | None:
         """Search each layer's codes again under the trained codebooks; how many were better on held-out text, None
         where the method searches none.
         """
         kept, searched = 0, False
-        for name, codes in list(self.codes.items()):
-            books, scales = (part[name].value(True).detach() for part in (self.codebooks, self.scales))
-            found = search(name, codes, books, scales)
+        values = dict(zip(map(id, self.trained), self._values(rounded=True), strict=True))
+        for name, decoder in list(self.decoders.items()):
+            books, scales = (values[id(part[name])] for part in (self.codebooks, self.scales))
+            found = search(name, decoder.codes, books, scales)
             if found is None:
                 continue
-            self.codes[name], searched = found, True
+            self.decoders[name], searched = self._decoder(name, found), True
             if self._better(*self._error(self.held_out)):
                 kept += 1
             else:
-                self.codes[name] = codes
+                self.decoders[name] = decoder
         return kept if searched else None

@@ -62,15 +62,27 @@ cudaError_t aqlm_cuda_matmul_backward_plan(aqlm_cuda_plan *plan, const aqlm_weig
 cudaError_t aqlm_cuda_decode_rows(void *rows, aqlm_dtype row_dtype, const aqlm_weight *w, int64_t first_out,
                                   int64_t outs, int64_t first_group, int64_t groups, cudaStream_t stream);
 
-/* The gradients of that from those to W, grad_rows[out, in] of row_dtype, codes held (aqlm_decode_rows_backward):
- * keys[O * J] = the codes of codebook k; with them sorted, and order[O * J] the places they come from,
- * grad_codebooks[k], of grad_codebooks[K, E, og, g]; grad_scales[O]. Both of w->dtype. */
-cudaError_t aqlm_cuda_codes_of(int32_t *keys, const aqlm_weight *w, int64_t k, cudaStream_t stream);
-cudaError_t aqlm_cuda_codebook_gradient(void *grad_codebooks, const int32_t *sorted, const int64_t *order,
-                                        const void *grad_rows, aqlm_dtype row_dtype, const aqlm_weight *w, int64_t k,
-                                        cudaStream_t stream);
-cudaError_t aqlm_cuda_scale_gradient(void *grad_scales, const void *grad_rows, aqlm_dtype row_dtype,
-                                     const aqlm_weight *w, cudaStream_t stream);
+/* How the gradients of that are summed: `pass` codebooks at a time in the shared memory of `warps` warps of `blocks`
+ * blocks; pass 0: they are too large, and an index of the codes is needed. */
+typedef struct aqlm_cuda_gradient_plan {
+    int32_t pass, warps, blocks;
+    size_t workspace; /* bytes that aqlm_cuda_decode_rows_backward takes */
+} aqlm_cuda_gradient_plan;
+
+cudaError_t aqlm_cuda_decode_rows_backward_plan(aqlm_cuda_gradient_plan *plan, const aqlm_weight *w);
+
+/* The index of codes, [K, E + 1 + O * J], a codebook at a time: keys[O * J] are its codes; from these sorted, and
+ * order[O * J], the places they come from, of equal keys in rising order. It holds for a code's groups until codes
+ * change. */
+cudaError_t aqlm_cuda_code_keys(int16_t *keys, const aqlm_weight *w, int64_t k, cudaStream_t stream);
+cudaError_t aqlm_cuda_index_codes(int32_t *index, const int16_t *sorted, const int64_t *order, const aqlm_weight *w,
+                                  int64_t k, cudaStream_t stream);
+
+/* The gradients from those to W, grad_rows[out, in] of row_dtype, codes held (aqlm_decode_rows_backward):
+ * grad_codebooks[K, E, og, g] and grad_scales[O] of w->dtype, each or NULL. index: NULL where the plan needs none. */
+cudaError_t aqlm_cuda_decode_rows_backward(void *grad_codebooks, void *grad_scales, const void *grad_rows,
+                                           aqlm_dtype row_dtype, const aqlm_weight *w, const int32_t *index,
+                                           const aqlm_cuda_gradient_plan *plan, void *workspace, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

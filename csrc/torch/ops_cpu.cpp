@@ -177,18 +177,20 @@ Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &
     return p.y;
 }
 
-/* W [out, in], of the codebooks' dtype. */
-Tensor decode_rows(const Tensor &codes, const Tensor &codebooks, const Tensor &scales) {
+/* W [out, in] of dtype, without one of the codebooks'. */
+Tensor decode_rows(const Tensor &codes, const Tensor &codebooks, const Tensor &scales,
+                   const std::optional<ScalarType> &dtype) {
     const Weight w(codes, codebooks, scales);
-    Tensor rows = torch::stable::new_empty(w.codebooks, {w.view.shape.out_features, w.view.shape.in_features});
-    check(aqlm_decode_rows(rows.mutable_data_ptr(), w.view.dtype, &w.view, 0, w.view.shape.out_features),
+    Tensor rows = new_rows(w, dtype);
+    check(aqlm_decode_rows(rows.mutable_data_ptr(), dtype_of(rows, "dtype"), &w.view, 0, w.view.shape.out_features),
           "decode_rows");
     return rows;
 }
 
 /* The gradients to codebooks and scales from that to W. */
 std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows, const Tensor &codes, const Tensor &codebooks,
-                                                const Tensor &scales, bool need_codebooks, bool need_scales) {
+                                                const Tensor &scales, bool need_codebooks, bool need_scales,
+                                                const std::optional<Tensor> &) {
     const Weight w(codes, codebooks, scales);
     const Gradients g(grad_rows, w, need_codebooks, need_scales);
     check(aqlm_decode_rows_backward(need_codebooks ? g.codebooks.mutable_data_ptr() : nullptr,
@@ -198,15 +200,22 @@ std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows, const T
     return g.result();
 }
 
+/* What decode_rows_backward can be given while codes stay: on the CPU nothing. */
+Tensor index_codes(const Tensor &codes, const Tensor &codebooks, const Tensor &scales) {
+    const Weight w(codes, codebooks, scales);
+    return torch::stable::new_empty(w.codes, {0}, ScalarType::Int);
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY(aqlm_c, m) {
     m.def("matmul(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, Tensor? bias) -> Tensor");
     m.def("matmul_grouped(Tensor x, Tensor[] codes, Tensor[] codebooks, Tensor[] scales, Tensor[] biases) -> Tensor[]");
     m.def("matmul_backward(Tensor grad_y, Tensor codes, Tensor codebooks, Tensor scales) -> Tensor");
-    m.def("decode_rows(Tensor codes, Tensor codebooks, Tensor scales) -> Tensor");
+    m.def("decode_rows(Tensor codes, Tensor codebooks, Tensor scales, ScalarType? dtype=None) -> Tensor");
     m.def("decode_rows_backward(Tensor grad_rows, Tensor codes, Tensor codebooks, Tensor scales, bool need_codebooks, "
-          "bool need_scales) -> (Tensor, Tensor)");
+          "bool need_scales, Tensor? index=None) -> (Tensor, Tensor)");
+    m.def("index_codes(Tensor codes, Tensor codebooks, Tensor scales) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CPU, m) {
@@ -215,6 +224,7 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CPU, m) {
     m.impl("matmul_backward", TORCH_BOX(&matmul_backward));
     m.impl("decode_rows", TORCH_BOX(&decode_rows));
     m.impl("decode_rows_backward", TORCH_BOX(&decode_rows_backward));
+    m.impl("index_codes", TORCH_BOX(&index_codes));
 }
 
 } // namespace aqlm_torch

@@ -10,11 +10,10 @@
 #include <tuple>
 #include <vector>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "cuda.h"
 #include "cuda/aqlm_cuda.h"
 #include "product.h"
 
@@ -23,21 +22,11 @@ namespace {
 
 using torch::stable::narrow;
 
-void check(cudaError_t error, const char *what) {
-    aqlm_torch::check(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
-}
-
-/* t, dense and 16-byte aligned, as the kernels load it. */
-Tensor ready(const Tensor &t) {
-    Tensor dense = t.is_contiguous() ? t : torch::stable::contiguous(t);
-    return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
-}
-
 /* Tensors of one GPU, which is the current device while this lives, and the kernels' view of them. */
 struct Weight {
     Tensor codes, codebooks, scales;
     aqlm_weight view = {};
-    std::optional<torch::stable::accelerator::DeviceGuard> guard;
+    std::optional<OnDevice> on;
     cudaStream_t stream;
 
     Weight(const Tensor &first, const char *name, const Tensor &codes_in, const Tensor &codebooks_in,
@@ -52,36 +41,26 @@ struct Weight {
         for (const auto &[tensor, what] : {std::pair{&first, name}, {&codebooks, "codebooks"}, {&scales, "scales"}})
             aqlm_torch::check(tensor->is_cuda() && tensor->get_device_index() == device, what,
                               ": got a tensor elsewhere, expected it on cuda:", device, " as codes");
-        int current;
-        check(cudaGetDevice(&current), "cudaGetDevice");
-        if (current != device) guard.emplace(device);
-        void *handle;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &handle));
-        stream = static_cast<cudaStream_t>(handle);
+        on.emplace(device);
+        stream = on->stream;
     }
 
-    /* W[first_out : first_out + outs, first_group * g : (first_group + groups) * g], of like's dtype. */
-    Tensor decode(const Tensor &like, int64_t first_out, int64_t outs, int64_t first_group, int64_t groups) const {
-        Tensor rows = torch::stable::new_empty(like, {outs, groups * view.shape.in_group_size});
-        check(aqlm_cuda_decode_rows(rows.mutable_data_ptr(), dtype_of(like, "x"), &view, first_out, outs, first_group,
+    /* W[first_out : first_out + outs, first_group * g : (first_group + groups) * g], of rows' dtype. */
+    void decode_to(Tensor &rows, const char *name, int64_t first_out, int64_t outs, int64_t first_group,
+                   int64_t groups) const {
+        check(aqlm_cuda_decode_rows(rows.mutable_data_ptr(), dtype_of(rows, name), &view, first_out, outs, first_group,
                                     groups, stream),
               "decode_rows");
+    }
+    Tensor decode(const Tensor &like, int64_t first_out, int64_t outs, int64_t first_group, int64_t groups) const {
+        Tensor rows = torch::stable::new_empty(like, {outs, groups * view.shape.in_group_size});
+        decode_to(rows, "x", first_out, outs, first_group, groups);
         return rows;
     }
 };
 
 using Product = ProductOf<ready>;
 using Gradients = GradientsOf<ready>;
-
-/* name(arguments...), an ATen operator whose first Results results are tensors. */
-template <size_t Results = 1, class... Arguments>
-std::array<Tensor, Results> call(const char *name, const char *overload, const Arguments &...arguments) {
-    namespace detail = torch::stable::detail;
-    std::array<StableIValue, sizeof...(Arguments)> stack{detail::from(arguments)...};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-    if constexpr (Results == 1) return {detail::to<Tensor>(stack[0])};
-    else return {detail::to<Tensor>(stack[0]), detail::to<Tensor>(stack[1])};
-}
 
 std::optional<Tensor> ready_bias(const std::optional<Tensor> &bias, const Tensor &x, int64_t out_features) {
     if (!bias) return std::nullopt;
@@ -188,34 +167,74 @@ Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &
     return p.y;
 }
 
-/* W [out, in], of the codebooks' dtype. */
-Tensor decode_rows(const Tensor &codes, const Tensor &codebooks, const Tensor &scales) {
+/* W [out, in] of dtype, without one of the codebooks'. */
+Tensor decode_rows(const Tensor &codes, const Tensor &codebooks, const Tensor &scales,
+                   const std::optional<ScalarType> &dtype) {
     const Weight w(codes, "codes", codes, codebooks, scales);
-    const aqlm_shape &s = w.view.shape;
-    return w.decode(w.codebooks, 0, s.out_features, 0, s.in_features / s.in_group_size);
+    Tensor rows = new_rows(w, dtype);
+    w.decode_to(rows, "dtype", 0, w.view.shape.out_features, 0, w.view.shape.in_features / w.view.shape.in_group_size);
+    return rows;
 }
 
-/* The gradients to codebooks and scales from that to W. Groups are sorted by code for sums of a fixed order. */
-std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows, const Tensor &codes, const Tensor &codebooks,
-                                                const Tensor &scales, bool need_codebooks, bool need_scales) {
-    const Weight w(grad_rows, "grad_rows", codes, codebooks, scales);
-    const Gradients g(grad_rows, w, need_codebooks, need_scales);
-    for (int64_t k = 0; need_codebooks && k < w.view.shape.num_codebooks; ++k) {
-        Tensor keys = torch::stable::new_empty(w.codes, {w.codes.size(0) * w.codes.size(1)}, ScalarType::Int);
-        check(aqlm_cuda_codes_of(static_cast<int32_t *>(keys.mutable_data_ptr()), &w.view, k, w.stream),
-              "decode_rows_backward");
+aqlm_cuda_gradient_plan gradient_plan_of(const Weight &w) {
+    aqlm_cuda_gradient_plan plan;
+    check(aqlm_cuda_decode_rows_backward_plan(&plan, &w.view), "decode_rows_backward");
+    return plan;
+}
+
+/* The groups of each code, [K, E + 1 + O * J]. */
+Tensor index_of(const Weight &w) {
+    const int64_t K = w.view.shape.num_codebooks, count = w.codes.size(0) * w.codes.size(1);
+    Tensor index = torch::stable::new_empty(w.codes, {K, w.codebooks.size(1) + 1 + count}, ScalarType::Int);
+    Tensor keys = torch::stable::new_empty(w.codes, {count}, ScalarType::Short);
+    for (int64_t k = 0; k < K; ++k) {
+        check(aqlm_cuda_code_keys(static_cast<int16_t *>(keys.mutable_data_ptr()), &w.view, k, w.stream),
+              "index_codes");
         const auto [sorted, order] =
             call<2>("aten::sort", "stable", keys, std::optional<bool>(true), int64_t{0}, false);
-        check(aqlm_cuda_codebook_gradient(g.codebooks.mutable_data_ptr(),
-                                          static_cast<const int32_t *>(sorted.const_data_ptr()),
-                                          static_cast<const int64_t *>(order.const_data_ptr()), g.rows.const_data_ptr(),
-                                          g.dtype, &w.view, k, w.stream),
-              "decode_rows_backward");
+        check(aqlm_cuda_index_codes(static_cast<int32_t *>(index.mutable_data_ptr()),
+                                    static_cast<const int16_t *>(sorted.const_data_ptr()),
+                                    static_cast<const int64_t *>(order.const_data_ptr()), &w.view, k, w.stream),
+              "index_codes");
     }
-    if (need_scales)
-        check(
-            aqlm_cuda_scale_gradient(g.scales.mutable_data_ptr(), g.rows.const_data_ptr(), g.dtype, &w.view, w.stream),
-            "decode_rows_backward");
+    return index;
+}
+
+/* What decode_rows_backward can be given while codes stay: [0] where it needs nothing. */
+Tensor index_codes(const Tensor &codes, const Tensor &codebooks, const Tensor &scales) {
+    const Weight w(codes, "codes", codes, codebooks, scales);
+    if (gradient_plan_of(w).pass > 0) return torch::stable::new_empty(w.codes, {0}, ScalarType::Int);
+    return index_of(w);
+}
+
+Tensor ready_index(const Tensor &index, const Weight &w) {
+    const int64_t K = w.view.shape.num_codebooks;
+    const int64_t size = w.codebooks.size(1) + 1 + w.codes.size(0) * w.codes.size(1);
+    aqlm_torch::check(index.is_cuda() && index.get_device_index() == w.codes.get_device_index(),
+                      "index: got a tensor elsewhere, expected it on cuda:", w.codes.get_device_index(), " as codes");
+    aqlm_torch::check(index.scalar_type() == ScalarType::Int, "index: got dtype ", name_of(index.scalar_type()),
+                      ", expected int32");
+    aqlm_torch::check(index.dim() == 2 && index.size(0) == K && index.size(1) == size, "index: got shape ",
+                      shape_of(index), ", expected [", K, ", ", size, "] as of index_codes");
+    return ready(index);
+}
+
+/* The gradients to codebooks and scales from that to W. */
+std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows, const Tensor &codes, const Tensor &codebooks,
+                                                const Tensor &scales, bool need_codebooks, bool need_scales,
+                                                const std::optional<Tensor> &index_in) {
+    const Weight w(grad_rows, "grad_rows", codes, codebooks, scales);
+    const Gradients g(grad_rows, w, need_codebooks, need_scales);
+    const aqlm_cuda_gradient_plan plan = gradient_plan_of(w);
+    std::optional<Tensor> index;
+    if (plan.pass == 0 && need_codebooks) index = index_in ? ready_index(*index_in, w) : index_of(w);
+    Tensor workspace = torch::stable::new_empty(w.codes, {static_cast<int64_t>(plan.workspace)}, ScalarType::Byte);
+    check(aqlm_cuda_decode_rows_backward(need_codebooks ? g.codebooks.mutable_data_ptr() : nullptr,
+                                         need_scales ? g.scales.mutable_data_ptr() : nullptr, g.rows.const_data_ptr(),
+                                         g.dtype, &w.view,
+                                         index ? static_cast<const int32_t *>(index->const_data_ptr()) : nullptr, &plan,
+                                         workspace.mutable_data_ptr(), w.stream),
+          "decode_rows_backward");
     return g.result();
 }
 
@@ -230,6 +249,7 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CUDA, m) {
     m.impl("matmul_backward", TORCH_BOX(&matmul_backward));
     m.impl("decode_rows", TORCH_BOX(&decode_rows));
     m.impl("decode_rows_backward", TORCH_BOX(&decode_rows_backward));
+    m.impl("index_codes", TORCH_BOX(&index_codes));
 }
 
 } // namespace aqlm_torch

@@ -42,6 +42,13 @@ inline void check_bias(const Tensor &bias, const Tensor &x, int64_t out_features
           ", expected that of x, ", name_of(x.scalar_type()));
 }
 
+/* An empty W [out, in] of dtype, without one of the codebooks'. */
+template <class Weight> Tensor new_rows(const Weight &w, const std::optional<ScalarType> &dtype) {
+    const aqlm_shape &s = w.view.shape;
+    return torch::stable::new_empty(w.codebooks, {s.out_features, s.in_features},
+                                    dtype.value_or(w.codebooks.scalar_type()));
+}
+
 /* Of decode_rows_backward: grad_rows [out, in], and what it returns, of the shapes and dtype of codebooks and scales,
  * [0] where not needed. */
 template <Tensor (*Dense)(const Tensor &)> struct GradientsOf {

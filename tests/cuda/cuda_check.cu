@@ -1,7 +1,8 @@
 /* cuda_check.cu: the launchers of aqlm_cuda.h against plain sums on the CPU, without torch or Python: small enough for
  * compute-sanitizer. test_cuda.py builds and runs it; by hand:
  *
- *   nvcc -std=c++17 -O3 -arch=native -Icsrc tests/cuda/cuda_check.cu $(find csrc/cuda -name "*.cu") -o cuda_check
+ *   nvcc -std=c++17 -O3 -arch=native -Icsrc tests/cuda/cuda_check.cu $(find csrc/cuda -name "*.cu") \
+ *     csrc/core/runtime/rng.c -o cuda_check
  *   for tool in memcheck racecheck initcheck synccheck; do compute-sanitizer --tool $tool ./cuda_check; done
  *
  * Arguments: the numbers of the shapes to check, all of them without. Prints a line for each; exits with 1 if one is
@@ -237,35 +238,41 @@ template <class T> bool check_format(const Format &f) {
           "aqlm_cuda_decode_rows");
     worst = std::fmax(worst, error_of(rows.host(), part));
 
-    if (f.B <= 12) {
+    {
         const auto grad_rows = random_values<T>(f.out * f.in, 1);
         const OnDevice<T> grad_rows_there(grad_rows), grad_scales(O), grad_books(books.size());
-        check(aqlm_cuda_scale_gradient(grad_scales.data, grad_rows_there.data, dtype_of<T>, &w, nullptr),
-              "aqlm_cuda_scale_gradient");
+        aqlm_cuda_gradient_plan plan;
+        check(aqlm_cuda_decode_rows_backward_plan(&plan, &w), "aqlm_cuda_decode_rows_backward_plan");
+        const OnDevice<char> workspace(plan.workspace);
+        const OnDevice<int32_t> index(plan.pass == 0 ? f.K * (E + 1 + O * J) : 1);
+        for (int64_t k = 0; k < f.K && plan.pass == 0; ++k) {
+            const OnDevice<int16_t> keys(O * J);
+            check(aqlm_cuda_code_keys(keys.data, &w, k, nullptr), "aqlm_cuda_code_keys");
+            const auto unsorted = keys.host();
+            std::vector<int64_t> order(O * J);
+            std::iota(order.begin(), order.end(), 0);
+            std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return unsorted[a] < unsorted[b]; });
+            auto sorted = unsorted;
+            std::sort(sorted.begin(), sorted.end());
+            const OnDevice<int16_t> sorted_there(sorted);
+            const OnDevice<int64_t> order_there(order);
+            check(aqlm_cuda_index_codes(index.data, sorted_there.data, order_there.data, &w, k, nullptr),
+                  "aqlm_cuda_index_codes");
+            check(cudaDeviceSynchronize(), "aqlm_cuda_index_codes");
+        }
+        check(aqlm_cuda_decode_rows_backward(grad_books.data, grad_scales.data, grad_rows_there.data, dtype_of<T>, &w,
+                                             index.data, &plan, workspace.data, nullptr),
+              "aqlm_cuda_decode_rows_backward");
         std::vector<double> truth(O);
         for (int64_t at = 0; at < f.out * f.in; ++at) truth[at / f.in / f.og] += unscaled[at] * float(grad_rows[at]);
         worst = std::fmax(worst, error_of(grad_scales.host(), truth));
         truth.assign(books.size(), 0);
-        for (int64_t k = 0; k < f.K; ++k) {
-            const OnDevice<int32_t> keys(O * J);
-            check(aqlm_cuda_codes_of(keys.data, &w, k, nullptr), "aqlm_cuda_codes_of");
-            auto sorted = keys.host();
-            std::vector<int64_t> order(O * J);
-            std::iota(order.begin(), order.end(), 0);
-            std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return sorted[a] < sorted[b]; });
-            std::stable_sort(sorted.begin(), sorted.end());
-            const OnDevice<int32_t> sorted_there(sorted);
-            const OnDevice<int64_t> order_there(order);
-            check(aqlm_cuda_codebook_gradient(grad_books.data, sorted_there.data, order_there.data,
-                                              grad_rows_there.data, dtype_of<T>, &w, k, nullptr),
-                  "aqlm_cuda_codebook_gradient");
-            check(cudaDeviceSynchronize(), "aqlm_cuda_codebook_gradient");
+        for (int64_t k = 0; k < f.K; ++k)
             for (int64_t r = 0; r < f.out; ++r)
                 for (int64_t j = 0; j < J; ++j)
                     for (int64_t i = 0; i < f.g; ++i)
                         truth[((k * E + code_of(r / f.og, j, k)) * f.og + r % f.og) * f.g + i] +=
                             double(float(scales[r / f.og])) * float(grad_rows[r * f.in + j * f.g + i]);
-        }
         worst = std::fmax(worst, error_of(grad_books.host(), truth));
     }
 

@@ -26,7 +26,6 @@ from transformers import MixtralConfig
 
 import aqlm_c
 from aqlm_c import _core, distributed
-from aqlm_c.calibrate import hessians
 from aqlm_c.cli.main import main
 from aqlm_c.pipeline.resume import sha256_of
 from aqlm_c.quantize import quantize_model
@@ -44,7 +43,7 @@ def ranks(size, function, *args, meddle=None):
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    pids, outputs = [], [tempfile.TemporaryFile() for _ in range(size)]
+    pids, outputs = [], [tempfile.TemporaryFile() for _ in range(size)]  # noqa: SIM115
     for rank, output in enumerate(outputs):
         if pid := os.fork():
             pids.append(pid)
@@ -63,6 +62,7 @@ def ranks(size, function, *args, meddle=None):
         meddle(pids)
     started = time.monotonic()
     signal.alarm(120)
+    print(function, args[1:], file=sys.stderr)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     signal.alarm(0)
     seconds = time.monotonic() - started
@@ -97,7 +97,9 @@ def quantized(name, folder, batch_size=1, work_dir=None, without_data=False):
         model = model_of(name)
         config = aqlm_c.AqlmConfig.from_scheme("2x4g8", **SOLVED, **MODELS[name])
         tokens = None if without_data else random_tokens(7, 12)
-        report = quantize_model(model, tokens, config, batch_size=None if without_data else batch_size, work_dir=work_dir)
+        report = quantize_model(
+            model, tokens, config, batch_size=None if without_data else batch_size, work_dir=work_dir
+        )
         layers = [{**layer.to_dict(), "seconds": 0} for layer in report.layers]
         blocks = [{**block.to_dict(), "seconds": 0} for block in report.blocks]
         found = {
@@ -150,7 +152,11 @@ def command(folder, out, *options, other=()):
 
 
 def files(folder):
-    return {path.name: path.read_bytes().hex() for path in sorted(folder.glob("*.safetensors"))} if folder.exists() else None
+    return (
+        {path.name: path.read_bytes().hex() for path in sorted(folder.glob("*.safetensors"))}
+        if folder.exists()
+        else None
+    )
 
 
 def prepare(folder):
@@ -162,13 +168,18 @@ def prepare(folder):
 
 def command_line(folder):
     """Two ranks of the command line, and one, and refusals."""
-    prepare(folder) found = {"two": ranks(2, command, folder, "two"), "one": ranks(1, command, folder, "one",
-    "--quiet")} found["same"] = files(folder / "one") == files(folder / "two") and files(folder / "one") is not None
-    found["report"] = json.loads((folder / "two" / "report.json").read_text()).get("ranks") (folder /
-    "text.txt").write_text("Other words than those of the other rank. " * 40) for name, other in (("options", ["--seed",
-    7]), ("data", ["--data", folder / "text.txt"]), ("usage", ["--beam-size", -1])): found[name] = ranks(2, lambda
-    other=other: command(folder, "refused", other=other)) found[name]["out"] = (folder / "refused").exists()
-    found["exists"] = ranks(2, command, folder, "two") found["many"] = ranks(5, command, folder, "refused") return found
+    prepare(folder)
+    found = {"two": ranks(2, command, folder, "two"), "one": ranks(1, command, folder, "one", "--quiet")}
+    found["same"] = files(folder / "one") == files(folder / "two") != {}
+    found["report"] = json.loads((folder / "two" / "report.json").read_text()).get("ranks")
+    (folder / "text.txt").write_text("Other words than those of the other rank. " * 40)
+    for name, other in (("options", ["--seed", 7]), ("data", ["--data", folder / "text.txt"])):
+        found[name] = ranks(2, lambda other=other: command(folder, "refused", other=other))
+        found[name]["out"] = (folder / "refused").exists()
+    found["usage"] = ranks(2, command, folder, "refused", "--beam-size", -1)
+    found["exists"] = ranks(2, command, folder, "two")
+    found["many"] = ranks(5, command, folder, "refused")
+    return found
 
 
 def killed(folder, seed=0):
@@ -192,12 +203,21 @@ def killed(folder, seed=0):
     return found
 
 
-def sums_do_not_see_ranks():
-    """Bits of H that differ where sums of chunks are added by two ranks: of float64, and of float32."""
+def warm(folder):
+    """Import what runs import; the forks then need not, and no thread may be alive."""
+    import torch._dynamo  # by Adam
+    import torch.distributed
+
+    torch.set_num_threads(1)
+    _core.set_num_threads(1)
+    config = aqlm_c.AqlmConfig.from_scheme("2x4g8", **SOLVED, **TUNED)
+    quantize_model(model_of("tied"), random_tokens(4, 12), config, batch_size=2)
+    threads = Path("/proc/self/task")
+    assert not threads.exists() or len(list(threads.iterdir())) == 1, list(threads.iterdir())
 
 
 if __name__ == "__main__":
-    assert hessians and len(os.listdir("/proc/self/task")) == 1 if os.path.exists("/proc/self/task") else True
+    warm(None)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print(json.dumps({what: globals()[what](Path(tempfile.mkdtemp(dir=folder))) for what in sys.argv[1:]}))

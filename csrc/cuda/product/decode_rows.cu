@@ -12,15 +12,33 @@ struct Part {
     int groups, first_group, part_groups, entries; /* groups: of a whole row */
 };
 
-/* g = 8, og = 1: a thread decodes groups of 16 bytes. For B <= 8 codebooks lie in shared memory up to eight times, each
- * lane reading its own banks; larger ones are read through L2. Sums are fp32, in the order of the codebooks. */
-template <class T, int K, int CODE, int COPIES = (K > 6 ? 4 : 8)>
+/* Of codebooks in shared memory; of float32 an entry is two uint4. */
+template <class B, int K> constexpr int COPIES_OF = sizeof(B) == 4 ? (K > 4 ? 2 : K > 2 ? 4 : 8) : (K > 6 ? 4 : 8);
+
+template <class B> __device__ void add_entry(float (&sum)[8], const uint4 (&words)[sizeof(B) / 2]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if constexpr (sizeof(B) == 4) {
+            const auto *v = reinterpret_cast<const float *>(words) + 2 * i;
+            sum[2 * i] += v[0], sum[2 * i + 1] += v[1];
+        } else {
+            const float2 v = Pair<B>::to_float2(reinterpret_cast<const typename Pair<B>::type *>(words)[i]);
+            sum[2 * i] += v.x, sum[2 * i + 1] += v.y;
+        }
+}
+
+/* g = 8, og = 1: a thread decodes groups of 16 bytes, of T, from codebooks of B. For B <= 8 bits these lie in shared
+ * memory up to eight times, each lane reading its own banks; larger ones are read through L2. Sums are fp32, in the
+ * order of the codebooks. */
+template <class T, class B, int K, int CODE>
 __global__ void __launch_bounds__(THREADS)
-    decode_kernel(uint4 *rows, const unsigned char *codes, const uint4 *books, const T *scales, const Part p) {
-    extern __shared__ uint4 copies[]; /* [K][entries][COPIES] */
+    decode_kernel(uint4 *rows, const unsigned char *codes, const uint4 *books, const B *scales, const Part p) {
+    constexpr int COPIES = COPIES_OF<B, K>, WORDS = sizeof(B) / 2;
+    extern __shared__ uint4 copies[]; /* [K][entries][WORDS][COPIES] */
     const int copy = threadIdx.x % COPIES;
     if constexpr (CODE == 1) {
-        for (int i = threadIdx.x; i < K * p.entries * COPIES; i += THREADS) copies[i] = __ldg(books + i / COPIES);
+        for (int i = threadIdx.x; i < K * p.entries * WORDS * COPIES; i += THREADS)
+            copies[i] = __ldg(books + i / COPIES);
         __syncthreads();
     }
     using Vector = typename std::conditional_t<
@@ -52,13 +70,12 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int k = 0; k < K; ++k) {
                 const int entry = k * p.entries + (c[a].code[k] & (p.entries - 1));
-                const uint4 words = CODE == 1 ? copies[entry * COPIES + copy] : __ldg(books + entry);
+                uint4 words[WORDS];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const auto pair = reinterpret_cast<const typename Pair<T>::type *>(&words)[i];
-                    const float2 v = Pair<T>::to_float2(pair);
-                    sum[2 * i] += v.x, sum[2 * i + 1] += v.y;
-                }
+                for (int i = 0; i < WORDS; ++i)
+                    words[i] =
+                        CODE == 1 ? copies[(entry * WORDS + i) * COPIES + copy] : __ldg(books + entry * WORDS + i);
+                add_entry<B>(sum, words);
             }
             uint4 result;
 #pragma unroll
@@ -80,39 +97,47 @@ __global__ void plain_kernel(void *rows, const aqlm_dtype row_dtype, const aqlm_
     for (int i = 0; i < g; ++i) store_float(rows, index * g + i, row_dtype, weight_at(w, o / og, o % og, j, i) * scale);
 }
 
-template <class T, int K, int CODE>
-cudaError_t launch(void *rows, const aqlm_weight &w, const Part &p, const Device &device, cudaStream_t stream) {
-    constexpr int COPIES = K > 6 ? 4 : 8;
-    const size_t memory = CODE == 1 ? size_t(K) * p.entries * COPIES * 16 : 0;
-    if (const cudaError_t error = allow_shared_memory<decode_kernel<T, K, CODE, COPIES>>(device)) return error;
+template <class T, class B, int K, int CODE>
+cudaError_t launch(void *rows, const aqlm_weight &w, const Part &p, const Device &device, cudaStream_t stream,
+                   bool &possible) {
+    const int64_t memory = CODE == 1 ? int64_t{8} * K * p.entries * COPIES_OF<B, K> * sizeof(B) : 0;
+    possible = memory <= device.shared_memory;
+    if (!possible) return cudaSuccess;
+    if (const cudaError_t error = allow_shared_memory<decode_kernel<T, B, K, CODE>>(device)) return error;
     const int64_t resident = memory > 0 ? std::max<int64_t>(1, std::min<int64_t>(4, 220 * 1024 / memory)) : 4;
     const int64_t steps = divide_up(p.part_groups, THREADS * AHEAD) * p.outs;
     const auto blocks = static_cast<unsigned>(std::min<int64_t>(steps, device.sms * resident));
-    decode_kernel<T, K, CODE><<<blocks, THREADS, memory, stream>>>(
+    decode_kernel<T, B, K, CODE><<<blocks, THREADS, memory, stream>>>(
         static_cast<uint4 *>(rows), static_cast<const unsigned char *>(w.codes),
-        static_cast<const uint4 *>(w.codebooks), static_cast<const T *>(w.scales), p);
+        static_cast<const uint4 *>(w.codebooks), static_cast<const B *>(w.scales), p);
     return cudaGetLastError();
 }
 
-template <class T>
+template <class T, class B>
 cudaError_t run(void *rows, const aqlm_weight &w, const Part &p, const Device &device, cudaStream_t stream,
                 bool &possible) {
-    possible = w.shape.in_group_size == 8 && w.shape.out_group_size == 1;
-    if (possible && w.shape.nbits_per_codebook <= 8 &&
-        w.shape.num_codebooks * p.entries * (w.shape.num_codebooks > 6 ? 4 : 8) * 16 <= device.shared_memory)
-        switch (w.shape.num_codebooks) {
-        case 1: return launch<T, 1, 1>(rows, w, p, device, stream);
-        case 2: return launch<T, 2, 1>(rows, w, p, device, stream);
-        case 3: return launch<T, 3, 1>(rows, w, p, device, stream);
-        case 4: return launch<T, 4, 1>(rows, w, p, device, stream);
-        case 6: return launch<T, 6, 1>(rows, w, p, device, stream);
-        case 8: return launch<T, 8, 1>(rows, w, p, device, stream);
+    if (w.shape.in_group_size != 8 || w.shape.out_group_size != 1) return cudaSuccess;
+    if (w.shape.nbits_per_codebook <= 8) switch (w.shape.num_codebooks) {
+        case 1: return launch<T, B, 1, 1>(rows, w, p, device, stream, possible);
+        case 2: return launch<T, B, 2, 1>(rows, w, p, device, stream, possible);
+        case 3: return launch<T, B, 3, 1>(rows, w, p, device, stream, possible);
+        case 4: return launch<T, B, 4, 1>(rows, w, p, device, stream, possible);
+        case 6: return launch<T, B, 6, 1>(rows, w, p, device, stream, possible);
+        case 8: return launch<T, B, 8, 1>(rows, w, p, device, stream, possible);
         }
-    if (possible && w.shape.nbits_per_codebook > 8) switch (w.shape.num_codebooks) {
-        case 1: return launch<T, 1, 2>(rows, w, p, device, stream);
-        case 2: return launch<T, 2, 2>(rows, w, p, device, stream);
+    else switch (w.shape.num_codebooks) {
+        case 1: return launch<T, B, 1, 2>(rows, w, p, device, stream, possible);
+        case 2: return launch<T, B, 2, 2>(rows, w, p, device, stream, possible);
         }
-    possible = false;
+    return cudaSuccess;
+}
+
+/* By the fast kernel: of rows of 16 bits, from codebooks of their dtype or, while these are trained, of float32. */
+template <class T>
+cudaError_t run_from(void *rows, aqlm_dtype row_dtype, const aqlm_weight &w, const Part &p, const Device &device,
+                     cudaStream_t stream, bool &possible) {
+    if (w.dtype == row_dtype) return run<T, T>(rows, w, p, device, stream, possible);
+    if (w.dtype == AQLM_F32) return run<T, float>(rows, w, p, device, stream, possible);
     return cudaSuccess;
 }
 
@@ -133,10 +158,9 @@ extern "C" cudaError_t aqlm_cuda_decode_rows(void *rows, aqlm_dtype row_dtype, c
                     1 << w->shape.nbits_per_codebook};
     bool possible = false;
     cudaError_t error = cudaSuccess;
-    if (row_dtype == w->dtype && row_dtype == AQLM_F16) error = run<__half>(rows, *w, p, device, stream, possible);
-    if (row_dtype == w->dtype && row_dtype == AQLM_BF16)
-        error = run<__nv_bfloat16>(rows, *w, p, device, stream, possible);
-    if (possible) return error;
+    if (row_dtype == AQLM_F16) error = run_from<__half>(rows, row_dtype, *w, p, device, stream, possible);
+    if (row_dtype == AQLM_BF16) error = run_from<__nv_bfloat16>(rows, row_dtype, *w, p, device, stream, possible);
+    if (possible || error) return error;
     const auto blocks = static_cast<unsigned>(divide_up(outs * groups, 256));
     plain_kernel<<<blocks, 256, 0, stream>>>(rows, row_dtype, *w, p);
     return cudaGetLastError();
