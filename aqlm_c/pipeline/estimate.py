@@ -14,6 +14,7 @@ import numpy as np
 from ..calibrate.activations import TOKENS_PER_BATCH
 from ..core import arrays, verbs
 from ..core.runtime import synchronize
+from ..core.verbs import Array
 from ..files import check_free_space, resident_memory, temporary_directory
 from ..format import Format
 from ..methods import get_method
@@ -60,7 +61,8 @@ class Rates:
         rows, width = (8192, 4096) if on_gpu else (1024, 512)  # a GPU is not busy with less
         a, b = (torch.ones(n, width, dtype=getattr(torch, dtype), device=place) for n in (rows, width))
         shape = (rows, width) if on_gpu else (2048, 512)
-        x = arrays.to_kind(np.random.default_rng(0).standard_normal(shape, dtype=np.float32), arrays.of_tensor(a))
+        numbers = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        x: Array = torch.from_numpy(numbers).to(place) if on_gpu else numbers
         sums = arrays.zeros(x, shape[1], shape[1])
         like = x if on_gpu else None
 
