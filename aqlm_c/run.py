@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .distributed import group
+from .distributed import device_of_rank, group
 from .errors import wrong
 from .files import peak_memory
 from .recipe import Resolved, RunConfig, yaml_text
@@ -36,7 +36,7 @@ def run(
     resolved = config.resolve()
     group().check_same({name: value for name, value in resolved.fields.items() if name not in _OF_A_RANK})
     sources = _check(config, resolved)
-    from .core.runtime import set_threads
+    from .core.runtime import check_kernels, set_threads
     from .hf.models import load_model
     from .io.checkpoint import check_tokenizer
     from .io.data import common_start, load_sequences, provenance
@@ -45,10 +45,11 @@ def run(
 
     started = time.perf_counter()
     set_threads(config.threads)
+    check_kernels(device_of_rank(config.device))
     progress = progress or Progress()
     if loaded is None:
         progress.on_phase("load")
-        loaded = load_model(config.model)
+        loaded = load_model(config.model, apart=True)
     model, tokenizer, origin = loaded
     drawn, seed = resolved.calibration, resolved.config.seed
     options = (drawn.samples, drawn.sequence_length, drawn.shuffle, seed, drawn.bos)
@@ -63,6 +64,8 @@ def run(
         progress=progress,
         work_dir=config.work_dir,
         memory_limit=config.memory_limit,
+        device=config.device,
+        device_memory_limit=config.device_memory_limit,
     )
     report.phases = {"load": seconds, **report.phases}
     report.data = data

@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
+from ..core import arrays
 from ..core.hessian import Hessian
 from ..distributed import group
 from ..model.blocks import Blocks
 from ..recipe import AqlmConfig
 from .activations import Activations, batch_size_for, capture, capture_block
-from .hessians import HessianSums, Spread, alone
+from .hessians import NO_POOLS, HessianSums, Pools, Spread, alone, pool_kinds
+from .offload import Room
 
 
 @dataclasses.dataclass
@@ -52,8 +53,8 @@ class Calibration(Protocol):
     sequence_length: int
     inputs: Activations | None
 
-    def start(self, model: Any, blocks: Blocks, directory: str | os.PathLike[str] | None) -> None:
-        """Make `inputs` those of the first block, kept on disk in `directory` if one is given."""
+    def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
+        """Make `inputs` those of the first block, kept in `place`: a directory, a `Room`, or None for memory."""
 
     def of_block(
         self,
@@ -62,8 +63,14 @@ class Calibration(Protocol):
         linears: Mapping[str, torch.nn.Linear],
         outputs: bool,
         spread: Spread = alone,
+        pools: Pools = NO_POOLS,
     ) -> LayerInputs:
-        """The inputs of `linears` in the model's block number `index`."""
+        """The inputs of `linears` in the model's block number `index`. pools: where these are not all that are
+        quantized in it.
+        """
+
+    def pools(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> Pools:
+        """What experts among `linears` have in common, of which `of_block` will be asked a part at a time."""
 
     def of_output(self, model: Any, name: str, spread: Spread = alone) -> LayerInputs:
         """The inputs of the output layer called `name`."""
@@ -83,11 +90,17 @@ class SequenceCalibration:
     block to block where these are `chained`, else from the model's start for each.
     """
 
-    def __init__(self, sequences: torch.Tensor, config: AqlmConfig, batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        sequences: torch.Tensor,
+        config: AqlmConfig,
+        batch_size: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.ids = sequences
         self.sequences, self.sequence_length = sequences.shape
         self.tokens = sequences.numel()
-        self.batch_size = batch_size_for(sequences, config.tuning, batch_size)
+        self.batch_size = batch_size_for(sequences, config.tuning, batch_size, device)
         self.inputs: Activations | None = None
         self._of_index: Callable[[int], Activations] | None = None  # where blocks are not chained
         self._share = _share(len(sequences), self.batch_size)
@@ -95,13 +108,13 @@ class SequenceCalibration:
         if config.tuning.finetune_epochs:  # that puts every source into every batch
             self._order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.seed))
 
-    def start(self, model: Any, blocks: Blocks, directory: str | os.PathLike[str] | None) -> None:
+    def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         ids = (self.ids if self._order is None else self.ids[self._order])[self._share]
         if blocks.chained:
-            self.inputs = capture(model, blocks, ids, self.batch_size, directory)
+            self.inputs = capture(model, blocks, ids, self.batch_size, place)
         else:
             self.inputs = Activations([], [])
-            self._of_index = lambda index: capture_block(model, blocks, index, ids, self.batch_size, directory)
+            self._of_index = lambda index: capture_block(model, blocks, index, ids, self.batch_size, place)
 
     def of_block(
         self,
@@ -110,20 +123,29 @@ class SequenceCalibration:
         linears: Mapping[str, torch.nn.Linear],
         outputs: bool,
         spread: Spread = alone,
+        pools: Pools = NO_POOLS,
     ) -> LayerInputs:
-        assert self.inputs is not None, "start comes first"
-        if self._of_index is not None:
-            self.inputs.close()
-            self.inputs = self._of_index(index)
-        kept = self.inputs.empty() if outputs else None
+        inputs = self._inputs_of(index)
+        kept = inputs.empty() if outputs else None
         try:
-            sums = HessianSums(linears)
-            sums.gather(self.inputs, index, block, kept)
+            sums = HessianSums(linears, pools)
+            sums.gather(inputs, index, block, kept)
             return self._inputs(sums, spread, kept)
         except BaseException:
             if kept is not None:
                 kept.close()
             raise
+
+    def pools(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> Pools:
+        return pool_kinds(linears, self._inputs_of(index), index, block)
+
+    def _inputs_of(self, index: int) -> Activations:
+        """Those of block number `index`."""
+        assert self.inputs is not None, "start comes first"
+        if self._of_index is not None:
+            self.inputs.close()
+            self.inputs = self._of_index(index)
+        return self.inputs
 
     def of_output(self, model: Any, name: str, spread: Spread = alone) -> LayerInputs:
         sums = HessianSums({name: model.get_submodule(name)})
@@ -170,10 +192,11 @@ class DataFree:
     tokens = sequences = sequence_length = 0
     inputs: Activations | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
         self._hessians: dict[int, Hessian] = {}  # by in_features
 
-    def start(self, model: Any, blocks: Blocks, directory: str | os.PathLike[str] | None) -> None:
+    def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         pass
 
     def of_block(
@@ -183,9 +206,13 @@ class DataFree:
         linears: Mapping[str, torch.nn.Linear],
         outputs: bool,
         spread: Spread = alone,
+        pools: Pools = NO_POOLS,
     ) -> LayerInputs:
         ranks = spread({name: (str(linear.in_features),) for name, linear in linears.items()})
         return LayerInputs({name: self._identity(linear.in_features) for name, linear in linears.items()}, ranks)
+
+    def pools(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> Pools:
+        return NO_POOLS
 
     def of_output(self, model: Any, name: str, spread: Spread = alone) -> LayerInputs:
         return LayerInputs({name: self._identity(model.get_submodule(name).weight.shape[1])}, spread({name: ()}))
@@ -203,13 +230,15 @@ class DataFree:
 
     def _identity(self, in_features: int) -> Hessian:
         if in_features not in self._hessians:
-            self._hessians[in_features] = Hessian.identity(in_features)
+            self._hessians[in_features] = Hessian.identity(in_features, self._device)
         return self._hessians[in_features]
 
 
-def embedding_hessian(in_features: int, of_output: Hessian | None) -> Hessian:
+def embedding_hessian(in_features: int, of_output: Hessian | None, device: torch.device | None = None) -> Hessian:
     """H of an input embedding, whose rows are looked up and not multiplied: the identity, and half of it where it is
     the output layer too, whose H is `of_output`.
     """
-    identity = np.eye(in_features, dtype=np.float32)
-    return Hessian(identity if of_output is None else (identity + of_output.H / of_output.H.diagonal().mean()) / 2)
+    if of_output is None:
+        return Hessian.identity(in_features, device)
+    identity = arrays.to_kind(arrays.identity(in_features), of_output.H)
+    return Hessian((identity + of_output.H / of_output.H.diagonal().mean()) / 2)

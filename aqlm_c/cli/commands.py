@@ -142,6 +142,11 @@ def quantize(
         str | None, _optional("Keep finished blocks there: the same command then goes on from them.", metavar="FOLDER")
     ] = None,
     memory_limit: Annotated[str | None, _optional("Such as 8GiB: activations that do not fit go to disk.")] = None,
+    device: Annotated[
+        str | None,
+        _optional("Where it is quantized. \\[default: auto, a GPU if one is there]", metavar="cpu|cuda[:N]|auto"),
+    ] = None,
+    device_memory_limit: Annotated[str | None, _optional("Such as 24GiB, of the GPU's memory.")] = None,
     overwrite: Annotated[bool | None, _optional("Replace OUT if it exists.", "--overwrite")] = None,
     json: Json = None,
     verbose: Verbose = False,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..calibrate.hessians import NO_POOLS
 from ..calibrate.sources import Calibration, LayerInputs, embedding_hessian
 from ..core import arrays, grid
 from ..distributed import group
@@ -19,12 +20,14 @@ from ..io.checkpoint import quantized_linears
 from ..methods import get_method
 from ..methods.base import LayerProblem, QuantizedWeight, gaussian_references
 from ..model.embeddings import search_config
+from ..model.residence import Residence
 from ..nn.embedding import quantized_class
 from ..nn.linear import QuantizedLayer
 from ..recipe import AqlmConfig
 from ..report.layers import BlockReport, LayerReport
 from ..train.block import finetune_block
 from ..weights import layer_problem, solve
+from .estimate import groups_of
 from .plan import BlockPlan, Plan
 from .progress import Phases
 from .resume import sha256_of
@@ -69,20 +72,30 @@ class _Solved(NamedTuple):
     layer: QuantizedLayer
     weight: QuantizedWeight
     report: LayerReport
-    problem: LayerProblem
+    problem: LayerProblem | None  # if its codes will be searched again
 
 
 class BlockStages:
-    """Quantizes the steps of a plan, one at a time, in place. dtype: the model's.
+    """Quantizes the steps of a plan, one at a time, in place. dtype: the model's. residence: brings to the device what
+    a step works on; the step's own block is there.
 
     Of several ranks each quantizes some layers of a step, and has the sums of H of these alone; all have the results.
     """
 
     def __init__(
-        self, model: Any, plan: Plan, config: AqlmConfig, calibration: Calibration, phases: Phases, dtype: torch.dtype
+        self,
+        residence: Residence,
+        plan: Plan,
+        config: AqlmConfig,
+        calibration: Calibration,
+        phases: Phases,
+        dtype: torch.dtype,
     ) -> None:
-        self.model, self.plan, self.config = model, plan, config
+        self.model: Any = residence.model
+        self.residence, self.plan, self.config = residence, plan, config
         self.calibration, self.phases, self.dtype = calibration, phases, dtype
+        self._found: dict[str, QuantizedLayer] = {}  # of the step, by name
+        self.most_hessians: int | None = None  # bytes that all H of a step may take together; None: any number
 
     def quantize(self, step: BlockPlan) -> Reports:
         """Quantize and tune a step; the reports of its layers and, after fine-tuning, of the block."""
@@ -94,23 +107,45 @@ class BlockStages:
         return reports
 
     def _quantize_block(self, step: BlockPlan, index: int, reports: Reports) -> None:
-        block = self.plan.blocks[index]
         tunes = self.config.tuning.finetune_epochs > 0 and self.calibration.inputs is not None
-        linears = {name: self.model.get_submodule(name) for name in step.targets}
-        with self.phases("calibrate"):
-            spread = functools.partial(self._spread, step)
-            given = self.calibration.of_block(index, block, linears, outputs=tunes, spread=spread)
-        self.phases.move("calibrate", "hessian", given.seconds)
-        with given.outputs or contextlib.nullcontext():
-            problems = self._quantize_layers(step, given, reports)
+        with contextlib.ExitStack() as stack:
+            given, problems = self._quantize_groups(step, index, tunes, stack, reports)
             if tunes:
                 self._tune(step.name, index, given, problems, reports)
+
+    def _quantize_groups(
+        self, step: BlockPlan, index: int, outputs: bool, stack: contextlib.ExitStack, reports: Reports
+    ) -> tuple[LayerInputs, dict[str, LayerProblem]]:
+        """Quantize the layers of a block: all under H of the dense one, which runs for each group of those whose H fit
+        memory together.
+        """
+        block, linears = self.plan.blocks[index], {name: self.model.get_submodule(name) for name in step.targets}
+        groups = groups_of({name: linear.weight.shape for name, linear in linears.items()}, self.most_hessians)
+        whole = contextlib.nullcontext if self.plan.blocks.chained else self.residence.running
+        problems: dict[str, LayerProblem] = {}
+        pools, all_given = NO_POOLS, LayerInputs({}, {})
+        if len(groups) > 1:
+            with self.phases("calibrate"), whole():
+                pools = self.calibration.pools(index, block, linears)
+        for number, names in enumerate(groups):
+            spread = functools.partial(self._spread, step)
+            part = {name: linears[name] for name in names}
+            with self.phases("calibrate"), whole():
+                given = self.calibration.of_block(index, block, part, outputs and not number, spread, pools)
+            self.phases.move("calibrate", "hessian", given.seconds)
+            if given.outputs is not None:
+                all_given.outputs = stack.enter_context(given.outputs)
+            all_given.ranks = {**all_given.ranks, **given.ranks}
+            problems |= self._quantize_layers({name: step.targets[name] for name in names}, given, reports)
+        self._place_all()
+        return all_given, problems
 
     def _tune(
         self, name: str, index: int, given: LayerInputs, problems: dict[str, LayerProblem], reports: Reports
     ) -> None:
         inputs = self.calibration.inputs
         blocks = self.plan.blocks[:] if self.plan.blocks.chained else self.plan.blocks[: index + 1]  # none is ahead
+        ahead = blocks[index + 1 : index + 1 + self.config.tuning.finetune_lookahead]
         assert inputs is not None and given.outputs is not None, "tuning compares activations"
 
         def search(part: str, *state: torch.Tensor) -> torch.Tensor | None:
@@ -120,7 +155,8 @@ class BlockStages:
             codes = group().broadcast_arrays(told, given.rank_of(layer), device).get("codes")
             return None if codes is None else torch.as_tensor(codes)
 
-        with self.phases("finetune"), dense(blocks[index], self.dtype) as quantized:
+        using = self.residence.using(*ahead)
+        with self.phases("finetune"), using, dense(blocks[index], self.dtype) as quantized:
             tuned = finetune_block(name, index, blocks, quantized, inputs, given.outputs, self.config, search)
             same_everywhere(name, quantized, blocks[index])
         reports["blocks"].append(tuned.to_dict())
@@ -136,7 +172,7 @@ class BlockStages:
         given, of_output = LayerInputs({}, ranks), None
         if embeddings.output in step.targets or embeddings.tied:
             (rank,) = (ranks[name] for name in step.targets if embeddings.tied or name == embeddings.output)
-            with self.phases("calibrate"):
+            with self.phases("calibrate"), self.residence.running():
                 found = self.calibration.of_output(
                     self.model, embeddings.output, lambda names: dict.fromkeys(names, rank)
                 )
@@ -148,12 +184,13 @@ class BlockStages:
             hessian = of_output
             if name == embeddings.input:
                 width = self.model.get_submodule(name).embedding_dim
-                hessian = embedding_hessian(width, of_output if embeddings.tied else None)
+                hessian = embedding_hessian(width, of_output if embeddings.tied else None, self.residence.device)
             assert hessian is not None, "an output layer has one"
             given.hessians[name] = hessian
         if self.calibration.tokens:
             given.tokens = dict.fromkeys(step.targets, self.calibration.tokens)
-        self._quantize_layers(step, given, reports)
+        self._quantize_layers(step.targets, given, reports)
+        self._place_all()
 
     def _spread(self, step: BlockPlan, shared: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
         layers = {}
@@ -165,24 +202,32 @@ class BlockStages:
     def _config_of(self, name: str, format: Format) -> AqlmConfig:
         return search_config(self.config, format) if name in self.plan.embeddings.names else self.config
 
-    def _quantize_layers(self, step: BlockPlan, given: LayerInputs, reports: Reports) -> dict[str, LayerProblem]:
-        """Put quantized layers in the place of the dense ones; their reports join the others. The problems of this
+    def _quantize_layers(
+        self, targets: Mapping[str, Format], given: LayerInputs, reports: Reports
+    ) -> dict[str, LayerProblem]:
+        """Find quantized layers for the place of the dense ones; their reports join the others. The problems of this
         rank's.
         """
         ranks, own = group(), {}
-        for name, format in step.targets.items():
+        for name, format in targets.items():
             if given.rank_of(name) == ranks.rank:
                 own[name] = self._quantize_layer(name, format, given)
                 if ranks.size == 1:
-                    self._place(name, own[name].layer, own[name].report, reports)
-        for name in step.targets if ranks.size > 1 else ():
+                    self._keep(name, own[name].layer, own[name].report, reports)
+        for name in targets if ranks.size > 1 else ():
             with self.phases("quantize"):
                 layer, report = self._shared(name, own.get(name), given.rank_of(name))
-            self._place(name, layer, report, reports)
-        return {name: found.problem for name, found in own.items()}
+            self._keep(name, layer, report, reports)
+        return {name: found.problem for name, found in own.items() if found.problem is not None}
 
-    def _place(self, name: str, layer: QuantizedLayer, report: LayerReport, reports: Reports) -> None:
-        self.model.set_submodule(name, layer)
+    def _place_all(self) -> None:
+        """Put the layers that were found in the place of the dense ones, all of which saw the same inputs."""
+        for name, layer in self._found.items():
+            self.model.set_submodule(name, layer)
+        self._found.clear()
+
+    def _keep(self, name: str, layer: QuantizedLayer, report: LayerReport, reports: Reports) -> None:
+        self._found[name] = layer
         reports["layers"].append(report.to_dict())
         self.phases.progress.on_layer(report)
 
@@ -203,14 +248,14 @@ class BlockStages:
         with self.phases("quantize"):
             started = time.perf_counter()
             try:
-                layer, solved, problem = quantize_module(name, module, given.hessians[name], format, config)
+                layer, solved, problem = quantize_module(name, module, given.hessians.pop(name), format, config)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             seconds = time.perf_counter() - started
         with self.phases("reference"):
             report = layer_report(problem, solved, seconds, self.config.gaussian_reference)
         report.tokens, report.embedding = given.tokens.get(name), name in self.plan.embeddings.names
-        return _Solved(layer, solved, report, problem)
+        return _Solved(layer, solved, report, problem if self.config.tuning.finetune_search else None)
 
 
 def same_everywhere(name: str, layers: Mapping[str, QuantizedLayer], block: torch.nn.Module) -> None:

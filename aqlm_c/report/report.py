@@ -27,7 +27,8 @@ class QuantizationReport:
     SHA-256 of the sources and of the token ids. note: what a reader of the sizes should know of the original.
     diagnoses: sentences of what may be wrong and what to do (`diagnose`). plan: "quantized" of all "linears" in
     "blocks", names of the "dense" by reason, and a "text" of it. ranks: processes that worked together; resumed_ranks:
-    how many these were when blocks that a work directory had were finished, if not as many.
+    how many these were when blocks that a work directory had were finished, if not as many. device: "cpu" or the name
+    of the GPU that quantized, with the most bytes that were held there; both are in `to_dict` for a GPU alone.
     """
 
     layers: list[LayerReport] = dataclasses.field(default_factory=list)
@@ -46,6 +47,8 @@ class QuantizationReport:
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     threads: int = 0
     isa: str = ""
+    device: str = "cpu"
+    peak_device_memory_bytes: int = 0
     plan: dict[str, Any] = dataclasses.field(default_factory=dict)
     ranks: int = 1
     resumed_ranks: list[int] = dataclasses.field(default_factory=list)
@@ -74,6 +77,8 @@ class QuantizationReport:
         of ranks only where there was more than one.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.device == "cpu":
+            del fields["device"], fields["peak_device_memory_bytes"]
         fields = {name: value for name, value in fields.items() if "ranks" not in name or value not in (1, [])}
         return _finite(
             {
@@ -128,9 +133,10 @@ class QuantizationReport:
     def _summary(self) -> str:
         phases = " · ".join(f"{name} {seconds:.1f}" for name, seconds in self.phases.items())
         start = f", each beginning with {self.data['bos']}" if self.data.get("bos") else ""
+        device = f", {self.peak_device_memory_bytes / 2**30:.2f} GiB on {self.device}" if self.device != "cpu" else ""
         return (
             f"{self.sequences} sequences, {self.tokens:,} tokens{start} · {self._ranks()}{self.threads} threads, "
-            f"{self.isa} · peak memory {self.peak_memory_bytes / 2**30:.2f} GiB\n"
+            f"{self.isa} · peak memory {self.peak_memory_bytes / 2**30:.2f} GiB{device}\n"
             f"seconds: {phases} · total {sum(self.phases.values()):.1f}"
         )
 

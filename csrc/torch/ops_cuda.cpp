@@ -10,11 +10,10 @@
 #include <tuple>
 #include <vector>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "cuda.h"
 #include "cuda/aqlm_cuda.h"
 #include "product.h"
 
@@ -23,21 +22,11 @@ namespace {
 
 using torch::stable::narrow;
 
-void check(cudaError_t error, const char *what) {
-    aqlm_torch::check(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
-}
-
-/* t, dense and 16-byte aligned, as the kernels load it. */
-Tensor ready(const Tensor &t) {
-    Tensor dense = t.is_contiguous() ? t : torch::stable::contiguous(t);
-    return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
-}
-
 /* Tensors of one GPU, which is the current device while this lives, and the kernels' view of them. */
 struct Weight {
     Tensor codes, codebooks, scales;
     aqlm_weight view = {};
-    std::optional<torch::stable::accelerator::DeviceGuard> guard;
+    std::optional<OnDevice> on;
     cudaStream_t stream;
 
     Weight(const Tensor &first, const char *name, const Tensor &codes_in, const Tensor &codebooks_in,
@@ -52,12 +41,8 @@ struct Weight {
         for (const auto &[tensor, what] : {std::pair{&first, name}, {&codebooks, "codebooks"}, {&scales, "scales"}})
             aqlm_torch::check(tensor->is_cuda() && tensor->get_device_index() == device, what,
                               ": got a tensor elsewhere, expected it on cuda:", device, " as codes");
-        int current;
-        check(cudaGetDevice(&current), "cudaGetDevice");
-        if (current != device) guard.emplace(device);
-        void *handle;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &handle));
-        stream = static_cast<cudaStream_t>(handle);
+        on.emplace(device);
+        stream = on->stream;
     }
 
     /* W[first_out : first_out + outs, first_group * g : (first_group + groups) * g], of rows' dtype. */
@@ -76,16 +61,6 @@ struct Weight {
 
 using Product = ProductOf<ready>;
 using Gradients = GradientsOf<ready>;
-
-/* name(arguments...), an ATen operator whose first Results results are tensors. */
-template <size_t Results = 1, class... Arguments>
-std::array<Tensor, Results> call(const char *name, const char *overload, const Arguments &...arguments) {
-    namespace detail = torch::stable::detail;
-    std::array<StableIValue, sizeof...(Arguments)> stack{detail::from(arguments)...};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-    if constexpr (Results == 1) return {detail::to<Tensor>(stack[0])};
-    else return {detail::to<Tensor>(stack[0]), detail::to<Tensor>(stack[1])};
-}
 
 std::optional<Tensor> ready_bias(const std::optional<Tensor> &bias, const Tensor &x, int64_t out_features) {
     if (!bias) return std::nullopt;

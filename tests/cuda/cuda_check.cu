@@ -1,7 +1,8 @@
 /* cuda_check.cu: the launchers of aqlm_cuda.h against plain sums on the CPU, without torch or Python: small enough for
  * compute-sanitizer. test_cuda.py builds and runs it; by hand:
  *
- *   nvcc -std=c++17 -O3 -arch=native -Icsrc tests/cuda/cuda_check.cu $(find csrc/cuda -name "*.cu") -o cuda_check
+ *   nvcc -std=c++17 -O3 -arch=native -Icsrc tests/cuda/cuda_check.cu $(find csrc/cuda -name "*.cu") \
+ *     csrc/core/runtime/rng.c -o cuda_check
  *   for tool in memcheck racecheck initcheck synccheck; do compute-sanitizer --tool $tool ./cuda_check; done
  *
  * Arguments: the numbers of the shapes to check, all of them without. Prints a line for each; exits with 1 if one is

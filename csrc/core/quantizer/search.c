@@ -486,6 +486,12 @@ static void shuffle(int32_t *order, int64_t n, aqlm_rng *rng) {
     }
 }
 
+void aqlm_sweep_order(int32_t *order, int64_t groups, int64_t num_codebooks, uint64_t seed) {
+    aqlm_rng rng = aqlm_rng_seed(seed);
+    shuffle(order, groups, &rng);
+    for (int64_t i = 0; i < groups; i++) shuffle(order + groups + i * num_codebooks, num_codebooks, &rng);
+}
+
 aqlm_status aqlm_search_sweep(uint16_t *codes, const aqlm_search *s, const float *H) {
     aqlm_search given = *s;
     aqlm_status status = resolve(&given);
@@ -496,9 +502,7 @@ aqlm_status aqlm_search_sweep(uint16_t *codes, const aqlm_search *s, const float
     int32_t *order = aqlm_alloc(J * (1 + K), sizeof *order), *books = order + J;
     float *memory = aqlm_alloc(in * in + in * g + AQLM_LANES, sizeof *memory);
     if (order && memory) {
-        aqlm_rng rng = aqlm_rng_seed(s->seed);
-        shuffle(order, J, &rng);
-        for (int64_t i = 0; i < J; i++) shuffle(books + i * K, K, &rng);
+        aqlm_sweep_order(order, J, K, s->seed);
         permute_job p = {memory, memory + in * in, H, order, in, g};
         aqlm_parallel(0, J, 8, permute_groups, &p);
         search x = {s, codes, order, p.to, p.metric, books, false, {AQLM_OK}};

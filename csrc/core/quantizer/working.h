@@ -7,6 +7,10 @@
 #include "aqlm/shape.h"
 #include "aqlm/status.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 aqlm_status aqlm_check_quantizer_shape(const aqlm_shape *shape); /* a valid shape with og = 1 */
 aqlm_status aqlm_check_working_codes(const uint16_t *codes, const aqlm_shape *shape);
 
@@ -14,4 +18,11 @@ aqlm_status aqlm_check_working_codes(const uint16_t *codes, const aqlm_shape *sh
 void aqlm_decode_working(float *q, const uint16_t *codes, const float *codebooks, const aqlm_shape *shape,
                          int64_t begin, int64_t end);
 
+/* order[groups], then of each group the order of its codebooks [num_codebooks], of a sweep with this seed (search.c).
+ */
+void aqlm_sweep_order(int32_t *order, int64_t groups, int64_t num_codebooks, uint64_t seed);
+
+#ifdef __cplusplus
+}
+#endif
 #endif

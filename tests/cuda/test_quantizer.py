@@ -1,0 +1,239 @@
+"""The quantizer's verbs on a GPU: what the C core finds, up to rounding; the same bits every time; the same refusals."""
+
+import numpy as np
+import pytest
+import torch
+from layers import random_layer
+
+from aqlm_c import AqlmConfig, _core, quantize_weight
+from aqlm_c.core import verbs
+from aqlm_c.core.hessian import Hessian
+from aqlm_c.format import Format
+from aqlm_c.nn import ops
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU that torch can use", allow_module_level=True)
+if not ops.has_cuda:
+    pytest.skip("aqlm_c was built without _cuda", allow_module_level=True)
+
+# out, in, K, B, g, beam_size, pairs: every kernel of the searches, edges of their tiles, several blocks of groups.
+SEARCHES = [
+    (300, 576, 2, 8, 8, 0, False),
+    (4224, 576, 2, 8, 8, 0, False),
+    (1700, 264, 2, 8, 8, 0, False),
+    (77, 1088, 2, 8, 8, 0, False),
+    (130, 144, 2, 5, 8, 0, False),
+    (50, 96, 2, 1, 4, 0, False),
+    (200, 256, 2, 7, 4, 0, False),
+    (90, 256, 2, 8, 16, 0, False),
+    (90, 256, 2, 8, 32, 0, False),
+    (150, 192, 3, 8, 8, 0, False),
+    (1200, 192, 3, 8, 8, 4, True),
+    (60, 192, 4, 6, 8, 7, True),
+    (40, 96, 3, 1, 8, 4, True),
+    (33, 128, 8, 3, 16, 2, True),
+    (20, 64, 3, 4, 8, 64, True),
+    (300, 576, 1, 8, 8, 1, False),
+    (4300, 144, 1, 12, 8, 1, False),
+    (130, 288, 1, 16, 8, 1, False),
+    (60, 128, 2, 12, 8, 1, False),
+    (60, 128, 2, 8, 8, 5, False),
+    (40, 128, 3, 3, 4, 3, False),
+    (40, 128, 2, 10, 16, 1, False),
+    (40, 128, 1, 9, 32, 1, False),
+    (30, 64, 2, 6, 32, 2, False),
+]
+IDS = ["{2}x{3}g{4}-{5}-{6}-{0}x{1}".format(*s) for s in SEARCHES]
+
+
+def cuda(*arrays):
+    found = [a if a is None else torch.from_numpy(np.ascontiguousarray(a)).cuda() for a in arrays]
+    return found[0] if len(found) == 1 else found
+
+
+def layer(out, inp, K, B, g):
+    """W, H, scales and a start that k-means found."""
+    W, H = random_layer(out, inp, seed=K)
+    scales = np.sqrt(np.square(W).mean(1)).astype(np.float32)
+    return W, H, scales, *_core.residual_kmeans(W, scales, K, B, g, 3, 1e-3, 1)
+
+
+def same_rows(found, truth, codebooks):
+    """Share of the rows that are the same; codes may differ where entries are equal."""
+
+    def rows(codes):
+        return sum(book[codes[:, :, k]] for k, book in enumerate(codebooks))
+
+    return np.isclose(rows(found.cpu().numpy()), rows(truth), rtol=1e-5, atol=1e-6).all((1, 2)).mean()
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=IDS)
+def test_search_finds_what_the_core_finds(search):
+    out, inp, K, B, g, beam_size, pairs = search
+    W, H, scales, codes, codebooks = layer(out, inp, K, B, g)
+    factor = _core.factor_hessian(H, g, 1e-3)
+    on_gpu = cuda(W, H, codebooks, scales)
+
+    def error(codes):
+        return _core.quantization_error(W, H, codes, codebooks, scales)
+
+    truth = _core.search_ldl(W, *factor, codebooks, scales, beam_size, pairs)
+    arguments = (on_gpu[0], *cuda(*factor), *on_gpu[2:], beam_size, pairs)
+    found = verbs.search_ldl(*arguments)
+    assert torch.equal(found.view(torch.int16), verbs.search_ldl(*arguments).view(torch.int16))
+    assert error(found.cpu().numpy()) == pytest.approx(error(truth), rel=4e-3)
+    assert same_rows(found, truth, codebooks) > 0.5
+
+    truth = _core.search_sweep(codes, W, H, codebooks, scales, beam_size, 5, pairs)
+    arguments = (cuda(codes), *on_gpu, beam_size, 5, pairs)
+    found = verbs.search_sweep(*arguments)
+    assert torch.equal(found.view(torch.int16), verbs.search_sweep(*arguments).view(torch.int16))
+    assert error(found.cpu().numpy()) == pytest.approx(error(truth), rel=4e-3)
+    assert error(found.cpu().numpy()) <= error(codes) * (1 + 1e-5)
+    assert same_rows(found, truth, codebooks) > 0.5
+
+
+def test_rows_of_scale_zero_and_of_zeros_are_searched():
+    W, H, scales, codes, codebooks = layer(40, 96, 2, 6, 8)
+    W[3], scales[3], scales[5] = 0, 0, 0
+    factor = _core.factor_hessian(H, 8, 1e-3)
+    found = verbs.search_ldl(cuda(W), *cuda(*factor), *cuda(codebooks, scales), 0, False)
+    assert (found.cpu().numpy() < 64).all()
+    found = verbs.search_sweep(cuda(codes), *cuda(W, H, codebooks, scales), 0, 1, False)
+    assert (found.cpu().numpy() < 64).all()
+
+
+SHAPES = [(300, 576, 2, 8, 8), (4224, 264, 2, 8, 8), (130, 96, 3, 4, 4), (64, 128, 1, 12, 16), (50, 96, 4, 2, 32)]
+SHAPE_IDS = ["{2}x{3}g{4}-{0}x{1}".format(*s) for s in SHAPES]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_updates_and_error(shape):
+    out, inp, K, B, g = shape
+    W, H, scales, codes, codebooks = layer(*shape)
+    w, h, c, books, s = cuda(W, H, codes, codebooks, scales)
+    truth = _core.quantization_error(W, H, codes, codebooks, scales)
+    assert verbs.quantization_error(w, h, c, books, s) == pytest.approx(truth, rel=1e-4)
+    assert verbs.quantization_error(w, h) == pytest.approx(_core.quantization_error(W, H), rel=1e-4)
+
+    truth = _core.update_scales(scales, W, H, codes, codebooks)
+    found = verbs.update_scales(s, w, h, c, books)
+    np.testing.assert_allclose(found.cpu().numpy(), truth, rtol=1e-3)
+
+    for steps in (0, 1, 3):
+        truth = _core.update_codebooks(codebooks, W, H, codes, scales, steps)
+        found = verbs.update_codebooks(books, w, h, c, s, steps)
+        assert torch.equal(found, verbs.update_codebooks(books, w, h, c, s, steps))
+        error = _core.quantization_error(W, H, codes, found.cpu().numpy(), scales)
+        assert error == pytest.approx(_core.quantization_error(W, H, codes, truth, scales), rel=1e-3)
+
+    moments = np.zeros((2, codebooks.size + out))
+    truth = _core.update_adam(codebooks, scales, moments, W, H, codes, 5, 1e-3, 0)
+    found = verbs.update_adam((books, s, cuda(moments)), w, h, c, 5, 1e-3, 0)
+    for ours, theirs in zip(found, truth, strict=True):
+        size = np.abs(theirs).max()
+        np.testing.assert_allclose(ours.cpu().numpy(), theirs, atol=2e-3 * size)
+
+
+def test_an_entry_without_members_stays():
+    W, H, scales, codes, codebooks = layer(40, 96, 2, 6, 8)
+    codes[codes == 7] = 0
+    found = verbs.update_codebooks(*cuda(codebooks, W, H, codes, scales), 3)
+    assert np.array_equal(found.cpu().numpy()[:, 7], codebooks[:, 7])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("inp", [96, 260, 33])
+def test_accumulate_hessian(dtype, inp):
+    x = torch.randn(9000, inp, generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
+    x[:, 1] *= 100
+    sums = torch.zeros(inp, inp, dtype=torch.float64, device="cuda")
+    for rows in x.split(4000):
+        verbs.accumulate_hessian(sums, rows.cuda())
+    truth = x.double().T @ x.double()
+    size = truth.diagonal().sqrt()
+    assert ((sums.cpu() - truth) / (size[:, None] * size)).abs().max() < 2e-5
+    assert torch.equal(sums, sums.T)
+
+
+@pytest.mark.parametrize("inp,g", [(96, 4), (264, 8), (576, 16), (544, 32)])
+def test_factor_hessian(inp, g):
+    _, H = random_layer(4, inp)
+    truth = _core.factor_hessian(H, g, 1e-3)
+    found = verbs.factor_hessian(cuda(H), g, 1e-3)
+    assert np.array_equal(found[0].cpu().numpy(), truth[0])
+    for ours, theirs in zip(found[1:], truth[1:], strict=True):
+        np.testing.assert_allclose(ours.cpu().numpy(), theirs, rtol=1e-5, atol=1e-6 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("shape", [(4096, 256, 2, 8, 8), (300, 96, 2, 10, 16), (512, 64, 8, 5, 4), (64, 64, 1, 16, 8)])
+def test_kmeans(shape):
+    out, inp, K, B, g = shape
+    W, H = random_layer(out, inp, seed=1)
+    scales = np.sqrt(np.square(W).mean(1)).astype(np.float32)
+    columns = H.diagonal().copy()
+    arguments = (Format(K, B, g), 5, 1e-3, 3)
+    w, s = cuda(W, scales)
+    codes, books = verbs.residual_kmeans(w, s, *arguments, cuda(columns))
+    again = verbs.residual_kmeans(w, s, *arguments, cuda(columns))
+    assert torch.equal(codes.view(torch.int16), again[0].view(torch.int16)) and torch.equal(books, again[1])
+
+    def error(codes, books):
+        diagonal = np.diag(columns)
+        return _core.quantization_error(W, diagonal, np.ascontiguousarray(codes), np.ascontiguousarray(books), scales)
+
+    truth = verbs.residual_kmeans(W, scales, *arguments, columns)
+    assert error(codes.cpu().numpy(), books.cpu().numpy()) <= 1.03 * error(*truth) + 1e-9
+
+
+@pytest.mark.parametrize("bits", [1, 7, 8, 9, 16])
+def test_codes_to_disk_and_back(bits):
+    codes = np.random.default_rng(0).integers(0, 1 << bits, (13, 6, 2)).astype(np.uint16)
+    stored = verbs.codes_to_disk(cuda(codes), bits)
+    assert np.array_equal(stored.cpu().numpy(), verbs.codes_to_disk(codes, bits))
+    assert np.array_equal(verbs.codes_from_disk(stored, bits).cpu().numpy(), codes)
+
+
+def test_refusals():
+    W, H, scales, codes, codebooks = layer(40, 96, 2, 6, 8)
+    outside = codes.copy()
+    outside[3, 2, 1] = 64
+    with pytest.raises(ValueError, match="codes: got one outside, expected 0..63"):
+        verbs.update_scales(*cuda(scales, W, H, outside, codebooks))
+    with pytest.raises(ValueError, match="codes: got 64 at flat index 77, expected 0..63"):
+        verbs.codes_to_disk(cuda(outside), 6)
+    with pytest.raises(ValueError, match="H: got a tensor elsewhere"):
+        verbs.quantization_error(cuda(W), torch.from_numpy(H))
+    with pytest.raises(ValueError, match="H: got dtype float64"):
+        verbs.quantization_error(cuda(W), cuda(H.astype(np.float64)))
+    with pytest.raises(ValueError, match="factor_hessian: .*positive"):
+        verbs.factor_hessian(cuda(-np.eye(16, dtype=np.float32)), 8, 0.0)
+    with pytest.raises(ValueError, match="factor_hessian: .*positive"):
+        verbs.factor_hessian(cuda(np.diag([1] * 15 + [-1]).astype(np.float32)), 8, 0.0)
+
+
+SOLVES = [
+    ("ldl", "2x8g8", 512, 576),
+    ("ldl", "3x8g8", 256, 256),
+    ("ldl", "4x6g8", 256, 192),
+    ("ldl", "1x12g8", 1024, 256),
+    ("ldl", "2x8g16", 512, 256),
+    ("paper", "2x6g8", 256, 256),
+    ("rtn", "2x8g4", 128, 128),
+]
+
+
+@pytest.mark.parametrize("solver,scheme,out,inp", SOLVES)
+def test_quantize_weight_agrees_with_the_cpu(solver, scheme, out, inp):
+    W, H = random_layer(out, inp, seed=2)
+    config = AqlmConfig.from_scheme(scheme, solver=solver)
+    on_cpu = quantize_weight(W, H, config)
+    on_gpu = quantize_weight(cuda(W), Hessian(cuda(H)), config)
+    again = quantize_weight(cuda(W), Hessian(cuda(H)), config)
+    for name, tensor in on_gpu.tensors().items():
+        assert tensor.is_cuda and torch.equal(tensor, again.tensors()[name])
+    assert on_gpu.relative_error == pytest.approx(on_cpu.relative_error, rel=1.5e-2)
+    D = W.astype(np.float64) - on_gpu.decode().cpu().numpy()
+    signal = np.einsum("oi,ij,oj", W, H, W, optimize=True)
+    assert np.einsum("oi,ij,oj", D, H, D, optimize=True) / signal == pytest.approx(on_gpu.relative_error, rel=1e-3)
