@@ -122,7 +122,7 @@ def test_pages_are_given_back_unless_they_were_written_to(tmp_path):
 
 
 def test_a_cast_in_parts_is_a_cast(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_LEAST", 100)
+    monkeypatch.setattr(mapped, "_LEAST", 100)
     path, values = (
         tmp_path / "x.safetensors",
         {"x": torch.randn(67, 5), "zero": torch.tensor(2.0), "none": torch.zeros(0, 3)},
