@@ -318,8 +318,9 @@ template <int G, int V> cudaError_t launch(const Walk &w, const Device &device, 
     if (const cudaError_t error = allow_shared_memory<pair_kernel<G, V>>(device)) return error;
     const int64_t memory = memory_of<G, V>(w.rows, w.states, w.columns(G), w.K, w.E);
     if (memory > device.shared_memory) return cudaErrorInvalidConfiguration;
-    pair_kernel<G, V> < <<static_cast<unsigned>(divide_up(w.out, w.rows)),
-                          w.E<64 ? 64 : w.E, static_cast<size_t>(memory), stream>>>(w);
+    const int threads = std::max(w.E, 64);
+    const auto blocks = static_cast<unsigned>(divide_up(w.out, w.rows));
+    pair_kernel<G, V><<<blocks, threads, static_cast<size_t>(memory), stream>>>(w);
     return cudaGetLastError();
 }
 
