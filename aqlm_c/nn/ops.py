@@ -243,8 +243,10 @@ class _DecodeRows(torch.autograd.Function):  # eager `decode_rows` with an index
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_rows):
-        needs = ctx.needs_input_grad[1:3]
-        return None, *_weight_gradients(grad_rows, *ctx.saved_tensors, *needs, ctx.index), None, None
+        codes, codebooks, scales = ctx.saved_tensors
+        _, for_codebooks, for_scales, *_ = ctx.needs_input_grad
+        found = _weight_gradients(grad_rows, codes, codebooks, scales, for_codebooks, for_scales, ctx.index)
+        return None, *found, None, None
 
 
 def _decode_rows_double_backward(ctx, of_codebooks, of_scales):
