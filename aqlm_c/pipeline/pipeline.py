@@ -183,12 +183,14 @@ class Pipeline:
         """What the run will take, as the progress is told."""
         calibration, config = self.calibration, self.config
         tuned = config if calibration.tokens else config.replace(finetune_epochs=0)
+        tokens = -(-calibration.tokens // group().size)  # of this rank
         brought = self.residence.moves or self.residence.mapped_bytes() > 0
-        works = works_of(self.model, self.plan, tuned, calibration.tokens, calibration.sequence_length, brought)
+        works = works_of(self.model, self.plan, tuned, tokens, calibration.sequence_length, brought)
         dense_bytes = sum(self.model.get_submodule(name).weight.nbytes for name in self.plan.targets())
         kept = sum(parameter.nbytes for parameter in self.model.parameters()) - dense_bytes
         device, limits = self.residence.device, self.placement.limits
-        options: dict[str, Any] = {"work_dir": self.work_dir, "other_bytes": kept, "resumed": self.finished}
+        place = self.work_dir if group().first else None  # another machine need not have it
+        options: dict[str, Any] = {"work_dir": place, "other_bytes": kept, "resumed": self.finished}
         if device.type == "cuda":
             memory = plan_on_device(limits, works, free_device_memory(device), **options)
         else:
