@@ -244,7 +244,7 @@ class _DecodeRows(torch.autograd.Function):  # eager `decode_rows` with an index
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_rows):
         needs = ctx.needs_input_grad[1:3]
-        return None, *_weight_gradients(grad_rows, *ctx.saved_tensors, *needs, index=ctx.index), None, None
+        return None, *_weight_gradients(grad_rows, *ctx.saved_tensors, *needs, ctx.index), None, None
 
 
 def _decode_rows_double_backward(ctx, of_codebooks, of_scales):
