@@ -83,6 +83,7 @@ class Pipeline:
             except BaseException:
                 experts.fuse(self.model)
                 raise
+        self.residence.settle(plan.blocks)
         return plan
 
     def run(self) -> QuantizationReport:
@@ -119,6 +120,8 @@ class Pipeline:
         self.progress.on_block(number, step.name)
         module = self.model if step.index is None else self.plan.blocks[step.index]
         reports = self._restore(number, module) if number < self.finished else None
+        if reports is None and step.index is not None and self.config.tuning.finetune_epochs:
+            self._read_ahead(step.index, self.config.tuning.finetune_lookahead)
         with self.residence.using(module):
             if reports is None:
                 reports = self.stages.quantize(step)
@@ -128,7 +131,7 @@ class Pipeline:
             if step.index is None and self.plan.embeddings.tied:
                 tie(self.model, self.plan.embeddings)
             if step.index is not None and self.calibration.inputs is not None and number + 1 < len(self.plan.steps):
-                self._read_ahead(step.index + 1)
+                self._read_ahead(step.index, 1)
                 with self.phases("propagate"), dense(module, self.stages.dtype):
                     self.calibration.advance(step.index, module)
         layers, blocks = block_reports(reports)
@@ -143,9 +146,9 @@ class Pipeline:
         stack.callback(room.close)
         return room
 
-    def _read_ahead(self, index: int) -> None:
-        if index < len(self.plan.blocks):
-            self.residence.read_ahead(self.plan.blocks[index])
+    def _read_ahead(self, index: int, count: int) -> None:
+        for block in self.plan.blocks[index + 1 : index + 1 + count] if self.plan.blocks.chained else ():
+            self.residence.read_ahead(block)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         """The work directory, which only the first rank sees; before it, that all ranks are of the same run."""
