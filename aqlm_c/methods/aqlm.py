@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..config import AqlmOptions
 from ..core import arrays, verbs
 from ..core.verbs import Array
 from ..format import Format
+from ..units import fastest
 from .base import Cost, LayerProblem, QuantizedWeight
 from .state import SolverState, check_searchable
 
@@ -163,13 +163,7 @@ def seconds_per_group(format: Format, search: tuple[int, bool], like: Array | No
     )
     start = there(rng.integers(0, E, (out, groups, K)).astype(np.uint16))
     codes = verbs.search_sweep(start, *state)  # from good codes on the search is faster
-    seconds = []
-    for _ in range(3):
-        arrays.wait_for(codes)
-        started = time.perf_counter()
-        arrays.wait_for(verbs.search_sweep(codes, *state))
-        seconds.append(time.perf_counter() - started)
-    return min(seconds) / (out * groups)
+    return fastest(lambda: arrays.wait_for(verbs.search_sweep(codes, *state))) / (out * groups)
 
 
 def _extrapolate(start: Array, fitted: Array, beyond: float) -> Array:

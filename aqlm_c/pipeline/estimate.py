@@ -19,7 +19,7 @@ from ..files import check_free_space, resident_memory, temporary_directory
 from ..format import Format
 from ..methods import get_method
 from ..recipe import AqlmConfig
-from ..units import binary_size, duration
+from ..units import binary_size, duration, fastest
 
 if TYPE_CHECKING:
     import torch
@@ -65,21 +65,15 @@ class Rates:
         x: Array = torch.from_numpy(numbers).to(place) if on_gpu else numbers
         sums = arrays.zeros(x, shape[1], shape[1])
         like = x if on_gpu else None
+
+        def seconds(call: Callable[[], object]) -> float:
+            return fastest(lambda: (call(), synchronize(device)))
+
         return cls(
-            product=2 * a.numel() * b.shape[1] / _fastest(lambda: a @ b, device),
-            gemm=_SQUARED * arrays.size(x) * shape[1] / _fastest(lambda: verbs.accumulate_hessian(sums, x), device),
+            product=2 * a.numel() * b.shape[1] / seconds(lambda: a @ b),
+            gemm=_SQUARED * arrays.size(x) * shape[1] / seconds(lambda: verbs.accumulate_hessian(sums, x)),
             group=get_method(config.solver).seconds_per_group(config.format, config.options, like),
         )
-
-
-def _fastest(call: Callable[[], object], device: torch.device | None) -> float:
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        call()
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
 
 
 @dataclasses.dataclass(frozen=True)
