@@ -136,6 +136,10 @@ class OffloadedTensors:
         if self._order:
             self._begin(self._order[0])
 
+    def prefetch(self, index: int) -> None:
+        """A tensor is read soon: it begins to come."""
+        self._begin(index)
+
     def shapes(self) -> list[torch.Size]:
         """Of the tensors, without reading them."""
         return list(self._shapes)

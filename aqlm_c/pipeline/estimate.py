@@ -67,7 +67,11 @@ class Rates:
         like = x if on_gpu else None
 
         def seconds(call: Callable[[], object]) -> float:
-            return fastest(lambda: (call(), synchronize(device)))
+            def finished() -> None:
+                call()
+                synchronize(device)
+
+            return fastest(finished)
 
         return cls(
             product=2 * a.numel() * b.shape[1] / seconds(lambda: a @ b),
@@ -144,9 +148,8 @@ class Work:
         hessians = bytes_of_hessians(self.inputs)
         if most_hessians is not None:
             hessians = min(hessians, max(most_hessians, bytes_of_hessians([max(self.inputs, default=0)])))
-        solver = (
-            (_COPIES_ON_GPU if on_gpu else _COPIES) * 4 * max(self._sizes(), default=0)
-        )  # the weight, its error, targets and gradients
+        copies = _COPIES_ON_GPU if on_gpu else _COPIES  # the weight, its error, targets and gradients
+        solver = copies * 4 * max(self._sizes(), default=0)
         gather = min(TOKENS_ON_GPU if on_gpu else TOKENS_PER_BATCH, self.tokens) * width * item
         batch = min(tuning_options.finetune_batch_size * self.sequence_length, self.tokens)
         kept = (1 + tuning_options.finetune_lookahead) * (3 * width * item + self.heads * self.sequence_length * 6)

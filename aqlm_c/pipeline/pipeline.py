@@ -120,8 +120,9 @@ class Pipeline:
         self.progress.on_block(number, step.name)
         module = self.model if step.index is None else self.plan.blocks[step.index]
         reports = self._restore(number, module) if number < self.finished else None
-        if reports is None and step.index is not None and self.config.tuning.finetune_epochs:
-            self._read_ahead(step.index, self.config.tuning.finetune_lookahead)
+        tuning = self.config.tuning
+        if reports is None and step.index is not None and self.calibration.inputs is not None:
+            self._read_ahead(step.index, tuning.finetune_lookahead if tuning.finetune_epochs else 0)
         with self.residence.using(module):
             if reports is None:
                 reports = self.stages.quantize(step)
