@@ -155,7 +155,10 @@ class Work:
         kept = (1 + tuning_options.finetune_lookahead) * (3 * width * item + self.heads * self.sequence_length * 6)
         # Decoded weights and their gradients, in fp32 and in the model's dtype; what the backward pass keeps.
         tuning = self.weights * (8 + 2 * item) + batch * kept
-        return int(_SLACK * (hessians + max(solver, gather, tuning if tuning_options.finetune_epochs else 0)))
+        tuning = tuning if tuning_options.finetune_epochs else 0
+        if on_gpu and not tuning_options.finetune_search:  # which is when H is kept until then
+            return int(_SLACK * max(hessians + max(solver, gather), tuning))
+        return int(_SLACK * (hessians + max(solver, gather, tuning)))
 
     def blocks(self) -> int:
         """Bytes of dense blocks that are brought to memory for this one: itself and those of the lookahead."""
