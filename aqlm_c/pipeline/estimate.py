@@ -15,7 +15,7 @@ from ..calibrate.activations import TOKENS_ON_GPU, TOKENS_PER_BATCH
 from ..core import arrays, verbs
 from ..core.runtime import synchronize
 from ..core.verbs import Array
-from ..files import check_free_space, resident_memory, temporary_directory
+from ..files import available_memory, check_free_space, resident_memory, temporary_directory
 from ..format import Format
 from ..methods import get_method
 from ..recipe import AqlmConfig
@@ -247,7 +247,7 @@ def plan_on_device(
     resumed: int = 0,
 ) -> MemoryPlan:
     """`plan_memory` for a GPU of which `free` bytes are free: activations stay there as far as they fit beside the
-    work, else in host memory, else on disk. limits: of host memory and of the GPU's.
+    work, else in host memory, else on disk. limits: of host memory (None: what is free) and of the GPU's.
     """
     host_limit, asked = limits
     limit = min(int(_FREE * free), free if asked is None else asked)
@@ -260,7 +260,8 @@ def plan_on_device(
     on_device = min(activations, limit - needed)
     held = (resident_memory() if resident is None else resident) + _kept(works)
     _check_limit("memory_limit", host_limit, held, "which the model and its libraries hold")
-    room = None if host_limit is None else host_limit - held
+    left = available_memory() if host_limit is None else host_limit - held
+    room = left if left is None or host_limit is not None else int(_FREE * left)
     on_host = activations - on_device if room is None else min(activations - on_device, room)
     on_disk = activations - on_device - on_host
     directory, disk = _plan_disk(works, on_disk, work_dir, other_bytes, resumed)
