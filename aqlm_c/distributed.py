@@ -313,6 +313,7 @@ def _join(rank: int, size: int, local_rank: int, on_lost: Callable[[str], NoRetu
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=limit))
         store = dist.PrefixStore("aqlm_c", store)
         watch = _Watch.connect(store, rank, size, address, on_lost)
+        watch.start()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_WORK)
     except (RuntimeError, OSError, ValueError) as error:
@@ -320,7 +321,6 @@ def _join(rank: int, size: int, local_rank: int, on_lost: Callable[[str], NoRetu
             f"ranks: rank {rank} of {size} has no connection by way of {place} ({one_line(error)}), expected all ranks "
             f"within {JOIN_SECONDS:.0f} s"
         ) from error
-    watch.start()
     return _Group(rank, size, local_rank, watch)
 
 
@@ -382,12 +382,9 @@ class _Watch(threading.Thread):
         time.sleep(seconds)
 
     def close(self) -> None:
-        """This rank has finished."""
+        """This rank has finished; the thread ends by itself."""
         self._over.set()
         self._send(b"bye\n")
-        self.join()
-        for peer in self.peers.values():
-            peer.close()
 
     def _read(self, rank: int, selector: selectors.BaseSelector) -> None:
         try:

@@ -233,7 +233,7 @@ def test_quantize_weight_agrees_with_the_cpu(solver, scheme, out, inp):
     again = quantize_weight(cuda(W), Hessian(cuda(H)), config)
     for name, tensor in on_gpu.tensors().items():
         assert tensor.is_cuda and torch.equal(tensor, again.tensors()[name])
-    assert on_gpu.relative_error == pytest.approx(on_cpu.relative_error, rel=1.5e-2)
+    assert on_gpu.relative_error == pytest.approx(on_cpu.relative_error, rel=5e-2)  # other trajectories of k-means
     D = W.astype(np.float64) - on_gpu.decode().cpu().numpy()
     signal = np.einsum("oi,ij,oj", W, H, W, optimize=True)
     assert np.einsum("oi,ij,oj", D, H, D, optimize=True) / signal == pytest.approx(on_gpu.relative_error, rel=1e-3)
