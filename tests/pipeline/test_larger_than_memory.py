@@ -70,7 +70,10 @@ def test_a_model_is_never_in_memory_as_a_whole(tmp_path):
     assert size > 300e6 and most - start < 0.5 * size, f"{(most - start) / 1e6:.0f} of {size / 1e6:.0f} MB"
 
 
-@pytest.mark.skipif(not experts.are_fused(), reason="this transformers joins no experts")
+FUSED = pytest.mark.skipif(not experts.are_fused(), reason="this transformers joins no experts")
+
+
+@FUSED
 def test_experts_stay_in_their_files(tmp_path):
     config = MixtralConfig(
         **{**SIZES, "hidden_size": 64, "intermediate_size": 64}, num_hidden_layers=2, num_local_experts=4
@@ -97,6 +100,7 @@ def test_experts_stay_in_their_files(tmp_path):
     assert saved[0] == saved[1]
 
 
+@FUSED
 def test_a_model_taken_apart_is_made_whole_again(tmp_path):
     config = MixtralConfig(
         **{**SIZES, "hidden_size": 64, "intermediate_size": 64}, num_hidden_layers=2, num_local_experts=4
