@@ -257,7 +257,7 @@ def plan_on_device(
     what = "for a step of the work" if asked is not None and asked == limit else "which is what the GPU has free"
     _check_limit("device_memory_limit", limit, needed, what)
     activations = max(work.activations() for work in works)
-    on_device = min(activations, limit - needed)
+    on_device = min(activations, int(_FREE * (limit - needed)))  # what is freed leaves gaps
     held = (resident_memory() if resident is None else resident) + _kept(works)
     _check_limit("memory_limit", host_limit, held, "which the model and its libraries hold")
     left = available_memory() if host_limit is None else host_limit - held

@@ -13,7 +13,7 @@ import torch
 from ..calibrate.offload import Room
 from ..calibrate.sources import Calibration, SequenceCalibration
 from ..core import runtime
-from ..core.runtime import free_device_memory, kind_of_device, peak_device_memory
+from ..core.runtime import bounded_device_memory, free_device_memory, kind_of_device, peak_device_memory
 from ..distributed import group
 from ..files import peak_memory
 from ..model import experts
@@ -92,6 +92,7 @@ class Pipeline:
         with contextlib.ExitStack() as stack:
             stack.enter_context(without_gradients(self.model))
             stack.callback(experts.fuse, self.model)  # if none was quantized
+            stack.enter_context(bounded_device_memory(self.residence.device, self.placement.limits[1]))
             stack.enter_context(self.residence)
             self._open(stack)
             memory, estimator = self._estimate()
