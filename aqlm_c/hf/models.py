@@ -91,7 +91,10 @@ def _load(name: str, dtype: str | torch.dtype, apart: bool) -> tuple[Any, Any, M
     with _damage_named(name):
         fields = PretrainedConfig.get_config_dict(name, local_files_only=offline)[0]
     flash = trust.check_config(fields, f"config.json of {name}")
-    model, tokenizer = _from_pretrained(name, name, dtype, local_files_only=offline, without_flash=flash)
+    options = _options_apart(fields) if apart else {}
+    model, tokenizer = _from_pretrained(name, name, dtype, local_files_only=offline, without_flash=flash, **options)
+    if options:
+        forget(model)
     with contextlib.suppress(Exception):  # what a processor needs: the model is there without it
         huggingface_hub.snapshot_download(name, allow_patterns=BESIDE, local_files_only=offline)
     return model, tokenizer, ModelSource(name, "hub", name, quantized=_is_quantized(model))
@@ -136,9 +139,7 @@ def _load_directory(name: str, path: Path, dtype: str | torch.dtype, apart: bool
     with _damage_named(name):
         fields = read_json_object(path / "config.json")
     flash = trust.check_config(fields, path / "config.json", len(tensors))
-    options = (
-        {"quantization_config": ApartConfig()} if apart and loads_apart(fields) and not _names_method(fields) else {}
-    )
+    options = _options_apart(fields) if apart else {}
     model, tokenizer = _from_pretrained(name, path, dtype, without_flash=flash, **options)
     if options:
         forget(model)
@@ -146,10 +147,11 @@ def _load_directory(name: str, path: Path, dtype: str | torch.dtype, apart: bool
     return model, tokenizer, ModelSource(name, "directory", str(path), *sizes, quantized=_is_quantized(model))
 
 
-def _names_method(fields: Mapping[str, Any]) -> bool:
-    """Whether a config is that of a quantized model."""
+def _options_apart(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `from_pretrained` that leave the experts of a dense model with the config `fields` apart."""
     texts = [fields, *(value for value in fields.values() if isinstance(value, Mapping))]
-    return any(text.get("quantization_config") for text in texts)
+    quantized = any(text.get("quantization_config") for text in texts)
+    return {"quantization_config": ApartConfig()} if loads_apart(fields) and not quantized else {}
 
 
 def _load_gguf(name: str, path: Path, dtype: str | torch.dtype) -> tuple[Any, Any, ModelSource]:

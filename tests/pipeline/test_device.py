@@ -328,6 +328,14 @@ def test_a_gpu_comes_as_close_as_the_cpu(dtype):
         assert other.relative_error == pytest.approx(one.relative_error, rel=0.03), one.name
 
 
+@pytest.mark.parametrize("limit", [pytest.param("1MiB", marks=gpu)])
+def test_a_gpu_with_too_little_memory_is_refused(limit):
+    model = small_llama()
+    with pytest.raises(ValueError, match="device_memory_limit: got 1048576"):
+        aqlm_c.quantize_model(model, random_tokens(16, 64), TUNED, device="cuda", device_memory_limit=limit)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
 @pytest.mark.parametrize("solver", [pytest.param(solver, marks=gpu) for solver in METHODS])
 def test_a_layer_is_quantized_where_it_is(solver):
     linear, X = torch.nn.Linear(128, 96).cuda().bfloat16(), torch.randn(512, 128)
