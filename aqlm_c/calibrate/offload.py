@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .spill import SpilledTensors
 
+_PORTABLE = 1  # cudaHostRegisterPortable: for every GPU
+
 
 class Room:
     """What all activations of a run may take together: bytes on `device`, bytes of host memory (None: any number), and
@@ -55,7 +57,7 @@ class Room:
         buffer = torch.empty(n_bytes, dtype=torch.uint8)
         if self.device.type == "cuda" and n_bytes:
             runtime: Any = torch.cuda.cudart()
-            if int(runtime.cudaHostRegister(buffer.data_ptr(), n_bytes, 0)) == 0:  # else copies are slower
+            if int(runtime.cudaHostRegister(buffer.data_ptr(), n_bytes, _PORTABLE)) == 0:  # else copies are slower
                 self._locked.append(buffer)
         return buffer
 

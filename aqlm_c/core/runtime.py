@@ -71,8 +71,9 @@ def free_device_memory(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def bounded_device_memory(device: torch.device, limit: int | None) -> Iterator[None]:
-    """On a GPU tensors take no more than `limit` bytes, None being all there are; ValueError where they would.
+def working_on(device: torch.device, limit: int | None) -> Iterator[None]:
+    """A GPU is torch's current one, and tensors take no more than `limit` bytes there, None being all there are;
+    ValueError where they would.
 
     What its libraries hold beside tensors, some 100 MiB, is not counted.
     """
@@ -85,7 +86,8 @@ def bounded_device_memory(device: torch.device, limit: int | None) -> Iterator[N
     if limit is not None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
     try:
-        yield
+        with torch.cuda.device(device):
+            yield
     except torch.cuda.OutOfMemoryError as error:
         raise ValueError(
             f"device_memory_limit: got {binary_size(limit or total)}, of which the work needs more than was estimated, "

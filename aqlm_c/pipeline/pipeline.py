@@ -13,7 +13,7 @@ import torch
 from ..calibrate.offload import Room
 from ..calibrate.sources import Calibration, SequenceCalibration
 from ..core import runtime
-from ..core.runtime import bounded_device_memory, free_device_memory, kind_of_device, peak_device_memory
+from ..core.runtime import free_device_memory, kind_of_device, peak_device_memory, working_on
 from ..distributed import group
 from ..files import peak_memory
 from ..model import experts
@@ -75,7 +75,7 @@ class Pipeline:
         self.finished = 0  # steps found in the work directory
 
     def _make_plan(self, config: AqlmConfig) -> Plan:
-        with self.residence, self.residence.running():
+        with working_on(self.residence.device, None), self.residence, self.residence.running():
             plan = make_plan(self.model, config, self.layers, self.residence.done)
             try:
                 if self.calibration.tokens:
@@ -92,7 +92,7 @@ class Pipeline:
         with contextlib.ExitStack() as stack:
             stack.enter_context(without_gradients(self.model))
             stack.callback(experts.fuse, self.model)  # if none was quantized
-            stack.enter_context(bounded_device_memory(self.residence.device, self.placement.limits[1]))
+            stack.enter_context(working_on(self.residence.device, self.placement.limits[1]))
             stack.enter_context(self.residence)
             self._open(stack)
             memory, estimator = self._estimate()
