@@ -212,12 +212,12 @@ class RunConfig:
     layers: str | None = None
     work_dir: str | None = None
     memory_limit: int | str | None = None
-    device_memory_limit: int | str | None = None
-    device: str = "auto"
     overwrite: bool = False
     _: dataclasses.KW_ONLY
     bos: str = "auto"
     batch_size: int | None = None
+    device: str = "auto"
+    device_memory_limit: int | str | None = None
     rules: dict[str, str] | None = None
     embeddings: str | None = None
     solver: str | None = None

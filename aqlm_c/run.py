@@ -72,7 +72,8 @@ def run(
     report.phases = {"load": seconds, **report.phases}
     report.data = data
     report.model, report.note = origin.name, origin.note
-    report.config |= resolved.fields | {"data": sources, "threads": report.threads}
+    used = {"data": sources, "threads": report.threads, "batch_size": report.plan.get("batch_size")}
+    report.config |= resolved.fields | used
     if group().first:
         progress.on_phase("save")
         _save(config, report, loaded, resolved)

@@ -18,12 +18,12 @@ from .offload import OffloadedTensors, Room
 from .spill import SpilledTensors
 
 TOKENS_PER_BATCH = 8192  # of calibration, in one forward pass
-_ON_GPU = 16384  # whose kernels take no longer for each of more tokens, and little less
+TOKENS_ON_GPU = 16384  # whose kernels take no longer for each of more tokens, and little less
 
 
 def tokens_per_batch(device: torch.device | None) -> int:
     """Tokens in one forward pass of calibration; device: None is the CPU."""
-    return _ON_GPU if device is not None and device.type == "cuda" else TOKENS_PER_BATCH
+    return TOKENS_ON_GPU if device is not None and device.type == "cuda" else TOKENS_PER_BATCH
 
 
 @dataclasses.dataclass
