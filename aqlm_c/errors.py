@@ -57,6 +57,13 @@ def share(name: str, value: Any, *, zero: bool = False) -> None:
         raise wrong(name, value, f"a number in {'[' if zero else '('}0, 1)")
 
 
+def device_name(name: str, value: Any) -> str:
+    """The value if it names a device, which need not be there; ValueError otherwise."""
+    if not isinstance(value, str) or not re.fullmatch(r"cpu|auto|cuda(:\d{1,3})?", value):
+        raise wrong(name, value, "cpu, cuda, cuda:N or auto")
+    return value
+
+
 def one_line(error: BaseException | str) -> str:
     """What an error of any type says, printable, on one line that is not endless; its type if it says nothing."""
     text = printable(" ".join(str(error).split())) or type(error).__name__

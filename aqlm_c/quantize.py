@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import int_between, missing
 
@@ -20,9 +20,13 @@ from .methods.base import QuantizedWeight
 from .nn.linear import QuantizedLinear
 from .pipeline.block import quantize_module
 from .pipeline.pipeline import Pipeline
+from .pipeline.placement import Placement, Placing
 from .pipeline.progress import Progress
 from .recipe import AqlmConfig
 from .report.report import QuantizationReport
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Progress", "quantize_linear", "quantize_model"]
 
@@ -58,27 +62,30 @@ def quantize_model(
     progress: Any = None,
     batch_size: int | None = None,
     work_dir: str | os.PathLike[str] | None = None,
-    memory_limit: int | str | None = None,
+    **placement: Unpack[Placing],
 ) -> QuantizationReport:
     """Quantize the linears in the decoder blocks of a transformers model, in place, block by block.
 
-    Each block's linears are quantized under H of their inputs in the model as it is by then, quantized up
-    to that block; then the block is fine-tuned (`train.block`), unless `finetune_epochs` is 0. The embeddings
-    and the output layer are quantized as `config.embeddings` says, to 4 bits where they would be more than a tenth of
-    the quantized model. `sequences` holds token ids [n, length], int64; None: without data, each layer is quantized as
-    if all its inputs were white, and nothing is fine-tuned. `config`: also the text of a scheme, such as "2x8g8", or an
-    `aqlm_c.hf.AqlmConfig` without a dataset. `layers` is
-    a regular expression: only linears whose name it finds. `progress`: see `Progress`. `batch_size`: sequences in one
-    forward pass at most; fine-tuning takes no more than `finetune_batch_size` and half of them all.
-    `work_dir`: a directory that keeps each finished block; the same call with the same directory goes on after
-    the last of them (`pipeline.resume`). `memory_limit`: bytes, or text such as "8GiB"; where the activations would not
-    fit too, they are kept on disk. The model is left in evaluation mode and can be saved with `save_quantized`.
+    Each block's linears are quantized under H of their inputs in the model as it is by then, quantized up to that
+    block; then the block is fine-tuned (`train.block`), unless `finetune_epochs` is 0. The embeddings and the output
+    layer are quantized as `config.embeddings` says, to 4 bits where they would be more than a tenth of the quantized
+    model. `sequences` holds token ids [n, length], int64; None: without data, each layer is quantized as if all its
+    inputs were white, and nothing is fine-tuned. `config`: also the text of a scheme, such as "2x8g8", or an
+    `aqlm_c.hf.AqlmConfig` without a dataset. `layers` is a regular expression: only linears whose name it finds.
+    `progress`: see `Progress`. `batch_size`: sequences in one forward pass at most; fine-tuning takes no more than
+    `finetune_batch_size` and half of them all. `work_dir`: a directory that keeps each finished block; the same call
+    with the same directory goes on after the last of them (`pipeline.resume`). `device`: "cpu", "cuda", "cuda:N" or
+    "auto"; without it a model is quantized where it is. Blocks of a model that is elsewhere are brought there one after
+    another, and come back quantized, so that the device need not hold it; nor need the memory of the host, where the
+    model was loaded from safetensors files. `memory_limit`, `device_memory_limit`: bytes, or text such as "8GiB";
+    activations are kept on the device, what it does not hold beside its work in host memory, and what that does not
+    hold on disk. The model is left in evaluation mode, where it was, and can be saved with `save_quantized`.
 
     Raises ValueError, before any work, for a model with adapters or whose quantized checkpoint would not load again
-    (`hf.quantizer.check_loads`), for token ids that are too few or outside the vocabulary, for a
-    format that does not fit a layer or cannot be searched yet, for NaN or Inf in any parameter, for a `work_dir`
-    of another run and a `memory_limit` that is too small; and later, naming the layer, for NaN or Inf in
-    activations. Raises OSError if `work_dir` cannot be written; what is finished in it stays usable.
+    (`hf.quantizer.check_loads`), for token ids that are too few or outside the vocabulary, for a format that does not
+    fit a layer or cannot be searched yet, for NaN or Inf in any parameter, for a `work_dir` of another run or device,
+    for a `device` that is not there, and a limit of memory that is too small; and later, naming the layer, for NaN or
+    Inf in activations. Raises OSError if `work_dir` cannot be written; what is finished in it stays usable.
     """
     from .hf.peft import check_no_adapters
     from .hf.quantizer import attach, check_loads
@@ -89,17 +96,16 @@ def quantize_model(
     if batch_size is not None:
         int_between("batch_size", batch_size, 1)
     check_no_adapters(model)
-    device = next(model.parameters()).device
-    if device.type != "cpu":
-        raise ValueError(f"model: got one on {device}, expected cpu, where its weights are quantized")
-    calibration: DataFree | SequenceCalibration = DataFree()
+    placed = Placement(**placement)
+    device = placed.find(model)
+    calibration: DataFree | SequenceCalibration = DataFree(device)
     if sequences is not None:
-        calibration = SequenceCalibration(check_sequences(model, sequences, config.tuning), config, batch_size)
+        calibration = SequenceCalibration(check_sequences(model, sequences, config.tuning), config, batch_size, device)
     elif work_dir is not None:
         raise ValueError(
             f"work_dir: got {str(work_dir)!r} without sequences, expected None: nothing is kept without data"
         )
-    options = {"layers": layers, "progress": progress, "work_dir": work_dir, "memory_limit": memory_limit}
+    options = {"layers": layers, "progress": progress, "work_dir": work_dir, "placement": placed}
     pipeline = Pipeline(model, config, calibration, **options)
     check_loads(model, pipeline.plan.targets(), pipeline.config)
     report = pipeline.run()

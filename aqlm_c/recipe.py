@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config import CalibrationOptions, MethodOptions, TuningOptions
-from .errors import int_between, is_text, require, wrong
+from .errors import device_name, int_between, is_text, require, wrong
 from .files import read_text
 from .format import AUTO, DENSE, Format, Rules
 from .format import FIELDS as FORMAT_FIELDS
@@ -188,13 +188,14 @@ class Resolved(NamedTuple):
 class RunConfig:
     """What to quantize, to what and how; None takes an option from the preset or its default.
 
-    model: directory, hub name, .gguf file or "smollm2". out: directory to write. data: sources as in
-    `load_sequences`, none: the bundled text. threads: all cores if None. layers: regular expression, only linears
-    whose name it finds. work_dir: directory that keeps finished blocks, for the same run to go on from.
-    memory_limit: bytes, or text such as "8GiB". overwrite: replace `out` if it is a model. samples, sequence_length,
-    shuffle, bos: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`; beam_size to
-    relative_damp: see `AqlmOptions`; finetune_*: see `TuningOptions`. options: by name, those of a method that has
-    others.
+    model: directory, hub name, .gguf file or "smollm2". out: directory to write. data: sources as in `load_sequences`,
+    none: the bundled text. threads: all cores if None. layers: regular expression, only linears whose name it finds.
+    work_dir: directory that keeps finished blocks, for the same run to go on from. memory_limit: bytes, or text such as
+    "8GiB". device: that quantizes, "cpu", "cuda", "cuda:N" or "auto", which is the first GPU that our kernels can use,
+    else the CPU. device_memory_limit: of its memory. overwrite: replace `out` if it is a model. samples,
+    sequence_length, shuffle, bos: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`;
+    beam_size to relative_damp: see `AqlmOptions`; finetune_*: see `TuningOptions`. options: by name, those of a method
+    that has others.
 
     Raises ValueError naming the field, its value and what was expected.
     """
@@ -211,6 +212,8 @@ class RunConfig:
     layers: str | None = None
     work_dir: str | None = None
     memory_limit: int | str | None = None
+    device_memory_limit: int | str | None = None
+    device: str = "auto"
     overwrite: bool = False
     _: dataclasses.KW_ONLY
     bos: str = "auto"
@@ -244,8 +247,10 @@ class RunConfig:
             raise wrong("preset", self.preset, f"one of {', '.join(PRESETS)}")
         if self.threads is not None:
             int_between("threads", self.threads, 1, 1024)
-        if self.memory_limit is not None:
-            self.memory_limit = parse_size("memory_limit", self.memory_limit)
+        for name in ("memory_limit", "device_memory_limit"):
+            if getattr(self, name) is not None:
+                setattr(self, name, parse_size(name, getattr(self, name)))
+        device_name("device", self.device)
         self._calibration()
 
     @classmethod

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .distributed import device_of_rank, group
 from .errors import wrong
 from .files import peak_memory
 from .recipe import Resolved, RunConfig, yaml_text
@@ -15,6 +16,9 @@ from .report.report import QuantizationReport
 
 if TYPE_CHECKING:
     from .hf.models import ModelSource
+
+
+_OF_A_RANK = {"model", "out", "data", "work_dir", "threads", "memory_limit", "overwrite"}  # paths may be others there
 
 
 def run(
@@ -26,11 +30,13 @@ def run(
     configuration, hashes of the data and versions. `progress`: see `Progress`. `loaded` is what
     `load_model` returned for `config.model`, if that is done already; its model is quantized in place.
     Raises ValueError for what is wrong in the configuration, model or data, before the work starts where that
-    can be seen; OSError where a file cannot be written. `out` is then as it was.
+    can be seen; OSError where a file cannot be written. `out` is then as it was. Of
+    several ranks (`distributed`) all do the work, and the first alone writes.
     """
     resolved = config.resolve()
+    group().check_same({name: value for name, value in resolved.fields.items() if name not in _OF_A_RANK})
     sources = _check(config, resolved)
-    from .core.runtime import set_threads
+    from .core.runtime import check_kernels, set_threads
     from .hf.models import load_model
     from .io.checkpoint import check_tokenizer
     from .io.data import common_start, load_sequences, provenance
@@ -39,16 +45,17 @@ def run(
 
     started = time.perf_counter()
     set_threads(config.threads)
+    check_kernels(device_of_rank(config.device))
     progress = progress or Progress()
     if loaded is None:
         progress.on_phase("load")
-        loaded = load_model(config.model)
+        loaded = load_model(config.model, apart=True)
     model, tokenizer, origin = loaded
     drawn, seed = resolved.calibration, resolved.config.seed
     options = (drawn.samples, drawn.sequence_length, drawn.shuffle, seed, drawn.bos)
     sequences = load_sequences(sources, tokenizer, *options)
     data = provenance(sources, sequences, common_start(sequences, tokenizer))  # as it was read: the work may take days
-    if tokenizer is not None:
+    if tokenizer is not None and group().first:
         check_tokenizer(tokenizer, config.out)
     seconds = time.perf_counter() - started
     report = quantize_model(
@@ -57,13 +64,16 @@ def run(
         progress=progress,
         work_dir=config.work_dir,
         memory_limit=config.memory_limit,
+        device=config.device,
+        device_memory_limit=config.device_memory_limit,
     )
     report.phases = {"load": seconds, **report.phases}
     report.data = data
     report.model, report.note = origin.name, origin.note
     report.config |= resolved.fields | {"data": sources, "threads": report.threads}
-    progress.on_phase("save")
-    _save(config, report, loaded, resolved)
+    if group().first:
+        progress.on_phase("save")
+        _save(config, report, loaded, resolved)
     return report
 
 
@@ -79,7 +89,8 @@ def _check(config: RunConfig, resolved: Resolved) -> list[str]:
         "WORK_DIR": config.work_dir or "",
         **{f"DATA {n}": name for n, name in enumerate(sources, 1)},
     }
-    check_output(config.out, config.overwrite, needed)
+    if group().first:
+        check_output(config.out, config.overwrite, needed)
     if config.work_dir and Path(config.work_dir).resolve().is_relative_to(Path(config.out).resolve()):
         raise wrong("work_dir", config.work_dir, f"a folder outside of OUT={str(config.out)!r}")
     for source in sources:

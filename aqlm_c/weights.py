@@ -22,11 +22,11 @@ log = logging.getLogger("aqlm_c")
 def quantize_weight(weight: Any, H: Any, config: AqlmConfig | str, *, dtype: str = "float16") -> QuantizedWeight:
     """Find codes, codebooks and scales that minimise tr((W - Wq) H (W - Wq)^T) (AQLM, arXiv 2401.06118, section 3).
 
-    weight: [out, in], an array or tensor of any float dtype; what lies on a GPU is quantized there. H: [in, in] =
-    X^T X / n_tokens over the layer's inputs, or a `Hessian`, which keeps what is derived from it for layers that share
-    an input. dtype: the 16-bit float (or "float32") whose values codebooks and scales are restricted to. How is said by
-    the method that `config.solver` names: see `AqlmMethod`, `PaperMethod`, `RoundToNearest`. config: also the text of a
-    scheme, such as "2x8g8".
+    weight: [out, in], an array or tensor of any float dtype; what lies on a GPU is quantized there. H, wherever it
+    lies: [in, in] = X^T X / n_tokens over the layer's inputs, or a `Hessian`, which keeps what is derived from it for
+    layers that share an input. dtype: the 16-bit float (or "float32") whose values codebooks and scales are restricted
+    to. How is said by the method that `config.solver` names: see `AqlmMethod`, `PaperMethod`, `RoundToNearest`. config:
+    also the text of a scheme, such as "2x8g8".
 
     The result depends on the seed and not on the number of threads or the instruction set.
 
@@ -43,7 +43,7 @@ def layer_problem(
 ) -> LayerProblem:
     """The problem of quantizing the weight of the layer `name`, checked as `quantize_weight` says."""
     W = arrays.as_matrix("weight", weight)
-    hessian = H if isinstance(H, Hessian) else Hessian(arrays.as_matrix("H", H))
+    hessian = (H if isinstance(H, Hessian) else Hessian(arrays.as_matrix("H", H))).like(W)
     if dtype not in arrays.GRIDS:
         raise wrong("dtype", dtype, f"one of {arrays.GRIDS}")
     if hessian.H.shape[0] != W.shape[1]:
@@ -57,8 +57,7 @@ def layer_problem(
     problem = LayerProblem(name, arrays.scaled(W, -exponent), hessian, format, dtype, config.seed, exponent)
     if not problem.signal and arrays.largest(W):
         log.warning("%s: got an H under which this weight has no output; the identity takes its place", name)
-        identity = arrays.to_kind(arrays.to_numpy(Hessian.identity(W.shape[1]).H), W)
-        problem = dataclasses.replace(problem, hessian=Hessian(identity))
+        problem = dataclasses.replace(problem, hessian=Hessian.identity(W.shape[1]).like(W))
     return problem
 
 

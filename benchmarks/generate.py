@@ -76,8 +76,8 @@ def torch_worker(job: dict[str, Any]) -> dict[str, Any]:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from aqlm_c.hf.memory import give_back
     from aqlm_c.hf.models import load_model
+    from aqlm_c.io.mapped import give_back
 
     torch.set_num_threads(job["threads"])
     dtype, tokenizer = getattr(torch, job["dtype"]), None

@@ -7,7 +7,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from aqlm_c import _core
+try:
+    import aqlm_c
+    from aqlm_c import _core
+except ImportError as error:  # sources that nobody built, such as an unpacked sdist, hide what is installed
+    pytest.exit(f"aqlm_c: got {error}, expected a build: run `make test`, or pytest from another folder", returncode=2)
+if os.path.isdir("aqlm_c") and not os.path.samefile("aqlm_c", os.path.dirname(aqlm_c.__file__)):
+    # `python -c` in the tests would import those
+    pytest.exit(
+        f"aqlm_c: got {aqlm_c.__file__}, expected that of this folder: run pytest from another one", returncode=2
+    )
 
 MARKS = {"hf": "hf", "cuda": "gpu"}  # of all tests in a folder
 

@@ -5,29 +5,37 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..config import TuningOptions
 from ..model.blocks import Blocks, find_blocks
-from ..model.probe import Arguments, equal, hidden_of, join_hidden, replaced_forward, split_hidden
+from ..model.probe import Arguments, equal, hidden_of, input_device, join_hidden, replaced_forward, split_hidden
+from .offload import OffloadedTensors, Room
 from .spill import SpilledTensors
 
 TOKENS_PER_BATCH = 8192  # of calibration, in one forward pass
+_ON_GPU = 16384  # whose kernels take no longer for each of more tokens, and little less
+
+
+def tokens_per_batch(device: torch.device | None) -> int:
+    """Tokens in one forward pass of calibration; device: None is the CPU."""
+    return _ON_GPU if device is not None and device.type == "cuda" else TOKENS_PER_BATCH
 
 
 @dataclasses.dataclass
 class Activations:
     """The activations as they pass through the model: what goes into the next block, batch by batch.
 
-    hidden: one tensor [batch, length, hidden_size] in the model's dtype a batch, in memory (a list) or on disk.
+    hidden: one tensor [batch, length, hidden_size] in the model's dtype a batch, in memory (a list), on disk,
+    or near a device.
     arguments: what the model passes to each block beside it (positions, masks), by batch and block. Of a block that
     runs more than once in a pass, each call is a batch.
     """
 
-    hidden: list[torch.Tensor] | SpilledTensors
+    hidden: list[torch.Tensor] | SpilledTensors | OffloadedTensors
     arguments: Sequence[Sequence[Arguments] | Mapping[int, Arguments]]
 
     def forward(
@@ -53,19 +61,24 @@ class Activations:
 
     def advance(self, index: int, block: torch.nn.Module) -> None:
         """Replace the activations by the outputs of `block`."""
+        self.expect(range(len(self.hidden)))
         for batch in range(len(self.hidden)):
             self.hidden[batch] = self.run(index, block, batch)
 
+    def expect(self, batches: Iterable[int]) -> None:
+        """The batches that will be asked for next, in this order: they can be fetched meanwhile."""
+        if isinstance(self.hidden, OffloadedTensors):
+            self.hidden.expect(batches)
+
     def empty(self) -> Activations:
         """A place for other activations of the same sequences, kept where these are; the arguments are shared."""
-        kept = self.hidden
-        return Activations(SpilledTensors(kept.directory) if isinstance(kept, SpilledTensors) else [], self.arguments)
+        return Activations([] if isinstance(self.hidden, list) else self.hidden.empty(), self.arguments)
 
     def batch_sizes(self) -> list[int]:
         """Sequences in each batch."""
-        if isinstance(self.hidden, SpilledTensors):
-            return [shape[0] for shape in self.hidden.shapes()]
-        return [hidden.shape[0] for hidden in self.hidden]
+        if isinstance(self.hidden, list):
+            return [hidden.shape[0] for hidden in self.hidden]
+        return [shape[0] for shape in self.hidden.shapes()]
 
     def __enter__(self) -> Activations:
         return self
@@ -78,10 +91,12 @@ class Activations:
         self.hidden.clear()
 
 
-def batch_size_for(sequences: torch.Tensor, tuning: TuningOptions, asked: int | None = None) -> int:
+def batch_size_for(
+    sequences: torch.Tensor, tuning: TuningOptions, asked: int | None = None, device: torch.device | None = None
+) -> int:
     """Sequences in one forward pass: as many as asked for or as memory likes, of a step of fine-tuning at most."""
     n, length = sequences.shape
-    size = asked or max(1, TOKENS_PER_BATCH // length)
+    size = asked or max(1, tokens_per_batch(device) // length)
     if tuning.finetune_epochs:
         size = min(size, tuning.finetune_batch_size, max(1, n // 2))  # some must be left to validate
     return min(size, n)
@@ -93,18 +108,18 @@ def capture(
     blocks: Blocks | torch.nn.ModuleList,
     sequences: torch.Tensor,
     batch_size: int | None = None,
-    directory: str | os.PathLike[str] | None = None,
+    place: str | os.PathLike[str] | Room | None = None,
 ) -> Activations:
     """What goes into the first block for token ids [n, length], and every block's other arguments.
 
     The model itself prepares them: its forward pass runs with the blocks, which are `chained`, replaced by recorders
     that hand their input on, so that per-block masks and positions are right for any architecture. The activations
-    stay in memory or, if `directory` is given, on disk there (`SpilledTensors`). blocks: as `find_blocks` gives them,
-    which is asked where they are a plain list.
+    stay in memory or, where `place` is a directory, on disk there (`SpilledTensors`), or in that `Room`. blocks: as
+    `find_blocks` gives them, which is asked where they are a plain list.
     """
     if not isinstance(blocks, Blocks):
         _, blocks = find_blocks(model)
-    activations = _nothing_yet(directory)
+    activations = _nothing_yet(place)
     arguments: list[list[Arguments]] = []
 
     def record(index: int, hidden: torch.Tensor, others: Arguments) -> None:
@@ -129,12 +144,12 @@ def capture_block(
     index: int,
     sequences: torch.Tensor,
     batch_size: int | None = None,
-    directory: str | os.PathLike[str] | None = None,
+    place: str | os.PathLike[str] | Room | None = None,
 ) -> Activations:
     """What goes into block number `index` of a model whose blocks are not `chained`, for token ids [n, length]: the
     model runs from its start up to the block, as often as that runs. Otherwise as `capture`.
     """
-    activations = _nothing_yet(directory)
+    activations = _nothing_yet(place)
     arguments: list[Mapping[int, Arguments]] = []
     calls = 0
 
@@ -167,8 +182,10 @@ class _Reached(Exception):
     """Leaves a forward pass where all calls of a block are known."""
 
 
-def _nothing_yet(directory: str | os.PathLike[str] | None) -> Activations:
-    return Activations([] if directory is None else SpilledTensors(directory), [])
+def _nothing_yet(place: str | os.PathLike[str] | Room | None) -> Activations:
+    if place is None:
+        return Activations([], [])
+    return Activations(OffloadedTensors(place) if isinstance(place, Room) else SpilledTensors(place), [])
 
 
 def _batches(
@@ -176,6 +193,5 @@ def _batches(
 ) -> Iterator[tuple[Callable[..., Any], torch.Tensor]]:
     """(the model without its output embedding, token ids) of each batch."""
     body: Any = getattr(model, "base_model", model)
-    batch_size = batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1])
-    device = next(model.parameters()).device
-    return ((body, ids) for ids in sequences.to(device).split(batch_size))
+    batch_size = batch_size or max(1, tokens_per_batch(input_device(model)) // sequences.shape[1])
+    return ((body, ids) for ids in sequences.to(input_device(model)).split(batch_size))

@@ -8,35 +8,44 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
+from ..core import arrays
 from ..core.hessian import Hessian
+from ..distributed import group
 from ..model.blocks import Blocks
 from ..recipe import AqlmConfig
 from .activations import Activations, batch_size_for, capture, capture_block
-from .hessians import HessianSums
+from .hessians import NO_POOLS, HessianSums, Pools, Spread, alone, pool_kinds
+from .offload import Room
 
 
 @dataclasses.dataclass
 class LayerInputs:
     """What is known of the inputs of some layers.
 
-    hessians: by the layer's name in the model. tokens: that each was summed over; empty without data. seconds: spent on
-    the sums alone. outputs: of the original block for the same inputs, if they were asked for.
+    hessians: by the layer's name in the model, of the layers of this rank. ranks: which rank has which layer. tokens:
+    that each was summed over; empty without data. seconds: spent on the sums alone. outputs: of the original block for
+    the same inputs, if they were asked for.
     """
 
     hessians: dict[str, Hessian]
+    ranks: Mapping[str, int]
     tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     outputs: Activations | None = None
+
+    def rank_of(self, name: str) -> int:
+        """The rank that has the H of this layer."""
+        return self.ranks.get(name, group().rank)
 
 
 class Calibration(Protocol):
     """What a pipeline asks for H. A context manager: leaving it frees what it holds.
 
     tokens, sequences, sequence_length: of the calibration; 0 without data. inputs: what goes into the next block; None
-    without data.
+    without data. Of several ranks each has a share of the sequences, and inputs are those of its own; `spread` says
+    which rank is to have the H of which layer.
     """
 
     tokens: int
@@ -44,15 +53,26 @@ class Calibration(Protocol):
     sequence_length: int
     inputs: Activations | None
 
-    def start(self, model: Any, blocks: Blocks, directory: str | os.PathLike[str] | None) -> None:
-        """Make `inputs` those of the first block, kept on disk in `directory` if one is given."""
+    def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
+        """Make `inputs` those of the first block, kept in `place`: a directory, a `Room`, or None for memory."""
 
     def of_block(
-        self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear], outputs: bool
+        self,
+        index: int,
+        block: torch.nn.Module,
+        linears: Mapping[str, torch.nn.Linear],
+        outputs: bool,
+        spread: Spread = alone,
+        pools: Pools = NO_POOLS,
     ) -> LayerInputs:
-        """The inputs of `linears` in the model's block number `index`."""
+        """The inputs of `linears` in the model's block number `index`. pools: where these are not all that are
+        quantized in it.
+        """
 
-    def of_output(self, model: Any, name: str) -> LayerInputs:
+    def pools(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> Pools:
+        """What experts among `linears` have in common, of which `of_block` will be asked a part at a time."""
+
+    def of_output(self, model: Any, name: str, spread: Spread = alone) -> LayerInputs:
         """The inputs of the output layer called `name`."""
 
     def advance(self, index: int, block: torch.nn.Module) -> None:
@@ -70,46 +90,67 @@ class SequenceCalibration:
     block to block where these are `chained`, else from the model's start for each.
     """
 
-    def __init__(self, sequences: torch.Tensor, config: AqlmConfig, batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        sequences: torch.Tensor,
+        config: AqlmConfig,
+        batch_size: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.ids = sequences
         self.sequences, self.sequence_length = sequences.shape
         self.tokens = sequences.numel()
-        self.batch_size = batch_size_for(sequences, config.tuning, batch_size)
+        self.batch_size = batch_size_for(sequences, config.tuning, batch_size, device)
         self.inputs: Activations | None = None
         self._of_index: Callable[[int], Activations] | None = None  # where blocks are not chained
+        self._share = _share(len(sequences), self.batch_size)
         self._order: torch.Tensor | None = None
         if config.tuning.finetune_epochs:  # that puts every source into every batch
             self._order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.seed))
 
-    def start(self, model: Any, blocks: Blocks, directory: str | os.PathLike[str] | None) -> None:
-        ids = self.ids if self._order is None else self.ids[self._order]
+    def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
+        ids = (self.ids if self._order is None else self.ids[self._order])[self._share]
         if blocks.chained:
-            self.inputs = capture(model, blocks, ids, self.batch_size, directory)
+            self.inputs = capture(model, blocks, ids, self.batch_size, place)
         else:
             self.inputs = Activations([], [])
-            self._of_index = lambda index: capture_block(model, blocks, index, ids, self.batch_size, directory)
+            self._of_index = lambda index: capture_block(model, blocks, index, ids, self.batch_size, place)
 
     def of_block(
-        self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear], outputs: bool
+        self,
+        index: int,
+        block: torch.nn.Module,
+        linears: Mapping[str, torch.nn.Linear],
+        outputs: bool,
+        spread: Spread = alone,
+        pools: Pools = NO_POOLS,
     ) -> LayerInputs:
-        assert self.inputs is not None, "start comes first"
-        if self._of_index is not None:
-            self.inputs.close()
-            self.inputs = self._of_index(index)
-        kept = self.inputs.empty() if outputs else None
+        inputs = self._inputs_of(index)
+        kept = inputs.empty() if outputs else None
         try:
-            sums = HessianSums(linears)
-            sums.gather(self.inputs, index, block, kept)
-            return self._inputs(sums, kept)
+            sums = HessianSums(linears, pools)
+            sums.gather(inputs, index, block, kept)
+            return self._inputs(sums, spread, kept)
         except BaseException:
             if kept is not None:
                 kept.close()
             raise
 
-    def of_output(self, model: Any, name: str) -> LayerInputs:
+    def pools(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> Pools:
+        return pool_kinds(linears, self._inputs_of(index), index, block)
+
+    def _inputs_of(self, index: int) -> Activations:
+        """Those of block number `index`."""
+        assert self.inputs is not None, "start comes first"
+        if self._of_index is not None:
+            self.inputs.close()
+            self.inputs = self._of_index(index)
+        return self.inputs
+
+    def of_output(self, model: Any, name: str, spread: Spread = alone) -> LayerInputs:
         sums = HessianSums({name: model.get_submodule(name)})
-        sums.gather_whole(model, self.ids, self.batch_size)
-        return self._inputs(sums)
+        sums.gather_whole(model, self.ids[self._share], self.batch_size)
+        return self._inputs(sums, spread)
 
     def advance(self, index: int, block: torch.nn.Module) -> None:
         assert self.inputs is not None, "start comes first"
@@ -128,9 +169,21 @@ class SequenceCalibration:
             self._of_index = None
 
     @staticmethod
-    def _inputs(sums: HessianSums, outputs: Activations | None = None) -> LayerInputs:
+    def _inputs(sums: HessianSums, spread: Spread, outputs: Activations | None = None) -> LayerInputs:
+        if group().size > 1:
+            sums.collect(spread)
         tokens = {name: sums.tokens_of(name) for name in sums.linears}
-        return LayerInputs(sums.hessians(), tokens, sums.seconds, outputs)
+        return LayerInputs(sums.hessians(), sums.ranks, tokens, sums.seconds, outputs)
+
+
+def _share(n: int, batch_size: int) -> slice:
+    """The sequences of this rank: whole batches, since a batch gives the same bits wherever it is run."""
+    rank, size, batches = group().rank, group().size, -(-n // batch_size)
+    if batches < size:
+        raise ValueError(
+            f"ranks: got {size} for {n} sequences in batches of {batch_size}, expected at most {batches}: a batch each"
+        )
+    return slice(rank * batches // size * batch_size, (rank + 1) * batches // size * batch_size)
 
 
 class DataFree:
@@ -139,19 +192,30 @@ class DataFree:
     tokens = sequences = sequence_length = 0
     inputs: Activations | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
         self._hessians: dict[int, Hessian] = {}  # by in_features
 
-    def start(self, model: Any, blocks: Blocks, directory: str | os.PathLike[str] | None) -> None:
+    def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         pass
 
     def of_block(
-        self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear], outputs: bool
+        self,
+        index: int,
+        block: torch.nn.Module,
+        linears: Mapping[str, torch.nn.Linear],
+        outputs: bool,
+        spread: Spread = alone,
+        pools: Pools = NO_POOLS,
     ) -> LayerInputs:
-        return LayerInputs({name: self._identity(linear.in_features) for name, linear in linears.items()})
+        ranks = spread({name: (str(linear.in_features),) for name, linear in linears.items()})
+        return LayerInputs({name: self._identity(linear.in_features) for name, linear in linears.items()}, ranks)
 
-    def of_output(self, model: Any, name: str) -> LayerInputs:
-        return LayerInputs({name: self._identity(model.get_submodule(name).weight.shape[1])})
+    def pools(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> Pools:
+        return NO_POOLS
+
+    def of_output(self, model: Any, name: str, spread: Spread = alone) -> LayerInputs:
+        return LayerInputs({name: self._identity(model.get_submodule(name).weight.shape[1])}, spread({name: ()}))
 
     def advance(self, index: int, block: torch.nn.Module) -> None:
         pass
@@ -166,13 +230,15 @@ class DataFree:
 
     def _identity(self, in_features: int) -> Hessian:
         if in_features not in self._hessians:
-            self._hessians[in_features] = Hessian.identity(in_features)
+            self._hessians[in_features] = Hessian.identity(in_features, self._device)
         return self._hessians[in_features]
 
 
-def embedding_hessian(in_features: int, of_output: Hessian | None) -> Hessian:
+def embedding_hessian(in_features: int, of_output: Hessian | None, device: torch.device | None = None) -> Hessian:
     """H of an input embedding, whose rows are looked up and not multiplied: the identity, and half of it where it is
     the output layer too, whose H is `of_output`.
     """
-    identity = np.eye(in_features, dtype=np.float32)
-    return Hessian(identity if of_output is None else (identity + of_output.H / of_output.H.diagonal().mean()) / 2)
+    if of_output is None:
+        return Hessian.identity(in_features, device)
+    identity = arrays.to_kind(arrays.identity(in_features), of_output.H)
+    return Hessian((identity + of_output.H / of_output.H.diagonal().mean()) / 2)

@@ -45,6 +45,10 @@ class SpilledTensors:
         """Of the tensors, without reading them."""
         return [shape for _, shape, _, _ in self._entries]
 
+    def empty(self) -> SpilledTensors:
+        """A place for other tensors, in the same directory."""
+        return SpilledTensors(self.directory)
+
     def append(self, tensor: torch.Tensor) -> None:
         self._entries.append(self._write(self._end, tensor))
 

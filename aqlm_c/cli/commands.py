@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import distributed
 from ..config import BOS
 from ..errors import int_between, printable, wrong
 from ..files import JsonFile
@@ -141,6 +142,11 @@ def quantize(
         str | None, _optional("Keep finished blocks there: the same command then goes on from them.", metavar="FOLDER")
     ] = None,
     memory_limit: Annotated[str | None, _optional("Such as 8GiB: activations that do not fit go to disk.")] = None,
+    device: Annotated[
+        str | None,
+        _optional("Where it is quantized. \\[default: auto, a GPU if one is there]", metavar="cpu|cuda[:N]|auto"),
+    ] = None,
+    device_memory_limit: Annotated[str | None, _optional("Such as 24GiB, of the GPU's memory.")] = None,
     overwrite: Annotated[bool | None, _optional("Replace OUT if it exists.", "--overwrite")] = None,
     json: Json = None,
     verbose: Verbose = False,
@@ -148,7 +154,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL to the directory OUT in the published AQLM layout.
 
-    OUT also gets run.yaml (all options as they were used, for --config) and report.json.
+    OUT also gets run.yaml (all options as they were used, for --config) and report.json. Several GPUs or machines:
+    torchrun --nproc-per-node N -m aqlm_c quantize ...
     """
     options = {name: value for name, value in context.params.items() if name not in _NOT_OF_A_RUN}
     explicit = {name: value for name, value in options.items() if value not in (None, [], ())}
@@ -158,20 +165,21 @@ def quantize(
         explicit["rules"] = Rules(list(map(parse_rule, rule))).to_dict()
     run_config = RunConfig.from_file(config, **explicit) if config else RunConfig.from_fields(explicit)
     run_config.resolve().config.check_searchable()
-    output = _output(json)
     context.obj.kept = (
         f"finished blocks are kept in {run_config.work_dir}, the same command goes on from there"
         if run_config.work_dir
         else "nothing is kept; with --work-dir FOLDER finished blocks would be"
     )
-    prepare(None)
-    with Display(quiet, verbose) as display:
-        report = run(run_config, display)
-    context.obj.kept = f"{run_config.out} is complete"
-    if not quiet:
-        show(report)
-    with output:
-        output.write(report.to_dict())
+    with distributed.started(context.obj.lost) as ranks:
+        output = _output(json if ranks.first else None)
+        prepare(None)
+        with Display(quiet, verbose, silent=not ranks.first) as display:
+            report = run(run_config, display)
+        context.obj.kept = f"{run_config.out} is complete"
+        if ranks.first and not quiet:
+            show(report)
+        with output:
+            output.write(report.to_dict())
 
 
 @app.command()

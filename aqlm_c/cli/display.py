@@ -30,15 +30,18 @@ class Display:
     """What a command shows on stderr while it works: bars with ETA in a terminal, plain lines elsewhere.
 
     A context manager. Its methods are the `progress` of `quantize_model` and, `on_window`, of `perplexity`.
-    While it is open, warnings of the logger "aqlm_c" appear as lines, with `verbose` all it has to say.
+    While it is open, warnings of the logger "aqlm_c" appear as lines, with `verbose` all it has to say. silent: nothing
+    is shown at all, since another rank shows it.
     """
 
-    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(self, quiet: bool = False, verbose: bool = False, silent: bool = False) -> None:
+        quiet = quiet or silent
         self._notebook = Console().is_jupyter
         plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False} if self._notebook else {}
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, **plain)
         self._quiet = quiet
-        self._log = _LogLines(self._console, logging.DEBUG if verbose else logging.WARNING)
+        level = logging.DEBUG if verbose else logging.WARNING
+        self._log = _LogLines(self._console, logging.CRITICAL if silent else level)
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -10,11 +10,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 
+from .. import distributed
 from ..errors import missing, one_line
 from .commands import app
 
@@ -30,6 +31,12 @@ class Interrupt:
 
     def line(self) -> str:
         return f"aqlm-c: stopped{self.kept and ': '}{self.kept}\n"
+
+    def lost(self, text: str) -> NoReturn:
+        """End this process, since another rank has ended; called in any thread."""
+        Console(stderr=True).show_cursor()
+        os.write(2, f"aqlm-c: {one_line('; '.join(filter(None, (text, self.kept))))}\n".encode())
+        os._exit(1)
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
@@ -89,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code, message = 2, f"{type(error).__name__}: {error} (not expected: {_place(error)})"
         if code == 130:
             sys.stderr.write(interrupt.line())
-        elif code == 2:
+        elif code == 2 and not distributed.told_elsewhere():
             print(f"aqlm-c: {one_line(message)}", file=sys.stderr)
     return code
 

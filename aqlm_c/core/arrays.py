@@ -11,6 +11,7 @@ from .verbs import Array
 if TYPE_CHECKING:
     import torch
 
+MOST_EIGENVALUES = 4096  # of an H on a GPU
 GRIDS = ("float16", "bfloat16", "float32")  # dtypes to whose values codebooks and scales are restricted
 
 
@@ -98,13 +99,22 @@ def to_numpy(array: Array) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else array.detach().cpu().numpy()
 
 
-def to_kind(array: np.ndarray, like: Array) -> Array:
+def to_kind(array: Array, like: Array) -> Array:
     """The same values where `like` is."""
     if isinstance(like, np.ndarray):
-        return array
+        return to_numpy(array)
     import torch
 
-    return torch.from_numpy(array).to(like.device)
+    return (torch.from_numpy(array) if isinstance(array, np.ndarray) else array).to(like.device)
+
+
+def identity(size: int, device: torch.device | None = None) -> Array:
+    """float32 [size, size], as the verbs take what is on `device`; None: the CPU."""
+    if device is None or device.type == "cpu":
+        return np.eye(size, dtype=np.float32)
+    import torch
+
+    return torch.eye(size, device=device)
 
 
 def ones_like(array: Array) -> Array:
@@ -113,9 +123,33 @@ def ones_like(array: Array) -> Array:
 
 def zeros(like: Array, *shape: int) -> Array:
     """float64 zeros where `like` is."""
-    if isinstance(like, np.ndarray):
+    return np.zeros(shape) if isinstance(like, np.ndarray) else zeros_at(like.device, *shape, of_torch=True)
+
+
+def zeros_at(device: torch.device, *shape: int, of_torch: bool = False) -> Array:
+    """float64 zeros, as the verbs take what is on `device`; of_torch: a tensor in any case."""
+    if device.type == "cpu" and not of_torch:
         return np.zeros(shape)
-    return like.double().new_zeros(shape)
+    import torch
+
+    return torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+def wait_for(array: Array) -> None:
+    """Until it is computed."""
+    if is_tensor(array) and array.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(array.device)
+
+
+def to_float(array: Array) -> Array:
+    """In float32."""
+    return array.astype(np.float32) if isinstance(array, np.ndarray) else array.float()
+
+
+def copied(array: Array) -> Array:
+    return array.copy() if isinstance(array, np.ndarray) else array.clone()
 
 
 def size(array: Array) -> int:
@@ -152,7 +186,10 @@ def damped(H: Array, relative_damp: float) -> Array:
 
 
 def eigenvalues(H: Array) -> np.ndarray | None:
-    """Eigenvalues of H, float64 [in] in CPU memory, ascending; none below zero. None if they were not found."""
+    """Eigenvalues of H, float64 [in] in CPU memory, ascending; none below zero. None if they were not found, and on a
+    GPU for more than `MOST_EIGENVALUES`: they are a reference alone, and take longer there than the layer's
+    quantization.
+    """
     if isinstance(H, np.ndarray):
         try:
             return np.linalg.eigvalsh(H.astype(np.float64)).clip(min=0.0)
@@ -160,8 +197,11 @@ def eigenvalues(H: Array) -> np.ndarray | None:
             return None
     import torch
 
+    on_gpu = H.device.type == "cuda"  # where float64 takes several times as long
+    if on_gpu and H.shape[0] > MOST_EIGENVALUES:
+        return None
     try:
-        return torch.linalg.eigvalsh(H.double()).clamp(min=0.0).cpu().numpy()
+        return torch.linalg.eigvalsh(H if on_gpu else H.double()).double().clamp(min=0.0).cpu().numpy()
     except RuntimeError:  # torch.linalg.LinAlgError is one
         return None
 

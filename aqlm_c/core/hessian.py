@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import arrays, grid, verbs
 from .verbs import Array
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("aqlm_c")
 
@@ -32,9 +36,18 @@ class Hessian:
         self._factors: dict[tuple[int, float], tuple[Array, Array, Array]] = {}
 
     @classmethod
-    def identity(cls, in_features: int) -> Hessian:
-        """That of white inputs."""
-        return cls(np.eye(in_features, dtype=np.float32))
+    def identity(cls, in_features: int, device: torch.device | None = None) -> Hessian:
+        """That of white inputs, on a device; None: the CPU."""
+        return cls(arrays.identity(in_features, device))
+
+    def like(self, array: Array) -> Hessian:
+        """The same H where `array` is; itself if it is there."""
+        there = arrays.to_kind(self.H, array)
+        if there is self.H:
+            return self
+        moved = Hessian(there)
+        moved.exponent += self.exponent
+        return moved
 
     def damped(self, relative_damp: float) -> Array:
         """H + relative_damp * mean(diag H) * I, float32 [in, in]."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from .. import _core
-from ..errors import wrong
+from ..errors import device_name, wrong
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +33,7 @@ def find_device(name: str, argument: str = "device") -> torch.device:
 
     from .extensions import has_cuda
 
-    if not isinstance(name, str) or not re.fullmatch(r"cpu|auto|cuda(:\d{1,3})?", name):
-        raise wrong(argument, name, "cpu, cuda, cuda:N or auto")
+    device_name(argument, name)
     count = torch.cuda.device_count()
     if name in ("cpu", "auto"):
         return torch.device("cuda" if name == "auto" and count and has_cuda else "cpu")
@@ -44,6 +42,38 @@ def find_device(name: str, argument: str = "device") -> torch.device:
     if int(name.partition(":")[2] or 0) >= count:
         raise wrong(argument, name, f"one of cuda:0 to cuda:{count - 1}")
     return torch.device(name)
+
+
+def kind_of_device(device: torch.device) -> str:
+    """What results depend on: "cpu", or the name of a GPU."""
+    import torch
+
+    return device.type if device.type != "cuda" else torch.cuda.get_device_name(device)
+
+
+def synchronize(device: torch.device | None) -> None:
+    """Wait for what a GPU still works on; nothing on a CPU."""
+    import torch
+
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process can use: what is free, and what its tensors have and do not use."""
+    import torch
+
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + int(kept)
+
+
+def peak_device_memory(device: torch.device) -> int:
+    """Most bytes of tensors that a GPU has held for this process so far, those that are kept free among them; 0 on a
+    CPU.
+    """
+    import torch
+
+    return int(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else 0
 
 
 def check_kernels(device: torch.device) -> None:

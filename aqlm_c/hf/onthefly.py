@@ -14,6 +14,7 @@ from ..errors import wrong
 from ..format import Format
 from ..io.data import check_sequences, check_source, common_start, load_sequences, provenance, source_names
 from ..pipeline.pipeline import Pipeline
+from ..pipeline.placement import Placement
 from ..recipe import FIELDS, AqlmConfig, RunConfig, check_names, option_types
 from ..report.report import QuantizationReport
 
@@ -25,6 +26,7 @@ _DATA = (
     "bos",
     "work_dir",
     "memory_limit",
+    "device_memory_limit",
 )  # what a data set is for
 _NOT_HERE = {"model", "out", "data", "threads", "overwrite", "options"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -96,9 +98,12 @@ class OnTheFly:
         formats of its layers and config, before the work.
         """
         check_device_map({name: parameter.device for name, parameter in model.named_parameters()})
-        calibration = DataFree() if sequences is None else SequenceCalibration(sequences, self.config)
-        options = {name: self._run[name] for name in ("layers", "work_dir", "memory_limit")}
-        pipeline = Pipeline(model, self.config, calibration, **options)
+        options = {name: self._run[name] for name in ("layers", "work_dir")}
+        placed = Placement(**{name: self._run[name] for name in ("device", "memory_limit", "device_memory_limit")})
+        calibration: DataFree | SequenceCalibration = DataFree(placed.find(model))
+        if sequences is not None:
+            calibration = SequenceCalibration(sequences, self.config, device=placed.find(model))
+        pipeline = Pipeline(model, self.config, calibration, **options, placement=placed)
         check(model, pipeline.plan.targets(), pipeline.config)
         report = pipeline.run()
         if sequences is not None:

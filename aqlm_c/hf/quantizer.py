@@ -10,14 +10,14 @@ import torch
 from transformers.quantizers.base import HfQuantizer
 
 from ..format import Format
-from ..io import checkpoint
+from ..io import checkpoint, mapped
 from ..model import experts
 from ..model.conversions import keep_names, without_quantized
 from ..model.embeddings import Embeddings, find_embeddings, tie, untie
 from ..nn.embedding import quantized_class
 from ..nn.grouped import join_linears
 from ..recipe import AqlmConfig as LayerConfig
-from . import memory, names, provenance, skeleton
+from . import names, provenance, skeleton
 from .config import AqlmConfig
 from .onthefly import check_device_map
 
@@ -90,9 +90,9 @@ class AqlmQuantizer(HfQuantizer):
             model.hf_quantizer.report = report
         if self._rounded and self._stored:
             names.read_again(model, self._stored)
-        memory.give_back(self._files or ())  # what was read ahead, and what was freed since the process began
-        self._copy(model, memory.MappedFiles(self._files or ()))
-        memory.give_back(self._files or ())
+        mapped.give_back(self._files or ())  # what was read ahead, and what was freed since the process began
+        self._copy(model, mapped.MappedFiles(self._files or ()))
+        mapped.give_back(self._files or ())
         self._stored = self._sequences = self._loading = self._files = self._dtypes = None
         model.quantization_method = "aqlm"  # by this name PEFT knows that codebooks are not to be cast
         if self.quantization_config.dequantize:
@@ -100,7 +100,7 @@ class AqlmQuantizer(HfQuantizer):
         join_linears(model)
         return model
 
-    def _copy(self, model: Any, files: memory.MappedFiles) -> None:
+    def _copy(self, model: Any, files: mapped.MappedFiles) -> None:
         """Cast and pack what was loaded, little by little, since it lies in mapped files."""
         for name, dtype in (self._dtypes or {}).items():
             module, _, part = name.rpartition(".")

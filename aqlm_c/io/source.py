@@ -50,6 +50,12 @@ def source_directory(model: Any) -> Path | None:
     return directory if isinstance(fields, dict) and fields.get("model_type") == config.model_type else None
 
 
+def weight_files(model: Any) -> list[Path]:
+    """The safetensors files of the directory that a model was loaded from; none if there is none now."""
+    directory = source_directory(model)
+    return [] if directory is None else sorted(directory.glob("*.safetensors"))
+
+
 def keep_files(source: Path, directory: Path) -> None:
     """Copy to `directory`, a saved model, the files beside the weights that `source` has and it lacks."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..config import AqlmOptions
 from ..core import arrays, verbs
 from ..core.verbs import Array
 from ..format import Format
+from ..units import fastest
 from .base import Cost, LayerProblem, QuantizedWeight
 from .state import SolverState, check_searchable
 
@@ -99,8 +99,8 @@ class AqlmMethod:
         wider = ["a larger beam_size"] if format.num_codebooks > (2 if few else 1) else []
         return [*wider, "more sweeps (max_sweeps)"]
 
-    def seconds_per_group(self, format: Format, options: AqlmOptions) -> float:
-        return seconds_per_group(format, *search_options(format, options))
+    def seconds_per_group(self, format: Format, options: AqlmOptions, like: Array | None = None) -> float:
+        return seconds_per_group(format, search_options(format, options), like)
 
 
 def search_options(format: Format, options: AqlmOptions) -> tuple[int, bool]:
@@ -141,28 +141,29 @@ def alternating_cost(format: Format, shape: tuple[int, int], options: AqlmOption
     return Cost(kmeans + rounds * of_round, rounds * searches, of_round, searches, factors)
 
 
-def seconds_per_group(format: Format, beam_size: int, pairs: bool) -> float:
-    """The search of one group, measured on a small sweep."""
-    rng = np.random.default_rng(0)
+def seconds_per_group(format: Format, search: tuple[int, bool], like: Array | None) -> float:
+    """The search of one group, measured on a small sweep; `search`: `search_options`."""
+    rng, (beam_size, pairs) = np.random.default_rng(0), search
     K, E, g = format.num_codebooks, format.entries, format.in_group_size
     out, groups = 64 if E <= 1024 else 16, 16
+    if like is not None:
+        out *= 64  # what a GPU searches at once
+
+    def there(array: np.ndarray) -> Array:
+        return array if like is None else arrays.to_kind(array, like)
+
     state = (
-        rng.standard_normal((out, groups * g), dtype=np.float32),
-        np.eye(groups * g, dtype=np.float32),
-        rng.standard_normal((K, E, g), dtype=np.float32) / np.float32(K**0.5),
-        np.ones(out, np.float32),
+        there(rng.standard_normal((out, groups * g), dtype=np.float32)),
+        there(np.eye(groups * g, dtype=np.float32)),
+        there(rng.standard_normal((K, E, g), dtype=np.float32) / np.float32(K**0.5)),
+        there(np.ones(out, np.float32)),
         beam_size,
         0,
         pairs,
     )
-    start = rng.integers(0, E, (out, groups, K)).astype(np.uint16)
+    start = there(rng.integers(0, E, (out, groups, K)).astype(np.uint16))
     codes = verbs.search_sweep(start, *state)  # from good codes on the search is faster
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        verbs.search_sweep(codes, *state)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds) / (out * groups)
+    return fastest(lambda: arrays.wait_for(verbs.search_sweep(codes, *state))) / (out * groups)
 
 
 def _extrapolate(start: Array, fitted: Array, beyond: float) -> Array:

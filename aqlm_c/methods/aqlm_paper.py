@@ -67,8 +67,8 @@ class PaperMethod:
     def remedies(self, format: Format, options: Mapping[str, Any]) -> list[str]:
         return [*(["a larger beam_size"] if format.num_codebooks > 1 else []), "more Adam steps (adam_steps)"]
 
-    def seconds_per_group(self, format: Format, options: PaperOptions) -> float:
-        return seconds_per_group(format, _beam(format, options), False)
+    def seconds_per_group(self, format: Format, options: PaperOptions, like: Array | None = None) -> float:
+        return seconds_per_group(format, (_beam(format, options), False), like)
 
 
 def _beam(format: Format, options: PaperOptions) -> int:

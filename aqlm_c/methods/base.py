@@ -123,8 +123,10 @@ class Method(Protocol):
         by name, where known.
         """
 
-    def seconds_per_group(self, format: Format, options: Any) -> float:
-        """How long one of `Cost.group_searches` takes here and now; 0 for a method without. Takes a few 10 ms."""
+    def seconds_per_group(self, format: Format, options: Any, like: Array | None = None) -> float:
+        """How long one of `Cost.group_searches` takes here and now, where `like` is (None: on the CPU); 0 for a method
+        without. Takes a few 10 ms.
+        """
 
 
 def rounded_scales(problem: LayerProblem, scales: Array, moved: grid.Moved) -> Array:

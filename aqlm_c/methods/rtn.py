@@ -59,7 +59,7 @@ class RoundToNearest:
     def remedies(self, format: Format, options: Mapping[str, Any]) -> list[str]:
         return ["another solver"]
 
-    def seconds_per_group(self, format: Format, options: MethodOptions) -> float:
+    def seconds_per_group(self, format: Format, options: MethodOptions, like: Array | None = None) -> float:
         return 0.0
 
 

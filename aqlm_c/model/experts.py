@@ -75,6 +75,11 @@ class Experts(nn.ModuleList):
         return self.fused.train(self.training)
 
 
+def are_fused() -> bool:
+    """Whether this transformers joins experts as it loads them."""
+    return get_model_conversion_mapping is not None
+
+
 def unfuse(model: nn.Module, quantized: Iterable[str] | None = None) -> None:
     """Put `Experts` in the place of every fused module of `model`, on the meta device or with its weights.
 
@@ -106,10 +111,14 @@ def fuse(model: Any) -> None:
         return
     for name, unfused in experts.items():
         model.set_submodule(name, unfused.fuse())
-    if experts and getattr(model, "_weight_conversions", None) is not None:  # of loading, the experts' left out
-        renamings = [transform for transform in model._weight_conversions if isinstance(transform, WeightRenaming)]
-        converters = [transform for transform in _transforms(model) if isinstance(transform, WeightConverter)]
-        model._weight_conversions = renamings + converters
+    if experts and getattr(model, "_weight_conversions", None) is not None:
+        model._weight_conversions = with_fusion(model._weight_conversions, model)
+
+
+def with_fusion(transforms: list[Any], model: nn.Module) -> list[Any]:
+    """The conversions that `model` was loaded with, `without_fusion`, as if its experts had been joined."""
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    return renamings + [transform for transform in _transforms(model) if isinstance(transform, WeightConverter)]
 
 
 def without_fusion(transforms: list[Any], model: nn.Module) -> list[Any]:

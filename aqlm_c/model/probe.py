@@ -141,7 +141,14 @@ def token_ids(model: Any) -> torch.Tensor:
     free = [token for token in range(min(size, len(named) + 64 * N_TOKENS)) if token not in named] or [0]
     step = max(1, len(free) // N_TOKENS)
     ids = [free[(index * step) % len(free)] for index in range(N_TOKENS)]
-    return torch.tensor([ids], device=next(model.parameters()).device)
+    return torch.tensor([ids], device=input_device(model))
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids."""
+    embedding: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embedding, "weight", None)
+    return weight.device if isinstance(weight, torch.Tensor) else next(model.parameters()).device
 
 
 def dense_reasons(model: nn.Module, found: Trace, blocks: list[tuple[str, nn.Module]]) -> dict[str, str]:

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
+from ..calibrate.hessians import NO_POOLS
 from ..calibrate.sources import Calibration, LayerInputs, embedding_hessian
 from ..core import arrays, grid
-from ..core.hessian import Hessian
+from ..distributed import group
 from ..format import Format
 from ..io.checkpoint import quantized_linears
 from ..methods import get_method
 from ..methods.base import LayerProblem, QuantizedWeight, gaussian_references
 from ..model.embeddings import search_config
+from ..model.residence import Residence
 from ..nn.embedding import quantized_class
 from ..nn.linear import QuantizedLayer
 from ..recipe import AqlmConfig
 from ..report.layers import BlockReport, LayerReport
 from ..train.block import finetune_block
 from ..weights import layer_problem, solve
+from .estimate import groups_of
 from .plan import BlockPlan, Plan
 from .progress import Phases
+from .resume import sha256_of
+from .spread import spread_layers
+
+log = logging.getLogger("aqlm_c")
 
 Reports = dict[str, list[dict[str, Any]]]  # of a step, as JSON can hold them: "layers" and "blocks"
 
@@ -59,14 +68,34 @@ def disk_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.float16 if grid.holds(sizes, "float16") else torch.bfloat16
 
 
+class _Solved(NamedTuple):
+    layer: QuantizedLayer
+    weight: QuantizedWeight
+    report: LayerReport
+    problem: LayerProblem | None  # if its codes will be searched again
+
+
 class BlockStages:
-    """Quantizes the steps of a plan, one at a time, in place. dtype: the model's."""
+    """Quantizes the steps of a plan, one at a time, in place. dtype: the model's. residence: brings to the device what
+    a step works on; the step's own block is there.
+
+    Of several ranks each quantizes some layers of a step, and has the sums of H of these alone; all have the results.
+    """
 
     def __init__(
-        self, model: Any, plan: Plan, config: AqlmConfig, calibration: Calibration, phases: Phases, dtype: torch.dtype
+        self,
+        residence: Residence,
+        plan: Plan,
+        config: AqlmConfig,
+        calibration: Calibration,
+        phases: Phases,
+        dtype: torch.dtype,
     ) -> None:
-        self.model, self.plan, self.config = model, plan, config
+        self.model: Any = residence.model
+        self.residence, self.plan, self.config = residence, plan, config
         self.calibration, self.phases, self.dtype = calibration, phases, dtype
+        self._found: dict[str, QuantizedLayer] = {}  # of the step, by name
+        self.most_hessians: int | None = None  # bytes that all H of a step may take together; None: any number
 
     def quantize(self, step: BlockPlan) -> Reports:
         """Quantize and tune a step; the reports of its layers and, after fine-tuning, of the block."""
@@ -78,32 +107,58 @@ class BlockStages:
         return reports
 
     def _quantize_block(self, step: BlockPlan, index: int, reports: Reports) -> None:
-        block = self.plan.blocks[index]
         tunes = self.config.tuning.finetune_epochs > 0 and self.calibration.inputs is not None
-        linears = {name: self.model.get_submodule(name) for name in step.targets}
-        with self.phases("calibrate"):
-            given = self.calibration.of_block(index, block, linears, outputs=tunes)
-        self.phases.move("calibrate", "hessian", given.seconds)
-        with given.outputs or contextlib.nullcontext():
-            problems = {}
-            for name, format in step.targets.items():
-                tokens = given.tokens.get(name)
-                problems[name] = self._quantize_layer(name, format, given.hessians[name], tokens, reports)
+        with contextlib.ExitStack() as stack:
+            given, problems = self._quantize_groups(step, index, tunes, stack, reports)
             if tunes:
                 self._tune(step.name, index, given, problems, reports)
+
+    def _quantize_groups(
+        self, step: BlockPlan, index: int, outputs: bool, stack: contextlib.ExitStack, reports: Reports
+    ) -> tuple[LayerInputs, dict[str, LayerProblem]]:
+        """Quantize the layers of a block: all under H of the dense one, which runs for each group of those whose H fit
+        memory together.
+        """
+        block, linears = self.plan.blocks[index], {name: self.model.get_submodule(name) for name in step.targets}
+        groups = groups_of({name: linear.weight.shape for name, linear in linears.items()}, self.most_hessians)
+        whole = contextlib.nullcontext if self.plan.blocks.chained else self.residence.running
+        problems: dict[str, LayerProblem] = {}
+        pools, all_given = NO_POOLS, LayerInputs({}, {})
+        if len(groups) > 1:
+            with self.phases("calibrate"), whole():
+                pools = self.calibration.pools(index, block, linears)
+        for number, names in enumerate(groups):
+            spread = functools.partial(self._spread, step)
+            part = {name: linears[name] for name in names}
+            with self.phases("calibrate"), whole():
+                given = self.calibration.of_block(index, block, part, outputs and not number, spread, pools)
+            self.phases.move("calibrate", "hessian", given.seconds)
+            if given.outputs is not None:
+                all_given.outputs = stack.enter_context(given.outputs)
+            all_given.ranks = {**all_given.ranks, **given.ranks}
+            problems |= self._quantize_layers({name: step.targets[name] for name in names}, given, reports)
+        self._place_all()
+        return all_given, problems
 
     def _tune(
         self, name: str, index: int, given: LayerInputs, problems: dict[str, LayerProblem], reports: Reports
     ) -> None:
         inputs = self.calibration.inputs
         blocks = self.plan.blocks[:] if self.plan.blocks.chained else self.plan.blocks[: index + 1]  # none is ahead
+        ahead = blocks[index + 1 : index + 1 + self.config.tuning.finetune_lookahead]
         assert inputs is not None and given.outputs is not None, "tuning compares activations"
 
         def search(part: str, *state: torch.Tensor) -> torch.Tensor | None:
-            return search_again(problems[f"{name}.{part}"], self.config, *state)
+            layer, device = f"{name}.{part}", state[0].device
+            found = search_again(problems[layer], self.config, *state) if layer in problems else None
+            told = {} if found is None else {"codes": found}
+            codes = group().broadcast_arrays(told, given.rank_of(layer), device).get("codes")
+            return None if codes is None else torch.as_tensor(codes)
 
-        with self.phases("finetune"), dense(blocks[index], self.dtype) as quantized:
+        using = self.residence.using(*ahead)
+        with self.phases("finetune"), using, dense(blocks[index], self.dtype) as quantized:
             tuned = finetune_block(name, index, blocks, quantized, inputs, given.outputs, self.config, search)
+            same_everywhere(name, quantized, blocks[index])
         reports["blocks"].append(tuned.to_dict())
         self.phases.progress.on_block_report(tuned)
 
@@ -113,40 +168,111 @@ class BlockStages:
         a quantized embedding.
         """
         embeddings = self.plan.embeddings
-        of_output = None
+        ranks = self._spread(step, {name: (name,) for name in step.targets})
+        given, of_output = LayerInputs({}, ranks), None
         if embeddings.output in step.targets or embeddings.tied:
-            with self.phases("calibrate"):
-                given = self.calibration.of_output(self.model, embeddings.output)
-            of_output = given.hessians[embeddings.output]
-            self.phases.move("calibrate", "hessian", given.seconds)
-        for name, format in step.targets.items():
+            (rank,) = (ranks[name] for name in step.targets if embeddings.tied or name == embeddings.output)
+            with self.phases("calibrate"), self.residence.running():
+                found = self.calibration.of_output(
+                    self.model, embeddings.output, lambda names: dict.fromkeys(names, rank)
+                )
+            of_output = found.hessians.get(embeddings.output)
+            self.phases.move("calibrate", "hessian", found.seconds)
+        for name in step.targets:
+            if given.rank_of(name) != group().rank:
+                continue
             hessian = of_output
             if name == embeddings.input:
                 width = self.model.get_submodule(name).embedding_dim
-                hessian = embedding_hessian(width, of_output if embeddings.tied else None)
+                hessian = embedding_hessian(width, of_output if embeddings.tied else None, self.residence.device)
             assert hessian is not None, "an output layer has one"
-            self._quantize_layer(name, format, hessian, self.calibration.tokens or None, reports)
+            given.hessians[name] = hessian
+        if self.calibration.tokens:
+            given.tokens = dict.fromkeys(step.targets, self.calibration.tokens)
+        self._quantize_layers(step.targets, given, reports)
+        self._place_all()
 
-    def _quantize_layer(
-        self, name: str, format: Format, hessian: Hessian, tokens: int | None, reports: Reports
-    ) -> LayerProblem:
-        """Put the quantized layer in the place of the dense one; its report joins the others."""
+    def _spread(self, step: BlockPlan, shared: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
+        layers = {}
+        for name in shared:
+            weight = self.model.get_submodule(name).weight
+            layers[name] = (step.targets[name], tuple(weight.shape), self._config_of(name, step.targets[name]))
+        return spread_layers(layers, shared, group().size)
+
+    def _config_of(self, name: str, format: Format) -> AqlmConfig:
+        return search_config(self.config, format) if name in self.plan.embeddings.names else self.config
+
+    def _quantize_layers(
+        self, targets: Mapping[str, Format], given: LayerInputs, reports: Reports
+    ) -> dict[str, LayerProblem]:
+        """Find quantized layers for the place of the dense ones; their reports join the others. The problems of this
+        rank's.
+        """
+        ranks, own = group(), {}
+        for name, format in targets.items():
+            if given.rank_of(name) == ranks.rank:
+                own[name] = self._quantize_layer(name, format, given)
+                if ranks.size == 1:
+                    self._keep(name, own[name].layer, own[name].report, reports)
+        for name in targets if ranks.size > 1 else ():
+            with self.phases("quantize"):
+                layer, report = self._shared(name, own.get(name), given.rank_of(name))
+            self._keep(name, layer, report, reports)
+        return {name: found.problem for name, found in own.items() if found.problem is not None}
+
+    def _place_all(self) -> None:
+        """Put the layers that were found in the place of the dense ones, all of which saw the same inputs."""
+        for name, layer in self._found.items():
+            self.model.set_submodule(name, layer)
+        self._found.clear()
+
+    def _keep(self, name: str, layer: QuantizedLayer, report: LayerReport, reports: Reports) -> None:
+        self._found[name] = layer
+        reports["layers"].append(report.to_dict())
+        self.phases.progress.on_layer(report)
+
+    def _shared(self, name: str, found: _Solved | None, rank: int) -> tuple[QuantizedLayer, LayerReport]:
+        """The quantized layer and its report, which `rank` has found, on every rank."""
         module = self.model.get_submodule(name)
+        dtype = disk_dtype(module.weight)
+        report = LayerReport.from_dict(group().broadcast(found and found.report.to_dict(), rank))
+        tensors = group().broadcast_arrays(found and found.weight.tensors(), rank, module.weight.device)
+        if found is not None:
+            return found.layer, report
+        codes, books, scales = (tensors[part] for part in ("codes", "codebooks", "scales"))
+        solved = QuantizedWeight(codes, books, scales, str(dtype).removeprefix("torch."), 0.0, {}, [])
+        return quantized_class(module).from_quantized_weight(solved, module, dtype), report
+
+    def _quantize_layer(self, name: str, format: Format, given: LayerInputs) -> _Solved:
+        module, config = self.model.get_submodule(name), self._config_of(name, format)
         with self.phases("quantize"):
             started = time.perf_counter()
             try:
-                config = search_config(self.config, format) if name in self.plan.embeddings.names else self.config
-                layer, solved, problem = quantize_module(name, module, hessian, format, config)
+                layer, solved, problem = quantize_module(name, module, given.hessians.pop(name), format, config)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             seconds = time.perf_counter() - started
         with self.phases("reference"):
             report = layer_report(problem, solved, seconds, self.config.gaussian_reference)
-        report.tokens, report.embedding = tokens, name in self.plan.embeddings.names
-        self.model.set_submodule(name, layer)
-        reports["layers"].append(report.to_dict())
-        self.phases.progress.on_layer(report)
-        return problem
+        report.tokens, report.embedding = given.tokens.get(name), name in self.plan.embeddings.names
+        return _Solved(layer, solved, report, problem if self.config.tuning.finetune_search else None)
+
+
+def same_everywhere(name: str, layers: Mapping[str, QuantizedLayer], block: torch.nn.Module) -> None:
+    """See that fine-tuning left the block `name` the same bits on all ranks; where machines of several kinds do not
+    give them, all take the first rank's, and a warning says so.
+    """
+    ranks = group()
+    if ranks.size == 1:
+        return
+    state = {f"{part} {key}": p.detach() for part, layer in layers.items() for key, p in layer.named_parameters()}
+    state |= {part: p.detach() for part, p in block.named_parameters() if p.squeeze().ndim <= 1}
+    if len(set(ranks.gather(sha256_of(state.items())))) == 1:
+        return
+    log.warning("%s: fine-tuning gave other bits on some ranks, those of rank 0 are taken", name)
+    told = ranks.broadcast_arrays(state, 0, next(block.parameters()).device)
+    for part, tensor in state.items():
+        tensor.copy_(torch.as_tensor(told[part]))
 
 
 def layer_report(

@@ -5,22 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..calibrate.offload import Room
 from ..calibrate.sources import Calibration, SequenceCalibration
 from ..core import runtime
+from ..core.runtime import free_device_memory, kind_of_device, peak_device_memory
+from ..distributed import group
 from ..files import peak_memory
 from ..model import experts
 from ..model.embeddings import tie
+from ..model.residence import Residence
 from ..model.sizes import stored_size
 from ..recipe import AqlmConfig
 from ..report.diagnose import diagnose
 from ..report.report import QuantizationReport
-from ..units import parse_size
-from .block import BlockStages, block_reports, dense
-from .estimate import Estimator, MemoryPlan, Rates, plan_memory
+from .block import BlockStages, Reports, block_reports, dense
+from .estimate import Estimator, MemoryPlan, Rates, plan_memory, plan_on_device
+from .placement import Placement
 from .plan import BlockPlan, Plan, make_plan, works_of
 from .progress import Phases, Progress
 from .resume import WorkDir, block_state, fingerprint, restore_block
@@ -30,7 +35,7 @@ class Pipeline:
     """Quantizes a model in place: `run`. What can be checked before any work is checked when it is made.
 
     config: as the plan has settled it, with which the model is then saved.
-    layers, progress, work_dir, memory_limit: as in `quantize_model`, which see for the errors.
+    layers, progress, work_dir, placement: as in `quantize_model`, which see for the errors.
     """
 
     def __init__(
@@ -42,23 +47,18 @@ class Pipeline:
         layers: str | None = None,
         progress: Any = None,
         work_dir: str | os.PathLike[str] | None = None,
-        memory_limit: int | str | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.model, self.calibration, self.layers = model, calibration, layers
         self.progress = progress or Progress()
         self.work_dir = work_dir
-        self.memory_limit = None if memory_limit is None else parse_size("memory_limit", memory_limit)
+        self.placement = placement or Placement()
         self.phases = Phases(self.progress)
-        self.plan: Plan = make_plan(model, config, layers)
+        self.residence = Residence(model, self.placement.find(model))
+        self.plan = self._make_plan(config)
         self.config = self.plan.config
-        try:
-            if calibration.tokens:
-                self.plan.blocks.check_repeatable(model)
-        except BaseException:
-            experts.fuse(model)
-            raise
         dtype = model.dtype  # before its first parameters are codebooks
-        self.stages = BlockStages(model, self.plan, self.config, calibration, self.phases, dtype)
+        self.stages = BlockStages(self.residence, self.plan, self.config, calibration, self.phases, dtype)
         self.report = QuantizationReport(
             tokens=calibration.tokens,
             sequences=calibration.sequences,
@@ -66,11 +66,24 @@ class Pipeline:
             model=getattr(model.config, "_name_or_path", ""),
             threads=runtime.get_num_threads(),
             isa=runtime.get_isa(),
+            device=kind_of_device(self.residence.device),
             phases=self.phases.seconds,
             plan=self.plan.to_dict(),
+            ranks=group().size,
         )
         self.store: WorkDir | None = None
         self.finished = 0  # steps found in the work directory
+
+    def _make_plan(self, config: AqlmConfig) -> Plan:
+        with self.residence, self.residence.running():
+            plan = make_plan(self.model, config, self.layers, self.residence.done)
+            try:
+                if self.calibration.tokens:
+                    plan.blocks.check_repeatable(self.model)
+            except BaseException:
+                experts.fuse(self.model)
+                raise
+        return plan
 
     def run(self) -> QuantizationReport:
         """All steps; the report. The model is left in evaluation mode."""
@@ -78,15 +91,16 @@ class Pipeline:
         with contextlib.ExitStack() as stack:
             stack.enter_context(without_gradients(self.model))
             stack.callback(experts.fuse, self.model)  # if none was quantized
-            if self.work_dir is not None:
-                self.store = stack.enter_context(WorkDir.open(self.work_dir, self._fingerprint()))
-                self.finished = self.store.finished
+            stack.enter_context(self.residence)
+            self._open(stack)
             memory, estimator = self._estimate()
+            place = self._place(memory, stack)
+            self.stages.most_hessians = agreed(memory.most_hessians)
             stack.enter_context(self.calibration)
             for number, step in enumerate(self.plan.steps):
                 if step.index == 0:
-                    with self.phases("calibrate"):
-                        self.calibration.start(self.model, self.plan.blocks, memory.directory)
+                    with self.phases("calibrate"), self.residence.using(self.model):
+                        self.calibration.start(self.model, self.plan.blocks, place)
                     if number == 0:
                         estimator.start(self.phases.seconds)
                 self._step(number, step)
@@ -94,6 +108,7 @@ class Pipeline:
                 self.progress.on_estimate(estimator.estimate())
         self.report.parameters, self.report.stored_bytes = stored_size(self.model)
         self.report.peak_memory_bytes = peak_memory()
+        self.report.peak_device_memory_bytes = peak_device_memory(self.residence.device)
         if self.calibration.tokens:
             self.report.diagnoses = diagnose(self.report)
         self.progress.on_finish(self.report)
@@ -103,37 +118,82 @@ class Pipeline:
         """Quantize a step, or take it from the work directory; then run on to the next block."""
         self.progress.on_block(number, step.name)
         module = self.model if step.index is None else self.plan.blocks[step.index]
-        if self.store is not None and number < self.finished:
-            tensors, reports = self.store.load_block(number)
-            restore_block(module, tensors)
-        else:
-            reports = self.stages.quantize(step)
-            if self.store is not None:
-                state = block_state(module, quantized_only=step.index is None) if step.targets else {}
-                self.store.save_block(number, state, reports)
-        if step.index is None and self.plan.embeddings.tied:
-            tie(self.model, self.plan.embeddings)
-        if step.index is not None and self.calibration.inputs is not None and number + 1 < len(self.plan.steps):
-            with self.phases("propagate"), dense(module, self.stages.dtype):
-                self.calibration.advance(step.index, module)
+        reports = self._restore(number, module) if number < self.finished else None
+        with self.residence.using(module):
+            if reports is None:
+                reports = self.stages.quantize(step)
+                if self.store is not None:
+                    state = block_state(module, quantized_only=step.index is None) if step.targets else {}
+                    self.store.save_block(number, state, {**reports, "ranks": group().size})
+            if step.index is None and self.plan.embeddings.tied:
+                tie(self.model, self.plan.embeddings)
+            if step.index is not None and self.calibration.inputs is not None and number + 1 < len(self.plan.steps):
+                self._read_ahead(step.index + 1)
+                with self.phases("propagate"), dense(module, self.stages.dtype):
+                    self.calibration.advance(step.index, module)
         layers, blocks = block_reports(reports)
         self.report.layers += layers
         self.report.blocks += blocks
 
+    def _place(self, memory: MemoryPlan, stack: contextlib.ExitStack) -> Path | Room | None:
+        """Where activations are kept."""
+        if self.residence.device.type != "cuda":
+            return memory.directory
+        room = Room(self.residence.device, memory.device_activations, memory.host_activations, memory.directory)
+        stack.callback(room.close)
+        return room
+
+    def _read_ahead(self, index: int) -> None:
+        if index < len(self.plan.blocks):
+            self.residence.read_ahead(self.plan.blocks[index])
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        """The work directory, which only the first rank sees; before it, that all ranks are of the same run."""
+        ranks = group()
+        if ranks.size == 1 and self.work_dir is None:
+            return
+        parts = self._fingerprint()
+        ranks.check_same({
+            name if part == "options" else f"{part}.{name}": value
+            for part, fields in parts.items()
+            if part != "machine"
+            for name, value in fields.items()
+        })  # fmt: skip
+        if self.work_dir is not None and ranks.first:
+            self.store = stack.enter_context(WorkDir.open(self.work_dir, parts))
+        self.finished = ranks.broadcast(self.store.finished if self.store else 0)
+
+    def _restore(self, number: int, module: torch.nn.Module) -> Reports:
+        """Take a step from the work directory; its reports."""
+        ranks, found = group(), (self.store.load_block(number) if self.store else ({}, {}))
+        reports: Any = ranks.broadcast(found[1])
+        tensors = ranks.broadcast_arrays(found[0], 0, "cpu")
+        restore_block(module, {name: torch.as_tensor(tensor) for name, tensor in tensors.items()})
+        self.report.add_ranks(reports.get("ranks", 1))
+        return reports
+
     def _fingerprint(self) -> dict[str, Any]:
-        assert isinstance(self.calibration, SequenceCalibration), "without data nothing is kept"
-        ids, batch_size = self.calibration.ids, self.calibration.batch_size
-        return fingerprint(self.model, ids, self.config, self.layers, batch_size=batch_size)
+        ids, batch_size = torch.zeros(0, 0), None
+        if isinstance(self.calibration, SequenceCalibration):
+            ids, batch_size = self.calibration.ids, self.calibration.batch_size
+        options = {"batch_size": batch_size, "device": kind_of_device(self.residence.device)}
+        return fingerprint(self.model, ids, self.config, self.layers, self.residence.done, **options)
 
     def _estimate(self) -> tuple[MemoryPlan, Estimator]:
         """What the run will take, as the progress is told."""
         calibration, config = self.calibration, self.config
         tuned = config if calibration.tokens else config.replace(finetune_epochs=0)
-        works = works_of(self.model, self.plan, tuned, calibration.tokens, calibration.sequence_length)
+        brought = self.residence.moves or self.residence.mapped_bytes() > 0
+        works = works_of(self.model, self.plan, tuned, calibration.tokens, calibration.sequence_length, brought)
         dense_bytes = sum(self.model.get_submodule(name).weight.nbytes for name in self.plan.targets())
         kept = sum(parameter.nbytes for parameter in self.model.parameters()) - dense_bytes
-        memory = plan_memory(self.memory_limit, works, work_dir=self.work_dir, other_bytes=kept, resumed=self.finished)
-        rates = Rates.measure(config, str(self.stages.dtype).removeprefix("torch."))
+        device, limits = self.residence.device, self.placement.limits
+        options: dict[str, Any] = {"work_dir": self.work_dir, "other_bytes": kept, "resumed": self.finished}
+        if device.type == "cuda":
+            memory = plan_on_device(limits, works, free_device_memory(device), **options)
+        else:
+            memory = plan_memory(limits[0], works, **options)
+        rates = Rates.measure(config, str(self.stages.dtype).removeprefix("torch."), device)
         estimator = Estimator(works, memory, rates, resumed=self.finished)
         self.progress.on_start(len(works), self.plan.n_layers)
         self.progress.on_plan(self.plan)
@@ -142,6 +202,11 @@ class Pipeline:
         self.progress.on_estimate(estimator.estimate())
         estimator.start(self.phases.seconds)
         return memory, estimator
+
+
+def agreed(most: int | None) -> int | None:
+    """The least of what the ranks say, None being more than any number."""
+    return min((one for one in group().gather(most) if one is not None), default=None)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -111,11 +111,14 @@ def few(names: list[str]) -> str:
     return f"{', '.join(names[: _SHOWN - 1])} and {len(names) - _SHOWN + 1} more"
 
 
-def make_plan(model: Any, config: AqlmConfig, layers: str | None = None) -> Plan:
+def make_plan(
+    model: Any, config: AqlmConfig, layers: str | None = None, on_read: Callable[[int], None] | None = None
+) -> Plan:
     """The plan for a transformers model, whose fused experts are taken apart for it (`model.experts`).
 
     A short pass over a few token ids decides what its blocks are and which of their linears can be quantized
-    (`model.probe`). layers: regular expression, only linears of blocks whose name it finds. Raises ValueError for a
+    (`model.probe`). layers: regular expression, only linears of blocks whose name it finds. on_read: is told of so many
+    bytes of the model that were looked at. Raises ValueError for a
     model that is quantized already or does not run on token ids, a format that does not fit a layer or that the method
     does not know, a rule or a `layers` that matches nothing, and for NaN or Inf in any parameter. The model is then as
     it was.
@@ -124,6 +127,12 @@ def make_plan(model: Any, config: AqlmConfig, layers: str | None = None) -> Plan
         raise ValueError("model: got one that is quantized already, expected an unquantized model")
     experts.unfuse(model)
     try:
+        config.check_searchable()
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"{name}: got NaN or Inf, expected finite values")
+            if on_read is not None:
+                on_read(parameter.nbytes)
         return _make_plan(model, config, layers)
     except BaseException:
         experts.fuse(model)
@@ -131,10 +140,6 @@ def make_plan(model: Any, config: AqlmConfig, layers: str | None = None) -> Plan
 
 
 def _make_plan(model: Any, config: AqlmConfig, layers: str | None) -> Plan:
-    config.check_searchable()
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"{name}: got NaN or Inf, expected finite values")
     found = trace(model)
     _, blocks = find_blocks(model, found)
     reasons = dense_reasons(model, found, blocks.named())
@@ -270,9 +275,19 @@ def _check_rules(plan: Plan, config: AqlmConfig, reasons: Mapping[str, str]) -> 
             raise ValueError(f"rules: {rule!r}: expected before {min(first)!r}, which matches all its layers first")
 
 
-def works_of(model: Any, plan: Plan, config: AqlmConfig, tokens: int, sequence_length: int) -> list[Work]:
-    """The work of each step, for estimates."""
-    return [_work(model, plan, step, config, tokens, sequence_length) for step in plan.steps]
+def works_of(
+    model: Any, plan: Plan, config: AqlmConfig, tokens: int, sequence_length: int, brought: bool = False
+) -> list[Work]:
+    """The work of each step, for estimates. brought: blocks are brought to memory for their steps."""
+    works = [_work(model, plan, step, config, tokens, sequence_length) for step in plan.steps]
+    if not brought:
+        return works
+    inside = [sum(parameter.nbytes for parameter in block.parameters()) for block in plan.blocks]
+    outside = sum(parameter.nbytes for parameter in model.parameters()) - sum(inside)
+    return [
+        dataclasses.replace(work, block_bytes=outside + max(inside) if step.index is None else inside[step.index])
+        for work, step in zip(works, plan.steps, strict=True)
+    ]
 
 
 def _work(model: Any, plan: Plan, step: BlockPlan, config: AqlmConfig, tokens: int, sequence_length: int) -> Work:

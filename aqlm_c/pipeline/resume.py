@@ -15,7 +15,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ _FINGERPRINT, _LOCK, _TEMPORARY = "fingerprint.json", "lock", ".new"
 _OURS_BEFORE_THE_FINGERPRINT = {_LOCK, _FINGERPRINT + _TEMPORARY}
 _BLOCK = re.compile(r"block-(\d{4,})\.safetensors")
 _SHOWN = 6  # differences in a message
+_AT_A_TIME = 16  # tensors that are hashed
 _VERSIONS = ("aqlm_c", "numpy", "torch", "transformers")
 _PLACE = ("_name_or_path", "transformers_version")  # of a model's config: say nothing about what it computes
 _HASHES = {
@@ -53,14 +55,20 @@ _HASHES = {
 
 
 def fingerprint(
-    model: Any, sequences: torch.Tensor, config: AqlmConfig, layers: str | None, **options: Any
+    model: Any,
+    sequences: torch.Tensor,
+    config: AqlmConfig,
+    layers: str | None,
+    on_read: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """What the bits of a run's result depend on, ready for JSON: `WorkDir.open` compares it part by part.
 
-    Parts "model" (a transformers model: class, config, attention, SHA-256 of all parameters and buffers), "data"
-    (of the token ids [n, length]), "options" (every field of `config`, `layers` and `options`, such as the batch
-    size) and "versions" must be equal. "machine" (threads, device, torch's instruction set) may move the last
-    bits and only warns; aqlm_c's own instruction set moves none.
+    Parts "model" (a transformers model: class, config, attention, SHA-256 of all parameters and buffers), "data" (of
+    the token ids [n, length]), "options" (every field of `config`, `layers` and `options`, such as the batch size and
+    the kind of device) and "versions" must be equal. "machine" (threads, torch's instruction set) may move the last
+    bits and only warns; aqlm_c's own instruction set moves none. on_read: is told of so many bytes of the model that
+    were read.
     """
     fields = json.loads(model.config.to_json_string(use_diff=False))
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -70,14 +78,13 @@ def fingerprint(
             **{name: value for name, value in fields.items() if name not in _PLACE},
             "class": type(model).__name__,
             "attention": getattr(model.config, "_attn_implementation", None),
-            "weights": _sha256(tensors),
+            "weights": _sha256_of_many(tensors, on_read),
         },
-        "data": {"shape": list(sequences.shape), "tokens": _sha256([("tokens", sequences.long())])},
+        "data": {"shape": list(sequences.shape), "tokens": sha256_of([("tokens", sequences.long())])},
         "options": {**fields_of, "rules": [*map(list, config.rules.items())], "layers": layers, **options},
         "versions": {name: versions().get(name) for name in _VERSIONS},
         "machine": {
             "threads": [runtime.get_num_threads(), torch.get_num_threads()],
-            "device": str(tensors[0][1].device),
             "instructions": torch.backends.cpu.get_cpu_capability(),
         },
     }
@@ -123,7 +130,7 @@ class WorkDir:
             name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
-        facts = {"sha256": _sha256(sorted(owned.items()), report), "report": report}
+        facts = {"sha256": sha256_of(sorted(owned.items()), report), "report": report}
         self._write(_block_name(index), save(owned, {"aqlm_c": json.dumps(facts)}))
         self.finished += 1
 
@@ -142,7 +149,7 @@ class WorkDir:
             sha256, report = facts["sha256"], facts["report"]
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{damaged}: {error}") from error
-        if sha256 != _sha256(tensors.items(), report):
+        if sha256 != sha256_of(tensors.items(), report):
             raise ValueError(f"{damaged}: its SHA-256 differs from the one written with it")
         return tensors, report
 
@@ -299,7 +306,20 @@ def _block_name(index: int) -> str:
     return f"block-{index:04d}.safetensors"
 
 
-def _sha256(tensors: Iterable[tuple[str, torch.Tensor]], report: Mapping[str, Any] | None = None) -> str:
+def _sha256_of_many(tensors: Sequence[tuple[str, torch.Tensor]], on_read: Callable[[int], None] | None) -> str:
+    """Of the hashes of each tensor, in order: of several at a time, since a large model takes minutes otherwise."""
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(min(8, torch.get_num_threads())) as pool:
+        for begin in range(0, len(tensors), _AT_A_TIME):
+            part = tensors[begin : begin + _AT_A_TIME]
+            for one in pool.map(lambda named: sha256_of([named]), part):
+                digest.update(one.encode())
+            if on_read is not None:
+                on_read(sum(tensor.nbytes for _, tensor in part))
+    return digest.hexdigest()
+
+
+def sha256_of(tensors: Iterable[tuple[str, torch.Tensor]], report: Mapping[str, Any] | None = None) -> str:
     """Of `report` as JSON and of names, dtypes, shapes and bytes of tensors."""
     digest = hashlib.sha256(f"{json.dumps(report)}\n".encode())
     for name, tensor in tensors:

@@ -26,7 +26,9 @@ class QuantizationReport:
     those, `original_embedding_bytes`, `quantized_embedding_bytes`; the original's may be unknown. data:
     SHA-256 of the sources and of the token ids. note: what a reader of the sizes should know of the original.
     diagnoses: sentences of what may be wrong and what to do (`diagnose`). plan: "quantized" of all "linears" in
-    "blocks", names of the "dense" by reason, and a "text" of it.
+    "blocks", names of the "dense" by reason, and a "text" of it. ranks: processes that worked together; resumed_ranks:
+    how many these were when blocks that a work directory had were finished, if not as many. device: "cpu" or the name
+    of the GPU that quantized, with the most bytes that were held there; both are in `to_dict` for a GPU alone.
     """
 
     layers: list[LayerReport] = dataclasses.field(default_factory=list)
@@ -45,7 +47,11 @@ class QuantizationReport:
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     threads: int = 0
     isa: str = ""
+    device: str = "cpu"
+    peak_device_memory_bytes: int = 0
     plan: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ranks: int = 1
+    resumed_ranks: list[int] = dataclasses.field(default_factory=list)
     versions: dict[str, str] = dataclasses.field(default_factory=versions)
 
     @property
@@ -61,9 +67,19 @@ class QuantizationReport:
         """Bits that are stored per parameter of the whole model, embeddings and dense layers among them."""
         return 8 * self.stored_bytes / self.parameters if self.parameters else None
 
+    def add_ranks(self, ranks: int) -> None:
+        """So many ranks finished a block that was found in the work directory."""
+        if ranks not in (self.ranks, *self.resumed_ranks):
+            self.resumed_ranks = sorted([*self.resumed_ranks, ranks])
+
     def to_dict(self) -> dict[str, Any]:
-        """All fields, with `bits_per_weight` and `effective_bits`; ready for JSON, where NaN and Inf are null."""
+        """All fields, with `bits_per_weight` and `effective_bits`; ready for JSON, where NaN and Inf are null. Numbers
+        of ranks only where there was more than one.
+        """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.device == "cpu":
+            del fields["device"], fields["peak_device_memory_bytes"]
+        fields = {name: value for name, value in fields.items() if "ranks" not in name or value not in (1, [])}
         return _finite(
             {
                 **fields,
@@ -117,11 +133,17 @@ class QuantizationReport:
     def _summary(self) -> str:
         phases = " · ".join(f"{name} {seconds:.1f}" for name, seconds in self.phases.items())
         start = f", each beginning with {self.data['bos']}" if self.data.get("bos") else ""
+        device = f", {self.peak_device_memory_bytes / 2**30:.2f} GiB on {self.device}" if self.device != "cpu" else ""
         return (
-            f"{self.sequences} sequences, {self.tokens:,} tokens{start} · {self.threads} threads, {self.isa} · "
-            f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB\n"
+            f"{self.sequences} sequences, {self.tokens:,} tokens{start} · {self._ranks()}{self.threads} threads, "
+            f"{self.isa} · peak memory {self.peak_memory_bytes / 2**30:.2f} GiB{device}\n"
             f"seconds: {phases} · total {sum(self.phases.values()):.1f}"
         )
+
+    def _ranks(self) -> str:
+        others = " and ".join(map(str, self.resumed_ranks))
+        text = f"{self.ranks} ranks{f' (resumed after {others})' if others else ''} of "
+        return text if self.ranks > 1 or others else ""
 
 
 def _finite(value: Any) -> Any:

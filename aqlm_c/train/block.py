@@ -13,6 +13,7 @@ one more 41.4, after three 40.0).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import time
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibrate.activations import Activations
+from ..distributed import group
 from ..nn import ops
 from ..nn.linear import QuantizedLinear
 from ..recipe import AqlmConfig
@@ -67,6 +69,9 @@ def finetune_block(
     What is tuned for is the mean of the relative errors at both outputs. Epochs end early after `finetune_patience` of
     them without a better state: one with a lower held-out mean and an error at the block's own output that is not
     above the start's. All errors are of values rounded to the layers' dtype: those that are saved.
+
+    Of several ranks each has some of the batches, those of the first rank first. Gradients and errors of each batch are
+    told to all ranks and added there in the order of one process, so that all have the same state.
 
     Raises ValueError for NaN or Inf in the block's outputs.
     """
@@ -142,16 +147,20 @@ class _Tuner:
             if name not in dense and parameter.is_floating_point() and parameter.squeeze().ndim <= 1
         }
         self.trained = [*self.codebooks.values(), *self.scales.values(), *self.others.values()]
-        self.sequences = inputs.batch_sizes()
+        sizes = group().gather(inputs.batch_sizes())
+        ends = list(itertools.accumulate(map(len, sizes), initial=0))
+        self.of_ranks = [range(*pair) for pair in itertools.pairwise(ends)]  # numbers of their batches
+        self.start = self.of_ranks[group().rank].start
+        self.sequences = [size for there in sizes for size in there]
         n_batches = len(self.sequences)
         first = inputs.hidden[0]
-        self.device, self.gradient_scale = first.device, gradient_scale(first)
+        self.device, self.gradient_scale = first.device, group().broadcast(gradient_scale(first))
         self.held_out = held_out_batches(n_batches, tuning.finetune_held_out)
         self.training = [batch for batch in range(n_batches) if batch not in self.held_out]
         self.probe = self.training[: len(self.held_out)]  # shows the error on what is trained on
         self.goals = [targets, ahead] if self.ahead else [targets]
         self.squares: dict[tuple[bool, int], Tensor] = {}
-        for batch in range(n_batches if self.ahead else 0):
+        for batch in range(len(targets.hidden) if self.ahead else 0):
             ahead.hidden.append(self._look_ahead(batch, targets.hidden[batch]).detach())
 
     def _decoder(self, name: str, codes: Tensor) -> _Decoder:
@@ -209,19 +218,62 @@ class _Tuner:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for step in range(0, len(order), per_step):
             batches = order[step : step + per_step]
-            sequences = sum(self.sequences[batch] for batch in batches)
             optimizer.zero_grad()
-            # decoded once a step, or on the CPU, where that costs little, once a batch: another order of sums
-            for part in [batches] if self.device.type == "cuda" else [[batch] for batch in batches]:
-                with self._trainable() as tensors:
-                    for batch, upcoming in zip(part, [*part[1:], *order[step + per_step :][:1], None], strict=False):
-                        self._prefetch(upcoming)
-                        own, *ahead = self._errors(batch, tensors)
-                        loss = sum(ahead, own) / len(self.goals)
-                        (loss * (self.sequences[batch] / sequences * self.gradient_scale)).backward()
-                        total += loss.detach().double() * self.sequences[batch]
+            for batch, error in zip(batches, self._gradients(batches, order[step + per_step :]), strict=True):
+                total += error * self.sequences[batch]
             optimizer.step()
         return total / sum(self.sequences[batch] for batch in order)
+
+    def _gradients(self, batches: list[int], later: list[int]) -> list[Tensor]:
+        """Add up the gradients of a step's batches, one after another, of all ranks; the batches' errors, float64.
+
+        later: the batches after these.
+        """
+        whole = sum(self.sequences[batch] for batch in batches)
+        own, upcoming = self._own(batches), self._own(later)
+        rows = []
+        for batch, following in zip(own, [*own[1:], *upcoming[:1], None], strict=False):
+            self._prefetch(following)
+            error = self._backward(batch, self.sequences[self.start + batch] / whole)
+            rows.append(error if group().size == 1 else self._taken(error))
+        return rows if group().size == 1 else self._told(batches, rows)
+
+    def _own(self, batches: Sequence[int]) -> list[int]:
+        """Those of these batches that this rank has, by their numbers here."""
+        return [batch - self.start for batch in batches if batch in self.of_ranks[group().rank]]
+
+    def _backward(self, batch: int, share: float) -> Tensor:
+        """Add the gradients of a batch of this rank, times its share of a step, to those of the changes; its error."""
+        with self._trainable() as tensors:  # decoded for each, so that the sums do not depend on who has which
+            own, *ahead = self._errors(batch, tensors)
+            loss = sum(ahead, own) / len(self.goals)
+            (loss * (share * self.gradient_scale)).backward()
+        return loss.detach().double()
+
+    def _taken(self, error: Tensor) -> Tensor:
+        """A batch's error, which tensors it gave a gradient, and these, which are then gone: float32."""
+        gradients = [tensor.change.grad for tensor in self.trained]
+        parts = [tensor.start if g is None else g for tensor, g in zip(self.trained, gradients, strict=True)]
+        has = torch.tensor([float(g is not None) for g in gradients]).to(error.device)
+        for tensor in self.trained:
+            tensor.change.grad = None
+        return torch.cat([error.float().view(1), has, *(part.reshape(-1) for part in parts)])
+
+    def _told(self, batches: list[int], rows: list[Tensor]) -> list[Tensor]:
+        """Add the gradients of the batches of all ranks to those of the changes, in the order of the step."""
+        of_ranks = [[batch for batch in batches if batch in there] for there in self.of_ranks]
+        sizes = [tensor.change.numel() for tensor in self.trained]
+        own = torch.stack(rows) if rows else torch.zeros(0, 1 + len(sizes) + sum(sizes), device=self.device)
+        told = group().gather_rows(own, list(map(len, of_ranks)))
+        found = dict(zip(itertools.chain(*of_ranks), itertools.chain(*told), strict=True))
+        given = torch.stack([found[batch][1 : 1 + len(sizes)] for batch in batches]).tolist()
+        for batch, of_tensors in zip(batches, given, strict=True):
+            parts = found[batch][1 + len(sizes) :].split(sizes)
+            for tensor, part, is_given in zip(self.trained, parts, of_tensors, strict=True):
+                if is_given:
+                    grad = part.view_as(tensor.change)
+                    tensor.change.grad = grad.clone() if tensor.change.grad is None else tensor.change.grad + grad
+        return [found[batch][0].double() for batch in batches]
 
     @contextlib.contextmanager
     def _trainable(self) -> Iterator[dict[str, Tensor]]:
@@ -301,12 +353,17 @@ class _Tuner:
         """
         goals = goals or self.goals
         tensors = self._tensors(self._values(rounded=True))
-        sums = torch.zeros(len(goals), 2, dtype=torch.float64, device=self.device)
-        for batch, upcoming in zip(batches, [*batches[1:], None], strict=True):
+        own = self._own(batches)
+        squares = torch.zeros(len(own), len(goals), 2, dtype=torch.float64, device=self.device)
+        for row, batch, upcoming in zip(squares, own, [*own[1:], None], strict=False):
             self._prefetch(upcoming)
             for i, (output, goal) in enumerate(zip(self._outputs(batch, tensors, len(goals)), goals, strict=True)):
-                sums[i, 0] += _square_error(output, goal.hidden[batch]).double()
-                sums[i, 1] += self._square(goal, batch).double()
+                row[i, 0] = _square_error(output, goal.hidden[batch]).double()
+                row[i, 1] = self._square(goal, batch).double()
+        counts = [sum(batch in there for batch in batches) for there in self.of_ranks]
+        sums = torch.zeros(len(goals), 2, dtype=torch.float64, device=self.device)
+        for row in itertools.chain(*group().gather_rows(squares.flatten(1), counts)):  # in order, as batches are
+            sums += row.view_as(sums)
         errors = sums[:, 0] / _above_zero(sums[:, 1])
         own, mean = torch.stack([errors[0], errors.mean()]).tolist()
         return own, mean

@@ -18,7 +18,8 @@ namespace {
 using torch::stable::clone;
 using torch::stable::new_empty;
 
-constexpr int64_t CHUNK = 8192; /* rows whose product is one sum of fp32, before it is added to that of fp64 */
+/* Rows whose product is one sum of fp32, before it is added to that of fp64: tensor cores cut off what they add. */
+constexpr int64_t CHUNK = 8192, SPLIT_CHUNK = 2048;
 
 /* A tensor of this GPU. */
 void check_place(const Tensor &t, const char *name, int32_t device) {
@@ -99,8 +100,9 @@ void accumulate_hessian(const Tensor &sum, const Tensor &x_in) {
     const OnDevice on(x.get_device_index());
     const bool split = type == ScalarType::Float && in % 4 == 0;
     Tensor product = split ? new_empty(x, {in, in}) : x;
-    for (int64_t done = 0; done < n; done += CHUNK) {
-        const Tensor rows = torch::stable::narrow(const_cast<Tensor &>(x), 0, done, std::min(CHUNK, n - done));
+    const int64_t chunk = split ? SPLIT_CHUNK : CHUNK;
+    for (int64_t done = 0; done < n; done += chunk) {
+        const Tensor rows = torch::stable::narrow(const_cast<Tensor &>(x), 0, done, std::min(chunk, n - done));
         if (split) check(aqlm_cuda_square(writable(product), data(rows), rows.size(0), in, on.stream), "square");
         else {
             const Tensor turned = torch::stable::transpose(rows, 0, 1);

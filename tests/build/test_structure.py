@@ -17,6 +17,7 @@ LAYERS = [
     {"files", "format"},
     {"config"},
     {"core"},
+    {"distributed"},
     {"methods"},
     {"recipe", "report"},
     {"weights"},

@@ -177,7 +177,14 @@ def test_out_holds_what_reproduces_it(model_dir, tmp_path):
     assert f"aqlm_c {aqlm_c.__version__}, python " in text.splitlines()[0]
     assert report.data["sources"]["pydoc_data.topics"] in text and report.data["input_ids"] in text
     resolved = yaml.safe_load(text)
-    assert resolved.keys() >= set(FIELDS) - {"options", "layers", "work_dir", "memory_limit", "overwrite"}
+    assert resolved.keys() >= set(FIELDS) - {
+        "options",
+        "layers",
+        "work_dir",
+        "memory_limit",
+        "device_memory_limit",
+        "overwrite",
+    }
     assert "overwrite" not in resolved  # which would let the next run replace a model unasked
     assert resolved["finetune_epochs"] == PRESETS["fast"]["finetune_epochs"] and resolved["seed"] == 3
 

@@ -1,4 +1,4 @@
-"""The quantizer's verbs on a GPU: what the C core finds, up to rounding; the same bits every time; the same refusals."""
+"""The quantizer on a GPU: what the C core finds, up to rounding; the same bits every time; the same refusals."""
 
 import numpy as np
 import pytest
@@ -110,7 +110,7 @@ SHAPE_IDS = ["{2}x{3}g{4}-{0}x{1}".format(*s) for s in SHAPES]
 
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
 def test_updates_and_error(shape):
-    out, inp, K, B, g = shape
+    out = shape[0]
     W, H, scales, codes, codebooks = layer(*shape)
     w, h, c, books, s = cuda(W, H, codes, codebooks, scales)
     truth = _core.quantization_error(W, H, codes, codebooks, scales)
@@ -153,7 +153,7 @@ def test_accumulate_hessian(dtype, inp):
         verbs.accumulate_hessian(sums, rows.cuda())
     truth = x.double().T @ x.double()
     size = truth.diagonal().sqrt()
-    assert ((sums.cpu() - truth) / (size[:, None] * size)).abs().max() < 2e-5
+    assert ((sums.cpu() - truth) / (size[:, None] * size)).abs().max() < 4e-5
     assert torch.equal(sums, sums.T)
 
 
@@ -199,17 +199,17 @@ def test_refusals():
     W, H, scales, codes, codebooks = layer(40, 96, 2, 6, 8)
     outside = codes.copy()
     outside[3, 2, 1] = 64
-    with pytest.raises(ValueError, match="codes: got one outside, expected 0..63"):
+    with pytest.raises(ValueError, match=r"codes: got one outside, expected 0..63"):
         verbs.update_scales(*cuda(scales, W, H, outside, codebooks))
-    with pytest.raises(ValueError, match="codes: got 64 at flat index 77, expected 0..63"):
+    with pytest.raises(ValueError, match=r"codes: got 64 at flat index 77, expected 0..63"):
         verbs.codes_to_disk(cuda(outside), 6)
     with pytest.raises(ValueError, match="H: got a tensor elsewhere"):
         verbs.quantization_error(cuda(W), torch.from_numpy(H))
     with pytest.raises(ValueError, match="H: got dtype float64"):
         verbs.quantization_error(cuda(W), cuda(H.astype(np.float64)))
-    with pytest.raises(ValueError, match="factor_hessian: .*positive"):
+    with pytest.raises(ValueError, match=r"factor_hessian: .*positive"):
         verbs.factor_hessian(cuda(-np.eye(16, dtype=np.float32)), 8, 0.0)
-    with pytest.raises(ValueError, match="factor_hessian: .*positive"):
+    with pytest.raises(ValueError, match=r"factor_hessian: .*positive"):
         verbs.factor_hessian(cuda(np.diag([1] * 15 + [-1]).astype(np.float32)), 8, 0.0)
 
 
@@ -233,7 +233,7 @@ def test_quantize_weight_agrees_with_the_cpu(solver, scheme, out, inp):
     again = quantize_weight(cuda(W), Hessian(cuda(H)), config)
     for name, tensor in on_gpu.tensors().items():
         assert tensor.is_cuda and torch.equal(tensor, again.tensors()[name])
-    assert on_gpu.relative_error == pytest.approx(on_cpu.relative_error, rel=1.5e-2)
+    assert on_gpu.relative_error == pytest.approx(on_cpu.relative_error, rel=5e-2)  # other trajectories of k-means
     D = W.astype(np.float64) - on_gpu.decode().cpu().numpy()
     signal = np.einsum("oi,ij,oj", W, H, W, optimize=True)
     assert np.einsum("oi,ij,oj", D, H, D, optimize=True) / signal == pytest.approx(on_gpu.relative_error, rel=1e-3)

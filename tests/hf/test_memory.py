@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from transformers.quantizers.base import HfQuantizer
 
 import aqlm_c
-from aqlm_c.hf import memory
+from aqlm_c.io import mapped
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/self/smaps")
 
@@ -28,7 +28,7 @@ SCRIPT = """
 import sys, torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import aqlm_c.hf
-from aqlm_c.hf.memory import give_back
+from aqlm_c.io.mapped import give_back
 
 def memory(field):
     give_back()
@@ -114,7 +114,7 @@ def test_pages_are_given_back_unless_they_were_written_to(tmp_path):
     changed[5] = -1
     assert torch.equal(same, values) and resident_bytes(read) >= values.nbytes
     before = resident_bytes(written)
-    memory.give_back([written, read])
+    mapped.give_back([written, read])
     assert resident_bytes(read) == 0 and resident_bytes(written) == before > 0
     assert torch.equal(same, values) and changed[5] == -1
     changed[5] = 5
@@ -122,13 +122,13 @@ def test_pages_are_given_back_unless_they_were_written_to(tmp_path):
 
 
 def test_a_cast_in_parts_is_a_cast(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_LEAST", 100)
+    monkeypatch.setattr(mapped, "_LEAST", 100)
     path, values = (
         tmp_path / "x.safetensors",
         {"x": torch.randn(67, 5), "zero": torch.tensor(2.0), "none": torch.zeros(0, 3)},
     )
     save_file(values, path)
-    files = memory.MappedFiles([path])
+    files = mapped.MappedFiles([path])
     for name, tensor in load_file(path).items():
         assert torch.equal(files.cast(tensor, torch.bfloat16), values[name].bfloat16())
     wide = torch.randn(3, 400)  # a row is more than may be in memory twice

@@ -5,7 +5,7 @@ import torch
 import transformers
 from loading import load, quantized_names
 from safetensors.torch import load_file
-from tiny import VOCABULARY, random_model, random_tokens, tiny_llama
+from tiny import LINEAR_ATTENTION, VOCABULARY, random_model, random_tokens, tiny_llama
 from torch import nn
 from transformers import GPTBigCodeConfig, MambaConfig
 
@@ -76,19 +76,10 @@ def lara():
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "moe_intermediate_size": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "shared_expert_intermediate_size": 16,
     }
     if not hasattr(transformers, "LaraMiniConfig"):
         pytest.skip("a transformers without this model, whose checkpoints join linears")
-    return random_model(transformers.LaraMiniConfig(**sizes))
+    return random_model(transformers.LaraMiniConfig(**sizes, **LINEAR_ATTENTION))
 
 
 @pytest.mark.parametrize("dense", ["", "in_proj", "in_proj_[ab]$"], ids=["all", "none", "two"])

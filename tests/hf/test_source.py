@@ -9,7 +9,7 @@ import torch
 import transformers
 from loading import load
 from safetensors.torch import load_file, save_file
-from tiny import BYTES, byte_tokenizer, random_model, random_tokens, tiny_llama
+from tiny import BYTES, LINEAR_ATTENTION, byte_tokenizer, random_model, random_tokens, tiny_llama
 
 from aqlm_c.hf.models import auto_class, load_model
 from aqlm_c.inspection import check_model, inspect_model
@@ -129,20 +129,9 @@ def test_a_source_in_the_cache_of_the_hub(tmp_path, monkeypatch):
 
 
 def next_model():
-    sizes = {
-        "head_dim": 8,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "moe_intermediate_size": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "shared_expert_intermediate_size": 16,
-    }
     if not hasattr(transformers, "Qwen3NextConfig"):
         pytest.skip("a transformers without Qwen3-Next")
-    return random_model(transformers.Qwen3NextConfig(**SIZES, **sizes))
+    return random_model(transformers.Qwen3NextConfig(**SIZES, **LINEAR_ATTENTION))
 
 
 UNREAD = {"mtp.fc.weight": torch.randn(32, 64), "mtp.layers.0.mlp.gate.weight": torch.randn(4, 32).bfloat16()}

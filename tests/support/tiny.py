@@ -12,6 +12,17 @@ VOCABULARY = 96
 BYTES = 257
 FAST = {"ldl_passes": 1, "max_sweeps": 1, "init_max_iter": 2, "finetune_epochs": 0}  # options
 SCHEME = "1x4g8"
+LINEAR_ATTENTION = {  # with experts, as in Qwen3-Next: sizes beside those of a tiny Llama
+    "head_dim": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 16,
+}
 
 
 def tiny_llama(dtype=torch.float32, seed=0, **options):

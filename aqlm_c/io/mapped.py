@@ -1,11 +1,13 @@
-"""Memory while loading. A tensor that is copied out of a mapped file, packed or to another dtype, would be in memory
-twice for as long as any other tensor lies in that file, since the mapping lives that long. Pages are therefore given
-back while loading: without that, SmolLM2 at 2x8g8 in bfloat16 took 1.57 times its checkpoint, 2.25 times where float16
-was cast.
+"""Memory of mapped files. transformers leaves a checkpoint's tensors where they lie, in files that are mapped, and
+their pages are in memory once they are read. A tensor that is copied out of such a file, packed, quantized or to
+another dtype, would be in memory twice for as long as any other tensor lies in it, since the mapping lives that long.
+Pages are therefore given back: without that, SmolLM2 at 2x8g8 in bfloat16 took 1.57 times its checkpoint to load, 2.25
+times where float16 was cast, and a model could not be larger than memory while it is quantized.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
 import os
@@ -16,22 +18,24 @@ import torch
 from torch import Tensor
 
 _MADV_DONTNEED = 4  # of Linux
-_LEAST, _PARTS = 16 << 20, 16
+_LEAST, _PARTS, _MOST = 16 << 20, 16, 1 << 30
 
 
 class MappedFiles:
-    """The files that a model's tensors are copied out of, of which 16 MiB or a sixteenth may be in memory twice."""
+    """The files that a model's tensors are read from, of which 16 MiB or a sixteenth, and 1 GiB at most, may be in
+    memory though it is not needed any more.
+    """
 
     def __init__(self, files: Iterable[str | os.PathLike[str]]) -> None:
-        self._files = list(files)
-        self._most = max(_LEAST, sum(map(os.path.getsize, self._files)) // _PARTS)
+        self.files = list(files)
+        self._most = min(_MOST, max(_LEAST, sum(map(os.path.getsize, self.files)) // _PARTS))
         self._copied = 0
 
     def copied(self, n_bytes: int) -> None:
-        """So many bytes of the files are in memory as a copy, too."""
+        """So many bytes of the files are in memory as a copy, too, or were read and are done with."""
         self._copied += n_bytes
-        if self._copied >= self._most:
-            give_back(self._files)
+        if self.files and self._copied >= self._most:
+            give_back(self.files)
             self._copied = 0
 
     def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,6 +64,21 @@ def give_back(files: Iterable[str | os.PathLike[str]] = ()) -> None:
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
     if hasattr(libc, "malloc_trim"):  # glibc
         libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def mapped_bytes(tensors: Iterable[Tensor], files: Iterable[str | os.PathLike[str]]) -> int:
+    """Bytes of the tensors that lie in mapped `files`, and in no other memory."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    paths = {os.path.realpath(file) for file in files}
+    ranges = sorted(_unwritten(paths)) if paths else []
+    begins = [begin for begin, _ in ranges]
+
+    def is_mapped(tensor: Tensor) -> bool:
+        place = bisect.bisect_right(begins, tensor.data_ptr()) - 1
+        return place >= 0 and tensor.data_ptr() < ranges[place][1]
+
+    return sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu" and is_mapped(tensor))
 
 
 def _unwritten(paths: set[str]) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,203 @@
+"""Several ranks give what one process gives, and none of them hangs. Runs are those of `support/ranks.py`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aqlm_c import distributed
+from aqlm_c.calibrate.hessians import HessianSums
+from aqlm_c.pipeline.spread import spread_layers
+from aqlm_c.recipe import AqlmConfig
+
+RANKS = Path(__file__).parents[1] / "support" / "ranks.py"
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SECONDS = 10  # in which no rank is left when one has ended
+
+pytestmark = pytest.mark.skipif(
+    not (hasattr(os, "fork") and torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="needs fork and gloo",
+)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """What came of each run, by name."""
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
+    names = ("same_bits", "resumed", "command_line", "killed")
+    result = subprocess.run([sys.executable, RANKS, *names], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def the_one_line(end, rank):
+    (line,) = end["lines"][rank].splitlines()
+    assert line.startswith("aqlm-c: ")
+    return line
+
+
+@pytest.mark.parametrize("name", ["tuned", "tied", "experts", "without data"])
+def test_the_bits_do_not_depend_on_the_number_of_ranks(runs, name):
+    by_size = runs["same_bits"][name]
+    (alone,) = by_size["1"]
+    assert alone["ranks"] is None and alone["layers"] >= 14
+    assert bool(alone["improved"]) == (name != "without data")
+    for size, ranks in by_size.items():
+        for one in ranks:
+            assert (one["state"], one["report"]) == (alone["state"], alone["report"]), size
+            assert size == "1" or one["ranks"] == int(size)
+
+
+@pytest.mark.parametrize("how", ["2 1", "1 2"])
+def test_a_run_goes_on_with_another_number_of_ranks(runs, how):
+    first, then = how.split()
+    found = runs["resumed"][how]
+    assert found["end"]["codes"] == [0] * int(then)
+    for after in found["after"]:
+        assert (after["state"], after["report"]) == (found["before"]["state"], found["before"]["report"])
+    assert found["after"][0]["resumed"] == [int(first)]
+    assert found["after"][0]["ranks"] == (None if then == "1" else int(then))
+
+
+def test_only_the_first_rank_speaks_and_writes(runs):
+    found = runs["command_line"]
+    assert found["two"]["codes"] == [0, 0] and found["one"] | {"seconds": 0} == {
+        "codes": [0],
+        "lines": [""],
+        "seconds": 0,
+    }
+    assert "held-out output error" in found["two"]["lines"][0] and [
+        found["two"]["lines"][1],
+        *found["one"]["lines"],
+    ] == ["", ""]
+    assert found["same"] and found["report"] == 2
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("options", r"ranks: got other values on 0 and 1 \(seed: 0 and 7\), expected the same run"),
+        (
+            "data",
+            r"ranks: got other values on 0 and 1 \(data.tokens: '[0-9a-f]+\.\.\. and '.*\), expected the same run",
+        ),
+        ("exists", r"OUT: got '.*two', which exists, expected a new path, or overwrite"),
+        ("many", r"ranks: got 3 for 4 sequences in batches of 2, expected at most 2: a batch each"),
+    ],
+)
+def test_refusals_come_before_the_work_and_end_all_ranks(runs, what, said):
+    found = runs["command_line"][what]
+    assert set(found["codes"]) <= {1, 2} and 2 in found["codes"] and not found.get("out")
+    for lines in found["lines"]:
+        line = lines.removeprefix("load ...\n")
+        assert re.match(rf"aqlm-c: (rank \d of \d stopped: )?{said}.*\n$", line), lines
+
+
+def test_the_same_wrong_argument_is_one_line(runs):
+    found = runs["command_line"]["usage"]
+    assert found["codes"] == [2, 2]
+    assert found["lines"] == ["aqlm-c: beam_size: got -1, expected an integer in 0..64\n", ""]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_when_one_rank_ends_all_do_and_the_run_goes_on(runs, number):
+    found = runs["killed"][number]
+    who, end = found["who"], found["end"]
+    other, killed = 1 - who, found["how"] == 9
+    assert end["codes"][who] == (-9 if killed else 130) and end["codes"][other] == 1
+    assert end["seconds"] < SECONDS
+    said = "was lost" if killed else "(stopped: Ctrl-C|was lost)"  # by itself, or by its own watch
+    assert re.match(rf"aqlm-c: rank {who} of 2 {said}; finished blocks are kept in ", the_one_line(end, other))
+    assert found["again"]["codes"] == [0, 0] and found["again"]["lines"] == ["", ""] and found["same"]
+
+
+# ---- without processes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets torchrun's variables, those that are given."""
+
+    def put(**values):
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+def test_without_the_variables_nothing_is_imported():
+    code = "import sys; from aqlm_c import distributed\nwith distributed.started() as group: assert group.size == 1\n"
+    code += "assert group.gather(3) == [3] and 'torch' not in sys.modules"
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: got 'two', expected an integer in 1..4096"),
+        ({"WORLD_SIZE": "2"}, "MASTER_ADDR: missing, expected that of rank 0, since WORLD_SIZE is 2"),
+        (
+            {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "RANK": "2"},
+            "RANK: got 2, expected an integer in 0..1",
+        ),
+        (
+            {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "RANK: got '', expected an integer in 0..1",
+        ),
+    ],
+)
+def test_variables_that_are_wrong_are_named(environment, values, said):
+    environment(**values)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        distributed.environment()
+
+
+def test_each_rank_has_the_device_of_its_number(environment, monkeypatch):
+    environment(WORLD_SIZE="3", MASTER_ADDR="localhost", MASTER_PORT="1", RANK="2", LOCAL_RANK="2")
+    assert distributed.device_of_rank("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"--device: got 'cuda:1' with WORLD_SIZE=3, expected cuda, cpu or auto"):
+        distributed.device_of_rank("cuda:1", "--device")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"LOCAL_RANK: got 2, expected less than 2, the CUDA devices"):
+        distributed.device_of_rank("cuda", "--device")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    assert distributed.device_of_rank("cuda", "--device") == torch.device("cuda:2")
+
+
+def test_layers_go_to_ranks_by_cost_and_with_those_of_their_inputs():
+    config = AqlmConfig.from_scheme("2x8g8")
+    shapes = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}
+    shapes |= {"gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336)}
+    shared = {"q": "x", "k": "x", "v": "x", "o": "y", "gate": "z", "up": "z", "down": "w"}
+    layers = {name: (config.format, shape, config) for name, shape in shapes.items()}
+    assert set(spread_layers(layers, shared, 1).values()) == {0}
+    two = spread_layers(layers, shared, 2)
+    assert list(two) == list(shapes) and set(two.values()) == {0, 1} and two == spread_layers(layers, shared, 2)
+    assert two["gate"] == two["up"] != two["down"] and len({two[name] for name in "qkv"}) == 1
+    assert len(set(spread_layers(layers, shared, 7).values())) == 7
+
+
+def test_the_sum_of_parts_is_the_sum_in_float32():
+    """H of one process and of parts that are added: float64 differs in some last bits, float32 does not."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 128, 192), dtype=np.float32)
+    linear = torch.nn.Linear(192, 8)
+
+    def sums(batches):
+        found = HessianSums({"linear": linear})
+        for batch in batches:
+            found._add("linear", torch.from_numpy(batch))
+        return found.sums["linear"]
+
+    whole, parts = sums(x), sums(x[:17]) + sums(x[17:])
+    np.testing.assert_array_equal(whole.astype(np.float32), parts.astype(np.float32))
