@@ -1,9 +1,9 @@
 /* pairs.cu: the best pair of the last two codebooks for each row of a group, after each state of a beam over the other
  * codebooks (core/quantizer/search.c, search_pairs).
  *
- * The cost of a pair is u_a + v_b + M_ab, M_ab = 2 c_a S c_b the same for all rows: tables of all groups of a launch are
- * made before it, in 16 bits. The smallest u_a + M_ab of each row and b is a product of matrices with min for + and +
- * for x, in 16 bits, two rows in a register: one instruction for two pairs (viaddmin.s16x2 of Hopper; others emulate
+ * The cost of a pair is u_a + v_b + M_ab, M_ab = 2 c_a S c_b the same for all rows: tables of all groups of a launch
+ * are made before it, in 16 bits. The smallest u_a + M_ab of each row and b is a product of matrices with min for + and
+ * + for x, in 16 bits, two rows in a register: one instruction for two pairs (viaddmin.s16x2 of Hopper; others emulate
  * it). 16 bits decide within 1/16,383 of the largest |M|, which is one to three percent of a group's error where they
  * err at all; then b is held while the best a is found in float, a held while the best b is. Measured beside an
  * all-float scan: the same error to 1e-4, 2.5 times as fast. The CPU prunes by the triangle inequality instead, which
@@ -12,21 +12,12 @@
 
 #include "cuda/quantizer/walk.cuh"
 
-#ifndef PHASE
-#define PHASE(n)
-#endif
-
 namespace aqlm_cuda {
 namespace {
 
 constexpr int MOST_FREE = 6; /* codebooks before the last two */
 constexpr int LEVELS = 16383;
-#ifndef TILE_V
-#define TILE_V 32
-#define TILE_T 512
-#define TILE_P 4
-#endif
-constexpr int TILE = TILE_V, TILE_THREADS = TILE_T, TILE_PAIRS = TILE_P;
+constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int ENTRIES = 256, QUADS = ENTRIES / 4; /* places for entries; beyond E they cost infinity */
 
 /* ---- tables -------------------------------------------------------------------------------------------- */
@@ -92,80 +83,14 @@ template <int G> __global__ void __launch_bounds__(ENTRIES) table_kernel(const W
     }
 }
 
-/* ---- states: a beam over the codebooks before the last two ------------------------------------------- */
+/* ---- scans ---------------------------------------------------------------------------------------------- */
 
-/* A state of the beam over the first K - 2 codebooks, of one row. */
-struct States {
-    float *cost;     /* [2, rows * most] */
-    float *left;     /* [2, rows * most, G] target' - q S */
-    uint16_t *codes; /* [2, rows * most, MOST_FREE] */
-    int *size;       /* [rows] */
-};
-
-template <int G> __host__ __device__ constexpr int64_t state_floats(int64_t virtual_rows, int64_t rows) {
-    return 2 * virtual_rows * (1 + G + MOST_FREE / 2) + rows;
-}
-
-template <int G> __device__ float times(const float *S, const float *q, int d) { /* (q S)_d */
-    float sum = 0;
-#pragma unroll
-    for (int p = 0; p < G; ++p) sum = fmaf(q[p], S[p * G + d], sum);
-    return sum;
-}
-
-/* The warp's row: its `most` cheapest states of codebooks 0 .. free - 1, by `most` scans of all; ties to the earlier
- * state, then entry. norms [free, E]. Leaves them in half free % 2 of `states`. */
-template <int G>
-__device__ void expand_row(const Walk &w, const float *S, const float *norms, const float *target, const States &states,
-                           int r, int n) {
-    const int lane = threadIdx.x % 32, free = w.K - 2, most = w.states;
-    int size = 1;
-    if (lane == 0) states.cost[r * most] = 0;
-    if (lane < G) states.left[r * most * G + lane] = target[lane];
-    __syncwarp();
-    for (int k = 0; k < free; ++k) {
-        const int from = k % 2 * n + r * most, to = (k + 1) % 2 * n + r * most, all = min(most, size * w.E);
-        const float *book = w.codebooks + int64_t(k) * w.E * G;
-        float last = -INFINITY;
-        int last_at = -1;
-        for (int kept = 0; kept < all; ++kept) {
-            float best = INFINITY;
-            int best_at = INT_MAX;
-            for (int h = 0; h < size; ++h) {
-                const float *left = states.left + (from + h) * G;
-                for (int e = lane; e < w.E; e += 32) {
-                    const float cost =
-                        states.cost[from + h] + fmaf(-2.0f, Entry<G>(book + e * G).dot(left), norms[k * w.E + e]);
-                    const int at = h * w.E + e;
-                    if (is_before(last, last_at, cost, at) && is_before(cost, at, best, best_at))
-                        best = cost, best_at = at;
-                }
-            }
-            warp_min(best, best_at);
-            last = best, last_at = best_at;
-            if (best_at == INT_MAX) best_at = 0; /* NaN everywhere: any */
-            const int h = best_at / w.E, e = best_at % w.E;
-            if (lane == 0) states.cost[to + kept] = best;
-            if (lane < G)
-                states.left[(to + kept) * G + lane] =
-                    states.left[(from + h) * G + lane] - times<G>(S, book + e * G, lane);
-            if (lane < MOST_FREE)
-                states.codes[(to + kept) * MOST_FREE + lane] =
-                    lane == k ? static_cast<uint16_t>(e) : states.codes[(from + h) * MOST_FREE + lane];
-        }
-        size = all;
-        __syncwarp();
-    }
-    if (lane == 0) states.size[r] = size;
-}
-
-/* ---- the kernel ---------------------------------------------------------------------------------------- */
-
-/* How THREADS threads share V rows: for the search in 16 bits, 4 entries b and 2 P rows each, and a slice of the entries
- * a; for scans of a codebook, 4 entries and R rows. */
-template <int G, int V, int THREADS, int P> struct Pairs {
-    static constexpr int TEAMS = V / 2 / P, SLICES = THREADS / QUADS / TEAMS, R = V * QUADS / THREADS;
-    static_assert(V * G <= THREADS && V * G % 32 == 0 && TEAMS * P * 2 == V && SLICES >= 1 && R >= 1);
+/* How a block of threads shares V rows: for the search in 16 bits, 4 entries b and 2 P rows each, and a slice of the
+ * entries a; for scans of a codebook, 4 entries and R rows. */
+template <int G, int V> struct Pairs {
+    static constexpr int P = V / 2 < 8 ? V / 2 : 8, TEAMS = V / 2 / P, SLICES = THREADS / QUADS / TEAMS;
+    static constexpr int R = V * QUADS / THREADS;
+    static_assert(V * G <= THREADS && V * G % 32 == 0 && TEAMS * P * 2 == V && SLICES >= 2 && R >= 1);
 
     struct alignas(4 * P) Words { /* of 2 P rows, 16 bits each */
         uint32_t pair[P];
@@ -175,12 +100,12 @@ template <int G, int V, int THREADS, int P> struct Pairs {
         float4 books[2][G / 4][ENTRIES]; /* the last two */
         float norms[2][ENTRIES];
         float left[V * G], linear[V * G]; /* -2 (target' - q S) of each row, and that + 2 c S */
-        float change[V * G], target[V * G];
+        float change[V * G];
         int4 found[2][V]; /* the lowest cost of two warps and whose: of a, of b */
         int low[V];
         float cost[V];
-        Words sums[TEAMS][ENTRIES];                /* u_a */
-        uint32_t least[SLICES][V / 2][ENTRIES];    /* of u_a + M_ab */
+        Words sums[TEAMS][ENTRIES];             /* u_a */
+        uint32_t least[SLICES][V / 2][ENTRIES]; /* of u_a + M_ab; before, the costs of V states and an entry each */
     };
 };
 
@@ -243,11 +168,121 @@ template <int G> __device__ float add_entry(float left, float c, const float *S)
     return fmaf(2.0f, sum, left);
 }
 
+/* ---- states: a beam over the codebooks before the last two ------------------------------------------- */
+
+/* Of each row the cheapest codes of the first codebooks, in two halves: n rows' states each. */
+struct States {
+    float *left;     /* [2, n, G] -2 (target' - q S) */
+    float *sum;      /* [2, n, G] q */
+    float *cost;     /* [2, n] */
+    int2 *kept;      /* [2, n] cost as an ordered integer, state E + entry */
+    uint16_t *codes; /* [2, n, MOST_FREE] */
+
+    template <int G> static __host__ __device__ constexpr int64_t floats(int64_t n) {
+        return 2 * n * (2 * G + 1 + 2 + MOST_FREE / 2);
+    }
+    template <int G> __device__ float *place(float *memory, int n) {
+        left = memory;
+        sum = left + 2 * n * G;
+        kept = reinterpret_cast<int2 *>(sum + 2 * n * G);
+        codes = reinterpret_cast<uint16_t *>(kept + 2 * n);
+        cost = memory + (4 * G + 4 + MOST_FREE) * n;
+        return cost + 2 * n;
+    }
+};
+
+/* A warp merges `size` costs, the first of which is of candidate `first`, into the `length` cheapest candidates of a
+ * row so far: to[0 .. most), ties to the earlier. The costs are spoilt. */
+__device__ inline void keep_cheapest(int2 *to, const int2 *so_far, int length, int most, float *costs, int size,
+                                     int first) {
+    const int lane = threadIdx.x % 32;
+    float low;
+    int at;
+    /* For the lowest of the lane's own. */
+    const auto look = [&] {
+        low = INFINITY, at = INT_MAX;
+#pragma unroll 4
+        for (int e = lane; e < size; e += 32)
+            if (costs[e] < low) low = costs[e], at = e;
+    };
+    look();
+    for (int kept = 0, used = 0; kept < most; ++kept) {
+        const int key = ordered(low), least = __reduce_min_sync(~0u, key);
+        const int who = __reduce_min_sync(~0u, key == least ? at : INT_MAX);
+        const bool is_old = used < length && so_far[used].x <= least;
+        if (lane == 0) to[kept] = is_old ? so_far[used] : int2{least, first + min(who, size - 1)}; /* NaN: any */
+        if (is_old) ++used;
+        else if (at == who && who < size) {
+            costs[at] = INFINITY;
+            look();
+        }
+    }
+}
+
+/* The `w.states` cheapest of all codes of the codebooks before the last two, of each of the block's rows whose targets
+ * are the first of `states.left`; ties to the earlier state, then entry. Leaves them in half w.K % 2 of `states`;
+ * returns how many they are. costs: [V, E]. Begins and ends with a barrier. */
+template <int G, int V>
+__device__ int expand(const Walk &w, const float *S, const float *norms, const States &states, float *costs) {
+    const int t = threadIdx.x, lane = t % 32, n = w.rows * w.states, E = w.E, bits = __ffs(E) - 1;
+    const int most_at_once = V / w.rows; /* states of a row */
+    int size = 1;
+    for (int k = 0; k < w.K - 2; ++k) {
+        const int from = k % 2 * n, to = n - from, all = min(w.states, size * E);
+        const float *book = w.codebooks + int64_t(k) * E * G;
+        const Entry<G> c(book + min(t, E - 1) * G);
+        const float norm = norms[k * E + min(t, E - 1)];
+        int length = 0, half = 0;
+        for (int first = 0; first < size; first += most_at_once, half ^= 1) {
+            const int count = min(most_at_once, size - first);
+            __syncthreads();
+            for (int o = 0; o < w.rows && t < E; ++o)
+#pragma unroll 4
+                for (int h = 0; h < count; ++h) {
+                    const int state = from + o * w.states + first + h;
+                    costs[(o * most_at_once + h) * E + t] =
+                        states.cost[state] + (norm + c.dot(states.left + state * G));
+                }
+            __syncthreads();
+            const int most = min(all, length + count * E);
+            for (int o = t / 32; o < w.rows; o += WARPS)
+                keep_cheapest(states.kept + half * n + o * w.states, states.kept + (half ^ 1) * n + o * w.states,
+                              length, most, costs + o * most_at_once * E, count * E, first * E);
+            length = most;
+        }
+        __syncwarp();
+        for (int o = t / 32; o < w.rows; o += WARPS) {
+            const int2 *kept = states.kept + (half ^ 1) * n + o * w.states;
+            const int row_from = from + o * w.states, row_to = to + o * w.states;
+            for (int base = 0; base < all * G; base += 32) {
+                const int i = min((base + lane) / G, all - 1), d = lane % G;
+                const int old = row_from + (kept[i].y >> bits), now = row_to + i;
+                const float number = book[(kept[i].y & (E - 1)) * G + d];
+                const float left = add_entry<G>(states.left[old * G + d], number, S);
+                const float sum = k > 0 ? states.sum[old * G + d] + number : number;
+                if (base + lane >= all * G) continue;
+                states.left[now * G + d] = left, states.sum[now * G + d] = sum;
+                if (d == 0) states.cost[now] = unordered(kept[i].x);
+            }
+            for (int at = lane; at < all * MOST_FREE; at += 32) {
+                const int i = at / MOST_FREE, m = at % MOST_FREE, old = row_from + (kept[i].y >> bits);
+                states.codes[(row_to + i) * MOST_FREE + m] =
+                    m == k ? static_cast<uint16_t>(kept[i].y & (E - 1)) : states.codes[old * MOST_FREE + m];
+            }
+        }
+        size = all;
+    }
+    __syncthreads();
+    return size;
+}
+
+/* ---- the kernel ---------------------------------------------------------------------------------------- */
+
 /* What the changes of group i [count, G] are for the block's later groups: T [rows, columns] += change coupling. */
 template <int G> __device__ void send_on(float *T, const float *change, const Walk &w, int i, int count) {
     const int columns = w.columns(G), begin = (i + 1 - w.first) * G, quads = (columns - begin) / 4;
     if (quads == 0) return;
-    const int teams = max(1, static_cast<int>(blockDim.x) / quads), team = threadIdx.x / quads;
+    const int teams = max(1, THREADS / quads), team = threadIdx.x / quads;
     if (team >= teams) return;
     const int column = begin + threadIdx.x % quads * 4;
     const float *couple = w.couple + int64_t(i) * G * w.in + w.first * G + column;
@@ -271,22 +306,17 @@ template <int G> __device__ void send_on(float *T, const float *change, const Wa
     }
 }
 
-template <int G, int V, int THREADS, int P>
-__global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) pair_kernel(const Walk w) {
-    using Q = Pairs<G, V, THREADS, P>;
-    constexpr int R = Q::R, SQUARES = (G * G + THREADS - 1) / THREADS, NORMS = 2 * ENTRIES / THREADS;
+template <int G, int V> __global__ void __launch_bounds__(THREADS, 2) pair_kernel(const Walk w) {
+    using Q = Pairs<G, V>;
+    constexpr int P = Q::P, R = Q::R, SQUARES = (G * G + THREADS - 1) / THREADS, NORMS = 2 * ENTRIES / THREADS;
     extern __shared__ __align__(128) float pair_memory[];
     auto &x = *reinterpret_cast<typename Q::Shared *>(pair_memory);
     float *T = pair_memory + sizeof(typename Q::Shared) / 4; /* [rows, columns] */
-    const int t = threadIdx.x, lane = t % 32, warp = t / 32, E = w.E, pitch = table_pitch(E), columns = w.columns(G);
+    const int t = threadIdx.x, lane = t % 32, E = w.E, pitch = table_pitch(E), columns = w.columns(G);
     const int first = blockIdx.x * w.rows, count = min(w.rows, w.out - first);
     const int n = w.rows * w.states; /* virtual rows: a row in one of its states */
-    States states;                   /* `left` first: it is read by fours */
-    states.left = T + w.rows * columns;
-    states.cost = states.left + 2 * n * G;
-    states.codes = reinterpret_cast<uint16_t *>(states.cost + 2 * n);
-    states.size = reinterpret_cast<int *>(states.codes + 2 * n * MOST_FREE);
-    float *before = reinterpret_cast<float *>(states.size + w.rows), *best = before + w.rows;
+    States states;
+    float *best = states.place<G>(T + w.rows * columns, n); /* [rows] */
     auto *best_at = reinterpret_cast<int *>(best + w.rows); /* [rows, 3] state, a, b */
 
     /* Of number d of row r, a thread's own while there are so many rows. */
@@ -333,9 +363,9 @@ __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) pair_kernel(co
     const int v0 = t / QUADS * R; /* the first of R rows in scans */
 
     for (int i = w.first; i < w.first + w.count; ++i) {
-        PHASE(0);
         const float of_group = weight, D_before = D;
         if (i + 1 < w.first + w.count) load(i + 1);
+        float as_is = INFINITY; /* cost of the codes as they are */
         {
             const float t0 = mine ? T[r * columns + (i - w.first) * G + d] : 0.0f;
             const float base = w.ldl ? of_group + t0 : of_group - D_before;
@@ -343,44 +373,34 @@ __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) pair_kernel(co
             if (t < V * G) {
 #pragma unroll
                 for (int p = 0; p < G; ++p) sum = fmaf(__shfl_sync(~0u, base, p, G), x.S[p * G + d], sum);
-                const float target = fabsf(scale) >= FLT_MIN ? sum / scale : 0.0f;
-                x.target[t] = target;
-                if (w.K == 2) x.left[t] = -2.0f * target;
+                const bool usable = fabsf(scale) >= FLT_MIN;
+                const float left = usable ? -2.0f * (sum / scale) : 0.0f;
+                if (w.K == 2) x.left[t] = left;
+                else if (r < w.rows) states.left[r * w.states * G + d] = left;
+                if (w.K > 2 && !w.ldl) {
+                    const float q = usable ? (of_group - D_before) / scale : 0.0f;
+                    as_is = q * (left + 0.5f * add_entry<G>(0.0f, q, x.S));
+#pragma unroll
+                    for (int offset = G / 2; offset > 0; offset /= 2) as_is += __shfl_xor_sync(~0u, as_is, offset);
+                }
                 if (t < V) x.low[t] = INT_MAX;
             }
         }
         const float step = w.steps[i - w.first], per_step = 1.0f / step;
         const int half = (w.K - 2) % 2 * n;
+        int size = 1; /* states of each row */
         if (w.K > 2) {
-            __syncthreads();
-            const float *norms = w.norms + int64_t(i - w.first) * w.K * E;
-            for (int o = warp; o < w.rows; o += THREADS / 32) {
-                expand_row<G>(w, x.S, norms, x.target + o * G, states, o, n);
-                float cost = INFINITY; /* of the codes as they are */
-                if (!w.ldl && o < count) {
-                    const uint16_t *code =
-                        w.codes + (int64_t(first + o) * (w.in / G) + w.order[i]) * w.K;
-                    float sum[G] = {}, cross = 0;
-                    for (int k = 0; k < w.K; ++k) {
-                        const Entry<G> entry(w.codebooks + (int64_t(k) * E + code[k]) * G);
-#pragma unroll
-                        for (int c = 0; c < G; ++c) sum[c] += entry.x[c];
-                    }
-#pragma unroll
-                    for (int c = 0; c < G; ++c) cross = fmaf(x.target[o * G + c], sum[c], cross);
-                    cost = square_in<G>(x.S, sum) - 2.0f * cross;
-                }
-                if (lane == 0) before[o] = cost, best[o] = INFINITY;
-            }
+            if (t < w.rows) states.cost[t * w.states] = 0, best[t] = INFINITY;
+            size = expand<G, V>(w, x.S, w.norms + int64_t(i - w.first) * w.K * E, states,
+                                reinterpret_cast<float *>(x.least));
         }
         for (int tile = 0; tile < n; tile += V) {
             if (w.K > 2) {
-                __syncthreads();
-                if (t < V * G) x.left[t] = tile + r < n ? -2.0f * states.left[(half + tile) * G + t] : 0.0f;
+                if (tile > 0) __syncthreads();
+                if (t < V * G) x.left[t] = tile + r < n ? states.left[(half + tile) * G + t] : 0.0f;
                 if (t < V) x.low[t] = INT_MAX;
             }
             __syncthreads();
-            PHASE(1);
             float cost[4][R];
             scan<G, R>(cost, x.norms[0], x.books[0], x.left + v0 * G);
 #pragma unroll
@@ -390,7 +410,6 @@ __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) pair_kernel(co
                 if (lane == 0) atomicMin(&x.low[v0 + v], low);
             }
             __syncthreads();
-            PHASE(2);
             /* u_a in steps above the smallest; more than the largest difference of two M is never the best. */
             {
                 uint32_t word[4][(R + 1) / 2];
@@ -417,7 +436,6 @@ __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) pair_kernel(co
                 }
             }
             __syncthreads();
-            PHASE(3);
             {
                 uint32_t least[4][P];
 #pragma unroll
@@ -445,7 +463,6 @@ __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) pair_kernel(co
                                                                                         least[2][v], least[3][v]};
             }
             __syncthreads();
-            PHASE(4);
             /* In float: the best b of those costs, its best a, that one's best b */
             scan<G, R>(cost, x.norms[1], x.books[1], x.left + v0 * G);
 #pragma unroll
@@ -461,7 +478,6 @@ __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) pair_kernel(co
                 }
             keep_lowest<R>(x.found[1] + v0, cost);
             __syncthreads();
-            PHASE(5);
             if (t < V * G) {
                 const int b = which(x.found[1][r], E);
                 const float c = reinterpret_cast<const float *>(&x.books[1][d / 4][b])[d % 4];
@@ -471,7 +487,6 @@ __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) pair_kernel(co
             scan<G, R>(cost, x.norms[0], x.books[0], x.linear + v0 * G);
             keep_lowest<R>(x.found[0] + v0, cost);
             __syncthreads();
-            PHASE(6);
             if (t < V * G) {
                 const int a = which(x.found[0][r], E);
                 const float c = reinterpret_cast<const float *>(&x.books[0][d / 4][a])[d % 4];
@@ -481,7 +496,6 @@ __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) pair_kernel(co
             scan<G, R>(cost, x.norms[1], x.books[1], x.linear + v0 * G);
             keep_lowest<R>(x.found[1] + v0, cost);
             __syncthreads();
-            PHASE(7);
             if (w.K > 2) {
                 if (t < V * G) {
                     const int a = which(x.found[0][r], E);
@@ -494,7 +508,7 @@ __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) pair_kernel(co
                 __syncthreads();
                 for (int o = t; o < count; o += THREADS) /* the states of a row, in order */
                     for (int v = max(o * w.states, tile); v < min((o + 1) * w.states, min(n, tile + V)); ++v) {
-                        if (v - o * w.states >= states.size[o]) break;
+                        if (v - o * w.states >= size) break;
                         const float sum = x.cost[v - tile] + states.cost[half + v];
                         if (v > o * w.states && !(sum < best[o])) continue;
                         best[o] = sum, best_at[3 * o] = v;
@@ -506,82 +520,94 @@ __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) pair_kernel(co
         if (w.K > 2) __syncthreads();
         if (mine) {
             uint16_t *codes = w.codes + (row * (w.in / G) + w.order[i]) * w.K;
-            float sum = 0;
-            if (w.K > 2 && !w.ldl && !(best[r] < before[r])) { /* as it was */
-                for (int k = 0; k < w.K; ++k) sum += w.codebooks[(int64_t(k) * E + codes[k]) * G + d];
-            } else {
+            float now = D_before;
+            if (w.K == 2 || w.ldl || best[r] < as_is) {
+                const int state = half + (w.K > 2 ? best_at[3 * r] : 0);
                 const int a = w.K > 2 ? best_at[3 * r + 1] : which(x.found[0][r], E);
                 const int b = w.K > 2 ? best_at[3 * r + 2] : which(x.found[1][r], E);
-                for (int k = 0; k < w.K - 2; ++k) {
-                    const uint16_t code = states.codes[(half + best_at[3 * r]) * MOST_FREE + k];
-                    sum += w.codebooks[(int64_t(k) * E + code) * G + d];
-                    if (d == 0) codes[k] = code;
-                }
+                float sum = w.K > 2 ? states.sum[state * G + d] : 0.0f;
                 sum += reinterpret_cast<const float *>(&x.books[0][d / 4][a])[d % 4];
                 sum += reinterpret_cast<const float *>(&x.books[1][d / 4][b])[d % 4];
-                if (d == 0) codes[w.K - 2] = static_cast<uint16_t>(a), codes[w.K - 1] = static_cast<uint16_t>(b);
+                now = of_group - scale * sum;
+                if (d == 0) {
+                    for (int k = 0; k < w.K - 2; ++k) codes[k] = states.codes[state * MOST_FREE + k];
+                    codes[w.K - 2] = static_cast<uint16_t>(a), codes[w.K - 1] = static_cast<uint16_t>(b);
+                }
             }
-            const float now = of_group - scale * sum;
             x.change[t] = w.ldl ? now : now - D_before;
             w.D[row * w.in + i * G + d] = now;
         }
         __syncthreads();
-        PHASE(8);
         store();
         send_on<G>(T, x.change, w, i, count);
         __syncthreads();
     }
-    PHASE(9);
 }
 
-template <int G, int V, int THREADS, int P>
-int64_t memory_of(int64_t rows, int64_t states, int64_t columns, int64_t K) {
-    const int64_t floats = rows * columns + (K > 2 ? state_floats<G>(rows * states, rows) + 5 * rows : 0);
-    return static_cast<int64_t>(sizeof(typename Pairs<G, V, THREADS, P>::Shared)) + floats * 4;
+/* Bytes of shared memory of a block of threads, less those for T. */
+template <int G, int V> int64_t memory_of(int64_t rows, int64_t states, int64_t K) {
+    const int64_t floats = K > 2 ? States::floats<G>(rows * states) + 4 * rows : 0;
+    return static_cast<int64_t>(sizeof(typename Pairs<G, V>::Shared)) + floats * 4;
 }
 
-template <int G, int V, int THREADS, int P> cudaError_t launch(const Walk &w, const Device &device, cudaStream_t stream) {
-    if (const cudaError_t error = allow_shared_memory<pair_kernel<G, V, THREADS, P>>(device)) return error;
-    const int64_t memory = memory_of<G, V, THREADS, P>(w.rows, w.states, w.columns(G), w.K);
+template <int G, int V> cudaError_t launch(const Walk &w, const Device &device, cudaStream_t stream) {
+    if (const cudaError_t error = allow_shared_memory<pair_kernel<G, V>>(device)) return error;
+    const int64_t memory = memory_of<G, V>(w.rows, w.states, w.K) + 4 * int64_t(w.rows) * w.columns(G);
     if (memory > device.shared_memory) return cudaErrorInvalidConfiguration;
     const dim3 grid(static_cast<unsigned>(divide_up(w.E, STRIP)), static_cast<unsigned>(w.count));
     table_kernel<G><<<grid, ENTRIES, 0, stream>>>(w);
     const auto blocks = static_cast<unsigned>(divide_up(w.out, w.rows));
-    pair_kernel<G, V, THREADS, P><<<blocks, THREADS, static_cast<size_t>(memory), stream>>>(w);
+    pair_kernel<G, V><<<blocks, THREADS, static_cast<size_t>(memory), stream>>>(w);
     return cudaGetLastError();
+}
+
+/* V, the rows in their states that a block of threads takes at a time. For g = 8 there are three kernels, and the one
+ * that an H100 is soonest done with; for the others one: each takes ptxas long. */
+int tile_of(int64_t out, int states, int64_t g, const Device &device) {
+    if (g != 8) return g == 32 ? 8 : 16;
+    constexpr int TILES[] = {32, 16, 4}, CYCLES[] = {42, 25, 14}; /* measured: thousands a group */
+    int found = 0;
+    int64_t least = INT64_MAX;
+    for (int i = 0; i < 3; ++i) {
+        const int64_t rows = std::max(1, TILES[i] / states), blocks = divide_up(out, rows);
+        const int64_t cycles = divide_up(blocks, 2 * device.sms) * divide_up(rows * states, TILES[i]) * CYCLES[i];
+        if (cycles < least) least = cycles, found = TILES[i];
+    }
+    return found;
 }
 
 } // namespace
 
-/* Rows at a time: as many as keep the device busy, in as few blocks of threads as that takes. g = 8 has two kernels,
- * the others one: each takes ptxas long. */
 int64_t rows_of_pairs(int64_t out, int states, int64_t g, const Device &device) {
-    if (g != 8) return std::max(1, 16 / states);
-    const int64_t rows = std::max(1, TILE / states);
-    return divide_up(out, rows) >= device.sms * 3 / 4 ? rows : std::max(1, 4 / states);
+    return std::max(1, tile_of(out, states, g, device) / states);
 }
 
-int64_t columns_of_pairs(int64_t rows, int64_t E, int64_t g, const Device &device) {
-    (void)E;
-    const int64_t shared = g == 4   ? sizeof(Pairs<4, 16, 512, 4>::Shared)
-                           : g == 8 ? sizeof(Pairs<8, TILE, TILE_THREADS, TILE_PAIRS>::Shared)
-                           : g == 16 ? sizeof(Pairs<16, 16, 512, 4>::Shared)
-                                     : sizeof(Pairs<32, 16, 512, 4>::Shared);
-    const int64_t most = std::max<int64_t>(rows, 64); /* of states */
-    const int64_t rest = shared + 4 * (2 * most * (1 + g + MOST_FREE / 2) + 6 * rows);
-    return std::min<int64_t>((device.shared_memory - rest) / (4 * rows) / g * g, 512 / g * g);
+int64_t columns_of_pairs(int64_t out, int states, int64_t K, int64_t g, const Device &device) {
+    const int V = tile_of(out, states, g, device);
+    const int64_t rows = rows_of_pairs(out, states, g, device);
+    const int64_t taken = g == 4    ? memory_of<4, 16>(rows, states, K)
+                          : g == 16 ? memory_of<16, 16>(rows, states, K)
+                          : g == 32 ? memory_of<32, 8>(rows, states, K)
+                          : V == 32 ? memory_of<8, 32>(rows, states, K)
+                          : V == 16 ? memory_of<8, 16>(rows, states, K)
+                                    : memory_of<8, 4>(rows, states, K);
+    const auto columns = [&](int64_t memory) { return (memory - taken) / (4 * rows) / g * g; };
+    const int64_t of_two = columns(device.shared_memory / 2 - 512); /* blocks on a multiprocessor, 1 KB more each */
+    return std::min(of_two >= 128 ? of_two : columns(device.shared_memory), 512 / g * g);
 }
 
 int64_t size_of_table(int64_t E) { return E * table_pitch(static_cast<int>(E)); }
 
 cudaError_t search_pairs(Walk w, int g, const Device &device, cudaStream_t stream) {
+    const int V = tile_of(w.out, w.states, g, device);
     switch (g) {
-    case 4: return launch<4, 16, 512, 4>(w, device, stream);
+    case 4: return launch<4, 16>(w, device, stream);
     case 8:
-        return w.rows * w.states > 7 ? launch<8, TILE, TILE_THREADS, TILE_PAIRS>(w, device, stream)
-                                      : launch<8, 4, 256, 2>(w, device, stream);
-    case 16: return launch<16, 16, 512, 4>(w, device, stream);
-    case 32: return launch<32, 16, 512, 4>(w, device, stream);
+        return V == 32   ? launch<8, 32>(w, device, stream)
+               : V == 16 ? launch<8, 16>(w, device, stream)
+                         : launch<8, 4>(w, device, stream);
+    case 16: return launch<16, 16>(w, device, stream);
+    case 32: return launch<32, 8>(w, device, stream);
     default: return cudaErrorInvalidValue;
     }
 }

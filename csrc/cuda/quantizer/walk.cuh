@@ -173,9 +173,9 @@ __device__ inline bool is_before(float value, int index, float than, int at) {
 cudaError_t search_pairs(Walk w, int g, const Device &device, cudaStream_t stream);
 cudaError_t search_beam(Walk w, int g, const Device &device, cudaStream_t stream);
 int64_t rows_of_pairs(int64_t out, int states, int64_t g, const Device &device); /* outputs of a block of threads */
-int64_t size_of_table(int64_t E); /* pairs: numbers of a group's table */
+int64_t size_of_table(int64_t E);                                                /* pairs: numbers of a group's table */
 int64_t rows_of_beam(int64_t out, int most, int64_t g, const Device &device);
-int64_t columns_of_pairs(int64_t rows, int64_t E, int64_t g,
+int64_t columns_of_pairs(int64_t out, int states, int64_t K, int64_t g,
                          const Device &device); /* of a block, multiple of g; 0: none */
 int64_t columns_of_beam(int64_t rows, int64_t most, int64_t g, const Device &device);
 
