@@ -243,10 +243,9 @@ class _DecodeRows(torch.autograd.Function):  # eager `decode_rows` with an index
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_rows):
-        codes, codebooks, scales = ctx.saved_tensors
-        _, for_codebooks, for_scales, *_ = ctx.needs_input_grad
-        found = _weight_gradients(grad_rows, codes, codebooks, scales, for_codebooks, for_scales, ctx.index)
-        return None, *found, None, None
+        (codes, codebooks, scales), needs = ctx.saved_tensors, ctx.needs_input_grad
+        given = _weight_gradients(grad_rows, codes, codebooks, scales, needs[1], needs[2], ctx.index)
+        return None, *given, None, None
 
 
 def _decode_rows_double_backward(ctx, of_codebooks, of_scales):

@@ -509,3 +509,26 @@ def test_generate_times_a_shape(generate):
     assert (ours["contender"], dense["contender"], ours["context"]) == ("ours", "dense", 11)
     assert ours["x dense"] == ours["tokens/s"] / dense["tokens/s"] and dense["x dense"] == 1
     assert ours["outside %"] < 100 and 0 < ours["model GB"] < dense["model GB"]
+
+
+def test_random_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import random_checkpoint
+    import torch
+
+    from aqlm_c.hf.models import load_model
+
+    states = []
+    for name in ("one", "two"):
+        arguments = [tmp_path / name, "--shape", "tiny", "--layers", 3, "--tokens", 512, "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["random_checkpoint", *map(str, arguments)])
+        random_checkpoint.main()
+        model, tokenizer, source = load_model(tmp_path / name)
+        assert len(model.model.layers) == 3 and len(tokenizer) == model.config.vocab_size
+        states.append(model.state_dict())
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == 5 and source.total_bytes
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    weight = states[0]["model.layers.0.mlp.down_proj.weight"].float()
+    rows = weight.square().mean(1).sqrt() * weight.shape[1] ** 0.5
+    columns = weight.square().mean(0).sqrt()
+    assert 0.15 < rows.log().std() < 0.6 and columns.max() > 4 * columns.median()
