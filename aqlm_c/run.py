@@ -50,7 +50,7 @@ def run(
     progress = progress or Progress()
     if loaded is None:
         progress.on_phase("load")
-        loaded = load_model(config.model, apart=True)
+        loaded = load_model(config.model, "auto", "cpu", True)
     model, tokenizer, origin = loaded
     drawn, seed = resolved.calibration, resolved.config.seed
     options = (drawn.samples, drawn.sequence_length, drawn.shuffle, seed, drawn.bos)

@@ -2,17 +2,16 @@
 
     python benchmarks/quantize_model.py --device cuda --data wikipedia.txt --data c4.txt --text wikitext2_test_raw.txt
 
-Without --data the calibration text is Python's bundled documentation. The model is loaded once; what is timed is
-`quantize_model` on a copy, without loading. Perplexity is of windows of 2,048 tokens of --text, both over the first
---windows of them and, with --full, over all. Each row is one run; means and the sample standard deviation over seeds
-follow. --profile looks at the kernels of the first run while it is in the blocks from:to, so that its time is more
-than that of the others.
+Without --data the calibration text is Python's bundled documentation. What is timed is `quantize_model`, without
+loading. Perplexity is of windows of 2,048 tokens of --text, both over the first --windows of them (0: none) and, with
+--full, over all. Each row is one run; means and the sample standard deviation over seeds follow. --profile looks at the
+kernels of the first run while it is in the blocks FROM to TO - 1, so that its time is more than that of the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -39,9 +38,11 @@ class Watch(Progress):
     def __init__(self, title: str, blocks: tuple[int, int] | None) -> None:
         self.title, self.blocks, self.kernels = title, blocks, {}
         self.profile: _device.KernelTime | None = None
+        self.begun: list[float] = []
 
     def on_block(self, index: int, name: str) -> None:
         print(f"\r{self.title}: {name:40}", end="", flush=True)
+        self.begun.append(time.perf_counter())
         if self.blocks and index == self.blocks[0]:
             self.profile = _device.KernelTime()
             self.profile.start()
@@ -53,8 +54,10 @@ class Watch(Progress):
             self.kernels, self.profile = self.profile.stop(), None
 
 
-def score(model: Any, stream: torch.Tensor, args: argparse.Namespace) -> dict[str, float | None]:
+def score(model: Any, stream: torch.Tensor | None, args: argparse.Namespace) -> dict[str, float | None]:
     """Perplexities by name: of the first windows and of all, in one pass."""
+    if stream is None:
+        return {"perplexity": None, "full perplexity": None}
     first: dict[int, float] = {}
     count = None if args.full else args.windows
     found = perplexity(
@@ -64,21 +67,23 @@ def score(model: Any, stream: torch.Tensor, args: argparse.Namespace) -> dict[st
     return {"perplexity": few, "full perplexity": found["perplexity"] if args.full else None}
 
 
-def quantized(dense: Any, ids: torch.Tensor, config: AqlmConfig, watch: Watch, device: str) -> tuple[Any, Any]:
-    """(model, row) of one run."""
-    model = copy.deepcopy(dense).to(device)
-    peak = _device.Peak(device)
-    _device.wait(device)
+def quantized(model: Any, ids: torch.Tensor, config: AqlmConfig, watch: Watch, args: argparse.Namespace) -> Any:
+    """The row of one run. A model in host memory comes to the device block by block."""
+    limits = {"memory_limit": args.memory_limit, "device_memory_limit": args.device_memory_limit}
+    peak = _device.Peak(args.device)
+    _device.wait(args.device)
     started = time.perf_counter()
-    report = quantize_model(model, ids, config, progress=watch)
-    _device.wait(device)
-    seconds = time.perf_counter() - started
+    report = quantize_model(model, ids, config, progress=watch, device=args.device, **limits)
+    _device.wait(args.device)
+    ended = time.perf_counter()
     watch.close()
     print("\r" + " " * 79 + "\r", end="")
-    return model, {
-        **{"seconds": seconds, "bits": report.bits_per_weight, "effective bits": report.effective_bits},
+    return {
+        **{"seconds": ended - started, "bits": report.bits_per_weight, "effective bits": report.effective_bits},
         **peak.gigabytes(),
-        **{"phases": dict(report.phases), "profile": watch.kernels},
+        "phases": dict(report.phases),
+        "by step": [after - before for before, after in itertools.pairwise([*watch.begun, ended])],
+        "profile": watch.kernels,
     }
 
 
@@ -113,14 +118,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", default=BUNDLED, help="perplexity is of this text")
     parser.add_argument("--window", type=int, default=2048, help="tokens of its windows")
     parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--memory-limit", metavar="SIZE", help="of the host, such as 24GiB")
+    parser.add_argument("--device-memory-limit", metavar="SIZE")
     parser.add_argument("--full", action="store_true", help="perplexity of all windows too")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--profile", metavar="FROM:TO", help="kernels of these blocks of the first run")
     parser.add_argument("--json", nargs="?", const="", metavar="PATH", help="where to (default: benchmarks/results)")
     args = parser.parse_args()
     _device.check_device(parser, args.device)
-    if args.seeds < 1 or args.windows < 1:
-        parser.error(f"--seeds, --windows: got {args.seeds}, {args.windows}, expected at least 1")
+    if args.seeds < 1 or args.windows < 0:
+        parser.error(f"--seeds, --windows: got {args.seeds}, {args.windows}, expected at least 1, 0")
     if args.profile:
         first, colon, last = args.profile.partition(":")
         if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
@@ -136,24 +143,25 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     set_threads(args.threads)
-    dense, tokenizer, _ = load_model(args.model)
-    stream = token_stream(args.text, tokenizer, None if args.full else args.windows * args.window)
-    original = score(dense.to(args.device), stream, args)
-    dense.to("cpu")
+    model, tokenizer, _ = load_model(args.model)
+    stream = None
+    if args.windows:
+        stream = token_stream(args.text, tokenizer, None if args.full else args.windows * args.window)
+    original = score(model.to(args.device) if args.windows else model, stream, args)
     sources, rows = args.data or [BUNDLED], []
     options = dict(map(parse_option, args.set))
-    for scheme in args.scheme:
-        for preset in args.presets:
-            for seed in range(args.seeds):
-                ids = load_sequences(sources, tokenizer, args.samples, args.sequence_length, seed=seed)
-                fields = {name: value for name, value in PRESETS[preset].items() if name != "samples"}
-                config = AqlmConfig.from_scheme(scheme, **{**fields, **options, "seed": seed})
-                watch = Watch(f"{scheme} {preset}, seed {seed}", None if rows else args.blocks)
-                model, row = quantized(dense, ids, config, watch, args.device)
-                rows.append({"scheme": scheme, "preset": preset, "seed": seed, **score(model, stream, args), **row})
-                del model
-                _bench.show(f"{Path(args.model).name} on {args.device}", rows[-1:], hidden=("phases", "profile"))
-                print(", ".join(f"{name} {took:.3g}" for name, took in row["phases"].items()), "s", flush=True)
+    ids = load_sequences(sources, tokenizer, args.samples, args.sequence_length)
+    for scheme, preset, seed in itertools.product(args.scheme, args.presets, range(args.seeds)):
+        fields = {name: value for name, value in PRESETS[preset].items() if name != "samples"}
+        config = AqlmConfig.from_scheme(scheme, **{**fields, **options, "seed": seed})
+        watch = Watch(f"{scheme} {preset}, seed {seed}", None if rows else args.blocks)
+        del model
+        model, _, _ = load_model(args.model)
+        row = quantized(model, ids, config, watch, args)
+        scores = score(model.to(args.device) if args.windows else model, stream, args)
+        rows.append({"scheme": scheme, "preset": preset, "seed": seed, **scores, **row})
+        _bench.show(f"{Path(args.model).name} on {args.device}", rows[-1:], hidden=("phases", "by step", "profile"))
+        print(", ".join(f"{name} {took:.3g}" for name, took in row["phases"].items()), "s", flush=True)
     finish(args, rows, original)
 
 

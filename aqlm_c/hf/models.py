@@ -53,7 +53,7 @@ class ModelSource:
 
 
 def load_model(
-    name: str | os.PathLike[str], dtype: str | torch.dtype = "auto", device: str = "cpu", *, apart: bool = False
+    name: str | os.PathLike[str], dtype: str | torch.dtype = "auto", device: str = "cpu", apart: bool = False
 ) -> tuple[Any, Any, ModelSource]:
     """Load a model and its tokenizer, in evaluation mode, on the CPU or another `device` (`core.runtime.find_device`).
 

@@ -174,6 +174,7 @@ def test_quantize_model(whole, tmp_path, capsys):
     assert [(row["preset"], row["seed"]) for row in rows] == [(p, s) for p in ("fast", "balanced") for s in (0, 1)]
     for row in rows:
         assert row["perplexity"] > 1 and row["full perplexity"] > 1 and row["seconds"] > 0
+        assert sum(row["by step"]) <= row["seconds"] and len(row["by step"]) >= 2
         assert row["phases"]["quantize"] > 0 and row["device GB"] is None and row["host GB"] > 0
     assert [mean["seeds"] for mean in means] == [2, 2]
     assert means[0]["perplexity"] == pytest.approx((rows[0]["perplexity"] + rows[1]["perplexity"]) / 2)
@@ -186,7 +187,7 @@ def test_quantize_model(whole, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--seeds", "0"], "--seeds, --windows: got 0, 2, expected at least 1"),
+        (["--seeds", "0"], "--seeds, --windows: got 0, 2, expected at least 1, 0"),
         (["--profile", "4:2"], "--profile: got 4:2, expected FROM:TO"),
         (["--profile", "2:4"], "--profile: got --device cpu, expected cuda"),
     ],

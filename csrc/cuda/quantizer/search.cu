@@ -57,7 +57,8 @@ struct Cut {
         states = pairs && K > 2 ? most : 1;
         rows = pairs ? rows_of_pairs(shape.out_features, states, g, device)
                      : rows_of_beam(shape.out_features, most, g, device);
-        int64_t columns = pairs ? columns_of_pairs(rows, E, g, device) : columns_of_beam(rows, most, g, device);
+        int64_t columns =
+            pairs ? columns_of_pairs(shape.out_features, states, K, g, device) : columns_of_beam(rows, most, g, device);
         if (!pairs) /* norms of all entries in each of the block's groups: at most 64 MB of them */
             columns = std::min(columns, std::max<int64_t>(1, (int64_t{1} << 24) / (K * E)) * g);
         groups = std::max<int64_t>(0, std::min(columns, shape.in_features) / g);
@@ -66,7 +67,8 @@ struct Cut {
 };
 
 struct Memory {
-    float *D, *T, *norms, *couple, *metric;
+    float *D, *T, *norms, *steps, *couple, *metric;
+    int16_t *tables;
     int32_t *order;
 
     Memory(Arena &arena, const aqlm_search &s, const Cut &cut) {
@@ -74,7 +76,10 @@ struct Memory {
         const int64_t in = shape.in_features, g = shape.in_group_size, K = shape.num_codebooks;
         D = arena.take<float>(shape.out_features * in);
         T = arena.take<float>(cut.parts * shape.out_features * cut.groups * g);
-        norms = arena.take<float>(cut.pairs ? 0 : cut.groups * K << shape.nbits_per_codebook);
+        norms = arena.take<float>(cut.groups * K << shape.nbits_per_codebook);
+        tables =
+            arena.take<int16_t>(cut.pairs ? cut.groups * size_of_table(int64_t{1} << shape.nbits_per_codebook) : 0);
+        steps = arena.take<float>(cut.pairs ? cut.groups : 0);
         couple = arena.take<float>(in * in); /* these three for sweeps alone */
         metric = arena.take<float>(in * g);
         order = arena.take<int32_t>(in / g * (1 + K));
@@ -104,7 +109,8 @@ cudaError_t walk_all(Walk w, const Memory &memory, const Cut &cut, int g, const 
 
 Walk walk_of(uint16_t *codes, const aqlm_search &s, const Memory &memory, const Cut &cut) {
     Walk w = {};
-    w.codes = codes, w.D = memory.D, w.T = memory.T, w.norms = memory.norms;
+    w.codes = codes, w.D = memory.D, w.T = memory.T, w.norms = memory.norms, w.tables = memory.tables,
+    w.steps = memory.steps;
     w.weight = s.weight, w.scales = s.scales, w.codebooks = s.codebooks;
     w.out = static_cast<int>(s.shape.out_features), w.in = static_cast<int>(s.shape.in_features);
     w.K = static_cast<int>(s.shape.num_codebooks), w.E = 1 << s.shape.nbits_per_codebook;

@@ -2,6 +2,8 @@
  * algorithms of core/quantizer/update.c. Rows are decoded, multiplied by H (gemm.cuh), and what an entry's members got
  * is summed, members in order: no float is added by an atomic, so every run gives the same bits. The steps of the
  * conjugate gradients are decided on the device, and nothing is waited for. */
+#include <cfloat>
+
 #include <cub/device/device_radix_sort.cuh>
 
 #include "cuda/aqlm_cuda_quantizer.h"
@@ -162,23 +164,60 @@ template <int G> __global__ void gather_kernel(double *gathered, const float *ro
     }
 }
 
+/* sums[j] = the sum of s^2 over the members (of one entry) in column group j, in units that it returns: integers, whose
+ * sums by atomics are the same in every order. 0: there is no such unit. Begins and ends with a barrier. */
+__device__ float sum_by_group(unsigned long long *sums, const uint32_t *member, uint32_t begin, uint32_t end,
+                              const Layer &l) {
+    __shared__ int most;
+    const auto J = static_cast<uint32_t>(l.J);
+    if (threadIdx.x == 0) most = 0;
+    for (uint32_t j = threadIdx.x; j < J; j += blockDim.x) sums[j] = 0;
+    __syncthreads();
+    float own = 0;
+#pragma unroll 4
+    for (uint32_t at = begin + threadIdx.x; at < end; at += blockDim.x) {
+        const float scale = l.scales[member[at] / J];
+        own = fmaxf(own, scale * scale);
+    }
+    atomicMax(&most, __float_as_int(own)); /* as integers positive floats have the same order */
+    __syncthreads();
+    const float unit = __int_as_float(most) * 0x1p-31f;
+    if (!(unit >= FLT_MIN && unit <= FLT_MAX)) return 0;
+#pragma unroll 4
+    for (uint32_t at = begin + threadIdx.x; at < end; at += blockDim.x) {
+        const uint32_t o = member[at] / J;
+        const float scale = l.scales[o];
+        atomicAdd(&sums[member[at] - o * J], __float2uint_rn(scale * scale / unit));
+    }
+    __syncthreads();
+    return unit;
+}
+
 /* normal[k, e] = the sum over members of s^2 H_jj [g, g]; a block an entry, whose threads share out members and
- * numbers. */
-__global__ void normal_kernel(double *normal, const Members m, const Layer l) {
+ * numbers. by_group: there is memory [J] for sums of the s^2 of entries with more members than J. */
+__global__ void normal_kernel(double *normal, const Members m, const Layer l, bool by_group) {
+    extern __shared__ unsigned long long sums[];
     __shared__ double part[1024];
     const int e = blockIdx.x, k = blockIdx.y, square = l.g * l.g, slices = blockDim.x / square;
     const int number = threadIdx.x % square, slice = threadIdx.x / square, r = number / l.g, c = number % l.g;
     const uint32_t *start = m.start + int64_t(k) * (l.E + 1), *member = m.member + k * l.points;
-    const uint32_t end = start[e + 1];
+    const uint32_t begin = start[e], end = start[e + 1];
+    const float unit = by_group && end - begin > l.J ? sum_by_group(sums, member, begin, end, l) : 0.0f;
     double total = 0;
     float sum = 0;
     int count = 0;
-    for (uint32_t at = start[e] + slice; at < end && slice < slices; at += slices) {
-        const int64_t point = member[at], o = point / l.J, j = point % l.J;
-        const float scale = l.scales[o];
-        sum = fmaf(scale * scale, l.H[(j * l.g + r) * l.in + j * l.g + c], sum);
+    const auto add = [&](float weight, int64_t j) {
+        sum = fmaf(weight, l.H[(j * l.g + r) * l.in + j * l.g + c], sum);
         if (++count % 64 == 0) total += sum, sum = 0;
-    }
+    };
+    if (slice < slices && unit > 0)
+#pragma unroll 8
+        for (int j = slice; j < l.J; j += slices) add(static_cast<float>(sums[j]) * unit, j);
+    else if (slice < slices)
+        for (uint32_t at = begin + slice; at < end; at += slices) {
+            const float scale = l.scales[member[at] / l.J];
+            add(scale * scale, member[at] % l.J);
+        }
     part[threadIdx.x] = total + sum;
     __syncthreads();
     if (slice) return;
@@ -504,7 +543,10 @@ extern "C" cudaError_t aqlm_cuda_update_codebooks(float *codebooks, const float 
     if (const cudaError_t error = products.multiply(RESIDUAL, codebooks)) return error;
     if (const cudaError_t error = gather(cg.r, products.product, index, l, stream)) return error;
     const dim3 grid(static_cast<unsigned>(l.E), static_cast<unsigned>(l.K));
-    normal_kernel<<<grid, std::max(l.points / l.E >= 512 ? THREADS : 64, l.g * l.g), 0, stream>>>(cg.factor, index, l);
+    const bool by_group = l.points / l.E > l.J && l.J <= 4096; /* 32 KB */
+    const int threads = std::max(l.points / l.E >= 512 ? THREADS : 64, l.g * l.g);
+    normal_kernel<<<grid, threads, by_group ? l.J * sizeof(unsigned long long) : 0, stream>>>(cg.factor, index, l,
+                                                                                              by_group);
     cholesky_kernel<<<static_cast<unsigned>(divide_up(int64_t(l.K) * l.E, 32)), 32, 0, stream>>>(
         cg.factor, int64_t(l.K) * l.E, l.g);
     for (int64_t step = 0; step < cg_steps; ++step)
