@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from aqlm_c import distributed
+from aqlm_c.calibrate import activations
 from aqlm_c.calibrate.hessians import HessianSums
+from aqlm_c.pipeline.resume import begun_batch_size
 from aqlm_c.pipeline.spread import spread_layers
 from aqlm_c.recipe import AqlmConfig
+from aqlm_c.train.block import shuffled
 
 RANKS = Path(__file__).parents[1] / "support" / "ranks.py"
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -185,6 +188,45 @@ def test_layers_go_to_ranks_by_cost_and_with_those_of_their_inputs():
     assert list(two) == list(shapes) and set(two.values()) == {0, 1} and two == spread_layers(layers, shared, 2)
     assert two["gate"] == two["up"] != two["down"] and len({two[name] for name in "qkv"}) == 1
     assert len(set(spread_layers(layers, shared, 7).values())) == 7
+
+
+def test_each_step_takes_batches_of_all_ranks():
+    batches, generator = list(range(0, 44, 2)), torch.Generator().manual_seed(3)
+    order = shuffled(batches, 4, generator)
+    assert sorted(order) == batches and order != shuffled(batches, 4, generator)
+    for step in range(0, 20, 4):
+        assert [sum(batch < end for batch in order[step : step + 4]) for end in (22, 44)] == [2, 4]
+    drawn = torch.randperm(len(batches), generator=torch.Generator().manual_seed(3)).tolist()
+    assert shuffled(batches, 1, torch.Generator().manual_seed(3)) == [batches[i] for i in drawn]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpu", "asked", "epochs", "size"),
+    [
+        (1, False, None, 1, 4),
+        (2, False, None, 1, 4),
+        (2, True, None, 1, 2),
+        (4, True, None, 1, 1),
+        (2, True, 4, 1, 4),
+        (2, True, None, 0, 16),
+        (8, False, None, 0, 4),
+    ],
+)
+def test_each_rank_has_a_batch_and_on_gpus_a_part_of_each_step(monkeypatch, ranks, gpu, asked, epochs, size):
+    several = distributed.Group()
+    several.size = ranks
+    monkeypatch.setattr(activations, "group", lambda: several)
+    monkeypatch.setattr(activations, "tokens_per_batch", lambda device: 65536 if gpu else 8192)
+    tuning = AqlmConfig.from_scheme("2x8g8", finetune_epochs=epochs).tuning
+    device = torch.device("cuda" if gpu else "cpu")
+    assert activations.batch_size_for(torch.zeros(32, 1024), tuning, asked, device) == size
+
+
+def test_a_work_directory_keeps_the_batch_size(tmp_path):
+    assert begun_batch_size(tmp_path / "new") is None
+    for text, size in (('{"options": {"batch_size": 3}}', 3), ('{"options": {"batch_size": "3"}}', None), ("{", None)):
+        (tmp_path / "fingerprint.json").write_text(text)
+        assert begun_batch_size(tmp_path) == size
 
 
 def test_the_sum_of_parts_is_the_sum_in_float32():
