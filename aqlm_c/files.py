@@ -353,6 +353,18 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def available_memory() -> int | None:
+    """Bytes of memory that this process could still take without swapping; None where the system does not tell."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):  # of a container; "max" is none
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(limit - used)
+    return max(0, min(found)) if found else None
+
+
 def resident_memory() -> int:
     """Bytes that this process holds in memory now; where the system does not tell, the most it ever held."""
     try:

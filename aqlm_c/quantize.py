@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
 from .calibrate.sources import DataFree, SequenceCalibration
 from .core.hessian import Hessian
 from .core.verbs import Array
+from .distributed import group
 from .io.data import check_sequences
 from .methods.base import QuantizedWeight
 from .nn.linear import QuantizedLinear
@@ -22,6 +23,7 @@ from .pipeline.block import quantize_module
 from .pipeline.pipeline import Pipeline
 from .pipeline.placement import Placement, Placing
 from .pipeline.progress import Progress
+from .pipeline.resume import begun_batch_size
 from .recipe import AqlmConfig
 from .report.report import QuantizationReport
 
@@ -100,6 +102,8 @@ def quantize_model(
     device = placed.find(model)
     calibration: DataFree | SequenceCalibration = DataFree(device)
     if sequences is not None:
+        if batch_size is None and work_dir is not None:  # which another number of ranks may have begun
+            batch_size = group().broadcast(begun_batch_size(work_dir) if group().first else None)
         calibration = SequenceCalibration(check_sequences(model, sequences, config.tuning), config, batch_size, device)
     elif work_dir is not None:
         raise ValueError(

@@ -192,10 +192,10 @@ class RunConfig:
     none: the bundled text. threads: all cores if None. layers: regular expression, only linears whose name it finds.
     work_dir: directory that keeps finished blocks, for the same run to go on from. memory_limit: bytes, or text such as
     "8GiB". device: that quantizes, "cpu", "cuda", "cuda:N" or "auto", which is the first GPU that our kernels can use,
-    else the CPU. device_memory_limit: of its memory. overwrite: replace `out` if it is a model. samples,
-    sequence_length, shuffle, bos: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`;
-    beam_size to relative_damp: see `AqlmOptions`; finetune_*: see `TuningOptions`. options: by name, those of a method
-    that has others.
+    else the CPU. device_memory_limit: of its memory. batch_size: sequences in one forward pass at most, if not as many
+    as memory likes. overwrite: replace `out` if it is a model. samples, sequence_length, shuffle, bos: see
+    `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`; beam_size to relative_damp: see
+    `AqlmOptions`; finetune_*: see `TuningOptions`. options: by name, those of a method that has others.
 
     Raises ValueError naming the field, its value and what was expected.
     """
@@ -212,11 +212,12 @@ class RunConfig:
     layers: str | None = None
     work_dir: str | None = None
     memory_limit: int | str | None = None
-    device_memory_limit: int | str | None = None
-    device: str = "auto"
     overwrite: bool = False
     _: dataclasses.KW_ONLY
     bos: str = "auto"
+    batch_size: int | None = None
+    device: str = "auto"
+    device_memory_limit: int | str | None = None
     rules: dict[str, str] | None = None
     embeddings: str | None = None
     solver: str | None = None
@@ -250,6 +251,8 @@ class RunConfig:
         for name in ("memory_limit", "device_memory_limit"):
             if getattr(self, name) is not None:
                 setattr(self, name, parse_size(name, getattr(self, name)))
+        if self.batch_size is not None:
+            int_between("batch_size", self.batch_size, 1)
         device_name("device", self.device)
         self._calibration()
 

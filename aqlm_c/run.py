@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .hf.models import ModelSource
 
 
-_OF_A_RANK = {"model", "out", "data", "work_dir", "threads", "memory_limit", "overwrite"}  # paths may be others there
+_OF_A_RANK = {"model", "out", "data", "work_dir", "threads", "memory_limit", "device_memory_limit"}
+_OF_A_RANK |= {"overwrite"}  # what may be another there
 
 
 def run(
@@ -30,8 +31,8 @@ def run(
     configuration, hashes of the data and versions. `progress`: see `Progress`. `loaded` is what
     `load_model` returned for `config.model`, if that is done already; its model is quantized in place.
     Raises ValueError for what is wrong in the configuration, model or data, before the work starts where that
-    can be seen; OSError where a file cannot be written. `out` is then as it was. Of
-    several ranks (`distributed`) all do the work, and the first alone writes.
+    can be seen; OSError where a file cannot be written. `out` is then as it was. Of several
+    ranks (`distributed`) all do the work, and the first alone writes.
     """
     resolved = config.resolve()
     group().check_same({name: value for name, value in resolved.fields.items() if name not in _OF_A_RANK})
@@ -62,6 +63,7 @@ def run(
         *(model, sequences, resolved.config),
         layers=config.layers,
         progress=progress,
+        batch_size=config.batch_size,
         work_dir=config.work_dir,
         memory_limit=config.memory_limit,
         device=config.device,
@@ -70,7 +72,8 @@ def run(
     report.phases = {"load": seconds, **report.phases}
     report.data = data
     report.model, report.note = origin.name, origin.note
-    report.config |= resolved.fields | {"data": sources, "threads": report.threads}
+    used = {"data": sources, "threads": report.threads, "batch_size": report.plan.get("batch_size")}
+    report.config |= resolved.fields | used
     if group().first:
         progress.on_phase("save")
         _save(config, report, loaded, resolved)

@@ -59,6 +59,12 @@ def show(title: str, rows: list[dict[str, Any]], hidden: Collection[str] = ()) -
     Console(width=max(Console().width, 170)).print(table)  # wide enough for every name, in a pipe too
 
 
+def shape(text: str) -> tuple[int, int] | None:
+    """(out, in) of "OUTxIN"."""
+    sizes = text.split("x")
+    return (int(sizes[0]), int(sizes[1])) if len(sizes) == 2 and all(map(str.isdecimal, sizes)) else None
+
+
 def pivot(rows: list[dict[str, Any]], lines: Sequence[str], column: str, values: Sequence[str]) -> str:
     """A Markdown table, for the README: a line for each value of `lines`, a column for each of `column`."""
     columns = dict.fromkeys(row[column] for row in rows)

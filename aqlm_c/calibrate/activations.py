@@ -11,18 +11,19 @@ from typing import Any
 import torch
 
 from ..config import TuningOptions
+from ..distributed import group
 from ..model.blocks import Blocks, find_blocks
 from ..model.probe import Arguments, equal, hidden_of, input_device, join_hidden, replaced_forward, split_hidden
 from .offload import OffloadedTensors, Room
 from .spill import SpilledTensors
 
 TOKENS_PER_BATCH = 8192  # of calibration, in one forward pass
-_ON_GPU = 16384  # whose kernels take no longer for each of more tokens, and little less
+TOKENS_ON_GPU = 16384  # whose kernels take no longer for each of more tokens, and little less
 
 
 def tokens_per_batch(device: torch.device | None) -> int:
     """Tokens in one forward pass of calibration; device: None is the CPU."""
-    return _ON_GPU if device is not None and device.type == "cuda" else TOKENS_PER_BATCH
+    return TOKENS_ON_GPU if device is not None and device.type == "cuda" else TOKENS_PER_BATCH
 
 
 @dataclasses.dataclass
@@ -94,11 +95,17 @@ class Activations:
 def batch_size_for(
     sequences: torch.Tensor, tuning: TuningOptions, asked: int | None = None, device: torch.device | None = None
 ) -> int:
-    """Sequences in one forward pass: as many as asked for or as memory likes, of a step of fine-tuning at most."""
+    """Sequences in one forward pass: as many as asked for or as memory likes, of a step of fine-tuning at most.
+
+    Of several ranks each is to have one, and on GPUs a part of each step too: more ranks then have other batches, whose
+    last bits are others, unless a size is asked for.
+    """
     n, length = sequences.shape
-    size = asked or max(1, tokens_per_batch(device) // length)
+    ranks, gpu = group().size, device is not None and device.type == "cuda"
+    size = asked or min(max(1, tokens_per_batch(device) // length), max(1, n // ranks))
     if tuning.finetune_epochs:
-        size = min(size, tuning.finetune_batch_size, max(1, n // 2))  # some must be left to validate
+        step = tuning.finetune_batch_size if asked or not gpu else -(-tuning.finetune_batch_size // ranks)
+        size = min(size, step, max(1, n // 2))  # some must be left to validate
     return min(size, n)
 
 

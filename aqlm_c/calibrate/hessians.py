@@ -282,10 +282,13 @@ def pool_kinds(
     sums: dict[str, Array] = {}
     few = [name for name in linears if kind_of(name) in starved]
     run(few, add)
-    return _over_ranks(sums, {kind: sum(counts[name] for name in few if kind_of(name) == kind) for kind in starved})
+    device = next(iter(linears.values())).weight.device
+    return _over_ranks(
+        sums, device, {kind: sum(counts[name] for name in few if kind_of(name) == kind) for kind in starved}
+    )
 
 
-def _over_ranks(sums: dict[str, Array], tokens: dict[str, int]) -> Pools:
+def _over_ranks(sums: dict[str, Array], device: torch.device, tokens: dict[str, int]) -> Pools:
     """The pools of all ranks, on each of them."""
     ranks, found = group(), {}
     for kind in sorted(tokens):
@@ -294,7 +297,6 @@ def _over_ranks(sums: dict[str, Array], tokens: dict[str, int]) -> Pools:
         if not having:
             continue
         shape = told[having[0]][1]
-        device = getattr(sums.get(kind), "device", None) or torch.device("cpu")
         total = ranks.sum_in_order(sums.get(kind), having, 0, functools.partial(arrays.zeros_at, device, *shape))
         found[kind] = ranks.broadcast_arrays(None if total is None else {"sum": total}, 0, device)["sum"]
     return Pools(found, {kind: tokens[kind] for kind in found})

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .spill import SpilledTensors
 
+_PORTABLE = 1  # cudaHostRegisterPortable: for every GPU
+
 
 class Room:
     """What all activations of a run may take together: bytes on `device`, bytes of host memory (None: any number), and
@@ -55,7 +57,7 @@ class Room:
         buffer = torch.empty(n_bytes, dtype=torch.uint8)
         if self.device.type == "cuda" and n_bytes:
             runtime: Any = torch.cuda.cudart()
-            if int(runtime.cudaHostRegister(buffer.data_ptr(), n_bytes, 0)) == 0:  # else copies are slower
+            if int(runtime.cudaHostRegister(buffer.data_ptr(), n_bytes, _PORTABLE)) == 0:  # else copies are slower
                 self._locked.append(buffer)
         return buffer
 
@@ -135,6 +137,10 @@ class OffloadedTensors:
         self._order = deque(order)
         if self._order:
             self._begin(self._order[0])
+
+    def prefetch(self, index: int) -> None:
+        """A tensor is read soon: it begins to come."""
+        self._begin(index)
 
     def shapes(self) -> list[torch.Size]:
         """Of the tensors, without reading them."""

@@ -43,15 +43,18 @@ class LayerInputs:
 class Calibration(Protocol):
     """What a pipeline asks for H. A context manager: leaving it frees what it holds.
 
-    tokens, sequences, sequence_length: of the calibration; 0 without data. inputs: what goes into the next block; None
-    without data. Of several ranks each has a share of the sequences, and inputs are those of its own; `spread` says
-    which rank is to have the H of which layer.
+    tokens, sequences, sequence_length: of the calibration; 0 without data. batch_size: sequences in one forward pass,
+    inputs: what goes into the next block; None without data. Of several ranks each has a share of the sequences, and
+    inputs are those of its own; `spread` says which rank is to have the H of which layer.
     """
 
     tokens: int
     sequences: int
     sequence_length: int
     inputs: Activations | None
+
+    @property
+    def batch_size(self) -> int | None: ...
 
     def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         """Make `inputs` those of the first block, kept in `place`: a directory, a `Room`, or None for memory."""
@@ -190,6 +193,7 @@ class DataFree:
     """No data: each layer is quantized as if all its inputs were white, H = I, and nothing can be fine-tuned."""
 
     tokens = sequences = sequence_length = 0
+    batch_size: int | None = None
     inputs: Activations | None = None
 
     def __init__(self, device: torch.device | None = None) -> None:

@@ -147,6 +147,7 @@ def quantize(
         _optional("Where it is quantized. \\[default: auto, a GPU if one is there]", metavar="cpu|cuda[:N]|auto"),
     ] = None,
     device_memory_limit: Annotated[str | None, _optional("Such as 24GiB, of the GPU's memory.")] = None,
+    batch_size: Annotated[int | None, _optional("Sequences in one forward pass at most.")] = None,
     overwrite: Annotated[bool | None, _optional("Replace OUT if it exists.", "--overwrite")] = None,
     json: Json = None,
     verbose: Verbose = False,

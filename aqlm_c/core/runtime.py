@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .. import _core
-from ..errors import device_name, wrong
+from ..errors import device_name, one_line, wrong
+from ..units import binary_size
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +68,35 @@ def free_device_memory(device: torch.device) -> int:
 
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + int(kept)
+
+
+@contextlib.contextmanager
+def working_on(device: torch.device, limit: int | None) -> Iterator[None]:
+    """A GPU is torch's current one, and tensors take no more than `limit` bytes there, None being all there are;
+    ValueError where they would.
+
+    What its libraries hold beside tensors, some 100 MiB, is not counted.
+    """
+    import torch
+
+    if device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    if limit is not None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    try:
+        with torch.cuda.device(device):
+            yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise ValueError(
+            f"device_memory_limit: got {binary_size(limit or total)}, of which the work needs more than was estimated, "
+            "expected more, shorter sequences, a smaller finetune_batch_size or less that is quantized at once "
+            f"({one_line(error)[:200]})"
+        ) from error
+    finally:
+        if limit is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def peak_device_memory(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Loading a model with its experts apart, to be quantized: each expert's tensors stay where they lie in the files.
 
 transformers 5 joins the experts of a block to two large tensors as it loads them, which would be in memory, all blocks'
-at once, before the first is quantized.
+at once, before the first is quantized. Those that are stored joined stay so: they lie in the files as well.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..io import checkpoint
 from ..model import experts
 
 _METHOD = "aqlm_c_apart"  # of no checkpoint
@@ -31,9 +32,12 @@ class ApartQuantizer(HfQuantizer):
     requires_calibration = False
     _loading: Any = None  # the model
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self._loading = model
-        experts.unfuse(model)
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        self._loading, rename = model, experts.renaming(model)
+        names = (rename(name) for name in checkpoint.read_headers(checkpoint_files or ()))
+        experts.unfuse(model, [name.removesuffix(".weight") for name in names])  # if that is how they are stored
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._loading = None

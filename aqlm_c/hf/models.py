@@ -91,7 +91,8 @@ def _load(name: str, dtype: str | torch.dtype, apart: bool) -> tuple[Any, Any, M
     with _damage_named(name):
         fields = PretrainedConfig.get_config_dict(name, local_files_only=offline)[0]
     flash = trust.check_config(fields, f"config.json of {name}")
-    model, tokenizer = _from_pretrained(name, name, dtype, local_files_only=offline, without_flash=flash)
+    options = {"local_files_only": offline, "without_flash": flash, **_options_apart(fields, apart)}
+    model, tokenizer = _from_pretrained(name, name, dtype, **options)
     with contextlib.suppress(Exception):  # what a processor needs: the model is there without it
         huggingface_hub.snapshot_download(name, allow_patterns=BESIDE, local_files_only=offline)
     return model, tokenizer, ModelSource(name, "hub", name, quantized=_is_quantized(model))
@@ -136,20 +137,16 @@ def _load_directory(name: str, path: Path, dtype: str | torch.dtype, apart: bool
     with _damage_named(name):
         fields = read_json_object(path / "config.json")
     flash = trust.check_config(fields, path / "config.json", len(tensors))
-    options = (
-        {"quantization_config": ApartConfig()} if apart and loads_apart(fields) and not _names_method(fields) else {}
-    )
-    model, tokenizer = _from_pretrained(name, path, dtype, without_flash=flash, **options)
-    if options:
-        forget(model)
+    model, tokenizer = _from_pretrained(name, path, dtype, without_flash=flash, **_options_apart(fields, apart))
     sizes = checkpoint.disk_sizes(path, embedding_names(model))
     return model, tokenizer, ModelSource(name, "directory", str(path), *sizes, quantized=_is_quantized(model))
 
 
-def _names_method(fields: Mapping[str, Any]) -> bool:
-    """Whether a config is that of a quantized model."""
+def _options_apart(fields: Mapping[str, Any], apart: bool) -> dict[str, Any]:
+    """Options of `from_pretrained` that, if `apart`, leave the experts of a dense model with the config `fields` so."""
     texts = [fields, *(value for value in fields.values() if isinstance(value, Mapping))]
-    return any(text.get("quantization_config") for text in texts)
+    quantized = any(text.get("quantization_config") for text in texts)
+    return {"quantization_config": ApartConfig()} if apart and loads_apart(fields) and not quantized else {}
 
 
 def _load_gguf(name: str, path: Path, dtype: str | torch.dtype) -> tuple[Any, Any, ModelSource]:
@@ -234,6 +231,8 @@ def _from_pretrained(
         if without_flash:
             options["config"] = trust.config_of(where, **for_both)
         model, info = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
+        if isinstance(options.get("quantization_config"), ApartConfig):
+            forget(model)
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random values
         raise ValueError(
             f"model: got {name!r}: {len(missing)} tensors are missing from its files, such as {missing[0]}"

@@ -57,6 +57,7 @@ class OnTheFly:
         run = RunConfig.from_fields({"model": "-", "out": "-", "scheme": scheme, **options}).resolve()
         self.config, self._calibration, self._run = run
         self.config.check_searchable()
+        self._device: str | None = options.get("device")  # else where the model is
         self.tokenizer = tokenizer
         self._start: str | None = None  # of all sequences, once they are drawn
         self.dataset: list[str] | torch.Tensor | None = None
@@ -99,7 +100,8 @@ class OnTheFly:
         """
         check_device_map({name: parameter.device for name, parameter in model.named_parameters()})
         options = {name: self._run[name] for name in ("layers", "work_dir")}
-        placed = Placement(**{name: self._run[name] for name in ("device", "memory_limit", "device_memory_limit")})
+        limits = {name: self._run[name] for name in ("memory_limit", "device_memory_limit")}
+        placed = Placement(self._device, **limits)
         calibration: DataFree | SequenceCalibration = DataFree(placed.find(model))
         if sequences is not None:
             calibration = SequenceCalibration(sequences, self.config, device=placed.find(model))

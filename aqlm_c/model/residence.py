@@ -46,6 +46,7 @@ class Residence:
         self._pages = mapped.MappedFiles(weight_files(model) if files is None else files)
         self._at_home: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}  # by the id of what is on the device
         self._users: dict[int, set[int]] = {}  # the blocks, by id, that it is in
+        self._blocks: list[nn.Module] | None = None
         self._uses: dict[int, int] = {}  # of a block, by its id
         self._sizes: dict[int, int] = {}  # bytes of a block as it came
         self._coming: dict[int, Future[Read]] = {}
@@ -147,7 +148,9 @@ class Residence:
                 self._drop_coming()
 
     def blocks(self) -> list[nn.Module]:
-        """Entries of the outermost lists of modules, once each."""
+        """Entries of the outermost lists of modules, once each, until `settle` says which of them come and go."""
+        if self._blocks is not None:
+            return self._blocks
         lists = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.ModuleList)}
         outer = [
             module
@@ -155,6 +158,10 @@ class Residence:
             if not any(name.startswith(f"{other}.") for other in lists if other != name)
         ]
         return list({id(block): block for entries in outer for block in entries}.values())
+
+    def settle(self, blocks: Iterable[nn.Module]) -> None:
+        """These are the model's blocks; all else is on the device while the model itself is used."""
+        self._blocks = list(blocks)
 
     def done(self, n_bytes: int) -> None:
         """So many bytes of the model were read where they lie, and are done with for now."""

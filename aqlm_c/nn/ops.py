@@ -243,8 +243,9 @@ class _DecodeRows(torch.autograd.Function):  # eager `decode_rows` with an index
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_rows):
-        needs = ctx.needs_input_grad[1:3]
-        return None, *_weight_gradients(grad_rows, *ctx.saved_tensors, *needs, index=ctx.index), None, None
+        (codes, codebooks, scales), needs = ctx.saved_tensors, ctx.needs_input_grad
+        given = _weight_gradients(grad_rows, codes, codebooks, scales, needs[1], needs[2], ctx.index)
+        return None, *given, None, None
 
 
 def _decode_rows_double_backward(ctx, of_codebooks, of_scales):

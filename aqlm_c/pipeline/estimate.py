@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..calibrate.activations import TOKENS_PER_BATCH
+from ..calibrate.activations import TOKENS_ON_GPU, TOKENS_PER_BATCH
 from ..core import arrays, verbs
 from ..core.runtime import synchronize
 from ..core.verbs import Array
-from ..files import check_free_space, resident_memory, temporary_directory
+from ..files import available_memory, check_free_space, resident_memory, temporary_directory
 from ..format import Format
 from ..methods import get_method
 from ..recipe import AqlmConfig
@@ -67,7 +67,11 @@ class Rates:
         like = x if on_gpu else None
 
         def seconds(call: Callable[[], object]) -> float:
-            return fastest(lambda: (call(), synchronize(device)))
+            def finished() -> None:
+                call()
+                synchronize(device)
+
+            return fastest(finished)
 
         return cls(
             product=2 * a.numel() * b.shape[1] / seconds(lambda: a @ b),
@@ -134,24 +138,27 @@ class Work:
         }
         return {name: seconds for name, seconds in phases.items() if seconds}
 
-    def memory(self, most_hessians: int | None = None, copies: int = _COPIES) -> int:
+    def memory(self, most_hessians: int | None = None, on_gpu: bool = False) -> int:
         """Most bytes this block needs beside the model and the activations between blocks, at any one time.
 
-        most_hessians: bytes that all H together may take, of which one at least is kept. copies: fp32 matrices of a
-        layer's size that its quantization takes.
+        most_hessians: bytes that all H together may take, of which one at least is kept.
         """
         tuning_options, item = self.config.tuning, self.itemsize
         width = sum(out + n for out, n in self.layers) or 2 * self.hidden_size
         hessians = bytes_of_hessians(self.inputs)
         if most_hessians is not None:
             hessians = min(hessians, max(most_hessians, bytes_of_hessians([max(self.inputs, default=0)])))
-        solver = copies * 4 * max(self._sizes(), default=0)  # the weight, its error, targets and gradients
-        gather = min(TOKENS_PER_BATCH, self.tokens) * width * item
+        copies = _COPIES_ON_GPU if on_gpu else _COPIES  # the weight, its error, targets and gradients
+        solver = copies * 4 * max(self._sizes(), default=0)
+        gather = min(TOKENS_ON_GPU if on_gpu else TOKENS_PER_BATCH, self.tokens) * width * item
         batch = min(tuning_options.finetune_batch_size * self.sequence_length, self.tokens)
         kept = (1 + tuning_options.finetune_lookahead) * (3 * width * item + self.heads * self.sequence_length * 6)
         # Decoded weights and their gradients, in fp32 and in the model's dtype; what the backward pass keeps.
         tuning = self.weights * (8 + 2 * item) + batch * kept
-        return int(_SLACK * (hessians + max(solver, gather, tuning if tuning_options.finetune_epochs else 0)))
+        tuning = tuning if tuning_options.finetune_epochs else 0
+        if on_gpu and not tuning_options.finetune_search:  # which is when H is kept until then
+            return int(_SLACK * max(hessians + max(solver, gather), tuning))
+        return int(_SLACK * (hessians + max(solver, gather, tuning)))
 
     def blocks(self) -> int:
         """Bytes of dense blocks that are brought to memory for this one: itself and those of the lookahead."""
@@ -218,7 +225,7 @@ def plan_memory(
     held = (resident_memory() if resident is None else resident) + _kept(works)
     activations = max(work.activations() for work in works)
     a_batch = int(min(1.0, TOKENS_PER_BATCH / max(1, works[0].tokens)) * activations)
-    of_work, most_hessians = _work_bytes(works, None if limit is None else limit - held - a_batch, _COPIES)
+    of_work, most_hessians = _work_bytes(works, None if limit is None else limit - held - a_batch, False)
     blocks = held + of_work
     on_disk = limit is not None and blocks + activations > limit
     memory = blocks + (a_batch if on_disk else activations)
@@ -240,36 +247,37 @@ def plan_on_device(
     resumed: int = 0,
 ) -> MemoryPlan:
     """`plan_memory` for a GPU of which `free` bytes are free: activations stay there as far as they fit beside the
-    work, else in host memory, else on disk. limits: of host memory and of the GPU's.
+    work, else in host memory, else on disk. limits: of host memory (None: what is free) and of the GPU's.
     """
     host_limit, asked = limits
     limit = min(int(_FREE * free), free if asked is None else asked)
     ahead = max(work.block_bytes for work in works)  # the next one is read meanwhile
-    of_work, most_hessians = _work_bytes(works, limit - ahead, _COPIES_ON_GPU)
+    of_work, most_hessians = _work_bytes(works, limit - ahead, True)
     needed = of_work + ahead
     what = "for a step of the work" if asked is not None and asked == limit else "which is what the GPU has free"
     _check_limit("device_memory_limit", limit, needed, what)
     activations = max(work.activations() for work in works)
-    on_device = min(activations, limit - needed)
+    on_device = min(activations, int(_FREE * (limit - needed)))  # what is freed leaves gaps
     held = (resident_memory() if resident is None else resident) + _kept(works)
     _check_limit("memory_limit", host_limit, held, "which the model and its libraries hold")
-    room = None if host_limit is None else host_limit - held
+    left = available_memory() if host_limit is None else host_limit - held
+    room = left if left is None or host_limit is not None else int(_FREE * left)
     on_host = activations - on_device if room is None else min(activations - on_device, room)
     on_disk = activations - on_device - on_host
     directory, disk = _plan_disk(works, on_disk, work_dir, other_bytes, resumed)
     return MemoryPlan(held + on_host, disk, on_disk > 0, directory, needed + on_device, on_device, room, most_hessians)
 
 
-def _work_bytes(works: Sequence[Work], limit: int | None, copies: int) -> tuple[int, int | None]:
+def _work_bytes(works: Sequence[Work], limit: int | None, on_gpu: bool) -> tuple[int, int | None]:
     """What steps need at most, and what all H of a step may take together so that they fit `limit`, if they can at all;
     None: any number.
     """
-    whole = max(work.memory(copies=copies) + work.blocks() for work in works)
+    whole = max(work.memory(on_gpu=on_gpu) + work.blocks() for work in works)
     if limit is None or whole <= limit:
         return whole, None
-    least = max(work.memory(0, copies) + work.blocks() for work in works)
+    least = max(work.memory(0, on_gpu) + work.blocks() for work in works)
     most = max(0, int((limit - least) / _SLACK))
-    return max(work.memory(most, copies) + work.blocks() for work in works), most
+    return max(work.memory(most, on_gpu) + work.blocks() for work in works), most
 
 
 def _kept(works: Sequence[Work]) -> int:

@@ -13,7 +13,7 @@ import torch
 from ..calibrate.offload import Room
 from ..calibrate.sources import Calibration, SequenceCalibration
 from ..core import runtime
-from ..core.runtime import free_device_memory, kind_of_device, peak_device_memory
+from ..core.runtime import free_device_memory, kind_of_device, peak_device_memory, working_on
 from ..distributed import group
 from ..files import peak_memory
 from ..model import experts
@@ -68,14 +68,14 @@ class Pipeline:
             isa=runtime.get_isa(),
             device=kind_of_device(self.residence.device),
             phases=self.phases.seconds,
-            plan=self.plan.to_dict(),
+            plan={**self.plan.to_dict(), "batch_size": calibration.batch_size},
             ranks=group().size,
         )
         self.store: WorkDir | None = None
         self.finished = 0  # steps found in the work directory
 
     def _make_plan(self, config: AqlmConfig) -> Plan:
-        with self.residence, self.residence.running():
+        with working_on(self.residence.device, None), self.residence, self.residence.running():
             plan = make_plan(self.model, config, self.layers, self.residence.done)
             try:
                 if self.calibration.tokens:
@@ -83,6 +83,7 @@ class Pipeline:
             except BaseException:
                 experts.fuse(self.model)
                 raise
+        self.residence.settle(plan.blocks)
         return plan
 
     def run(self) -> QuantizationReport:
@@ -91,6 +92,7 @@ class Pipeline:
         with contextlib.ExitStack() as stack:
             stack.enter_context(without_gradients(self.model))
             stack.callback(experts.fuse, self.model)  # if none was quantized
+            stack.enter_context(working_on(self.residence.device, self.placement.limits[1]))
             stack.enter_context(self.residence)
             self._open(stack)
             memory, estimator = self._estimate()
@@ -119,6 +121,9 @@ class Pipeline:
         self.progress.on_block(number, step.name)
         module = self.model if step.index is None else self.plan.blocks[step.index]
         reports = self._restore(number, module) if number < self.finished else None
+        tuning = self.config.tuning
+        if reports is None and step.index is not None and self.calibration.inputs is not None:
+            self._read_ahead(step.index, tuning.finetune_lookahead if tuning.finetune_epochs else 0)
         with self.residence.using(module):
             if reports is None:
                 reports = self.stages.quantize(step)
@@ -128,7 +133,7 @@ class Pipeline:
             if step.index is None and self.plan.embeddings.tied:
                 tie(self.model, self.plan.embeddings)
             if step.index is not None and self.calibration.inputs is not None and number + 1 < len(self.plan.steps):
-                self._read_ahead(step.index + 1)
+                self._read_ahead(step.index, 1)
                 with self.phases("propagate"), dense(module, self.stages.dtype):
                     self.calibration.advance(step.index, module)
         layers, blocks = block_reports(reports)
@@ -143,9 +148,9 @@ class Pipeline:
         stack.callback(room.close)
         return room
 
-    def _read_ahead(self, index: int) -> None:
-        if index < len(self.plan.blocks):
-            self.residence.read_ahead(self.plan.blocks[index])
+    def _read_ahead(self, index: int, count: int) -> None:
+        for block in self.plan.blocks[index + 1 : index + 1 + count] if self.plan.blocks.chained else ():
+            self.residence.read_ahead(block)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         """The work directory, which only the first rank sees; before it, that all ranks are of the same run."""
@@ -173,22 +178,22 @@ class Pipeline:
         return reports
 
     def _fingerprint(self) -> dict[str, Any]:
-        ids, batch_size = torch.zeros(0, 0), None
-        if isinstance(self.calibration, SequenceCalibration):
-            ids, batch_size = self.calibration.ids, self.calibration.batch_size
-        options = {"batch_size": batch_size, "device": kind_of_device(self.residence.device)}
+        ids = self.calibration.ids if isinstance(self.calibration, SequenceCalibration) else torch.zeros(0, 0)
+        options = {"batch_size": self.calibration.batch_size, "device": kind_of_device(self.residence.device)}
         return fingerprint(self.model, ids, self.config, self.layers, self.residence.done, **options)
 
     def _estimate(self) -> tuple[MemoryPlan, Estimator]:
         """What the run will take, as the progress is told."""
         calibration, config = self.calibration, self.config
         tuned = config if calibration.tokens else config.replace(finetune_epochs=0)
+        tokens = -(-calibration.tokens // group().size)  # of this rank
         brought = self.residence.moves or self.residence.mapped_bytes() > 0
-        works = works_of(self.model, self.plan, tuned, calibration.tokens, calibration.sequence_length, brought)
+        works = works_of(self.model, self.plan, tuned, tokens, calibration.sequence_length, brought)
         dense_bytes = sum(self.model.get_submodule(name).weight.nbytes for name in self.plan.targets())
         kept = sum(parameter.nbytes for parameter in self.model.parameters()) - dense_bytes
         device, limits = self.residence.device, self.placement.limits
-        options: dict[str, Any] = {"work_dir": self.work_dir, "other_bytes": kept, "resumed": self.finished}
+        place = self.work_dir if group().first else None  # another machine need not have it
+        options: dict[str, Any] = {"work_dir": place, "other_bytes": kept, "resumed": self.finished}
         if device.type == "cuda":
             memory = plan_on_device(limits, works, free_device_memory(device), **options)
         else:

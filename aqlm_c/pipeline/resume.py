@@ -264,6 +264,18 @@ class WorkDir:
             raise explained from error
 
 
+def begun_batch_size(path: str | os.PathLike[str]) -> int | None:
+    """The batch size of the run that a directory holds; None where it holds none that can be read."""
+    file = Path(path) / _FINGERPRINT
+    if irregular(file):
+        return None
+    try:
+        size = json.loads(file.read_bytes())["options"]["batch_size"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # `WorkDir.open` says what is wrong
+        return None
+    return size if type(size) is int and size > 0 else None
+
+
 def block_state(block: torch.nn.Module, quantized_only: bool = False) -> dict[str, torch.Tensor]:
     """What quantization changes in a block, for `WorkDir.save_block`: the tensors of its quantized layers and, unless
     `quantized_only`, norms and biases, by their name in the block; they are the block's own, no copies.

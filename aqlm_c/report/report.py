@@ -26,9 +26,10 @@ class QuantizationReport:
     those, `original_embedding_bytes`, `quantized_embedding_bytes`; the original's may be unknown. data:
     SHA-256 of the sources and of the token ids. note: what a reader of the sizes should know of the original.
     diagnoses: sentences of what may be wrong and what to do (`diagnose`). plan: "quantized" of all "linears" in
-    "blocks", names of the "dense" by reason, and a "text" of it. ranks: processes that worked together; resumed_ranks:
-    how many these were when blocks that a work directory had were finished, if not as many. device: "cpu" or the name
-    of the GPU that quantized, with the most bytes that were held there; both are in `to_dict` for a GPU alone.
+    "blocks", names of the "dense" by reason, a "text" of it, and "batch_size", sequences in one forward pass. ranks:
+    processes that worked together; resumed_ranks: how many these were when blocks that a work directory had were
+    finished, if not as many. device: "cpu" or the name of the GPU that quantized, with the most bytes that were held
+    there; both are in `to_dict` for a GPU alone.
     """
 
     layers: list[LayerReport] = dataclasses.field(default_factory=list)

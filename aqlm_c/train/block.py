@@ -44,6 +44,16 @@ def held_out_batches(n_batches: int, share: float) -> list[int]:
     return [(2 * i + 1) * n_batches // (2 * count) for i in range(count)]
 
 
+def shuffled(batches: list[int], per_step: int, generator: torch.Generator) -> list[int]:
+    """A random order in which each step takes one batch of each of as many equal parts of them: ranks that have a part
+    each all have work in each step.
+    """
+    ends = [len(batches) * i // per_step for i in range(per_step + 1)]
+    parts = [batches[start:end] for start, end in itertools.pairwise(ends)]
+    drawn = [[part[i] for i in torch.randperm(len(part), generator=generator).tolist()] for part in parts]
+    return [batch for step in itertools.zip_longest(*drawn) for batch in step if batch is not None]
+
+
 def gradient_scale(hidden: Tensor) -> float:
     """What the loss of a batch `hidden` is multiplied by: Adam does not see it, but float16 gradients would vanish."""
     return 2.0 ** math.floor(math.log2(hidden.numel() / 64)) if hidden.dtype == torch.float16 else 1.0
@@ -213,8 +223,8 @@ class _Tuner:
     def _epoch(self, optimizer: torch.optim.Optimizer, epoch: int) -> Tensor:
         """One pass over the training batches; the relative error meanwhile, float64, which nobody waits for."""
         generator = torch.Generator().manual_seed(self.seed + 7919 * self.index + epoch)
-        order = [self.training[i] for i in torch.randperm(len(self.training), generator=generator).tolist()]
         per_step = math.ceil(self.tuning.finetune_batch_size / max(self.sequences))
+        order = shuffled(self.training, per_step, generator)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for step in range(0, len(order), per_step):
             batches = order[step : step + per_step]

@@ -57,6 +57,182 @@ def test_too_little_text_is_named(bench, tmp_path, capsys):
     assert f"--data: got {tmp_path / 'short.txt'}: 3 tokens, expected 256" in capsys.readouterr().err
 
 
+UPSTREAM_ENGINE = """
+import torch
+from src.aq import QuantizedWeight, init_aq_kmeans
+class AQEngine(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+    def quantize(self, *, args, verbose):
+        assert (args.num_codebooks, args.nbits_per_codebook, args.beam_size, args.out_group_size) == (2, 4, 1, 1)
+        assert (args.relative_mse_tolerance, args.init_max_iter, verbose) == (0.01, 100, False)
+        assert self.XTX.dtype == torch.float64
+        if self.layer.weight.shape[1] == 48: raise ValueError("no")
+        found = QuantizedWeight(self.layer.weight)
+        self.beam_search_update_codes_(found)
+        return found
+    def beam_search_update_codes_(self, found): found.beam_search_update_codes_()
+"""
+UPSTREAM_AQ = """
+import src.aq, torch
+def init_aq_kmeans(weight): return 0.75 * weight
+class QuantizedWeight(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = src.aq.init_aq_kmeans(weight)
+    def beam_search_update_codes_(self): pass
+    def forward(self): print("noise"); return self.weight
+"""
+
+
+def test_quantize_synthetic_layers_beside_upstream(bench, tmp_path, capsys):
+    """Solvers side by side, the JSON only where it is asked for."""
+    (tmp_path / "up" / "src").mkdir(parents=True)
+    (tmp_path / "up" / "aq_engine.py").write_text(UPSTREAM_ENGINE)
+    (tmp_path / "up" / "src" / "aq.py").write_text(UPSTREAM_AQ)
+    options = ["--synthetic", "64x32", "32x48", "--upstream", str(tmp_path / "up"), "--json", str(tmp_path / "q.json")]
+    options += ["--solvers", "fast", "paper"]
+    with pytest.raises(FileNotFoundError):
+        bench(*options)
+    written = json.loads((tmp_path / "q.json").read_text())
+    found = {(row["layer"], row["solver"]): row for row in written["rows"]}
+    assert list(found) == [("64x32", s) for s in ("fast", "paper", "upstream")] + [
+        ("32x48", s) for s in ("fast", "paper")
+    ]
+    assert found["64x32", "upstream"]["error"] == pytest.approx(0.25**2)
+    assert found["64x32", "upstream"]["rounds"] == 1
+    assert set(found["64x32", "upstream"]["phases"]) == {"kmeans", "search", "codebooks"}
+    for row in written["rows"]:
+        assert 0 < row["error"] < 1 and row["host GB"] > 0 and row["device GB"] is None
+        assert sum(row["phases"].values()) <= 1.001 * row["seconds"]
+    assert str(tmp_path) not in json.dumps({**written, "arguments": {**written["arguments"], "model": "", "json": ""}})
+    said = capsys.readouterr()
+    assert "| layer | scheme | seed | fast | paper | upstream |" in said.out
+    assert "upstream: 2x4g8: ValueError: no" in said.err
+
+
+def test_synthetic_layers_are_those_of_the_recipe(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import quantize_layer
+
+    weight, H = quantize_layer.synthetic((4096, 64), 0, "cpu")
+    assert weight.shape == (4096, 64) and H.shape == (64, 64) and torch.equal(H, H.T)
+    rows = 64**0.5 * weight.square().mean(1).sqrt() / 8
+    assert float(rows.log().std()) == pytest.approx((0.25**2 + 1 / (2 * 64)) ** 0.5, rel=0.1)
+    again, _ = quantize_layer.synthetic((4096, 64), 0, "cpu")
+    assert torch.equal(weight, again)
+    # det(H) = det(C) det(D)^2, whatever the basis; the trace is the mean of D^2 times that of C in expectation
+    generator = torch.Generator().manual_seed(0)
+    for size in ((4096, 64), (4096, 1), (64, 64)):
+        torch.randn(*size, generator=generator)
+    D = (0.5 * torch.randn(64, generator=generator)).exp().double()
+    eigenvalues = 1 / torch.arange(1, 65, dtype=torch.float64)
+    expected = float(eigenvalues.log().sum() + 2 * D.log().sum())
+    assert float(torch.logdet(H.double())) == pytest.approx(expected, abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--synthetic", "64"], "--synthetic: got 64, expected OUTxIN"),
+        (["--upstream", "/"], "--upstream: got a model's layers, expected --synthetic"),
+        (["--synthetic", "64x32", "--upstream", "/"], "no aq_engine.py, expected a checkout"),
+        (["--synthetic", "64x32", "--profile"], "--profile: got --device cpu, expected cuda"),
+    ],
+)
+def test_quantize_layer_names_what_is_wrong(bench, capsys, options, named):
+    with pytest.raises(SystemExit) as raised:
+        bench(*options)
+    assert named in f"{raised.value}{capsys.readouterr().err}"
+
+
+@pytest.fixture
+def whole(monkeypatch, tmp_path):
+    """Runs benchmarks/quantize_model.py on a tiny model; gives the JSON it writes."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import quantize_model
+
+    tiny_llama(vocab_size=BYTES).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+
+    def run(*options):
+        arguments = ["--model", tmp_path / "model", "--scheme", "2x4g8", "--samples", 4, "--sequence-length", 32]
+        arguments += ["--window", 32, "--windows", 2, "--threads", 1, "--json", tmp_path / "whole.json"]
+        monkeypatch.setattr(sys, "argv", ["quantize_model", *map(str, arguments), *options])
+        quantize_model.main()
+        return json.loads((tmp_path / "whole.json").read_text())
+
+    return run
+
+
+def test_quantize_model(whole, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("A text of some length, for perplexity. " * 8)
+    written = whole("--seeds", "2", "--full", "--text", str(tmp_path / "text.txt"), "--set", "finetune_epochs=0")
+    rows, means = written["rows"], written["means"]
+    assert [(row["preset"], row["seed"]) for row in rows] == [(p, s) for p in ("fast", "balanced") for s in (0, 1)]
+    for row in rows:
+        assert row["perplexity"] > 1 and row["full perplexity"] > 1 and row["seconds"] > 0
+        assert sum(row["by step"]) <= row["seconds"] and len(row["by step"]) >= 2
+        assert row["phases"]["quantize"] > 0 and row["device GB"] is None and row["host GB"] > 0
+    assert [mean["seeds"] for mean in means] == [2, 2]
+    assert means[0]["perplexity"] == pytest.approx((rows[0]["perplexity"] + rows[1]["perplexity"]) / 2)
+    assert means[0]["± perplexity"] == pytest.approx(abs(rows[0]["perplexity"] - rows[1]["perplexity"]) / 2**0.5)
+    assert written["original"]["perplexity"] != written["original"]["full perplexity"]
+    assert str(tmp_path) not in json.dumps({**written, "arguments": {**written["arguments"], "json": ""}})
+    assert "means over seeds; the original" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--seeds", "0"], "--seeds, --windows: got 0, 2, expected at least 1, 0"),
+        (["--profile", "4:2"], "--profile: got 4:2, expected FROM:TO"),
+        (["--profile", "2:4"], "--profile: got --device cpu, expected cuda"),
+    ],
+)
+def test_quantize_model_names_what_is_wrong(whole, capsys, options, named):
+    with pytest.raises(SystemExit):
+        whole(*options)
+    assert named in capsys.readouterr().err
+
+
+def test_kernels_are_counted_once(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import _device
+
+    assert _device.covered([(0, 4, "a"), (1, 2, "b"), (3, 6, "c"), (8, 9, "d")]) == 7
+    assert _device.covered([]) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["layer", "model"])
+def test_the_quantizer_on_a_gpu(bench, whole, what, tmp_path, capsys):
+    """Where there is none, that is said."""
+    import torch
+
+    from aqlm_c.nn import ops
+
+    options = ["--device", "cuda"]
+    if what == "layer":
+        options += ["--synthetic", "64x64", "--phases", "--profile", "--json", str(tmp_path / "q.json")]
+    if not (torch.cuda.is_available() and ops.has_cuda):
+        with pytest.raises(SystemExit):
+            (bench if what == "layer" else whole)(*options)
+        assert "--device: got cuda, expected a GPU" in capsys.readouterr().err
+        pytest.skip("needs a GPU that torch can use, and aqlm_c built with _cuda")
+    if what == "layer":
+        with pytest.raises(FileNotFoundError):
+            bench(*options)
+        row = json.loads((tmp_path / "q.json").read_text())["rows"][0]
+        assert 0 < row["kernels %"] < 100 and row["kernels"] and row["phases"] and row["device GB"] > 0
+    else:
+        row = whole(*options, "--seeds", "1", "--profile", "0:1")["rows"][0]
+        assert row["perplexity"] > 1 and row["device GB"] > 0 and row["profile"]["kernel seconds"] > 0
+
+
 def test_lora_step(monkeypatch, tmp_path, capsys):
     pytest.importorskip("peft")
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
@@ -333,3 +509,26 @@ def test_generate_times_a_shape(generate):
     assert (ours["contender"], dense["contender"], ours["context"]) == ("ours", "dense", 11)
     assert ours["x dense"] == ours["tokens/s"] / dense["tokens/s"] and dense["x dense"] == 1
     assert ours["outside %"] < 100 and 0 < ours["model GB"] < dense["model GB"]
+
+
+def test_random_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import random_checkpoint
+    import torch
+
+    from aqlm_c.hf.models import load_model
+
+    states = []
+    for name in ("one", "two"):
+        arguments = [tmp_path / name, "--shape", "tiny", "--layers", 3, "--tokens", 512, "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["random_checkpoint", *map(str, arguments)])
+        random_checkpoint.main()
+        model, tokenizer, source = load_model(tmp_path / name)
+        assert len(model.model.layers) == 3 and len(tokenizer) == model.config.vocab_size
+        states.append(model.state_dict())
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == 5 and source.total_bytes
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    weight = states[0]["model.layers.0.mlp.down_proj.weight"].float()
+    rows = weight.square().mean(1).sqrt() * weight.shape[1] ** 0.5
+    columns = weight.square().mean(0).sqrt()
+    assert 0.15 < rows.log().std() < 0.6 and columns.max() > 4 * columns.median()

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 OPTIONS = ["model", "out", "scheme", "preset", "data", "samples", "sequence_length", "shuffle", "seed", "threads"]
 OPTIONS += ["layers", "work_dir", "memory_limit", "overwrite", "rules", "solver", "beam_size", "options", "cg_steps"]
+OPTIONS += ["device", "device_memory_limit"]
 RIGHT = {"model": "m", "out": "o", "scheme": "2x8g8", "preset": "fast", "data": ["a.txt"], "samples": 4, "seed": 3}
 RIGHT |= {"rules": {"mlp": "1x8g8", r"layers\.0\.": "dense"}, "memory_limit": "8GiB", "layers": "up|down"}
 TAGS = ["!!binary", "!!python/name:os.system", "!!timestamp", "!!float", "!!int", "!!set", "!!omap", "&a", "*a", "<<:"]

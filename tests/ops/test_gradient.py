@@ -194,3 +194,43 @@ def test_wrong_arguments_are_named(op, message):
         getattr(torch.ops.aqlm_c, op)(*arguments.values(), *flags)
     text = str(error.value)
     assert text.startswith(message) and "expected" in text and "\n" not in text.strip()
+
+
+@pytest.mark.parametrize("rows_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [SMALL, (12, 48, 1, 12, 1, 8), (12, 48, 2, 8, 2, 4)], ids=str)
+def test_rows_of_a_dtype_of_their_own(shape, rows_dtype):
+    """As block fine-tuning has it: float32 codebooks, rows and their gradients in the model's dtype, an index kept."""
+    codes, *weight = random_weight(shape)
+    upstream = torch.randn(*shape[:2]).to(rows_dtype)
+    index = ops.index_codes(codes, *weight)
+    with_index = gradients(lambda c, s: ops.decode_rows(codes, c, s, rows_dtype, index), weight, upstream)
+    without = gradients(lambda c, s: ops.decode_rows(codes, c, s, rows_dtype), weight, upstream)
+    truth = gradients(lambda c, s: dense(codes, c, s), [t.double() for t in weight], upstream.double())
+    rows = ops.decode_rows(codes, *weight, rows_dtype)
+    assert torch.equal(rows, ops.decode_rows(codes, *weight).to(rows_dtype))
+    assert torch.equal(rows, ops.decode_rows(codes, *weight, rows_dtype, index))
+    for ours, plain, exact in zip(with_index, without, truth, strict=True):
+        assert torch.equal(ours, plain) and ours.dtype == torch.float32 and agree(ours, exact)
+
+
+def test_an_index_is_empty_where_none_is_needed():
+    codes, *weight = random_weight(SMALL)
+    index = ops.index_codes(codes, *weight)
+    assert index.dtype == torch.int32 and index.numel() == 0
+
+
+def test_gradients_with_an_index_reach_one_of_two():
+    codes, codebooks, scales = random_weight(SMALL)
+    index, upstream = ops.index_codes(codes, codebooks, scales), torch.randn(*SMALL[:2])
+    call = lambda c, s: ops.decode_rows(codes, c, s, None, index)  # noqa: E731
+    both = gradients(call, (codebooks, scales), upstream)
+    for needed in ((True, False), (False, True)):
+        found = gradients(call, (codebooks, scales), upstream, needed)
+        for grad, whole, wanted in zip(found, both, needed, strict=True):
+            assert torch.equal(grad, whole) if wanted else grad is None
+
+
+def test_rows_of_no_float_dtype_are_refused():
+    codes, *weight = random_weight(SMALL)
+    with pytest.raises((RuntimeError, ValueError), match="dtype"):
+        ops.decode_rows(codes, *weight, torch.int32)

@@ -4,24 +4,28 @@ Without a GPU the same code is run with CPU tensors: verbs by the torch ops, whi
 that are copied as to another device.
 """
 
+import copy
+
 import pytest
 import torch
 from tiny import random_model, random_tokens, tiny_llama
-from transformers import MixtralConfig
+from transformers import MixtralConfig, PreTrainedModel
 
 import aqlm_c
 from aqlm_c.calibrate.activations import capture
 from aqlm_c.calibrate.hessians import HessianSums
 from aqlm_c.calibrate.offload import OffloadedTensors, Room
 from aqlm_c.core import arrays
+from aqlm_c.methods import METHODS
 from aqlm_c.model.blocks import find_blocks
 from aqlm_c.model.residence import Residence
 from aqlm_c.pipeline import block as stages
-from aqlm_c.pipeline import pipeline
+from aqlm_c.pipeline import estimate, pipeline
 from aqlm_c.pipeline.estimate import Work, groups_of, plan_on_device
 from aqlm_c.recipe import AqlmConfig
 
 CPU = torch.device("cpu")
+TIES = hasattr(PreTrainedModel, "get_expanded_tied_weights_keys")
 FEW = {"ldl_passes": 1, "max_sweeps": 1, "init_max_iter": 3, "finetune_held_out": 0.25}
 
 
@@ -61,6 +65,8 @@ MODELS = {
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_model_that_comes_block_by_block_has_the_bits_of_one_that_is_there(kind, resumed, tmp_path, request):
+    if kind == "tied" and not TIES:
+        pytest.skip("tied embeddings need transformers 5")
     rules = {"embed": "2x4g8"} if kind == "tied" else {r"layers\.1\..*v_proj": "dense"}
     config = AqlmConfig.from_scheme("1x4g8", rules=rules, finetune_epochs=1, finetune_search=1, **FEW)
     model, tokens = MODELS[kind](), random_tokens(8, 24)
@@ -178,7 +184,7 @@ def test_experts_in_parts_have_the_bits_of_all_at_once(monkeypatch):
         quantized_in_parts(model, tokens, config, most, monkeypatch)
         for model, most in zip(models, (None, 150_000), strict=True)
     )
-    assert counts == [3, 3]
+    assert counts in ([3, 3], [4, 4], [5, 5])  # of two blocks; by the names that experts have
     assert_same(*models)
     assert [layer.name for layer in parts.layers] == [layer.name for layer in whole.layers]
     assert parts.blocks[0].history == whole.blocks[0].history
@@ -213,13 +219,16 @@ def work_of_8b():
     return Work.from_shapes(shapes, **sizes, block_bytes=436 * 2**20)
 
 
-def test_activations_stay_on_a_device_as_far_as_they_fit(tmp_path):
+def test_activations_stay_on_a_device_as_far_as_they_fit(tmp_path, monkeypatch):
     works = [work_of_8b()] * 32
+    monkeypatch.setattr(estimate, "available_memory", lambda: 100 * GIB)
     large, small = (plan_on_device((None, limit), works, 79 * GIB, resident=GIB) for limit in (None, 24 * GIB))
     assert large.device_activations == works[0].activations() and not large.on_disk
     assert 0 < small.device_activations < works[0].activations() and small.device_bytes <= 24 * GIB
-    assert small.memory_bytes > large.memory_bytes and small.host_activations is None
-    room = GIB + 4 * GIB
+    assert small.memory_bytes > large.memory_bytes and not small.on_disk
+    monkeypatch.setattr(estimate, "available_memory", lambda: GIB)
+    assert plan_on_device((None, 24 * GIB), works, 79 * GIB, resident=GIB).on_disk
+    room = 3 * GIB
     tight = plan_on_device((room, 24 * GIB), works, 79 * GIB, resident=GIB, work_dir=tmp_path)
     assert tight.on_disk and tight.memory_bytes <= room and tight.directory == tmp_path
 
@@ -319,6 +328,26 @@ def test_a_gpu_comes_as_close_as_the_cpu(dtype):
         assert other.relative_error == pytest.approx(one.relative_error, rel=0.03), one.name
 
 
+@pytest.mark.parametrize("limit", [pytest.param("1MiB", marks=gpu)])
+def test_a_gpu_with_too_little_memory_is_refused(limit):
+    model = small_llama()
+    with pytest.raises(ValueError, match="device_memory_limit: got 1048576"):
+        aqlm_c.quantize_model(model, random_tokens(16, 64), TUNED, device="cuda", device_memory_limit=limit)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("solver", [pytest.param(solver, marks=gpu) for solver in METHODS])
+def test_a_layer_is_quantized_where_it_is(solver):
+    linear, X = torch.nn.Linear(128, 96).cuda().bfloat16(), torch.randn(512, 128)
+    H, config = X.T @ X / len(X), AqlmConfig.from_scheme("2x6g8", solver=solver, seed=3)
+    layer, solved = aqlm_c.quantize_linear(linear, H.numpy(), config)
+    assert {parameter.device.type for parameter in layer.parameters()} == {"cuda"} == {solved.codes.device.type}
+    on_cpu = aqlm_c.quantize_weight(linear.weight.detach().cpu(), H, config, dtype="bfloat16")
+    assert solved.relative_error == pytest.approx(on_cpu.relative_error, rel=0.05)
+    zero = aqlm_c.quantize_weight(torch.zeros(32, 128, device="cuda"), H.cuda(), config)
+    assert zero.relative_error == 0 and not zero.decode().any() and zero.codes.device.type == "cuda"
+
+
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=gpu) for kind in MODELS])
 def test_a_model_on_a_gpu_stays_there_and_has_the_bits_of_one_that_comes(kind):
     models, tokens = [MODELS[kind](), MODELS[kind]().cuda()], random_tokens(8, 24)
@@ -327,6 +356,19 @@ def test_a_model_on_a_gpu_stays_there_and_has_the_bits_of_one_that_comes(kind):
     aqlm_c.quantize_model(models[1], tokens, config)
     assert {parameter.device.type for parameter in models[1].parameters()} == {"cuda"}
     assert_same(models[1].cpu(), models[0])
+
+
+@pytest.mark.parametrize("tied", [pytest.param(tied, marks=gpu) for tied in (True, False)])
+def test_embeddings_and_no_data_on_a_gpu(tied):
+    if tied and not TIES:
+        pytest.skip("tied embeddings need transformers 5")
+    model = tiny_llama(tie_word_embeddings=tied)
+    config = AqlmConfig.from_scheme("2x4g8", rules={"embed_tokens": "2x4g8"}, finetune_epochs=0)
+    for tokens in (None, random_tokens(8, 24)):
+        other = copy.deepcopy(model)
+        report = aqlm_c.quantize_model(other, tokens, config, device="cuda")
+        assert report.layers[0].embedding and {p.device.type for p in other.parameters()} == {"cpu"}
+        assert other(random_tokens(1, 4)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("place", [pytest.param(place, marks=gpu) for place in ("host", "disk")])

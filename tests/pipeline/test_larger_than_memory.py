@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import random_model, random_tokens, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
+from zoo import tiny_config
 
 import aqlm_c
 from aqlm_c.hf.models import load_model
@@ -70,7 +71,10 @@ def test_a_model_is_never_in_memory_as_a_whole(tmp_path):
     assert size > 300e6 and most - start < 0.5 * size, f"{(most - start) / 1e6:.0f} of {size / 1e6:.0f} MB"
 
 
-@pytest.mark.skipif(not experts.are_fused(), reason="this transformers joins no experts")
+FUSED = pytest.mark.skipif(not experts.are_fused(), reason="this transformers joins no experts")
+
+
+@FUSED
 def test_experts_stay_in_their_files(tmp_path):
     config = MixtralConfig(
         **{**SIZES, "hidden_size": 64, "intermediate_size": 64}, num_hidden_layers=2, num_local_experts=4
@@ -97,6 +101,7 @@ def test_experts_stay_in_their_files(tmp_path):
     assert saved[0] == saved[1]
 
 
+@FUSED
 def test_a_model_taken_apart_is_made_whole_again(tmp_path):
     config = MixtralConfig(
         **{**SIZES, "hidden_size": 64, "intermediate_size": 64}, num_hidden_layers=2, num_local_experts=4
@@ -107,3 +112,13 @@ def test_a_model_taken_apart_is_made_whole_again(tmp_path):
     config = aqlm_c.AqlmConfig.from_scheme("2x4g8", rules={"experts": "dense"}, finetune_epochs=0, ldl_passes=1)
     aqlm_c.quantize_model(apart, random_tokens(4, 8), config)
     assert type(apart.model.layers[0].mlp.experts) is type(plain.model.layers[0].mlp.experts)
+
+
+@FUSED
+def test_experts_that_are_stored_joined_are_loaded_so(tmp_path):
+    model = random_model(tiny_config("granitemoe"))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    state = load_model(tmp_path / "model", apart=True)[0].state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())

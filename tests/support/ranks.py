@@ -176,7 +176,7 @@ def command_line(folder):
         found[name]["out"] = (folder / "refused").exists()
     found["usage"] = ranks(2, command, folder, "refused", "--beam-size", -1)
     found["exists"] = ranks(2, command, folder, "two")
-    found["many"] = ranks(3, command, folder, "refused", "--samples", 4)
+    found["many"] = ranks(3, command, folder, "refused", "--samples", 4, "--batch-size", 2)
     return found
 
 
@@ -184,21 +184,16 @@ def killed(folder, seed=0):
     """Two ranks, one of which is killed at a random moment, or interrupted; the same command then goes on."""
     prepare(folder)
     rng, found = random.Random(seed), []
-
-    def joined(work):
-        """Wait until the ranks work: the directory is taken."""
-        until = time.monotonic() + 60
-        while not (work / "fingerprint.json").exists() and time.monotonic() < until:
-            time.sleep(0.01)
-
-    right = ranks(2, command, folder, "right", "--work-dir", folder / "work", meddle=lambda _: joined(folder / "work"))
-    assert right["codes"] == [0, 0]
+    assert ranks(2, command, folder, "right", "--work-dir", folder / "work")["codes"] == [0, 0]
     for number, (who, how) in enumerate([(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGINT)]):
         out, work = f"out-{number}", folder / f"work-{number}"
+        after = rng.choice(["fingerprint.json", *(f"block-{block:04d}.safetensors" for block in range(3))])
 
-        def meddle(pids, who=who, how=how, work=work):
-            joined(work)
-            time.sleep(rng.uniform(0, 0.7) * right["seconds"])
+        def meddle(pids, who=who, how=how, file=work / after):
+            until = time.monotonic() + 60
+            while not file.exists() and time.monotonic() < until:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.1))
             os.kill(pids[who], how)
 
         end = ranks(2, command, folder, out, "--quiet", "--work-dir", work, meddle=meddle)
