@@ -3,15 +3,19 @@
  *
  * Distances and their minimum are one kernel: entries come from L2, each thread holds a few and takes them past all its
  * rows, whose targets lie in shared memory; a minimum is kept, not where it is: that is found again afterwards among
- * the entries of the one thread that met it. */
+ * the entries of the one thread that met it. For g = 8 and many rows the matrix units find it, as in nearest.cuh; their
+ * sums begin with the norms. */
 #include <climits>
 
+#include "cuda/quantizer/gemm.cuh"
 #include "cuda/quantizer/walk.cuh"
 
 namespace aqlm_cuda {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, MOST_K = 8;
+
+constexpr int MANY = 32; /* rows of a block of threads, where there are as many */
 
 template <int G> struct Held { /* entries of a thread at a time */
     static constexpr int count = G == 4 ? 8 : G == 8 ? 4 : G == 16 ? 2 : 1;
@@ -100,6 +104,105 @@ __device__ void nearest(int *index, const float *book, const float *norms, const
     __syncthreads();
 }
 
+constexpr int CHUNK = 64; /* entries of which a thread, who sees a quarter, remembers the lowest */
+
+/* halves[k, e, pair]: two numbers of an entry, high and low as bf16; g = 8. A thread has four numbers. */
+__global__ void halves_kernel(uint4 *halves, const Walk w) {
+    const int at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= w.K * w.E * 2) return;
+    uint2 high, low;
+    split_bf16(reinterpret_cast<const float4 *>(w.codebooks)[at], high, low);
+    halves[at] = {high.x, low.x, high.y, low.y};
+}
+
+/* Entries that a thread multiplies, of one chunk. */
+struct Chunk {
+    static constexpr int STEPS = CHUNK / 8;
+    uint2 half[STEPS];
+    float2 norm[STEPS];
+
+    __device__ void load(const uint2 *halves, const float *norms, int chunk) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int n = 0; n < STEPS; ++n) {
+            const int e = chunk * CHUNK + n * 8;
+            half[n] = __ldg(halves + e * 4 + lane);
+            norm[n] = __ldg(reinterpret_cast<const float2 *>(norms + e) + lane % 4);
+        }
+    }
+};
+
+/* As `nearest`, for g = 8 and a multiple of CHUNK entries. */
+template <int R>
+__device__ void nearest_by_halves(int *index, const float *book, const uint2 *halves, const float *norms,
+                                  const float *left, int E, float *low, int *who) {
+    constexpr int TILES = R / 16;
+    const int t = threadIdx.x, lane = t % 32, warp = t / 32, chunks = E / CHUNK;
+    uint32_t a[TILES][4];
+    float best[2 * TILES];
+    int where[2 * TILES] = {};
+#pragma unroll
+    for (int i = 0; i < 2 * TILES; ++i) {
+        const float *x = left + (i * 8 + lane / 4) * 8 + lane % 4 * 2;
+        uint2 high, rest;
+        split_bf16({x[0], x[1], 0, 0}, high, rest);
+        a[i / 2][i % 2] = high.x, a[i / 2][i % 2 + 2] = rest.x;
+        best[i] = INFINITY;
+    }
+    Chunk next;
+    next.load(halves, norms, min(warp, chunks - 1));
+    for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+        const Chunk now = next;
+        next.load(halves, norms, min(chunk + WARPS, chunks - 1));
+        float lowest[2 * TILES];
+#pragma unroll
+        for (int i = 0; i < 2 * TILES; ++i) lowest[i] = INFINITY;
+#pragma unroll
+        for (int n = 0; n < Chunk::STEPS; ++n)
+#pragma unroll
+            for (int i = 0; i < TILES;
+                 ++i) { /* high high, low high and high low; what is left out is 2^-16 of a term */
+                const float2 norm = now.norm[n];
+                const uint2 half = now.half[n];
+                float c[4] = {norm.x, norm.y, norm.x, norm.y};
+                mma_k16<__nv_bfloat16>(c, a[i][0], a[i][1], a[i][2], a[i][3], half.x, half.x);
+                mma_k8<__nv_bfloat16>(c, a[i][0], a[i][1], half.y);
+                lowest[2 * i] = fminf(lowest[2 * i], fminf(c[0], c[1]));
+                lowest[2 * i + 1] = fminf(lowest[2 * i + 1], fminf(c[2], c[3]));
+            }
+#pragma unroll
+        for (int i = 0; i < 2 * TILES; ++i)
+            if (lowest[i] < best[i]) best[i] = lowest[i], where[i] = chunk;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * TILES; ++i) {
+        int part = where[i] * 4 + lane % 4;
+        for (int distance = 1; distance < 4; distance *= 2) {
+            const float other = __shfl_xor_sync(~0u, best[i], distance);
+            const int at = __shfl_xor_sync(~0u, part, distance);
+            if (is_before(other, at, best[i], part)) best[i] = other, part = at;
+        }
+        const int r = i * 8 + lane / 4;
+        if (lane % 4 == 0) low[r * WARPS + warp] = best[i], who[r * WARPS + warp] = part;
+    }
+    __syncthreads();
+    for (int r = warp; r < R; r += WARPS) { /* among 16 entries, in float */
+        float value = lane < WARPS ? low[r * WARPS + lane] : INFINITY;
+        int part = lane < WARPS ? who[r * WARPS + lane] : INT_MAX;
+        warp_min(value, part);
+        part = part < INT_MAX ? part : 0;
+        const int e = part / 4 * CHUNK + part % 4 * 2 + lane % 16 / 2 * 8 + lane % 2;
+        const Entry<8> x(left + r * 8), c(book + int64_t(e) * 8);
+        int found = e;
+        value = norms[e];
+#pragma unroll
+        for (int d = 0; d < 8; ++d) value = fmaf(x.x[d], c.x[d], value);
+        warp_min(value, found);
+        if (lane == 0) index[r] = found;
+    }
+    __syncthreads();
+}
+
 /* The sum of a row's entries without the codebooks in left_out, a number d of it. */
 __device__ inline float sum_without(const Walk &w, const uint16_t *codes, uint32_t left_out, int G, int d) {
     float sum = 0;
@@ -149,8 +252,12 @@ template <int G, int R> __global__ void __launch_bounds__(THREADS) nearest_kerne
                 left[at] = -2.0f * sum;
             }
             __syncthreads();
-            nearest<G, R>(index, w.codebooks + int64_t(k) * w.E * G, w.norms + (int64_t(i - w.first) * w.K + k) * w.E,
-                          left, w.E, low, who);
+            const float *book = w.codebooks + int64_t(k) * w.E * G;
+            const float *norms = w.norms + (int64_t(i - w.first) * w.K + k) * w.E;
+            if constexpr (G == 8 && R == MANY)
+                nearest_by_halves<R>(index, book, reinterpret_cast<const uint2 *>(w.tables) + int64_t(k) * w.E * 4,
+                                     norms, left, w.E, low, who);
+            else nearest<G, R>(index, book, norms, left, w.E, low, who);
             for (int r = threadIdx.x; r < R; r += THREADS) trial[r][k] = static_cast<uint16_t>(index[r]);
             __syncthreads();
         }
@@ -308,7 +415,12 @@ template <int G, int R> cudaError_t launch_nearest(const Walk &w, const Device &
 template <int G> cudaError_t launch(const Walk &w, const Device &device, cudaStream_t stream) {
     if (const cudaError_t error = norms_of<G>(w, stream)) return error;
     if constexpr (G == 8)
-        if (w.rows == 32) return launch_nearest<G, 32>(w, device, stream);
+        if (w.rows == MANY) {
+            const auto blocks = static_cast<unsigned>(divide_up(int64_t(w.K) * w.E * 2, THREADS));
+            halves_kernel<<<blocks, THREADS, 0, stream>>>(reinterpret_cast<uint4 *>(const_cast<int16_t *>(w.tables)),
+                                                          w);
+            return launch_nearest<G, MANY>(w, device, stream);
+        }
     if (w.most == 1) return launch_nearest<G, 8>(w, device, stream);
     if (const cudaError_t error = allow_shared_memory<beam_kernel<G>>(device)) return error;
     const int64_t floats = Rows<G>::floats(w.rows, w.columns(G)) + WARPS * Hypotheses<G>::floats(w.most);
@@ -319,8 +431,8 @@ template <int G> cudaError_t launch(const Walk &w, const Device &device, cudaStr
 
 } // namespace
 
-int64_t rows_of_beam(int64_t out, int most, int64_t g, const Device &device) {
-    return g == 8 && most == 1 && divide_up(out, 32) >= device.sms * 3 / 4 ? 32 : 8;
+int64_t rows_of_beam(int64_t out, int most, int64_t E, int64_t g, const Device &device) {
+    return g == 8 && most == 1 && E >= 256 && divide_up(out, MANY) >= device.sms * 3 / 4 ? MANY : 8;
 }
 
 int64_t columns_of_beam(int64_t rows, int64_t most, int64_t g, const Device &device) {

@@ -31,6 +31,7 @@ template <int G> __device__ float square_in(const float *S, const float (&c)[G])
     float square = 0;
 #pragma unroll
     for (int d = 0; d < G; ++d) {
+        asm volatile("" ::: "memory"); /* else all of S is loaded at once, and spilled */
         float sum = 0;
 #pragma unroll
         for (int p = 0; p < G; ++p) sum = fmaf(c[p], S[p * G + d], sum);
@@ -57,6 +58,7 @@ template <int G> __global__ void __launch_bounds__(ENTRIES) table_kernel(const W
     float M[G], square2 = 0; /* 2 c_b S */
 #pragma unroll
     for (int d = 0; d < G; ++d) {
+        asm volatile("" ::: "memory");
         float sum = 0;
 #pragma unroll
         for (int p = 0; p < G; ++p) sum = fmaf(b.x[p], S[p * G + d], sum);

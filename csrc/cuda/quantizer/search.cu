@@ -56,7 +56,7 @@ struct Cut {
         most = static_cast<int>(s.beam_size ? s.beam_size : AQLM_PAIR_BEAM);
         states = pairs && K > 2 ? most : 1;
         rows = pairs ? rows_of_pairs(shape.out_features, states, g, device)
-                     : rows_of_beam(shape.out_features, most, g, device);
+                     : rows_of_beam(shape.out_features, most, E, g, device);
         int64_t columns =
             pairs ? columns_of_pairs(shape.out_features, states, K, g, device) : columns_of_beam(rows, most, g, device);
         if (!pairs) /* norms of all entries in each of the block's groups: at most 64 MB of them */
@@ -77,8 +77,8 @@ struct Memory {
         D = arena.take<float>(shape.out_features * in);
         T = arena.take<float>(cut.parts * shape.out_features * cut.groups * g);
         norms = arena.take<float>(cut.groups * K << shape.nbits_per_codebook);
-        tables =
-            arena.take<int16_t>(cut.pairs ? cut.groups * size_of_table(int64_t{1} << shape.nbits_per_codebook) : 0);
+        const int64_t E = int64_t{1} << shape.nbits_per_codebook;
+        tables = arena.take<int16_t>(cut.pairs ? cut.groups * size_of_table(E) : K * E * g * 2);
         steps = arena.take<float>(cut.pairs ? cut.groups : 0);
         couple = arena.take<float>(in * in); /* these three for sweeps alone */
         metric = arena.take<float>(in * g);

@@ -19,8 +19,9 @@ struct Walk {
     const float *weight, *scales, *codebooks, *couple; /* couple [in, in] in order space: H, or the feedback F */
     const float *metric;                               /* [J, g, g] in order space */
     const int32_t *order, *books;                      /* [J]; [J, K] order of codebooks in a sweep's beam search */
-    const float *norms;    /* [groups of the block, K, E] of all entries in their groups' metric */
-    const int16_t *tables; /* pairs: [groups, E, E] (table_pitch), in `steps` [groups] */
+    const float *norms; /* [groups of the block, K, E] of all entries in their groups' metric */
+    const int16_t
+        *tables; /* pairs: [groups, E, E] (table_pitch), in `steps` [groups]; else entries' halves [K, E, g, 2] */
     const float *steps;
     int out, in, K, E;
     int first, count; /* groups of this block, in order space */
@@ -174,7 +175,7 @@ cudaError_t search_pairs(Walk w, int g, const Device &device, cudaStream_t strea
 cudaError_t search_beam(Walk w, int g, const Device &device, cudaStream_t stream);
 int64_t rows_of_pairs(int64_t out, int states, int64_t g, const Device &device); /* outputs of a block of threads */
 int64_t size_of_table(int64_t E);                                                /* pairs: numbers of a group's table */
-int64_t rows_of_beam(int64_t out, int most, int64_t g, const Device &device);
+int64_t rows_of_beam(int64_t out, int most, int64_t E, int64_t g, const Device &device);
 int64_t columns_of_pairs(int64_t out, int states, int64_t K, int64_t g,
                          const Device &device); /* of a block, multiple of g; 0: none */
 int64_t columns_of_beam(int64_t rows, int64_t most, int64_t g, const Device &device);
