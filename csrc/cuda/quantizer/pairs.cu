@@ -5,8 +5,9 @@
  * are made before it, in 16 bits. The smallest u_a + M_ab of each row and b is a product of matrices with min for + and
  * + for x, in 16 bits, two rows in a register: one instruction for two pairs (viaddmin.s16x2 of Hopper; others emulate
  * it). 16 bits decide within 1/16,383 of the largest |M|, which is one to three percent of a group's error where they
- * err at all; then b is held while the best a is found in float, a held while the best b is. Tests hold the error beside
- * that of the CPU's exact search, which prunes by the triangle inequality: threads in step could not use that. */
+ * err at all; then b is held while the best a is found in float, a held while the best b is. Tests hold the error
+ * beside that of the CPU's exact search, which prunes by the triangle inequality: threads in step could not use that.
+ */
 #include <climits>
 
 #include "cuda/quantizer/walk.cuh"
