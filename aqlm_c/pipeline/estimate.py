@@ -85,8 +85,8 @@ class Work:
     """One block and the calibration that runs through it, in plain numbers.
 
     layers: [out, in] of each linear to quantize. inputs: in_features of each distinct input among them, that is of each
-    H. weights: of all linears of the block. tokens: of the calibration, in sequences of sequence_length. itemsize:
-    bytes of a value of the model's dtype. heads: attention heads whose scores are kept for the backward pass, 0 where
+    H. weights: of all linears of the block. tokens: of the calibration, in sequences of sequence_length, of which
+    fine-tuning takes batch_size at a time (None: a whole step's). itemsize: bytes of a value of the model's dtype. heads: attention heads whose scores are kept for the backward pass, 0 where
     attention is fused. formats: of each of the layers; none: that of `config` is all theirs. block_bytes: of the dense
     block, where it is brought to memory for the step; else it is there anyway.
     """
@@ -102,6 +102,7 @@ class Work:
     heads: int = 0
     formats: tuple[Format, ...] = ()
     block_bytes: int = 0
+    batch_size: int | None = None
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, int]], weights: int | None = None, **fields: Any) -> Work:
@@ -151,7 +152,7 @@ class Work:
         copies = _COPIES_ON_GPU if on_gpu else _COPIES  # the weight, its error, targets and gradients
         solver = copies * 4 * max(self._sizes(), default=0)
         gather = min(TOKENS_ON_GPU if on_gpu else TOKENS_PER_BATCH, self.tokens) * width * item
-        batch = min(tuning_options.finetune_batch_size * self.sequence_length, self.tokens)
+        batch = min((self.batch_size or tuning_options.finetune_batch_size) * self.sequence_length, self.tokens)
         kept = (1 + tuning_options.finetune_lookahead) * (3 * width * item + self.heads * self.sequence_length * 6)
         # Decoded weights and their gradients, in fp32 and in the model's dtype; what the backward pass keeps.
         tuning = self.weights * (8 + 2 * item) + batch * kept
@@ -289,7 +290,7 @@ def _check_limit(name: str, limit: int | None, needed: int, what: str) -> None:
     if limit is not None and needed > limit:
         raise ValueError(
             f"{name}: got {limit} ({binary_size(limit)}), expected at least {needed} ({binary_size(needed)}), {what}; "
-            "shorter sequences or a smaller finetune_batch_size need less"
+            "shorter sequences or a smaller batch_size need less"
         )
 
 

@@ -188,7 +188,8 @@ class Pipeline:
         tuned = config if calibration.tokens else config.replace(finetune_epochs=0)
         tokens = -(-calibration.tokens // group().size)  # of this rank
         brought = self.residence.moves or self.residence.mapped_bytes() > 0
-        works = works_of(self.model, self.plan, tuned, tokens, calibration.sequence_length, brought)
+        batch = calibration.batch_size if tuned.tuning.finetune_epochs else None
+        works = works_of(self.model, self.plan, tuned, tokens, calibration.sequence_length, brought, batch)
         dense_bytes = sum(self.model.get_submodule(name).weight.nbytes for name in self.plan.targets())
         kept = sum(parameter.nbytes for parameter in self.model.parameters()) - dense_bytes
         device, limits = self.residence.device, self.placement.limits

@@ -276,10 +276,21 @@ def _check_rules(plan: Plan, config: AqlmConfig, reasons: Mapping[str, str]) -> 
 
 
 def works_of(
-    model: Any, plan: Plan, config: AqlmConfig, tokens: int, sequence_length: int, brought: bool = False
+    model: Any,
+    plan: Plan,
+    config: AqlmConfig,
+    tokens: int,
+    sequence_length: int,
+    brought: bool = False,
+    batch_size: int | None = None,
 ) -> list[Work]:
-    """The work of each step, for estimates. brought: blocks are brought to memory for their steps."""
-    works = [_work(model, plan, step, config, tokens, sequence_length) for step in plan.steps]
+    """The work of each step, for estimates. brought: blocks are brought to memory for their steps. batch_size: sequences
+    in a pass of fine-tuning.
+    """
+    works = [
+        dataclasses.replace(_work(model, plan, step, config, tokens, sequence_length), batch_size=batch_size)
+        for step in plan.steps
+    ]
     if not brought:
         return works
     inside = [sum(parameter.nbytes for parameter in block.parameters()) for block in plan.blocks]

@@ -296,3 +296,9 @@ def test_one_line_for_people():
     spans = [duration(seconds) for seconds in (45, 1920, 11520, 216000)]
     assert spans == ["45 s", "32 min", "3.2 h", "2.5 days"]
     assert binary_size(3 * GIB) == "3.0 GiB"
+
+
+def test_smaller_batches_need_less_memory():
+    whole = work().memory()
+    assert work(batch_size=4).memory() == whole
+    assert work(batch_size=1).memory() < whole
