@@ -86,9 +86,10 @@ class Work:
 
     layers: [out, in] of each linear to quantize. inputs: in_features of each distinct input among them, that is of each
     H. weights: of all linears of the block. tokens: of the calibration, in sequences of sequence_length, of which
-    fine-tuning takes batch_size at a time (None: a whole step's). itemsize: bytes of a value of the model's dtype. heads: attention heads whose scores are kept for the backward pass, 0 where
-    attention is fused. formats: of each of the layers; none: that of `config` is all theirs. block_bytes: of the dense
-    block, where it is brought to memory for the step; else it is there anyway.
+    fine-tuning takes batch_size at a time (None: a whole step's). itemsize: bytes of a value of the model's dtype.
+    heads: attention heads whose scores are kept for the backward pass, 0 where attention is fused. formats: of each of
+    the layers; none: that of `config` is all theirs. block_bytes: of the dense block, where it is brought to memory for
+    the step; else it is there anyway.
     """
 
     layers: tuple[tuple[int, int], ...]

@@ -284,8 +284,8 @@ def works_of(
     brought: bool = False,
     batch_size: int | None = None,
 ) -> list[Work]:
-    """The work of each step, for estimates. brought: blocks are brought to memory for their steps. batch_size: sequences
-    in a pass of fine-tuning.
+    """The work of each step, for estimates. brought: blocks are brought to memory for their steps. batch_size:
+    sequences in a pass of fine-tuning.
     """
     works = [
         dataclasses.replace(_work(model, plan, step, config, tokens, sequence_length), batch_size=batch_size)
