@@ -245,8 +245,11 @@ def test_from_the_hub_the_files_of_processors_come_too(monkeypatch):
 
 def test_a_language_model_that_its_config_does_not_lead_to(tmp_path):
     """`AutoModelForCausalLM` knows the config of the whole Emu3, not that of its text part."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.emu3 import Emu3ForCausalLM, Emu3TextConfig
 
+    if "emu3_text_model" not in CONFIG_MAPPING_NAMES:
+        pytest.skip("transformers 4.56 cannot read the config of Emu3's text part")
     torch.manual_seed(0)
     source = write_source(tmp_path / "source", Emu3ForCausalLM(Emu3TextConfig(**SIZES, pad_token_id=0)).eval(), {})
     assert auto_class(source) is Emu3ForCausalLM
