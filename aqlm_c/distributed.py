@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hmac
+import ipaddress
 import json
 import os
 import secrets
@@ -205,7 +206,16 @@ def told_elsewhere() -> bool:
     """Whether another process of this machine says what is wrong before the ranks are connected: all have the same
     arguments.
     """
-    return not _joined and os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
+    try:
+        _, size, local_rank = environment()
+    except ValueError:  # which is what is to be said
+        return False
+    return not _joined and size > 1 and local_rank > 0
+
+
+def local_size() -> int:
+    """How many ranks share this machine's memory."""
+    return _number("LOCAL_WORLD_SIZE", "1", 1, 4096) if group().size > 1 else 1
 
 
 def group() -> Group:
@@ -343,6 +353,8 @@ class _Watch(threading.Thread):
             port, token = json.loads(store.get("watch"))
             own = socket.create_connection((address, port), timeout=JOIN_SECONDS)
             own.sendall(f"{token} {rank}\n".encode())
+            if _first_line(own) != "all":  # until then rank 0 has others to wait for, and no beats to send
+                raise OSError(f"ranks: rank 0 of {size} did not find all others within {JOIN_SECONDS:.0f} s")
             return cls(rank, size, {0: own}, on_lost)
         token = secrets.token_hex(16)
         peers: dict[int, socket.socket] = {}
@@ -357,10 +369,12 @@ class _Watch(threading.Thread):
                     peers[int(number)] = one
                 else:
                     one.close()
-        return cls(rank, size, peers, on_lost)
+        watch = cls(rank, size, peers, on_lost)
+        watch._send(b"all\n")
+        return watch
 
     def run(self) -> None:
-        heard = dict.fromkeys(self.peers, time.monotonic())
+        heard, next_beat = dict.fromkeys(self.peers, time.monotonic()), 0.0
         with selectors.DefaultSelector() as selector:
             for rank, peer in self.peers.items():
                 selector.register(peer, selectors.EVENT_READ, rank)
@@ -368,7 +382,9 @@ class _Watch(threading.Thread):
                 for key, _ in selector.select(_BEAT):
                     heard[key.data] = time.monotonic()
                     self._read(key.data, selector)
-                self._send(b".\n")
+                if time.monotonic() >= next_beat:  # what is heard wakes this loop too
+                    next_beat = time.monotonic() + _BEAT
+                    self._send(b".\n")
                 for rank in [rank for rank in self.peers if time.monotonic() - heard[rank] > _SILENCE]:
                     self._lost(f"rank {rank} of {self.size} has not been heard of for {_SILENCE:.0f} s")
 
@@ -415,12 +431,23 @@ class _Watch(threading.Thread):
 
 
 def _listen(address: str) -> socket.socket:
-    """On the address of rank 0 alone, where it is one of this machine's."""
+    """On the address of rank 0 alone, where it is one of this machine's; on all where a name that others know leads to
+    the loopback, as a machine's own does on Debian.
+    """
     try:
-        family = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][0]
+        family, *_, found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0]
+        loops = ipaddress.ip_address(found[0]).is_loopback
+        if loops and address != "localhost" and not _is_address(address):
+            return socket.create_server(("", 0))
         return socket.create_server((address, 0), family=family)
     except OSError:
         return socket.create_server(("", 0))
+
+
+def _is_address(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(text))
+    return False
 
 
 def _first_line(connection: socket.socket) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections import deque
@@ -35,6 +36,7 @@ class Room:
         self.device_left, self.host_left = device_bytes, host_bytes
         self._free: dict[int, list[Tensor]] = {}  # buffers, by their bytes
         self._locked: list[Tensor] = []
+        self._locks = True  # until the system refuses
         on_gpu = device.type == "cuda"
         self.reading: Any = torch.cuda.Stream(device) if on_gpu else None
         self.writing: Any = torch.cuda.Stream(device) if on_gpu else None
@@ -55,10 +57,14 @@ class Room:
                 return None
             self.host_left -= n_bytes
         buffer = torch.empty(n_bytes, dtype=torch.uint8)
-        if self.device.type == "cuda" and n_bytes:
+        if self.device.type == "cuda" and n_bytes and self._locks:
             runtime: Any = torch.cuda.cudart()
-            if int(runtime.cudaHostRegister(buffer.data_ptr(), n_bytes, _PORTABLE)) == 0:  # else copies are slower
+            self._locks = int(runtime.cudaHostRegister(buffer.data_ptr(), n_bytes, _PORTABLE)) == 0
+            if self._locks:
                 self._locked.append(buffer)
+            else:  # copies are slower; CUDA keeps the error for the next who asks
+                with contextlib.suppress(RuntimeError):
+                    torch.zeros(1, device=self.device)
         return buffer
 
     def give_buffer(self, buffer: Tensor) -> None:

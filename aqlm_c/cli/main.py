@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code, message = 2, f"{type(error).__name__}: {error} (not expected: {_place(error)})"
         if code == 130:
             sys.stderr.write(interrupt.line())
-        elif code == 2 and not distributed.told_elsewhere():
+        elif code == 2 and not (arguments[0] == "quantize" and distributed.told_elsewhere()):
             print(f"aqlm-c: {one_line(message)}", file=sys.stderr)
     return code
 

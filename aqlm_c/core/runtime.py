@@ -70,6 +70,13 @@ def free_device_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) + int(kept)
 
 
+def _refused_memory(device: torch.device) -> int:
+    """How often torch did not have the memory of a GPU that was asked for."""
+    import torch
+
+    return int(torch.cuda.memory_stats(device).get("num_ooms", 0))
+
+
 @contextlib.contextmanager
 def working_on(device: torch.device, limit: int | None) -> Iterator[None]:
     """A GPU is torch's current one, and tensors take no more than `limit` bytes there, None being all there are;
@@ -85,10 +92,13 @@ def working_on(device: torch.device, limit: int | None) -> Iterator[None]:
     total = torch.cuda.get_device_properties(device).total_memory
     if limit is not None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    before = _refused_memory(device)
     try:
         with torch.cuda.device(device):
             yield
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and _refused_memory(device) == before:
+            raise  # where our ops asked for it, torch's stable ABI knows no error but this
         raise ValueError(
             f"device_memory_limit: got {binary_size(limit or total)}, of which the work needs more than was estimated, "
             "expected more, shorter sequences, a smaller finetune_batch_size or less that is quantized at once "

@@ -15,6 +15,7 @@ from ..calibrate.activations import TOKENS_ON_GPU, TOKENS_PER_BATCH
 from ..core import arrays, verbs
 from ..core.runtime import synchronize
 from ..core.verbs import Array
+from ..distributed import local_size
 from ..files import available_memory, check_free_space, resident_memory, temporary_directory
 from ..format import Format
 from ..methods import get_method
@@ -262,7 +263,9 @@ def plan_on_device(
     on_device = min(activations, int(_FREE * (limit - needed)))  # what is freed leaves gaps
     held = (resident_memory() if resident is None else resident) + _kept(works)
     _check_limit("memory_limit", host_limit, held, "which the model and its libraries hold")
-    left = available_memory() if host_limit is None else host_limit - held
+    left = host_limit - held if host_limit is not None else available_memory()
+    if left is not None and host_limit is None:
+        left //= local_size()
     room = left if left is None or host_limit is not None else int(_FREE * left)
     on_host = activations - on_device if room is None else min(activations - on_device, room)
     on_disk = activations - on_device - on_host

@@ -16,6 +16,7 @@ from aqlm_c.hf.models import load_model
 from aqlm_c.io.mapped import mapped_bytes
 from aqlm_c.io.source import weight_files
 from aqlm_c.model import experts
+from aqlm_c.model.residence import Residence
 
 SIZES = {"hidden_size": 768, "intermediate_size": 1536, "num_attention_heads": 8, "vocab_size": 96}
 LAYERS = 16
@@ -122,3 +123,15 @@ def test_experts_that_are_stored_joined_are_loaded_so(tmp_path):
     state = load_model(tmp_path / "model", apart=True)[0].state_dict()
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_trained_leaves_its_file_to_be_given_back(tmp_path):
+    config = LlamaConfig(**{**SIZES, "hidden_size": 128}, num_hidden_layers=2, num_key_value_heads=8)
+    write_model(tmp_path / "model", config, n_files=1)
+    model, _, _ = load_model(str(tmp_path / "model"))
+    residence, block = Residence(model, torch.device("cpu")), model.model.layers[0]
+    before = mapped_bytes(model.parameters(), weight_files(model))
+    with residence.using(block), torch.no_grad():
+        block.input_layernorm.weight.add_(1)
+    norms = sum(norm.weight.nbytes for norm in (block.input_layernorm, block.post_attention_layernorm))
+    assert mapped_bytes(model.parameters(), weight_files(model)) == before - norms > 0
