@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
+from .runtime import synchronize
 from .verbs import Array
 
 if TYPE_CHECKING:
@@ -137,10 +138,8 @@ def zeros_at(device: torch.device, *shape: int, of_torch: bool = False) -> Array
 
 def wait_for(array: Array) -> None:
     """Until it is computed."""
-    if is_tensor(array) and array.device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(array.device)
+    if is_tensor(array):
+        synchronize(array.device)
 
 
 def to_float(array: Array) -> Array:

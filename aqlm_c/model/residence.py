@@ -60,7 +60,6 @@ class Residence:
             return
         self._sizes[id(block)] = sum(tensor.nbytes for tensor in block.parameters())
         if not self.moves:
-            self._take_trained(block)
             return
         coming = self._coming.pop(id(block), None)
         found = coming.result() if coming is not None else {}
@@ -77,14 +76,6 @@ class Residence:
             elif self._stream is not None:
                 there.record_stream(torch.cuda.current_stream(self.device))
             tensor.data = there
-
-    def _take_trained(self, block: nn.Module) -> None:
-        """What may be trained gets memory of its own: no page of a mapped file that was written to can be given back,
-        nor any other of that file.
-        """
-        for tensor in self._tensors(block) if self._pages.files else ():
-            if tensor.is_floating_point() and tensor.squeeze().ndim <= 1:
-                tensor.data = tensor.data.clone()
 
     def leave(self, block: nn.Module) -> None:
         """The block is done with, for one `fetch` of it."""

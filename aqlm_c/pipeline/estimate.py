@@ -263,10 +263,11 @@ def plan_on_device(
     on_device = min(activations, int(_FREE * (limit - needed)))  # what is freed leaves gaps
     held = (resident_memory() if resident is None else resident) + _kept(works)
     _check_limit("memory_limit", host_limit, held, "which the model and its libraries hold")
-    left = host_limit - held if host_limit is not None else available_memory()
-    if left is not None and host_limit is None:
-        left //= local_size()
-    room = left if left is None or host_limit is not None else int(_FREE * left)
+    if host_limit is not None:
+        room: int | None = host_limit - held
+    else:
+        there = available_memory()
+        room = None if there is None else int(_FREE * (there // local_size()))
     on_host = activations - on_device if room is None else min(activations - on_device, room)
     on_disk = activations - on_device - on_host
     directory, disk = _plan_disk(works, on_disk, work_dir, other_bytes, resumed)

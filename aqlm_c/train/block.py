@@ -398,8 +398,8 @@ class _Tuner:
 
     @torch.no_grad()
     def _store(self) -> None:
-        for tensor, value in zip(self.trained, self._values(), strict=True):
-            tensor.parameter.copy_(value)
+        for tensor, value in zip(self.trained, self._values(), strict=True):  # in memory of their own: no page of a
+            tensor.parameter.data = value.to(tensor.parameter.dtype)  # mapped file that is written to can be given back
         for name, layer in self.quantized.items():
             layer.codes.copy_(self.decoders[name].codes)
 

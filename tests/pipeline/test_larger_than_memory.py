@@ -16,7 +16,6 @@ from aqlm_c.hf.models import load_model
 from aqlm_c.io.mapped import mapped_bytes
 from aqlm_c.io.source import weight_files
 from aqlm_c.model import experts
-from aqlm_c.model.residence import Residence
 
 SIZES = {"hidden_size": 768, "intermediate_size": 1536, "num_attention_heads": 8, "vocab_size": 96}
 LAYERS = 16
@@ -129,9 +128,13 @@ def test_what_is_trained_leaves_its_file_to_be_given_back(tmp_path):
     config = LlamaConfig(**{**SIZES, "hidden_size": 128}, num_hidden_layers=2, num_key_value_heads=8)
     write_model(tmp_path / "model", config, n_files=1)
     model, _, _ = load_model(str(tmp_path / "model"))
-    residence, block = Residence(model, torch.device("cpu")), model.model.layers[0]
-    before = mapped_bytes(model.parameters(), weight_files(model))
-    with residence.using(block), torch.no_grad():
-        block.input_layernorm.weight.add_(1)
-    norms = sum(norm.weight.nbytes for norm in (block.input_layernorm, block.post_attention_layernorm))
-    assert mapped_bytes(model.parameters(), weight_files(model)) == before - norms > 0
+    block, before = model.model.layers[0], mapped_bytes(model.parameters(), weight_files(model))
+    norms = [block.input_layernorm.weight, block.post_attention_layernorm.weight]
+    gone = block.self_attn.v_proj.weight.nbytes + sum(norm.nbytes for norm in norms)
+    starts = [norm.detach().clone() for norm in norms]
+    options = {"finetune_epochs": 1, "finetune_lookahead": 0, "embeddings": "dense", "gaussian_reference": False}
+    quantization = aqlm_c.AqlmConfig.from_scheme("1x4g16", solver="rtn", **options)
+    files = weight_files(model)
+    aqlm_c.quantize_model(model, random_tokens(8, 16) % 96, quantization, layers=r"layers\.0\..*v_proj")
+    assert not all(torch.equal(start, norm) for start, norm in zip(starts, norms, strict=True))
+    assert mapped_bytes(model.parameters(), files) == before - gone > 0
