@@ -1,10 +1,10 @@
 """Text and token readers: calibration samples and evaluation streams.
 
-A source is a string: a file (.txt, .jsonl with a "text" field, .npy or .safetensors of token ids), or the
-name of a data set for the `datasets` library, `name[,config][:split]` (split "train" if left out), such as
-"Salesforce/wikitext,wikitext-2-raw-v1:test". Documents of one source are separated by a blank line and
-tokenised as one text, as GPTQ (arXiv 2210.17323) and AQLM (arXiv 2401.06118) do, so that a window does not depend on
-how the text was cut into documents.
+A source is a string: a file (.txt, .jsonl with a text, a conversation or an instruction a line (`chat`), .npy or
+.safetensors of token ids), or the name of a data set for the `datasets` library, `name[,config][:split]` (split
+"train" if left out), such as "Salesforce/wikitext,wikitext-2-raw-v1:test". Documents of one source are separated by a
+blank line and tokenised as one text, as GPTQ (arXiv 2210.17323) and AQLM (arXiv 2401.06118) do, so that a window does
+not depend on how the text was cut into documents; what a chat template ended is followed by the next one at once.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..config import BOS, TuningOptions
 from ..errors import int_between, is_text, one_line, wrong
 from ..files import irregular
 from ..model.positions import check_length
+from .chat import EXPECTED, Document, document_of
 
 log = logging.getLogger("aqlm_c")
 
@@ -257,31 +258,32 @@ def _read(source: str, tokenizer: Any, limit: int | None, shuffle_seed: int | No
     per_token = 16
     while True:
         max_chars = None if limit is None else per_token * limit
-        text, cut = _text(_documents(source, shuffle_seed, max_chars), max_chars)
+        text, cut = _text(_documents(source, tokenizer, shuffle_seed, max_chars), max_chars)
         ids = tokenizer(text, verbose=False)["input_ids"]
         if limit is None or not cut or len(ids) >= 2 * limit:
             return torch.tensor(ids[:limit] if cut else ids, dtype=torch.int64)[None]
         per_token *= 4
 
 
-def _text(documents: Iterable[str], max_chars: int | None) -> tuple[str, bool]:
+def _text(documents: Iterable[Document], max_chars: int | None) -> tuple[str, bool]:
     """Documents with blank lines between them, cut after max_chars characters; and whether anything was cut."""
-    parts, size = [], 0
+    parts, size, between = [], 0, ""
     for document in documents:
-        parts.append(document)
-        size += len(document) + 2
+        parts += [between, document.text]
+        size += len(document.text) + 2
         if max_chars is not None and size > max_chars:
-            return "\n\n".join(parts)[:max_chars], True
-    return "\n\n".join(parts), False
+            return "".join(parts)[:max_chars], True
+        between = "" if document.ended else "\n\n"
+    return "".join(parts), False
 
 
-def _documents(source: str, shuffle_seed: int | None, max_chars: int | None) -> Iterator[str]:
+def _documents(source: str, tokenizer: Any, shuffle_seed: int | None, max_chars: int | None) -> Iterator[Document]:
     if source == BUNDLED:
-        return iter(_bundled())
+        return map(Document, _bundled())
     suffix = Path(source).suffix
     if suffix == ".txt":
-        return _text_file(source, max_chars)
-    return _jsonl(source) if suffix == ".jsonl" else _dataset(source, shuffle_seed)
+        return map(Document, _text_file(source, max_chars))
+    return _jsonl(source, tokenizer) if suffix == ".jsonl" else map(Document, _dataset(source, shuffle_seed))
 
 
 def _bundled() -> list[str]:
@@ -301,7 +303,8 @@ def _text_file(path: str, max_chars: int | None) -> Iterator[str]:
     yield text
 
 
-def _jsonl(path: str) -> Iterator[str]:
+def _jsonl(path: str, tokenizer: Any) -> Iterator[Document]:
+    first = True
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(_MOST_LINE), b""), 1):
             if not line.strip():
@@ -309,14 +312,17 @@ def _jsonl(path: str) -> Iterator[str]:
             if len(line) == _MOST_LINE:
                 raise ValueError(f"data: got {path!r}: line {number}: longer than {_MOST_LINE >> 20} MiB")
             try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f'data: got {path!r}: line {number}: expected a JSON object with a string "text"')
-            if not is_text(text):
-                raise ValueError(f"data: got {path!r}: line {number}: got half of a character, expected Unicode text")
-            yield text
+                fields = json.loads(line)
+            except (ValueError, RecursionError):
+                raise ValueError(f"data: got {path!r}: line {number}: expected {EXPECTED}") from None
+            try:
+                document = document_of(fields, tokenizer)
+            except ValueError as error:
+                raise ValueError(f"data: got {path!r}: line {number}: {error}") from error
+            if first and document.ended and begins_texts(tokenizer):  # which would put a second BOS before this one
+                document = document._replace(text=document.text.removeprefix(tokenizer.bos_token))
+            first = False
+            yield document
 
 
 def _dataset(source: str, shuffle_seed: int | None) -> Iterator[str]:
