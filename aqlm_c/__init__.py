@@ -26,6 +26,9 @@ _HOMES = {
     "load_sequences": "io.data",
     "token_stream": "io.data",
     "perplexity": "evaluate",
+    "divergence": "evaluate",
+    "evaluate_models": "evaluate",
+    "Evaluation": "report.evaluation",
     "LayerReport": "report.layers",
     "QuantizationReport": "report.report",
     "PRESETS": "recipe",
@@ -35,6 +38,8 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:  # what type checkers and editors read
+    from .evaluate import divergence as divergence
+    from .evaluate import evaluate_models as evaluate_models
     from .evaluate import perplexity as perplexity
     from .format import Format as Format
     from .hf.card import push_to_hub as push_to_hub
@@ -49,6 +54,7 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from .recipe import PRESETS as PRESETS
     from .recipe import AqlmConfig as AqlmConfig
     from .recipe import RunConfig as RunConfig
+    from .report.evaluation import Evaluation as Evaluation
     from .report.layers import LayerReport as LayerReport
     from .report.report import QuantizationReport as QuantizationReport
     from .weights import Hessian as Hessian

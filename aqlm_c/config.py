@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from .errors import int_between, share, wrong
 
 BOS = ("auto", "always", "never")  # no words that YAML reads as true or false
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -137,3 +138,37 @@ class CalibrationOptions:
         int_between("sequence_length", self.sequence_length, 2)
         if self.bos not in BOS:
             raise wrong("bos", self.bos, f"one of {', '.join(BOS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """How models are evaluated.
+
+    sequence_length: tokens in a window. windows: only the first so many; None: all. bos: whether each begins with the
+    tokenizer's BOS token, one of `BOS`. dtype: of the models, "auto" being the one on disk. tasks: names of zero-shot
+    tasks. task_data: the directory of their files; None: the harness fetches its own. limit: items of each task at
+    most. shots: worked examples before each question of MMLU. batch_size: sequences in a forward pass of tasks.
+
+    Raises ValueError naming the field, its value and what was expected.
+    """
+
+    sequence_length: int = 2048
+    windows: int | None = None
+    bos: str = "auto"
+    dtype: str = "auto"
+    tasks: tuple[str, ...] = ()
+    task_data: str | None = None
+    limit: int | None = None
+    shots: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        int_between("sequence_length", self.sequence_length, 2)
+        int_between("windows", 1 if self.windows is None else self.windows, 1)
+        if self.bos not in BOS:
+            raise wrong("bos", self.bos, f"one of {', '.join(BOS)}")
+        if self.dtype not in DTYPES:
+            raise wrong("dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        int_between("limit", 1 if self.limit is None else self.limit, 1)
+        int_between("shots", self.shots, 0, 5)
+        int_between("batch_size", self.batch_size, 1)

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from .. import distributed
-from ..config import BOS
+from ..config import BOS, DTYPES
 from ..errors import int_between, printable, wrong
 from ..files import JsonFile
 from ..format import Rules
 from ..methods import METHODS
 from ..recipe import PRESETS, RunConfig, parse_option, parse_rule
 from ..run import run
+from ..tasks import TASKS
 from ..versions import __version__
 from .display import Display, check_threads, prepare, show
 
@@ -41,7 +42,8 @@ Model = Annotated[
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text: .txt .jsonl .npy .safetensors, or a data set name\\[,config]\\[:split]; repeatable. "
+        help="Text: .txt .jsonl (text, messages or instructions) .npy .safetensors, or a data set "
+        "name\\[,config]\\[:split]; repeatable. "
         "None: the text bundled with Python.",
         show_default=False,
     ),
@@ -55,7 +57,7 @@ Device = Annotated[
 ]
 Json = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.", show_default=False)]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the log on stderr.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no tables; evaluate prints the figure alone.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no tables; evaluate prints the figures alone.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -185,7 +187,18 @@ def quantize(
 
 @app.command()
 def evaluate(
-    model: Model,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="Directory, hub name, .gguf file, or smollm2; one or several.", show_default=False
+        ),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORIGINAL", help="Compare with this model: KL, top-1 agreement, perplexity.", show_default=False
+        ),
+    ] = None,
     data: Data = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     windows: Annotated[
@@ -199,8 +212,24 @@ def evaluate(
             metavar=_BOS,
         ),
     ] = "auto",
+    tasks: Annotated[
+        str | None,
+        typer.Option(help=f"Zero-shot tasks, by commas: {', '.join(TASKS)}.", metavar="NAMES", show_default=False),
+    ] = None,
+    task_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of their .jsonl files; none: lm-eval fetches its own.", metavar="DIR", show_default=False
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only N items of each task.", metavar="N", show_default=False)
+    ] = None,
+    shots: Annotated[int, typer.Option(help="Worked examples before each question of mmlu.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass of tasks.")] = 8,
     threads: Threads = None,
     device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the models; auto: that on disk.", metavar="|".join(DTYPES))] = "auto",
     record: Annotated[
         bool, typer.Option("--record", help="Put the figures into MODEL's report.json and model card, too.")
     ] = False,
@@ -208,51 +237,44 @@ def evaluate(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity of MODEL per token, by the GPTQ protocol: non-overlapping windows of one stream."""
+    """Perplexity of MODEL per token, by the GPTQ protocol: non-overlapping windows of one stream; how far it is from
+    ORIGINAL; zero-shot tasks, by lm-eval.
+    """
     int_between("--sequence-length", sequence_length, 2)
-    if windows is not None:
-        int_between("--windows", windows, 1)
-    if bos not in BOS:
-        raise wrong("--bos", bos, f"one of {', '.join(BOS)}")
+    for name, number in (("--windows", windows), ("--limit", limit), ("--batch-size", batch_size)):
+        if number is not None:
+            int_between(name, number, 1)
+    int_between("--shots", shots, 0, 5)
+    for name, value, known in (("--bos", bos, BOS), ("--dtype", dtype, DTYPES)):
+        if value not in known:
+            raise wrong(name, value, f"one of {', '.join(known)}")
     output, sources = _output(json), _check_data(data)
     prepare(threads)
 
     from ..core.runtime import find_device
-    from ..evaluate import perplexity
+    from ..evaluate import evaluate_models
     from ..hf.card import record_perplexity
-    from ..hf.models import load_model
-    from ..io.data import BUNDLED, begins_texts, sha256, token_stream, window_start
 
-    results, place = [], str(find_device(device, "--device"))
-    if record and not (Path(model) / "report.json").is_file():
-        raise ValueError(f"--record: got {model!r}, expected a directory with the report.json of aqlm-c quantize")
+    place = str(find_device(device, "--device"))
+    for model in models if record else ():
+        if not (Path(model) / "report.json").is_file():
+            raise ValueError(f"--record: got {model!r}, expected a directory with the report.json of aqlm-c quantize")
+    options: dict[str, Any] = {"sequence_length": sequence_length, "windows": windows, "bos": bos, "dtype": dtype}
+    names = tuple(name.strip() for name in tasks.split(",")) if tasks is not None else ()
+    options |= {"tasks": names, "task_data": task_data, "limit": limit, "shots": shots, "batch_size": batch_size}
     with Display(quiet, verbose) as display:
-        display.on_phase("load")
-        network, tokenizer, _ = load_model(model, "auto", place)
-        for source in sources or [BUNDLED]:
-            display.on_phase(f"evaluate {source}")
-            input_ids = token_stream(source, tokenizer, windows and windows * sequence_length)
-            start = window_start(tokenizer, bos, source)
-            if start is None and begins_texts(tokenizer):
-                log.warning("%s: windows are cut without %s, which begins texts", source, tokenizer.bos_token)
-            try:
-                result = perplexity(network, input_ids, sequence_length, windows, display.on_window, start)
-            except ValueError as error:
-                raise ValueError(f"data: got {source!r}: {error}") from error
-            token = None if start is None else tokenizer.bos_token
-            results.append({"data": source, "sha256": sha256(source), "bos": token, **result})
-    if record:
-        record_perplexity(model, {_described(result): result["perplexity"] for result in results})
-    for result in results:
-        figure = result["perplexity"]
-        if quiet:
-            print(figure)
-            continue
-        begun = f", each beginning with {printable(result['bos'])}" if result["bos"] else ""
-        counts = f"{result['windows']} x {sequence_length} tokens{begun}, {result['seconds']:.1f} s"
-        print(f"{printable(result['data'])}: perplexity {figure:.4f} ({counts})")
+        result = evaluate_models(models, sources, against, device=place, progress=display, **options)
+    for model in models if record else ():
+        rows = [row for row in result.results if row["model"] == model]
+        record_perplexity(model, {_described(row): _recorded(row) for row in rows})
+    if quiet:
+        print(*result.figures(), sep="\n")
+    elif result.is_plain:
+        print(*map(printable, result.lines()), sep="\n")
+    else:
+        show(result)
     with output:
-        output.write({"model": model, "device": place, "results": results})
+        output.write(result.to_dict())
 
 
 @app.command()
@@ -368,6 +390,12 @@ def _described(result: dict[str, Any]) -> str:
     name = Path(result["data"]).name if Path(result["data"]).is_file() else result["data"]
     start = f", each after {result['bos']}" if result["bos"] else ""
     return f"{name}, {result['windows']} windows of {result['sequence_length']:,} tokens{start}"
+
+
+def _recorded(row: dict[str, Any]) -> Any:
+    """What a model card is given: (the original's, the model's), if there was an original."""
+    figure = row["perplexity"]
+    return [row["original_perplexity"], figure] if "original_perplexity" in row else figure
 
 
 def _check_data(data: list[str] | None) -> list[str]:

@@ -137,10 +137,11 @@ def _card(model: Any) -> str:
     return model_card(model, report.to_dict() if report is not None else None)
 
 
-def record_perplexity(directory: str | os.PathLike[str], perplexity: Mapping[str, float]) -> None:
+def record_perplexity(directory: str | os.PathLike[str], perplexity: Mapping[str, Any]) -> None:
     """Put figures, by the name of their data, into the report.json and the README.md of a quantized model.
 
-    Those of other data stay. Raises ValueError for a directory without a report.json; OSError if one cannot be written.
+    A figure is a number, or a pair of the original's and the quantized model's. Those of other data stay. Raises
+    ValueError for a directory without a report.json; OSError if one cannot be written.
     """
     directory = Path(directory)
     if not (directory / "report.json").is_file():

@@ -73,20 +73,58 @@ def load_model(
     return model.to(place), tokenizer, source
 
 
-def _load(name: str, dtype: str | torch.dtype, apart: bool) -> tuple[Any, Any, ModelSource]:
+def load_tokenizer(name: str | os.PathLike[str]) -> Any:
+    """The tokenizer of what `load_model` takes, without the model; raises its errors."""
+    if not isinstance(name, (str, os.PathLike)):
+        raise wrong("model", name, "the name of one, a text or path")
+    name = os.fspath(name)
+    path = _find(name)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    where: str | Path = name if path is None else path
+    if path is not None and path.is_file():
+        options["gguf_file"], where = path.name, path.parent
+    else:
+        if path is None:
+            options["local_files_only"] = not _hub_reachable()
+        else:
+            _check_directory(name, path)
+        with _damage_named(name):
+            fields = PretrainedConfig.get_config_dict(where, local_files_only=options["local_files_only"])[0]
+        trust.check_config(fields, f"config.json of {name}")
+    with _damage_named(name):
+        return AutoTokenizer.from_pretrained(where, **options)
+
+
+def _find(name: str) -> Path | None:
+    """The directory or the GGUF file that `name` means, which is there; None for a name on the hub."""
+    nowhere = ValueError(f"model: got {name!r}: no such model directory; {_EXPECTED}")
     if not name or "\0" in name:
-        raise ValueError(f"model: got {name!r}: no such model directory; {_EXPECTED}")
+        raise nowhere
     path = Path(name)
     if name == "smollm2" and not path.exists():
-        return _load_gguf(name, _smollm2_file(), dtype)
+        return _smollm2_file()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"model: got {name!r}: {irregular(path) or 'no such file'}, expected a regular file")
-        return _load_gguf(name, path, dtype)
-    if name and path.is_dir():
-        return _load_directory(name, path, dtype, apart)
-    if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
-        raise ValueError(f"model: got {name!r}: no such model directory; {_EXPECTED}")
+        return path
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise nowhere
+    return None
+
+
+def _check_directory(name: str, path: Path) -> None:
+    """Raise ValueError for a directory that has no config, and for one that `trust` refuses."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model: got {name!r}: no config.json in that directory; {_EXPECTED}")
+    trust.check_directory(path)
+
+
+def _load(name: str, dtype: str | torch.dtype, apart: bool) -> tuple[Any, Any, ModelSource]:
+    path = _find(name)
+    if path is not None:
+        return _load_gguf(name, path, dtype) if path.is_file() else _load_directory(name, path, dtype, apart)
     offline = not _hub_reachable()
     with _damage_named(name):
         fields = PretrainedConfig.get_config_dict(name, local_files_only=offline)[0]
@@ -128,9 +166,7 @@ def saved_sizes(model: Any, directory: str | os.PathLike[str]) -> dict[str, int]
 
 
 def _load_directory(name: str, path: Path, dtype: str | torch.dtype, apart: bool) -> tuple[Any, Any, ModelSource]:
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model: got {name!r}: no config.json in that directory; {_EXPECTED}")
-    trust.check_directory(path)
+    _check_directory(name, path)
     tensors = checkpoint.read_directory(path)  # a damaged file is named here, before anything is loaded
     if not tensors:
         raise ValueError(f"model: got {name!r}: no tensors in that directory, expected *.safetensors")

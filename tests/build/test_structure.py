@@ -28,6 +28,7 @@ LAYERS = [
     {"train"},
     {"pipeline"},
     {"hf"},
+    {"tasks"},
     {"evaluate", "generate", "inspection"},
     {"quantize"},
     {"run"},
