@@ -172,9 +172,7 @@ def _compare(
     for part in _parts(split, hidden):
         logits, original = split.logits(hidden[part]), other.logits(states[part]).to(hidden.device)
         if logits.shape != original.shape:
-            raise ValueError(
-                f"model: got logits of {logits.shape[1]} words, expected the original's {original.shape[1]}"
-            )
+            raise ValueError(f"model: got {logits.shape[1]} logits, expected {original.shape[1]} as the original has")
         targets = ids[part.start + 1 : part.stop + 1].to(logits.device)
         losses.append(cross_entropy(logits, targets))
         original_losses.append(cross_entropy(original, targets))

@@ -290,7 +290,11 @@ def _local_task(name: str, items: Sequence[Item]) -> Any:
 
     rows = [item._asdict() for item in items]
     several = items[0].choices is not None
-    metrics = [{"metric": metric, "higher_is_better": metric != "perplexity"} for metric in TASKS[name].metrics]
+    metrics = [
+        {"metric": metric, "aggregation": "perplexity" if word else "mean", "higher_is_better": not word}
+        for metric in TASKS[name].metrics
+        for word in [metric == "perplexity"]
+    ]
     config = {
         "task": name,
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},

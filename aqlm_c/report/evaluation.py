@@ -102,7 +102,7 @@ class Evaluation:
         table = _table(title, ("model", "perplexity", "±", *columns))
         if self.against:
             figures = (first["original_perplexity"], first["original_perplexity_stderr"])
-            table.add_row(escape(f"{self.against} (original)"), *map(figure_text, figures), *["-"] * len(columns))
+            table.add_row(escape(f"original {self.against}"), *map(figure_text, figures), *["-"] * len(columns))
         for row in rows:
             cells = [figure_text(row["perplexity"]), figure_text(row["perplexity_stderr"])]
             if self.against:
@@ -134,7 +134,10 @@ def with_error(value: float | None, stderr: float | None) -> str:
 def _table(title: str, headers: tuple[str, ...]) -> Any:
     from rich.markup import escape
 
-    return tables.make_table(escape(title), headers)
+    table = tables.make_table(escape(title), headers)
+    names = table.columns[headers.index("model")]
+    names.no_wrap, names.overflow = False, "fold"  # paths may be long, and figures are not to be cut for them
+    return table
 
 
 def _task_table(rows: Sequence[Row]) -> Any:
