@@ -9,6 +9,7 @@ from typing import Any
 INSTALL = "pip install 'aqlm-c[hf]'"
 # Packages that no extra of ours brings, or not that one.
 _CURES = {"matplotlib": "pip install 'aqlm-c[plot]'", "pandas": "pip install pandas", "peft": "pip install peft"}
+_CURES["lm_eval"] = "pip install 'aqlm-c[eval]'"
 _SHOWN = 300  # characters of a value in a message
 _LINE = 2000  # of a message
 _MOST_INT = 2**31 - 1

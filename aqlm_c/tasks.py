@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib
 import json
 import logging
 import math
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config import EvaluationOptions
-from .errors import one_line, wrong
+from .errors import one_line, require, wrong
 from .files import irregular
 
 log = logging.getLogger("aqlm_c")
@@ -142,8 +141,9 @@ def _objects(path: Path) -> list[tuple[Path, int, dict[str, Any]]]:
 def _item(task: Task, path: Path, number: int, fields: dict[str, Any]) -> Item:
     try:
         item = task.item(fields)
-        gold = item.text if isinstance(item.target, str) else item.target
-        texts = [text for text in (item.text, item.target, *(item.choices or [])) if not isinstance(text, int)]
+        around = item.choices is not None and isinstance(item.target, str)  # WinoGrande
+        gold, text = (item.text, item.target) if around else (item.target, item.text)
+        texts = [text, *([gold] if item.choices is None else item.choices)]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("expected texts")
         if item.choices is not None and not (type(gold) is int and 0 <= gold < len(item.choices) > 1):
@@ -203,7 +203,7 @@ class Prepared:
             for name, items in self.items.items():
                 progress.on_phase(f"{model_name}: {name}")
                 shots = self.options.shots if TASKS[name].examples else 0
-                task = _own_task(name, shots) if items is None else {name: _local_task(name, items)}
+                task = own_task(name, shots) if items is None else {name: local_task(name, items)}
                 values = _values(_evaluated(language_model, task, None if items is not None else self.options.limit))
                 row: dict[str, Any] = {"task": name, "items": 0, "shots": shots}
                 row["bos"] = tokenizer.bos_token if bos else None
@@ -238,7 +238,7 @@ def prepare(options: EvaluationOptions) -> Prepared | None:
     _harness("evaluator")
     if options.task_data is None:
         for name in names:
-            _own_task(name, options.shots if TASKS[name].examples else 0)
+            own_task(name, options.shots if TASKS[name].examples else 0)
     return Prepared(options, items)
 
 
@@ -263,13 +263,7 @@ def summary(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def _harness(module: str) -> Any:
-    try:
-        return importlib.import_module(f"lm_eval.{module}")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"tasks: got no {(error.name or 'lm_eval').partition('.')[0]}, expected it: pip install 'aqlm-c[eval]'",
-            name=error.name,
-        ) from error
+    return require(f"lm_eval.{module}")
 
 
 @contextlib.contextmanager
@@ -284,7 +278,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _local_task(name: str, items: Sequence[Item]) -> Any:
+def local_task(name: str, items: Sequence[Item]) -> Any:
     """The harness's task object for items of ours."""
     import datasets
 
@@ -310,7 +304,7 @@ def _local_task(name: str, items: Sequence[Item]) -> Any:
     return _harness("api.task").ConfigurableTask(config=config)
 
 
-def _own_task(name: str, shots: int) -> Any:
+def own_task(name: str, shots: int) -> Any:
     """The harness's own task, whose data it fetches."""
     try:
         with _quiet():
