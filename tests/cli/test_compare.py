@@ -277,7 +277,18 @@ def test_several_models_and_texts(models, texts, monkeypatch):
 def test_the_command_line(models, texts, tmp_path, capsys):
     report = tmp_path / "e.json"
     names = [str(models / "near"), str(models / "far"), "--against", str(models / "original")]
-    options = ["--data", texts[0], "--data", texts[1], "--sequence-length", "32", "--json", str(report)]
+    options = [
+        "--data",
+        texts[0],
+        "--data",
+        texts[1],
+        "--sequence-length",
+        "32",
+        "--windows",
+        "3",
+        "--json",
+        str(report),
+    ]
     assert main(["evaluate", *names, *options]) == 0
     out, err = capsys.readouterr()
     written = json.loads(report.read_text())
