@@ -194,18 +194,22 @@ struct States {
 };
 
 /* A warp merges `size` costs, the first of which is of candidate `first`, into the `length` cheapest candidates of a
- * row so far: to[0 .. most), ties to the earlier. The costs are spoilt. */
-__device__ inline void keep_cheapest(int2 *to, const int2 *so_far, int length, int most, float *costs, int size,
+ * row so far: to[0 .. most), ties to the earlier. */
+__device__ inline void keep_cheapest(int2 *to, const int2 *so_far, int length, int most, const float *costs, int size,
                                      int first) {
+    constexpr int N = ENTRIES / 32; /* costs of a lane, in registers */
     const int lane = threadIdx.x % 32;
-    float low;
+    float cost[N], low;
     int at;
+#pragma unroll
+    for (int i = 0; i < N; ++i) cost[i] = lane + 32 * i < size ? costs[lane + 32 * i] : INFINITY;
+    __syncwarp(); /* so_far may be what the last call wrote */
     /* For the lowest of the lane's own. */
     const auto look = [&] {
         low = INFINITY, at = INT_MAX;
-#pragma unroll 4
-        for (int e = lane; e < size; e += 32)
-            if (costs[e] < low) low = costs[e], at = e;
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            if (cost[i] < low) low = cost[i], at = lane + 32 * i;
     };
     look();
     for (int kept = 0, used = 0; kept < most; ++kept) {
@@ -214,8 +218,10 @@ __device__ inline void keep_cheapest(int2 *to, const int2 *so_far, int length, i
         const bool is_old = used < length && so_far[used].x <= least;
         if (lane == 0) to[kept] = is_old ? so_far[used] : int2{least, first + min(who, size - 1)}; /* NaN: any */
         if (is_old) ++used;
-        else if (at == who && who < size) {
-            costs[at] = INFINITY;
+        else if (at == who) {
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+                if (lane + 32 * i == who) cost[i] = INFINITY;
             look();
         }
     }
@@ -234,8 +240,8 @@ __device__ int expand(const Walk &w, const float *S, const float *norms, const S
         const float *book = w.codebooks + int64_t(k) * E * G;
         const Entry<G> c(book + min(t, E - 1) * G);
         const float norm = norms[k * E + min(t, E - 1)];
-        int length = 0, half = 0;
-        for (int first = 0; first < size; first += most_at_once, half ^= 1) {
+        const auto kept_of = [&](int state, int o) { return states.kept + state % 2 * n + o * w.states; };
+        for (int first = 0; first < size; first += most_at_once) {
             const int count = min(most_at_once, size - first);
             __syncthreads();
             for (int o = 0; o < w.rows && t < E; ++o)
@@ -246,15 +252,14 @@ __device__ int expand(const Walk &w, const float *S, const float *norms, const S
                         states.cost[state] + (norm + c.dot(states.left + state * G));
                 }
             __syncthreads();
-            const int most = min(all, length + count * E);
             for (int o = t / 32; o < w.rows; o += WARPS)
-                keep_cheapest(states.kept + half * n + o * w.states, states.kept + (half ^ 1) * n + o * w.states,
-                              length, most, costs + o * most_at_once * E, count * E, first * E);
-            length = most;
+                for (int h = first; h < first + count; ++h)
+                    keep_cheapest(kept_of(h, o), kept_of(h + 1, o), min(all, h * E), min(all, (h + 1) * E),
+                                  costs + (o * most_at_once + h - first) * E, E, h * E);
         }
         __syncwarp();
         for (int o = t / 32; o < w.rows; o += WARPS) {
-            const int2 *kept = states.kept + (half ^ 1) * n + o * w.states;
+            const int2 *kept = kept_of(size - 1, o);
             const int row_from = from + o * w.states, row_to = to + o * w.states;
             for (int base = 0; base < all * G; base += 32) {
                 const int i = min((base + lane) / G, all - 1), d = lane % G;
