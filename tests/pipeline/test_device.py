@@ -23,6 +23,7 @@ from aqlm_c.pipeline import block as stages
 from aqlm_c.pipeline import estimate, pipeline
 from aqlm_c.pipeline.estimate import Work, groups_of, plan_on_device
 from aqlm_c.recipe import AqlmConfig
+from aqlm_c.train.block import _Tuner
 
 CPU = torch.device("cpu")
 TIES = hasattr(PreTrainedModel, "get_expanded_tied_weights_keys")
@@ -159,6 +160,23 @@ def test_offloaded_tensors_are_a_list(tmp_path):
         assert kept.shapes() == [tensor.shape for tensor in tensors] and len(kept) == 3
         kept.clear()
         assert len(kept) == 0 and room.device_left == sizes[0]
+
+
+@pytest.mark.parametrize("copies", [3, 2, 1])
+def test_targets_ahead_are_made_again_where_memory_has_no_room_for_them(copies, tmp_path, monkeypatch):
+    model, other, tokens = (*(tiny_llama(num_hidden_layers=3) for _ in range(2)), random_tokens(8, 24))
+    config = AqlmConfig.from_scheme("1x4g8", finetune_epochs=2, finetune_search=1, **FEW)
+    plain = aqlm_c.quantize_model(model, tokens, config, batch_size=2)
+    batch = 2 * 24 * 32 * 4
+    room, calls = Room(CPU, 3 * batch, (4 * copies - 3) * batch, tmp_path), []
+    monkeypatch.setattr(pipeline.Pipeline, "_place", lambda self, memory, stack: room)
+    look_ahead = _Tuner._look_ahead
+    monkeypatch.setattr(_Tuner, "_look_ahead", lambda self, *args: calls.append(self.kept) or look_ahead(self, *args))
+    again = aqlm_c.quantize_model(other, tokens, config, batch_size=2)
+    assert all((kept is None) == (copies < 3) for kept in calls)
+    assert_same(other, model)
+    assert [block.history for block in again.blocks] == [block.history for block in plain.blocks]
+    assert room.device_left == 3 * batch
 
 
 # ---- H of a part of the layers at a time --------------------------------------------------------------------------
