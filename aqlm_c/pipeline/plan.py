@@ -285,7 +285,7 @@ def works_of(
     batch_size: int | None = None,
 ) -> list[Work]:
     """The work of each step, for estimates. brought: blocks are brought to memory for their steps. batch_size:
-    sequences in a pass of fine-tuning.
+    sequences in a pass.
     """
     works = [
         dataclasses.replace(_work(model, plan, step, config, tokens, sequence_length), batch_size=batch_size)
@@ -296,7 +296,12 @@ def works_of(
     inside = [sum(parameter.nbytes for parameter in block.parameters()) for block in plan.blocks]
     outside = sum(parameter.nbytes for parameter in model.parameters()) - sum(inside)
     return [
-        dataclasses.replace(work, block_bytes=outside + max(inside) if step.index is None else inside[step.index])
+        dataclasses.replace(
+            work,
+            block_bytes=outside + max(inside) if step.index is None else inside[step.index],
+            ahead_bytes=max(inside),
+            start_bytes=outside,
+        )
         for work, step in zip(works, plan.steps, strict=True)
     ]
 
@@ -322,4 +327,5 @@ def _work(model: Any, plan: Plan, step: BlockPlan, config: AqlmConfig, tokens: i
         itemsize=model.dtype.itemsize,
         heads=0 if fused else getattr(text, "num_attention_heads", 0),
         formats=tuple(step.targets.values()),
+        comes_first=step.index is None,
     )

@@ -139,14 +139,14 @@ class _Tuner:
         quantized: Mapping[str, QuantizedLinear],
         inputs: Activations,
         targets: Activations,
-        kept: Activations | None,
+        ahead: Activations | None,
         config: AqlmConfig,
     ) -> None:
         self.index, self.block, self.quantized = index, blocks[index], quantized
         tuning = self.tuning = config.tuning
         self.ahead = list(blocks[index + 1 : index + 1 + tuning.finetune_lookahead])
         self.inputs, self.targets, self.seed = inputs, targets, config.seed
-        self.kept = kept if self.ahead else None  # what the blocks ahead make of the targets
+        self.kept = ahead if self.ahead else None  # what the blocks ahead make of the targets
         self.dtypes = {name: parameter.dtype for name, parameter in self.block.named_parameters()}
         self.decoders = {name: self._decoder(name, layer.codes.detach()) for name, layer in quantized.items()}
         rate = tuning.finetune_learning_rate

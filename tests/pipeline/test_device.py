@@ -5,6 +5,7 @@ that are copied as to another device.
 """
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from aqlm_c.model.blocks import find_blocks
 from aqlm_c.model.residence import Residence
 from aqlm_c.pipeline import block as stages
 from aqlm_c.pipeline import estimate, pipeline
-from aqlm_c.pipeline.estimate import Work, groups_of, plan_on_device
+from aqlm_c.pipeline.estimate import Estimator, Rates, Work, fitting_batch_size, groups_of, plan_on_device
 from aqlm_c.recipe import AqlmConfig
 from aqlm_c.train.block import _Tuner
 
@@ -227,14 +228,15 @@ def test_experts_with_few_tokens_share_one_h_in_parts_too(monkeypatch, caplog):
 GIB = 2**30
 
 
-def work_of_8b():
+def work_of_8b(lookahead=0, batch_size=None, **options):
     shapes = {f"self_attn.{name}_proj": (4096, 4096) for name in "qo"} | {
         f"self_attn.{name}_proj": (1024, 4096) for name in "kv"
     }
     shapes |= {"mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096), "mlp.down_proj": (4096, 14336)}
-    config = AqlmConfig.from_scheme("2x8g8", finetune_epochs=1, finetune_lookahead=0)
+    config = AqlmConfig.from_scheme("2x8g8", finetune_epochs=1, finetune_lookahead=lookahead, **options)
     sizes = {"tokens": 512 * 2048, "sequence_length": 2048, "hidden_size": 4096, "config": config}
-    return Work.from_shapes(shapes, **sizes, block_bytes=436 * 2**20)
+    bytes_ = {"block_bytes": 416 * 2**20, "ahead_bytes": 416 * 2**20, "start_bytes": 2004 * 2**20}
+    return Work.from_shapes(shapes, **sizes, **bytes_, batch_size=batch_size)
 
 
 def test_activations_stay_on_a_device_as_far_as_they_fit(tmp_path, monkeypatch):
@@ -245,9 +247,9 @@ def test_activations_stay_on_a_device_as_far_as_they_fit(tmp_path, monkeypatch):
     assert 0 < small.device_activations < works[0].activations() and small.device_bytes <= 24 * GIB
     assert small.memory_bytes > large.memory_bytes and not small.on_disk
     monkeypatch.setattr(estimate, "available_memory", lambda: GIB)
-    assert plan_on_device((None, 24 * GIB), works, 79 * GIB, resident=GIB).on_disk
+    assert plan_on_device((None, 20 * GIB), works, 79 * GIB, resident=GIB).on_disk
     room = 3 * GIB
-    tight = plan_on_device((room, 24 * GIB), works, 79 * GIB, resident=GIB, work_dir=tmp_path)
+    tight = plan_on_device((room, 20 * GIB), works, 79 * GIB, resident=GIB, work_dir=tmp_path)
     assert tight.on_disk and tight.memory_bytes <= room and tight.directory == tmp_path
 
 
@@ -259,10 +261,77 @@ def test_limits_of_a_device_are_refused_before_the_work():
         plan_on_device((None, GIB), works, 79 * GIB, resident=GIB)
     needed = int(str(caught.value).partition("at least ")[2].split()[0])
     assert plan_on_device((None, needed), works, 79 * GIB, resident=GIB).device_activations == 0
-    with pytest.raises(ValueError, match=r"device_memory_limit: got .*, which is what the GPU has free"):
+    with pytest.raises(ValueError, match=r"device: got 1020054732 .*, of the GPU's memory that is free"):
         plan_on_device((None, None), works, GIB, resident=GIB)
     with pytest.raises(ValueError, match="memory_limit: got 1073741824"):
         plan_on_device((GIB, None), works, 79 * GIB, resident=GIB)
+
+
+def test_an_8b_model_fits_16_gib_of_a_gpu_and_24_of_the_host():
+    works = [work_of_8b(2, 4)] * 32
+    small, large = (
+        plan_on_device(limits, works, 79 * GIB, resident=6 * GIB) for limits in ((24 * GIB, 16 * GIB), (10**12, None))
+    )
+    assert small.again and not small.on_disk and small.device_bytes <= 16 * GIB and small.memory_bytes <= 24 * GIB
+    assert not large.again and large.device_activations == works[0].activations() == 3 * 512 * 2048 * 4096 * 2
+    assert works[0].activations(True) == 2 * 512 * 2048 * 4096 * 2
+    seconds = [Estimator(works, plan, Rates()).estimate().seconds_total for plan in (large, small)]
+    assert seconds[0] < seconds[1]
+    embeddings = dataclasses.replace(works[0], layers=((128256, 4096),), inputs=(4096,), comes_first=True)
+    assert embeddings.device_memory() > works[0].device_memory()
+    first = plan_on_device((24 * GIB, 16 * GIB), [embeddings, *works], 79 * GIB, resident=6 * GIB)
+    assert first.device_activations == small.device_activations and first.device_bytes <= 16 * GIB
+
+
+@pytest.mark.parametrize("gib", [1, 6, 9, 10, 11, 12, 14, 30])
+def test_a_pass_has_as_many_sequences_as_a_gpu_has_memory_for(gib):
+    works = [work_of_8b(2)] * 32
+    size = fitting_batch_size(gib * GIB, works, 79 * GIB, 4)
+    assert size in (1, 2, 4) and fitting_batch_size(None, works, int(gib * GIB / 0.95), 4) == size
+    needs = {n: work_of_8b(2, n).device_memory(0) for n in (1, 2, 4)}
+    assert needs[1] <= needs[2] < needs[4]
+    assert all(needs[n] > gib * GIB for n in (2, 4) if n > size) and (size == 1 or needs[size] <= gib * GIB)
+    if needs[1] > gib * GIB:
+        with pytest.raises(ValueError, match=r"device_memory_limit: got .* on batches of 2048 tokens"):
+            plan_on_device((None, gib * GIB), [work_of_8b(2, size)] * 32, 79 * GIB, resident=GIB)
+
+
+def test_codes_that_are_searched_again_keep_weights_and_h():
+    assert work_of_8b(finetune_search=1).device_memory() > work_of_8b().device_memory() + 4 * work_of_8b().weights
+    assert work_of_8b(finetune_search=1).memory() > work_of_8b().memory() + 4 * work_of_8b().weights
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_the_batch_size_follows_the_limit(epochs, monkeypatch):
+    """As on a GPU, with an invented one."""
+    config = AqlmConfig.from_scheme("1x4g8", finetune_epochs=epochs, finetune_lookahead=1, **FEW)
+    tokens, free, known = random_tokens(16, 96), 10**9, {}
+    monkeypatch.setattr(pipeline, "is_gpu", lambda device: True)
+    monkeypatch.setattr(pipeline, "free_device_memory", lambda device: free)
+    fitting = pipeline.fitting_batch_size
+
+    def recorded(limit, works, *others):
+        known.update(
+            {n: max(dataclasses.replace(work, batch_size=n).device_memory(0) for work in works) for n in (1, 2)}
+        )
+        return fitting(limit, works, *others)
+
+    monkeypatch.setattr(pipeline, "fitting_batch_size", recorded)
+    whole = aqlm_c.quantize_model(tiny_llama(), tokens, config)
+    assert whole.plan["batch_size"] == (4 if epochs else 16) and known[1] < known[2]
+    model, other = tiny_llama(), tiny_llama()
+    few = aqlm_c.quantize_model(model, tokens, config, device_memory_limit=known[2])
+    assert few.plan["batch_size"] == 2
+    monkeypatch.setattr(pipeline, "is_gpu", lambda device: False)
+    aqlm_c.quantize_model(other, tokens, config, batch_size=2)
+    assert_same(model, other)
+    monkeypatch.setattr(pipeline, "is_gpu", lambda device: True)
+    words = f"device_memory_limit: got {known[2]} .*, for a step of the work on batches of 384 tokens"
+    with pytest.raises(ValueError, match=words):
+        aqlm_c.quantize_model(tiny_llama(), tokens, config, device_memory_limit=known[2], batch_size=4)
+    free = known[1] - 1
+    with pytest.raises(ValueError, match=r"device: got \d+ .*, for a step of the work on batches of 96 tokens"):
+        aqlm_c.quantize_model(tiny_llama(), tokens, config)
 
 
 def test_layers_of_a_module_are_in_one_group():
