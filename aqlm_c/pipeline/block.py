@@ -19,6 +19,7 @@ from ..format import Format
 from ..io.checkpoint import quantized_linears
 from ..methods import get_method
 from ..methods.base import LayerProblem, QuantizedWeight, gaussian_references
+from ..model.blocks import is_norm_or_bias
 from ..model.embeddings import search_config
 from ..model.residence import Residence
 from ..nn.embedding import quantized_class
@@ -266,7 +267,7 @@ def same_everywhere(name: str, layers: Mapping[str, QuantizedLayer], block: torc
     if ranks.size == 1:
         return
     state = {f"{part} {key}": p.detach() for part, layer in layers.items() for key, p in layer.named_parameters()}
-    state |= {part: p.detach() for part, p in block.named_parameters() if p.squeeze().ndim <= 1}
+    state |= {part: p.detach() for part, p in block.named_parameters() if is_norm_or_bias(p)}
     if len(set(ranks.gather(sha256_of(state.items())))) == 1:
         return
     log.warning("%s: fine-tuning gave other bits on some ranks, those of rank 0 are taken", name)

@@ -96,7 +96,8 @@ class Work:
     heads: attention heads whose scores are kept for the backward pass, 0 where attention is fused. formats: of each of
     the layers; none: that of `config` is all theirs. block_bytes: of the dense block, where it is brought to memory for
     the step; else it is there anyway. ahead_bytes: then, of a block that is read meanwhile; start_bytes: of all in no
-    block, which is there when the calibration starts. comes_first: before the calibration starts.
+    block, which is there when the calibration starts. width: inputs and outputs of the linears that a token goes to, if
+    not of all. comes_first: before the calibration starts.
     """
 
     layers: tuple[tuple[int, int], ...]
@@ -113,6 +114,7 @@ class Work:
     batch_size: int | None = None
     ahead_bytes: int = 0
     start_bytes: int = 0
+    width: int | None = None
     comes_first: bool = False
 
     @classmethod
@@ -222,8 +224,8 @@ class Work:
         return 4 * sum(self._sizes()) if tuning.finetune_epochs and tuning.finetune_search else 0
 
     def _width(self) -> int:
-        """Inputs and outputs of the linears."""
-        return sum(out + n for out, n in self.layers) or 2 * self.hidden_size
+        """Inputs and outputs of the linears that a token goes to."""
+        return self.width or sum(out + n for out, n in self.layers) or 2 * self.hidden_size
 
     def blocks(self) -> int:
         """Bytes of dense blocks that are brought to memory for this one: itself and those of the lookahead."""

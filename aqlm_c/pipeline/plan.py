@@ -327,5 +327,14 @@ def _work(model: Any, plan: Plan, step: BlockPlan, config: AqlmConfig, tokens: i
         itemsize=model.dtype.itemsize,
         heads=0 if fused else getattr(text, "num_attention_heads", 0),
         formats=tuple(step.targets.values()),
+        width=_width(model, step.targets, getattr(text, "num_experts_per_tok", None)),
         comes_first=step.index is None,
     )
+
+
+def _width(model: Any, names: Iterable[str], experts_of_token: int | None) -> int:
+    """Inputs and outputs of the layers that a token goes to."""
+    shapes: dict[str, list[int]] = {}
+    for name in names:
+        shapes.setdefault(kind_of(name), []).append(sum(model.get_submodule(name).weight.shape))
+    return sum(sum(sorted(sizes)[-(experts_of_token or len(sizes)) :]) for sizes in shapes.values())

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..calibrate.activations import Activations
 from ..distributed import group
+from ..model.blocks import is_norm_or_bias
 from ..nn import ops
 from ..nn.linear import QuantizedLinear
 from ..recipe import AqlmConfig
@@ -159,7 +160,7 @@ class _Tuner:
         self.others = {  # norms and biases; matrices that were not quantized stay
             name: _Trained(kept.get(name, parameter), rate * _OTHERS)
             for name, parameter in self.block.named_parameters()
-            if name not in dense and parameter.is_floating_point() and parameter.squeeze().ndim <= 1
+            if name not in dense and is_norm_or_bias(parameter)
         }
         self.trained = [*self.codebooks.values(), *self.scales.values(), *self.others.values()]
         sizes = group().gather(inputs.batch_sizes())

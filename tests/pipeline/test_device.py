@@ -103,6 +103,34 @@ def test_a_dense_block_comes_home_as_the_tensors_it_had():
     assert block.input_layernorm.weight.mean() > 1.5
 
 
+def test_a_tensor_that_blocks_share_is_not_read_before_it_is_written_to():
+    model = tiny_llama(num_hidden_layers=3)
+    first, second, third = model.model.layers
+    second.input_layernorm = third.input_layernorm = first.input_layernorm  # before all, or while the first is there
+    start = first.input_layernorm.weight.detach().clone()
+    with Residence(model, CPU, (), moves=True) as residence:
+        residence.read_ahead(second)
+        with residence.using(first):
+            first.input_layernorm.weight.data.add_(1)
+            residence.read_ahead(third)
+        with residence.using(second):
+            assert torch.equal(second.input_layernorm.weight, start + 1)
+            second.input_layernorm.weight.data.add_(1)
+        with residence.using(third):
+            assert torch.equal(third.input_layernorm.weight, start + 2)
+        residence.read_ahead(first)
+        with torch.no_grad():
+            first.input_layernorm.weight.add_(1)  # at home
+        with residence.using(first):
+            assert torch.equal(first.input_layernorm.weight, start + 3)
+        residence.read_ahead(second)
+        read = next(iter(residence._coming[id(second)].result().values()))
+        with residence.using(second):
+            assert any(
+                tensor is read.tensor and tensor.data_ptr() == read.there.data_ptr() for tensor in second.parameters()
+            )
+
+
 def test_an_error_leaves_everything_at_home():
     model = tiny_llama()
     there = [parameter.data_ptr() for parameter in model.parameters() if parameter.ndim > 1]
