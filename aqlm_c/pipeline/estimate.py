@@ -16,7 +16,7 @@ from ..core import arrays, verbs
 from ..core.runtime import synchronize
 from ..core.verbs import Array
 from ..distributed import local_size
-from ..files import available_memory, check_free_space, resident_memory, temporary_directory
+from ..files import available_memory, check_free_space, resident_memory, same_disk, temporary_directory
 from ..format import Format
 from ..methods import get_method
 from ..recipe import AqlmConfig
@@ -420,12 +420,17 @@ def _check_limit(name: str, limit: int | None, needed: int, what: str) -> None:
 def _plan_disk(
     works: Sequence[Work], activations: int, work_dir: str | os.PathLike[str] | None, other_bytes: int, resumed: int
 ) -> tuple[Path, int]:
-    """Where activations and finished blocks are written, and the bytes of these and of the result; OSError (ENOSPC)."""
+    """Where activations and finished blocks are written, and the bytes of these and of the result; OSError (ENOSPC).
+
+    Other ranks on this machine keep their activations too, on the same disk but for a work directory's, which the first
+    rank alone has.
+    """
     stored = sum(work.stored() for work in works)
     unfinished = sum(work.stored() for work in works[resumed:]) if work_dir else 0
     written, directory = unfinished + activations, Path(work_dir or temporary_directory())
     if written:
-        check_free_space(directory, written, "finished blocks and activations" if work_dir else "activations")
+        others = activations * (local_size() - 1) if same_disk(directory, temporary_directory()) else 0
+        check_free_space(directory, written + others, "finished blocks and activations" if work_dir else "activations")
     return directory, written + stored + other_bytes
 
 
