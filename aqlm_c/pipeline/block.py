@@ -28,7 +28,7 @@ from ..recipe import AqlmConfig
 from ..report.layers import BlockReport, LayerReport
 from ..train.block import finetune_block
 from ..weights import layer_problem, solve
-from .estimate import groups_of
+from .estimate import Rates, groups_of
 from .plan import BlockPlan, Plan
 from .progress import Phases
 from .resume import sha256_of
@@ -198,7 +198,7 @@ class BlockStages:
         for name in shared:
             weight = self.model.get_submodule(name).weight
             layers[name] = (step.targets[name], tuple(weight.shape), self._config_of(name, step.targets[name]))
-        return spread_layers(layers, shared, group().size)
+        return spread_layers(layers, shared, group().size, Rates.of_kind(self.residence.device))
 
     def _config_of(self, name: str, format: Format) -> AqlmConfig:
         return search_config(self.config, format) if name in self.plan.embeddings.names else self.config
