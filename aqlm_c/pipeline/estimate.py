@@ -194,7 +194,8 @@ class Work:
         tokens = self.batch_tokens()
         batch = tokens * self.hidden_size * self.itemsize
         passing = _IN_FLIGHT * 2 * batch
-        gather = tokens * (_FORWARD_KEEPS * self._width() * self.itemsize) + passing
+        of_token = _FORWARD_KEEPS * self._width() * self.itemsize + self.heads * self.sequence_length * 6
+        gather = tokens * of_token + passing
         largest, kept, again = 4 * max(self._sizes(), default=0), 4 * squares, self._searched_again()
         if again:  # all H are kept until then, with their factors
             kept = again + 12 * sum(n * n for n in self.inputs)
@@ -369,16 +370,16 @@ def plan_on_device(
 
 def fitting_batch_size(limit: int | None, works: Sequence[Work], free: int, size: int) -> int:
     """Sequences in a pass on a GPU of which `free` bytes are free: `size`, or as few that the work of a step fits what
-    it may take; 1 where none do. limit: of the GPU's memory, if any was given.
+    it may take, at best with all H at once, for which a block runs once only; 1 where none do. limit: of the GPU's
+    memory, if any was given.
     """
-    most = _device_limit(limit, free)
-    while size > 1 and _work_bytes([_of_size(work, size) for work in works], most, Work.device_memory)[0] > most:
-        size //= 2
-    return size
-
-
-def _of_size(work: Work, batch_size: int) -> Work:
-    return dataclasses.replace(work, batch_size=batch_size)
+    most, sizes = _device_limit(limit, free), [size >> halved for halved in range(size.bit_length())]
+    found = {n: [dataclasses.replace(work, batch_size=n) for work in works] for n in sizes}
+    for at_once in (None, most):
+        for n, works_then in found.items():
+            if _work_bytes(works_then, at_once, Work.device_memory)[0] <= most:
+                return n
+    return 1
 
 
 def _device_limit(asked: int | None, free: int) -> int:

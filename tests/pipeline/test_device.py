@@ -23,6 +23,7 @@ from aqlm_c.model.residence import Residence
 from aqlm_c.pipeline import block as stages
 from aqlm_c.pipeline import estimate, pipeline
 from aqlm_c.pipeline.estimate import Estimator, Rates, Work, fitting_batch_size, groups_of, plan_on_device
+from aqlm_c.pipeline.plan import make_plan, works_of
 from aqlm_c.recipe import AqlmConfig
 from aqlm_c.train.block import _Tuner
 
@@ -311,17 +312,31 @@ def test_an_8b_model_fits_16_gib_of_a_gpu_and_24_of_the_host():
     assert first.device_activations == small.device_activations and first.device_bytes <= 16 * GIB
 
 
-@pytest.mark.parametrize("gib", [1, 6, 9, 10, 11, 12, 14, 30])
+@pytest.mark.parametrize("gib", [1, 6, 8.7, 9, 10, 11, 12, 14, 30])
 def test_a_pass_has_as_many_sequences_as_a_gpu_has_memory_for(gib):
     works = [work_of_8b(2)] * 32
-    size = fitting_batch_size(gib * GIB, works, 79 * GIB, 4)
+    size = fitting_batch_size(int(gib * GIB), works, 79 * GIB, 4)
     assert size in (1, 2, 4) and fitting_batch_size(None, works, int(gib * GIB / 0.95), 4) == size
-    needs = {n: work_of_8b(2, n).device_memory(0) for n in (1, 2, 4)}
-    assert needs[1] <= needs[2] < needs[4]
-    assert all(needs[n] > gib * GIB for n in (2, 4) if n > size) and (size == 1 or needs[size] <= gib * GIB)
-    if needs[1] > gib * GIB:
+    whole, parts = ({n: work_of_8b(2, n).device_memory(most) for n in (4, 2, 1)} for most in (None, 0))
+    assert size == next((n for needs in (whole, parts) for n, need in needs.items() if need <= gib * GIB), 1)
+    assert parts[1] <= parts[2] < parts[4] and parts[1] < whole[1]
+    if parts[1] > gib * GIB:
         with pytest.raises(ValueError, match=r"device_memory_limit: got .* on batches of 2048 tokens"):
-            plan_on_device((None, gib * GIB), [work_of_8b(2, size)] * 32, 79 * GIB, resident=GIB)
+            plan_on_device((None, int(gib * GIB)), [work_of_8b(2, size)] * 32, 79 * GIB, resident=GIB)
+
+
+@pytest.mark.parametrize("layers", [None, "v_proj"])
+def test_a_batch_takes_what_a_token_goes_through(layers):
+    model, config = tiny_mixtral(), AqlmConfig.from_scheme("1x4g8", finetune_epochs=1)
+    plan = make_plan(model, config, layers)
+    works = works_of(model, plan, plan.config, 1024, 64)
+    attention, expert = 2 * 64 + 2 * 48, 3 * (32 + 48)
+    linears = [module for module in model.model.layers[0].modules() if isinstance(module, torch.nn.Linear)]
+    router = sum(32 + 4 for linear in linears if linear.out_features == 4)  # in some transformers no linear
+    assert {work.width for work in works} == {attention + 2 * expert + router}
+    plan = make_plan(tiny_llama(), AqlmConfig.from_scheme("1x4g8", rules={"embed": "2x4g8"}))
+    first, second, _ = works_of(tiny_llama(), plan, plan.config, 1024, 64)
+    assert first.comes_first and not second.comes_first and first.width == second.width == 2 * 64 + 2 * 48 + 3 * 96
 
 
 def test_codes_that_are_searched_again_keep_weights_and_h():
@@ -340,24 +355,28 @@ def test_the_batch_size_follows_the_limit(epochs, monkeypatch):
 
     def recorded(limit, works, *others):
         known.update(
-            {n: max(dataclasses.replace(work, batch_size=n).device_memory(0) for work in works) for n in (1, 2)}
+            {
+                (n, most): max(dataclasses.replace(work, batch_size=n).device_memory(most) for work in works)
+                for n in (1, 2)
+                for most in (0, None)
+            }
         )
         return fitting(limit, works, *others)
 
     monkeypatch.setattr(pipeline, "fitting_batch_size", recorded)
     whole = aqlm_c.quantize_model(tiny_llama(), tokens, config)
-    assert whole.plan["batch_size"] == (4 if epochs else 16) and known[1] < known[2]
+    assert whole.plan["batch_size"] == (4 if epochs else 16) and known[1, None] < known[2, None]
     model, other = tiny_llama(), tiny_llama()
-    few = aqlm_c.quantize_model(model, tokens, config, device_memory_limit=known[2])
+    few = aqlm_c.quantize_model(model, tokens, config, device_memory_limit=known[2, None])
     assert few.plan["batch_size"] == 2
     monkeypatch.setattr(pipeline, "is_gpu", lambda device: False)
     aqlm_c.quantize_model(other, tokens, config, batch_size=2)
     assert_same(model, other)
     monkeypatch.setattr(pipeline, "is_gpu", lambda device: True)
-    words = f"device_memory_limit: got {known[2]} .*, for a step of the work on batches of 384 tokens"
+    words = f"device_memory_limit: got {known[2, None]} .*, for a step of the work on batches of 384 tokens"
     with pytest.raises(ValueError, match=words):
-        aqlm_c.quantize_model(tiny_llama(), tokens, config, device_memory_limit=known[2], batch_size=4)
-    free = known[1] - 1
+        aqlm_c.quantize_model(tiny_llama(), tokens, config, device_memory_limit=known[2, None], batch_size=4)
+    free = known[1, 0] - 1
     with pytest.raises(ValueError, match=r"device: got \d+ .*, for a step of the work on batches of 96 tokens"):
         aqlm_c.quantize_model(tiny_llama(), tokens, config)
 
