@@ -44,6 +44,7 @@ class Calibration(Protocol):
     """What a pipeline asks for H. A context manager: leaving it frees what it holds.
 
     tokens, sequences, sequence_length: of the calibration; 0 without data. batch_size: sequences in one forward pass,
+    None without data; batch_size_asked: it was given and is to stay.
     inputs: what goes into the next block; None without data. Of several ranks each has a share of the sequences, and
     inputs are those of its own; `spread` says which rank is to have the H of which layer.
     """
@@ -53,8 +54,13 @@ class Calibration(Protocol):
     sequence_length: int
     inputs: Activations | None
 
+    batch_size_asked: bool
+
     @property
     def batch_size(self) -> int | None: ...
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Take so many sequences in one forward pass from here on; before `start`."""
 
     def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         """Make `inputs` those of the first block, kept in `place`: a directory, a `Room`, or None for memory."""
@@ -103,13 +109,17 @@ class SequenceCalibration:
         self.ids = sequences
         self.sequences, self.sequence_length = sequences.shape
         self.tokens = sequences.numel()
-        self.batch_size = batch_size_for(sequences, config.tuning, batch_size, device)
+        self.batch_size_asked = batch_size is not None
         self.inputs: Activations | None = None
         self._of_index: Callable[[int], Activations] | None = None  # where blocks are not chained
-        self._share = _share(len(sequences), self.batch_size)
+        self.set_batch_size(batch_size_for(sequences, config.tuning, batch_size, device))
         self._order: torch.Tensor | None = None
         if config.tuning.finetune_epochs:  # that puts every source into every batch
             self._order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.seed))
+
+    def set_batch_size(self, batch_size: int) -> None:
+        self.batch_size: int = batch_size
+        self._share = _share(self.sequences, batch_size)
 
     def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         ids = (self.ids if self._order is None else self.ids[self._order])[self._share]
@@ -194,11 +204,15 @@ class DataFree:
 
     tokens = sequences = sequence_length = 0
     batch_size: int | None = None
+    batch_size_asked = False
     inputs: Activations | None = None
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
         self._hessians: dict[int, Hessian] = {}  # by in_features
+
+    def set_batch_size(self, batch_size: int) -> None:
+        pass
 
     def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         pass

@@ -18,6 +18,13 @@ from .probe import Arguments, Call, Trace, equal, forward, hidden_of, replaced_f
 OnCall = Callable[[int, torch.Tensor, Arguments], None]
 
 
+def is_norm_or_bias(tensor: torch.Tensor) -> bool:
+    """Whether it is one of a block's tensors that fine-tuning trains beside codebooks and scales: floats along one side
+    at most.
+    """
+    return tensor.is_floating_point() and tensor.squeeze().ndim <= 1
+
+
 class Blocks(Sequence[nn.Module]):
     """The blocks of a model in the order in which they run on text.
 

@@ -19,6 +19,7 @@ from ..format import Format
 from ..io.checkpoint import quantized_linears
 from ..methods import get_method
 from ..methods.base import LayerProblem, QuantizedWeight, gaussian_references
+from ..model.blocks import is_norm_or_bias
 from ..model.embeddings import search_config
 from ..model.residence import Residence
 from ..nn.embedding import quantized_class
@@ -27,7 +28,7 @@ from ..recipe import AqlmConfig
 from ..report.layers import BlockReport, LayerReport
 from ..train.block import finetune_block
 from ..weights import layer_problem, solve
-from .estimate import groups_of
+from .estimate import Rates, groups_of
 from .plan import BlockPlan, Plan
 from .progress import Phases
 from .resume import sha256_of
@@ -197,7 +198,7 @@ class BlockStages:
         for name in shared:
             weight = self.model.get_submodule(name).weight
             layers[name] = (step.targets[name], tuple(weight.shape), self._config_of(name, step.targets[name]))
-        return spread_layers(layers, shared, group().size)
+        return spread_layers(layers, shared, group().size, Rates.of_kind(self.residence.device))
 
     def _config_of(self, name: str, format: Format) -> AqlmConfig:
         return search_config(self.config, format) if name in self.plan.embeddings.names else self.config
@@ -266,7 +267,7 @@ def same_everywhere(name: str, layers: Mapping[str, QuantizedLayer], block: torc
     if ranks.size == 1:
         return
     state = {f"{part} {key}": p.detach() for part, layer in layers.items() for key, p in layer.named_parameters()}
-    state |= {part: p.detach() for part, p in block.named_parameters() if p.squeeze().ndim <= 1}
+    state |= {part: p.detach() for part, p in block.named_parameters() if is_norm_or_bias(p)}
     if len(set(ranks.gather(sha256_of(state.items())))) == 1:
         return
     log.warning("%s: fine-tuning gave other bits on some ranks, those of rank 0 are taken", name)
