@@ -102,8 +102,8 @@ class Work:
     heads: attention heads whose scores are kept for the backward pass, 0 where attention is fused. formats: of each of
     the layers; none: that of `config` is all theirs. block_bytes: of the dense block, where it is brought to memory for
     the step; else it is there anyway. ahead_bytes: then, of a block that is read meanwhile; start_bytes: of all in no
-    block, which is there before the calibration starts. width: inputs and outputs of the linears that a token goes to, if
-    not of all. comes_first: before the calibration starts.
+    block, which is there before the calibration starts. width: inputs and outputs of the linears that a token goes to,
+    if not of all. comes_first: before the calibration starts.
     """
 
     layers: tuple[tuple[int, int], ...]
