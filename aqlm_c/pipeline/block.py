@@ -7,12 +7,14 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ..calibrate.hessians import NO_POOLS
-from ..calibrate.sources import Calibration, LayerInputs, embedding_hessian
+from ..calibrate.offload import Room
+from ..calibrate.sources import Calibration, Chain, LayerInputs, embedding_hessian
 from ..core import arrays, grid
 from ..distributed import group
 from ..format import Format
@@ -97,6 +99,7 @@ class BlockStages:
         self.calibration, self.phases, self.dtype = calibration, phases, dtype
         self._found: dict[str, QuantizedLayer] = {}  # of the step, by name
         self.most_hessians: int | None = None  # bytes that all H of a step may take together; None: any number
+        self.place: Path | Room | None = None  # of activations; None: memory
 
     def quantize(self, step: BlockPlan) -> Reports:
         """Quantize and tune a step; the reports of its layers and, after fine-tuning, of the block."""
@@ -173,9 +176,11 @@ class BlockStages:
         given, of_output = LayerInputs({}, ranks), None
         if embeddings.output in step.targets or embeddings.tied:
             (rank,) = (ranks[name] for name in step.targets if embeddings.tied or name == embeddings.output)
-            with self.phases("calibrate"), self.residence.running():
+            in_turn = self.residence.moves and self.plan.blocks.chained
+            chain = Chain(self.residence, self.plan.blocks, self.place) if in_turn else None
+            with self.phases("calibrate"), contextlib.nullcontext() if in_turn else self.residence.running():
                 found = self.calibration.of_output(
-                    self.model, embeddings.output, lambda names: dict.fromkeys(names, rank)
+                    self.model, embeddings.output, lambda names: dict.fromkeys(names, rank), chain
                 )
             of_output = found.hessians.get(embeddings.output)
             self.phases.move("calibrate", "hessian", found.seconds)

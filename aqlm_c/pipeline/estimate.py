@@ -102,8 +102,8 @@ class Work:
     heads: attention heads whose scores are kept for the backward pass, 0 where attention is fused. formats: of each of
     the layers; none: that of `config` is all theirs. block_bytes: of the dense block, where it is brought to memory for
     the step; else it is there anyway. ahead_bytes: then, of a block that is read meanwhile; start_bytes: of all in no
-    block, which is there when the calibration starts. width: inputs and outputs of the linears that a token goes to, if
-    not of all. comes_first: before the calibration starts.
+    block, which is there before the calibration starts. width: inputs and outputs of the linears that a token goes to,
+    if not of all. comes_first: before the calibration starts.
     """
 
     layers: tuple[tuple[int, int], ...]
@@ -202,7 +202,8 @@ class Work:
         quantize = max(12 * squares + 9 * one, kept + 24 * one + largest, kept + 12 * one + solver)
         tuning = self._tuning() + _IN_FLIGHT * 3 * batch if self.config.tuning.finetune_epochs else 0
         most = max(8 * squares + 8 * one + gather, quantize, tuning + (kept if again else 0))
-        return max(self.blocks() + int(_SLACK * most) + self.ahead_bytes, self.start_bytes + int(_SLACK * passing))
+        through = self.start_bytes + self.block_bytes + int(_SLACK * gather)  # as the output layer's inputs are found
+        return max(self.blocks() + int(_SLACK * most), through) + self.ahead_bytes
 
     def batch_tokens(self) -> int:
         """Tokens in a pass on a GPU."""

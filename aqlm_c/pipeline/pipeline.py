@@ -97,7 +97,7 @@ class Pipeline:
             stack.enter_context(self.residence)
             self._open(stack)
             memory, estimator = self._estimate()
-            place = self._place(memory, stack)
+            place = self.stages.place = self._place(memory, stack)
             self.stages.most_hessians = agreed(memory.most_hessians)
             stack.enter_context(self.calibration)
             for number, step in enumerate(self.plan.steps):

@@ -16,6 +16,7 @@ import aqlm_c
 from aqlm_c.calibrate.activations import capture
 from aqlm_c.calibrate.hessians import HessianSums
 from aqlm_c.calibrate.offload import OffloadedTensors, Room
+from aqlm_c.calibrate.sources import SequenceCalibration
 from aqlm_c.core import arrays
 from aqlm_c.methods import METHODS
 from aqlm_c.model.blocks import find_blocks
@@ -82,6 +83,43 @@ def test_a_model_that_comes_block_by_block_has_the_bits_of_one_that_is_there(kin
     aqlm_c.quantize_model(other, tokens, config, work_dir=work_dir)
     assert_same(other, model)
     assert all(residence.moves and not residence._at_home and not residence._uses for residence in made)
+
+
+@pytest.mark.parametrize("takes_more", [False, True])
+def test_blocks_come_once_for_the_output_layer(takes_more, request, monkeypatch):
+    """Unless the model takes more of the blocks than what the last one returns."""
+
+    def model():
+        model, first = MODELS["llama"](), []
+        if takes_more:
+            model.model.layers[0].register_forward_hook(lambda *call: first.append(call[2]))
+            model.model.norm.register_forward_pre_hook(lambda _, args: (args[0] + first.pop(),))
+        return model
+
+    config = AqlmConfig.from_scheme("1x4g8", rules={"lm_head": "2x4g8"}, finetune_epochs=0, **FEW)
+    plain, other, tokens = model(), model(), random_tokens(8, 24)
+    aqlm_c.quantize_model(plain, tokens, config, batch_size=2)
+    request.getfixturevalue("as_on_a_device")
+    begun, of_output = [], SequenceCalibration.of_output
+    fetch, users = Residence.fetch, []
+
+    def fetched(self, block):
+        if begun and block is not self.model and not self._uses.get(id(block)):
+            users.append(block)
+        fetch(self, block)
+
+    def watched(*args):
+        begun.append(True)
+        try:
+            return of_output(*args)
+        finally:
+            begun.clear()
+
+    monkeypatch.setattr(Residence, "fetch", fetched)
+    monkeypatch.setattr(SequenceCalibration, "of_output", watched)
+    aqlm_c.quantize_model(other, tokens, config, batch_size=2)
+    assert_same(other, plain)
+    assert len(users) == 3 * (2 + 4 * takes_more)  # to be passed through, for the first batch; for each of four
 
 
 # ---- residence --------------------------------------------------------------------------------------------------
