@@ -299,7 +299,7 @@ template <int G> __device__ void send_on(float *T, const float *change, const Wa
     }
 }
 
-template <int G, int V, int BLOCKS> __global__ void __launch_bounds__(THREADS, BLOCKS) pair_kernel(const Walk w) {
+template <int G, int V> __global__ void __launch_bounds__(THREADS, 2) pair_kernel(const Walk w) {
     using Q = Pairs<G, V>;
     constexpr int P = Q::P, R = Q::R, SQUARES = (G * G + THREADS - 1) / THREADS, NORMS = 2 * ENTRIES / THREADS;
     extern __shared__ __align__(128) float pair_memory[];
@@ -537,35 +537,29 @@ template <int G, int V> int64_t memory_of(int64_t rows, int64_t states, int64_t 
     return static_cast<int64_t>(sizeof(typename Pairs<G, V>::Shared)) + floats * 4;
 }
 
-template <int G, int V, int BLOCKS = 2> cudaError_t launch(const Walk &w, const Device &device, cudaStream_t stream) {
-    if (const cudaError_t error = allow_shared_memory<pair_kernel<G, V, BLOCKS>>(device)) return error;
+template <int G, int V> cudaError_t launch(const Walk &w, const Device &device, cudaStream_t stream) {
+    if (const cudaError_t error = allow_shared_memory<pair_kernel<G, V>>(device)) return error;
     const int64_t memory = memory_of<G, V>(w.rows, w.states, w.K) + 4 * int64_t(w.rows) * w.columns(G);
     if (memory > device.shared_memory) return cudaErrorInvalidConfiguration;
     const dim3 grid(static_cast<unsigned>(divide_up(w.E, STRIP)), static_cast<unsigned>(w.count));
     table_kernel<G><<<grid, ENTRIES, 0, stream>>>(w);
     const auto blocks = static_cast<unsigned>(divide_up(w.out, w.rows));
-    pair_kernel<G, V, BLOCKS><<<blocks, THREADS, static_cast<size_t>(memory), stream>>>(w);
+    pair_kernel<G, V><<<blocks, THREADS, static_cast<size_t>(memory), stream>>>(w);
     return cudaGetLastError();
 }
 
-/* V, the rows in their states that a block of threads takes at a time, and how many blocks a multiprocessor holds. For
- * g = 8 there are four kernels, and the one that an H100 is soonest done with; for the others one: each takes ptxas
- * long. */
-struct Tile {
-    int V, blocks, cycles; /* measured: thousands a group, of all its blocks at once */
-};
-constexpr Tile TILES[] = {{32, 2, 42}, {16, 2, 25}, {4, 2, 14}, {16, 3, 27}};
-
-Tile tile_of(int64_t out, int states, int64_t g, const Device &device) {
-    if (g != 8) return {g == 32 ? 8 : 16, 2, 0};
-    Tile found = {};
+/* V, the rows in their states that a block of threads takes at a time. For g = 8 there are three kernels, and the one
+ * that an H100 is soonest done with; for the others one: each takes ptxas long. Tried for K > 2: V = 16 with three
+ * blocks on a multiprocessor, 0.74 s for 4096x4096 at 3x8g8 where V = 32 takes 0.66. */
+int tile_of(int64_t out, int states, int64_t g, const Device &device) {
+    if (g != 8) return g == 32 ? 8 : 16;
+    constexpr int TILES[] = {32, 16, 4}, CYCLES[] = {42, 25, 14}; /* measured: thousands a group */
+    int found = 0;
     int64_t least = INT64_MAX;
-    for (const Tile &tile : TILES) {
-        if (tile.blocks > 2 && states == 1) continue; /* T of so many rows is too large */
-        const int64_t rows = std::max(1, tile.V / states), blocks = divide_up(out, rows);
-        const int64_t cycles =
-            divide_up(blocks, tile.blocks * device.sms) * divide_up(rows * states, tile.V) * tile.cycles;
-        if (cycles < least) least = cycles, found = tile;
+    for (int i = 0; i < 3; ++i) {
+        const int64_t rows = std::max(1, TILES[i] / states), blocks = divide_up(out, rows);
+        const int64_t cycles = divide_up(blocks, 2 * device.sms) * divide_up(rows * states, TILES[i]) * CYCLES[i];
+        if (cycles < least) least = cycles, found = TILES[i];
     }
     return found;
 }
@@ -573,34 +567,33 @@ Tile tile_of(int64_t out, int states, int64_t g, const Device &device) {
 } // namespace
 
 int64_t rows_of_pairs(int64_t out, int states, int64_t g, const Device &device) {
-    return std::max(1, tile_of(out, states, g, device).V / states);
+    return std::max(1, tile_of(out, states, g, device) / states);
 }
 
 int64_t columns_of_pairs(int64_t out, int states, int64_t K, int64_t g, const Device &device) {
-    const Tile tile = tile_of(out, states, g, device);
+    const int V = tile_of(out, states, g, device);
     const int64_t rows = rows_of_pairs(out, states, g, device);
-    const int64_t taken = g == 4         ? memory_of<4, 16>(rows, states, K)
-                          : g == 16      ? memory_of<16, 16>(rows, states, K)
-                          : g == 32      ? memory_of<32, 8>(rows, states, K)
-                          : tile.V == 32 ? memory_of<8, 32>(rows, states, K)
-                          : tile.V == 16 ? memory_of<8, 16>(rows, states, K)
-                                         : memory_of<8, 4>(rows, states, K);
+    const int64_t taken = g == 4    ? memory_of<4, 16>(rows, states, K)
+                          : g == 16 ? memory_of<16, 16>(rows, states, K)
+                          : g == 32 ? memory_of<32, 8>(rows, states, K)
+                          : V == 32 ? memory_of<8, 32>(rows, states, K)
+                          : V == 16 ? memory_of<8, 16>(rows, states, K)
+                                    : memory_of<8, 4>(rows, states, K);
     const auto columns = [&](int64_t memory) { return (memory - taken) / (4 * rows) / g * g; };
-    const int64_t shared = columns((device.shared_memory + 1024) / tile.blocks - 1024); /* a block costs 1 KB more */
-    return std::min(shared >= 128 ? shared : columns(device.shared_memory), 512 / g * g);
+    const int64_t of_two = columns(device.shared_memory / 2 - 512); /* blocks on a multiprocessor, 1 KB more each */
+    return std::min(of_two >= 128 ? of_two : columns(device.shared_memory), 512 / g * g);
 }
 
 int64_t size_of_table(int64_t E) { return E * table_pitch(static_cast<int>(E)); }
 
 cudaError_t search_pairs(Walk w, int g, const Device &device, cudaStream_t stream) {
-    const Tile tile = tile_of(w.out, w.states, g, device);
+    const int V = tile_of(w.out, w.states, g, device);
     switch (g) {
     case 4: return launch<4, 16>(w, device, stream);
     case 8:
-        return tile.V == 32       ? launch<8, 32>(w, device, stream)
-               : tile.V == 4      ? launch<8, 4>(w, device, stream)
-               : tile.blocks == 2 ? launch<8, 16>(w, device, stream)
-                                  : launch<8, 16, 3>(w, device, stream);
+        return V == 32   ? launch<8, 32>(w, device, stream)
+               : V == 16 ? launch<8, 16>(w, device, stream)
+                         : launch<8, 4>(w, device, stream);
     case 16: return launch<16, 16>(w, device, stream);
     case 32: return launch<32, 8>(w, device, stream);
     default: return cudaErrorInvalidValue;
