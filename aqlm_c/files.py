@@ -16,7 +16,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -332,15 +332,25 @@ def _runs(pid: int) -> bool:
 
 def check_free_space(directory: str | os.PathLike[str], n_bytes: int, what: str) -> None:
     """Raise OSError (ENOSPC) unless the disk of `directory`, which need not exist yet, has space for `n_bytes`."""
-    existing = Path(directory).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(directory)).free
     if free < n_bytes:
         raise OSError(
             errno.ENOSPC,
             f"{directory}: got {binary_size(free)} free on this disk, expected {binary_size(n_bytes)} for {what}",
         )
+
+
+def same_disk(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two directories, which need not exist yet, are on one disk."""
+    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+
+
+def _existing(directory: str | os.PathLike[str]) -> Path:
+    """The directory, or the first one above it that exists."""
+    existing = Path(directory).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
 
 
 def temporary_directory() -> str:
@@ -353,16 +363,46 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def available_memory() -> int | None:
-    """Bytes of memory that this process could still take without swapping; None where the system does not tell."""
+def available_memory(root: str | os.PathLike[str] = "/") -> int | None:
+    """Bytes of memory that this process could still take without swapping; None where the system does not tell.
+
+    The least of what the machine has and what control groups leave (version 2 or 1; all that this process is in, as far
+    as they are seen from here). Pages of files that can be dropped are free. root: of the file system.
+    """
     found = []
     with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path(root, "proc/meminfo").read_text().splitlines()
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError):  # of a container; "max" is none
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(limit - used)
+    groups = Path(root, "sys/fs/cgroup")
+    for version, top, of_controllers in ((2, groups, ""), (1, groups / "memory", "memory")):
+        for directory in _control_groups(Path(root, "proc/self/cgroup"), top, of_controllers):
+            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                found.append(_left_in_group(directory, version))
     return max(0, min(found)) if found else None
+
+
+def _control_groups(own: Path, top: Path, controller: str) -> Iterator[Path]:
+    """Directories of the control groups of this process under `top`, from that on down, which is a container's own."""
+    yield top
+    lines = []
+    with contextlib.suppress(OSError, ValueError):
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controller in controllers.split(",") and ".." not in Path(path).parts:
+            for part in Path(path.strip("/")).parts:
+                top = top / part
+                yield top
+
+
+def _left_in_group(directory: Path, version: int) -> int:
+    """Bytes that a control group leaves to take; ValueError and OSError where it sets no limit."""
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    limit, used = (int((directory / name).read_text()) for name in names)
+    name = b"inactive_file" if version == 2 else b"total_inactive_file"
+    with contextlib.suppress(OSError):
+        counts = re.search(rb"(?m)^%s (\d+)$" % name, (directory / "memory.stat").read_bytes())
+        used -= int(counts[1]) if counts else 0
+    return limit - used
 
 
 def resident_memory() -> int:

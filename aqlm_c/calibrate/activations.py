@@ -75,6 +75,10 @@ class Activations:
         """A place for other activations of the same sequences, kept where these are; the arguments are shared."""
         return Activations([] if isinstance(self.hidden, list) else self.hidden.empty(), self.arguments)
 
+    def has_room(self) -> bool:
+        """Whether others of the same sizes would be in memory too; true where these are all in memory, or on disk."""
+        return not isinstance(self.hidden, OffloadedTensors) or self.hidden.has_room()
+
     def batch_sizes(self) -> list[int]:
         """Sequences in each batch."""
         if isinstance(self.hidden, list):

@@ -17,6 +17,7 @@ from ..core import arrays, verbs
 from ..core.hessian import Hessian
 from ..core.verbs import Array
 from ..distributed import group
+from ..model.blocks import Blocks
 from ..model.kinds import kind_of
 from ..model.probe import input_device
 from .activations import Activations
@@ -84,6 +85,18 @@ class HessianSums:
             self._last = next(iter(self.linears))
         batches = sequences.to(input_device(model)).split(batch_size)
         self._gather(functools.partial(model, input_ids=ids, use_cache=False) for ids in batches)
+
+    @torch.no_grad()
+    def gather_after(
+        self, model: torch.nn.Module, blocks: Blocks, outputs: Activations, sequences: torch.Tensor, batch_size: int
+    ) -> None:
+        """`gather_whole` for an output layer, where `outputs` are those of the last of the `blocks`."""
+        self._last = next(iter(self.linears))
+        batches = sequences.to(input_device(model)).split(batch_size)
+        outputs.expect(range(len(batches)))
+        self._gather(
+            functools.partial(run_after, model, blocks, outputs.hidden[batch], ids) for batch, ids in enumerate(batches)
+        )
 
     def _gather(self, runs: Iterable[Callable[[], Any]], outputs: Activations | None = None) -> None:
         linears = self.linears.items()
@@ -240,6 +253,12 @@ class HessianSums:
         verbs.accumulate_hessian(self.sums[name], rows)
         self.tokens[name] += rows.shape[0]
         self.seconds += time.perf_counter() - started
+
+
+def run_after(model: torch.nn.Module, blocks: Blocks, hidden: torch.Tensor, ids: torch.Tensor) -> Any:
+    """Run `model` on token ids with `hidden` for what its `blocks` make of them, which do not run."""
+    with blocks.recorded(lambda index, *_: hidden if index == 0 else None):
+        return model(input_ids=ids, use_cache=False)
 
 
 @torch.no_grad()

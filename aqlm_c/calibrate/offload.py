@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,6 +67,21 @@ class Room:
                     torch.zeros(1, device=self.device)
         return buffer
 
+    def holds(self, sizes: Iterable[int]) -> bool:
+        """Whether tensors of so many bytes each would all be in memory, on the device or the host."""
+        on_device, in_host = self.device_left, self.host_left
+        free = Counter({n_bytes: len(buffers) for n_bytes, buffers in self._free.items()})
+        for n_bytes in sizes:
+            if n_bytes <= on_device:
+                on_device -= n_bytes
+            elif free[n_bytes]:
+                free[n_bytes] -= 1
+            elif in_host is not None:
+                if n_bytes > in_host:
+                    return False
+                in_host -= n_bytes
+        return True
+
     def give_buffer(self, buffer: Tensor) -> None:
         """Give a buffer back, for others."""
         self._free.setdefault(buffer.nbytes, []).append(buffer)
@@ -90,6 +105,10 @@ class _InHost:
     buffer: Tensor
     written: Any = None
     read: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.nbytes
 
 
 class OffloadedTensors:
@@ -155,6 +174,11 @@ class OffloadedTensors:
     def empty(self) -> OffloadedTensors:
         """A place for other tensors, in the same room."""
         return OffloadedTensors(self.room)
+
+    def has_room(self) -> bool:
+        """Whether others of the same sizes would be in memory too; false where some of these are not."""
+        sizes = [entry.nbytes for entry in self._entries if not isinstance(entry, int)]
+        return self._disk is None and self.room.holds(sizes)
 
     def clear(self) -> None:
         """Give the room back."""

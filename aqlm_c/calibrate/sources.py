@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
@@ -13,10 +14,11 @@ import torch
 from ..core import arrays
 from ..core.hessian import Hessian
 from ..distributed import group
-from ..model.blocks import Blocks
+from ..model.blocks import Blocks, is_close
+from ..model.residence import Residence
 from ..recipe import AqlmConfig
 from .activations import Activations, batch_size_for, capture, capture_block
-from .hessians import NO_POOLS, HessianSums, Pools, Spread, alone, pool_kinds
+from .hessians import NO_POOLS, HessianSums, Pools, Spread, alone, pool_kinds, run_after
 from .offload import Room
 
 
@@ -40,10 +42,67 @@ class LayerInputs:
         return self.ranks.get(name, group().rank)
 
 
+class _Seen(Exception):
+    """Leaves a forward pass once the output layer's input is known."""
+
+
+@dataclasses.dataclass
+class Chain:
+    """The `chained` blocks of a model, which `residence` brings one after another. place: of activations."""
+
+    residence: Residence
+    blocks: Blocks
+    place: str | os.PathLike[str] | Room | None
+
+    def gather(self, sums: HessianSums, model: Any, ids: torch.Tensor, batch_size: int) -> None:
+        """Sum up the inputs of the output layer, on which all token ids [n, length] come together: the blocks are
+        brought once, not once for each batch. Where the model makes more of them than what the last one returns, which
+        the first batch shows, they come for each.
+        """
+        residence, (layer,) = self.residence, sums.linears.values()
+        with contextlib.ExitStack() as stack:
+            with residence.using(model):
+                outputs = stack.enter_context(capture(model, self.blocks, ids, batch_size, self.place))
+            for index, block in enumerate(self.blocks):
+                for following in self.blocks[index + 1 : index + 2]:
+                    residence.read_ahead(following)
+                with residence.using(block):
+                    outputs.advance(index, block)
+            first = ids[:batch_size].to(residence.device)
+            with residence.running():
+                whole = _input_of(layer, lambda: model(input_ids=first, use_cache=False))
+            with residence.using(model):
+                found = _input_of(layer, lambda: run_after(model, self.blocks, outputs.hidden[0], first))
+                if is_close(whole, found):
+                    sums.gather_after(model, self.blocks, outputs, ids, batch_size)
+                    return
+        with residence.running():
+            sums.gather_whole(model, ids, batch_size)
+
+
+@torch.no_grad()
+def _input_of(layer: torch.nn.Module, run: Callable[[], Any]) -> torch.Tensor:
+    """What `layer` is given first while `run` is called, which ends there."""
+    seen: list[torch.Tensor] = []
+
+    def hook(_: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        seen.append(args[0] if args else kwargs["input"])
+        raise _Seen
+
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with contextlib.suppress(_Seen):
+            run()
+    finally:
+        handle.remove()
+    return seen[0]
+
+
 class Calibration(Protocol):
     """What a pipeline asks for H. A context manager: leaving it frees what it holds.
 
     tokens, sequences, sequence_length: of the calibration; 0 without data. batch_size: sequences in one forward pass,
+    None without data; batch_size_asked: it was given and is to stay.
     inputs: what goes into the next block; None without data. Of several ranks each has a share of the sequences, and
     inputs are those of its own; `spread` says which rank is to have the H of which layer.
     """
@@ -53,8 +112,13 @@ class Calibration(Protocol):
     sequence_length: int
     inputs: Activations | None
 
+    batch_size_asked: bool
+
     @property
     def batch_size(self) -> int | None: ...
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Take so many sequences in one forward pass from here on; before `start`."""
 
     def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         """Make `inputs` those of the first block, kept in `place`: a directory, a `Room`, or None for memory."""
@@ -75,8 +139,8 @@ class Calibration(Protocol):
     def pools(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> Pools:
         """What experts among `linears` have in common, of which `of_block` will be asked a part at a time."""
 
-    def of_output(self, model: Any, name: str, spread: Spread = alone) -> LayerInputs:
-        """The inputs of the output layer called `name`."""
+    def of_output(self, model: Any, name: str, spread: Spread = alone, chain: Chain | None = None) -> LayerInputs:
+        """The inputs of the output layer called `name`; chain: None where the whole model is there."""
 
     def advance(self, index: int, block: torch.nn.Module) -> None:
         """Replace `inputs` by the outputs of `block`."""
@@ -103,13 +167,17 @@ class SequenceCalibration:
         self.ids = sequences
         self.sequences, self.sequence_length = sequences.shape
         self.tokens = sequences.numel()
-        self.batch_size = batch_size_for(sequences, config.tuning, batch_size, device)
+        self.batch_size_asked = batch_size is not None
         self.inputs: Activations | None = None
         self._of_index: Callable[[int], Activations] | None = None  # where blocks are not chained
-        self._share = _share(len(sequences), self.batch_size)
+        self.set_batch_size(batch_size_for(sequences, config.tuning, batch_size, device))
         self._order: torch.Tensor | None = None
         if config.tuning.finetune_epochs:  # that puts every source into every batch
             self._order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.seed))
+
+    def set_batch_size(self, batch_size: int) -> None:
+        self.batch_size: int = batch_size
+        self._share = _share(self.sequences, batch_size)
 
     def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         ids = (self.ids if self._order is None else self.ids[self._order])[self._share]
@@ -150,9 +218,12 @@ class SequenceCalibration:
             self.inputs = self._of_index(index)
         return self.inputs
 
-    def of_output(self, model: Any, name: str, spread: Spread = alone) -> LayerInputs:
-        sums = HessianSums({name: model.get_submodule(name)})
-        sums.gather_whole(model, self.ids[self._share], self.batch_size)
+    def of_output(self, model: Any, name: str, spread: Spread = alone, chain: Chain | None = None) -> LayerInputs:
+        sums, ids = HessianSums({name: model.get_submodule(name)}), self.ids[self._share]
+        if chain is None:
+            sums.gather_whole(model, ids, self.batch_size)
+        else:
+            chain.gather(sums, model, ids, self.batch_size)
         return self._inputs(sums, spread)
 
     def advance(self, index: int, block: torch.nn.Module) -> None:
@@ -194,11 +265,15 @@ class DataFree:
 
     tokens = sequences = sequence_length = 0
     batch_size: int | None = None
+    batch_size_asked = False
     inputs: Activations | None = None
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
         self._hessians: dict[int, Hessian] = {}  # by in_features
+
+    def set_batch_size(self, batch_size: int) -> None:
+        pass
 
     def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         pass
@@ -218,7 +293,7 @@ class DataFree:
     def pools(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> Pools:
         return NO_POOLS
 
-    def of_output(self, model: Any, name: str, spread: Spread = alone) -> LayerInputs:
+    def of_output(self, model: Any, name: str, spread: Spread = alone, chain: Chain | None = None) -> LayerInputs:
         return LayerInputs({name: self._identity(model.get_submodule(name).weight.shape[1])}, spread({name: ()}))
 
     def advance(self, index: int, block: torch.nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 MOST_EIGENVALUES = 4096  # of an H on a GPU
+_AT_ONCE = 1 << 23  # values of a weight of a GPU that are in float64 at a time
 GRIDS = ("float16", "bfloat16", "float32")  # dtypes to whose values codebooks and scales are restricted
 
 
@@ -53,8 +55,15 @@ def root_sum_of_rows(weight: Array, mean: bool) -> Array:
     if isinstance(weight, np.ndarray):
         squares = np.square(weight, dtype=np.float64)
         return np.sqrt(squares.mean(axis=1) if mean else squares.sum(axis=1)).astype(np.float32)
-    square = weight.double().square()
-    return (square.mean(1) if mean else square.sum(1)).sqrt().float()
+    import torch
+
+    sums = torch.cat([square.sum(1) for square in _squares(weight)])
+    return (sums / weight.shape[1] if mean else sums).sqrt().float()
+
+
+def _squares(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Squares in float64 of some rows after others: of an output layer's all at once, a GPU would need gigabytes."""
+    return (part.double().square() for part in weight.split(max(1, _AT_ONCE // weight.shape[1])))
 
 
 def largest(array: Array) -> float:
@@ -210,7 +219,7 @@ def gaussian_signal(weight: Array, H: Array) -> float:
     if isinstance(weight, np.ndarray):
         square = float(np.square(weight, dtype=np.float64).mean())
     else:
-        square = float(weight.double().square().mean())
+        square = sum(float(part.sum()) for part in _squares(weight)) / size(weight)
     return square * weight.shape[0] * float(H.trace())
 
 

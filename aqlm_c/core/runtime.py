@@ -80,7 +80,7 @@ def _refused_memory(device: torch.device) -> int:
 @contextlib.contextmanager
 def working_on(device: torch.device, limit: int | None) -> Iterator[None]:
     """A GPU is torch's current one, and tensors take no more than `limit` bytes there, None being all there are;
-    ValueError where they would.
+    ValueError where they would, naming device_memory_limit, or device where there is none.
 
     What its libraries hold beside tensors, some 100 MiB, is not counted.
     """
@@ -99,8 +99,9 @@ def working_on(device: torch.device, limit: int | None) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, torch.cuda.OutOfMemoryError) and _refused_memory(device) == before:
             raise  # where our ops asked for it, torch's stable ABI knows no error but this
+        name = "device" if limit is None else "device_memory_limit"
         raise ValueError(
-            f"device_memory_limit: got {binary_size(limit or total)}, of which the work needs more than was estimated, "
+            f"{name}: got {binary_size(limit or total)}, of which the work needs more than was estimated, "
             "expected more, shorter sequences, a smaller finetune_batch_size or less that is quantized at once "
             f"({one_line(error)[:200]})"
         ) from error

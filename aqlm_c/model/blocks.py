@@ -15,7 +15,14 @@ from ..recipe import AqlmConfig
 from . import experts
 from .probe import Arguments, Call, Trace, equal, forward, hidden_of, replaced_forward, split_hidden, trace
 
-OnCall = Callable[[int, torch.Tensor, Arguments], None]
+OnCall = Callable[[int, torch.Tensor, Arguments], "torch.Tensor | None"]
+
+
+def is_norm_or_bias(tensor: torch.Tensor) -> bool:
+    """Whether it is one of a block's tensors that fine-tuning trains beside codebooks and scales: floats along one side
+    at most.
+    """
+    return tensor.is_floating_point() and tensor.squeeze().ndim <= 1
 
 
 class Blocks(Sequence[nn.Module]):
@@ -55,14 +62,15 @@ class Blocks(Sequence[nn.Module]):
     def recorded(self, on_call: OnCall) -> Iterator[None]:
         """The blocks replaced by recorders that hand their input on, in the shape of what each returns.
 
-        on_call: told the block's number, hidden states and other arguments of each call.
+        on_call: told the block's number, hidden states and other arguments of each call; what it returns, if anything,
+        is handed on in place of the input.
         """
 
         def recorder(index: int, _module: nn.Module) -> Callable[..., Any]:
             def record(*args: Any, **kwargs: Any) -> Any:
                 hidden, others = split_hidden((args, kwargs))
-                on_call(index, hidden, others)
-                return _like(self._returned[index], hidden)
+                given = on_call(index, hidden, others)
+                return _like(self._returned[index], hidden if given is None else given)
 
             return record
 
@@ -81,7 +89,7 @@ class Blocks(Sequence[nn.Module]):
             def replay(*args: Any, **kwargs: Any) -> Any:
                 first = run(*args, **kwargs)
                 try:
-                    same = _close(hidden_of(first), hidden_of(run(*args, **kwargs)))
+                    same = is_close(hidden_of(first), hidden_of(run(*args, **kwargs)))
                 except Exception:  # of the model's code, of any type
                     same = False
                 if not same:
@@ -125,7 +133,8 @@ def _like(output: Any, hidden: torch.Tensor) -> Any:
     return type(output)((hidden, *(None if isinstance(value, torch.Tensor) else value for value in output[1:])))
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+def is_close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether they are the same but for rounding."""
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-5, equal_nan=True)
 
 

@@ -11,15 +11,23 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..io import mapped
 from ..io.source import weight_files
+from .blocks import is_norm_or_bias
 
-Read = dict[int, tuple[Tensor, Tensor]]  # a tensor at home and its copy on the device, by the id of the first
+
+class _Read(NamedTuple):
+    """What was read ahead: a tensor, its values at home, which of its versions these were, and their copy there."""
+
+    tensor: Tensor
+    home: Tensor
+    version: int
+    there: Tensor
 
 
 class Residence:
@@ -49,7 +57,7 @@ class Residence:
         self._blocks: list[nn.Module] | None = None
         self._uses: dict[int, int] = {}  # of a block, by its id
         self._sizes: dict[int, int] = {}  # bytes of a block as it came
-        self._coming: dict[int, Future[Read]] = {}
+        self._coming: dict[int, Future[dict[int, _Read]]] = {}
         self._reader: ThreadPoolExecutor | None = None
         self._stream: Any = torch.cuda.Stream(device) if self.moves and device.type == "cuda" else None
 
@@ -70,12 +78,13 @@ class Residence:
             if self._is_away(tensor):
                 continue
             self._at_home[id(tensor)] = weakref.ref(tensor), tensor.data
-            read, there = found.get(id(tensor), (None, None))
-            if there is None or read is not tensor:
-                there = tensor.data.to(self.device, copy=True)
-            elif self._stream is not None:
-                there.record_stream(torch.cuda.current_stream(self.device))
-            tensor.data = there
+            read = found.get(id(tensor))
+            if read is None or not _is_same(read, tensor):  # a block that shares it has written to it meanwhile
+                tensor.data = tensor.data.to(self.device, copy=True)
+                continue
+            if self._stream is not None:
+                read.there.record_stream(torch.cuda.current_stream(self.device))
+            tensor.data = read.there
 
     def leave(self, block: nn.Module) -> None:
         """The block is done with, for one `fetch` of it."""
@@ -91,8 +100,7 @@ class Residence:
             users.discard(id(block))
             if not users:
                 _, home = self._at_home.pop(id(tensor))
-                stays = tensor.squeeze().ndim > 1 or not tensor.is_floating_point()
-                tensor.data = home if stays else tensor.data.to(self.home, copy=True)
+                tensor.data = tensor.data.to(self.home, copy=True) if is_norm_or_bias(tensor) else home
                 del self._users[id(tensor)]
         self._forget(id(block))
         self._pages.copied(self._sizes.pop(id(block)))
@@ -103,7 +111,8 @@ class Residence:
             return
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, "aqlm_c-read-ahead")
-        wanted = [tensor for tensor in self._tensors(block) if not self._is_away(tensor)]
+        tensors = (tensor for tensor in self._tensors(block) if not self._is_away(tensor))
+        wanted = [(tensor, tensor.data, _version(tensor)) for tensor in tensors]  # now, not when the thread comes to it
         self._coming[id(block)] = self._reader.submit(self._read, wanted)
 
     @contextlib.contextmanager
@@ -207,9 +216,9 @@ class Residence:
                     del self._users[key]
                     self._at_home.pop(key, None)
 
-    def _read(self, wanted: list[Tensor]) -> Read:
+    def _read(self, wanted: list[tuple[Tensor, Tensor, int]]) -> dict[int, _Read]:
         with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            found = {id(tensor): (tensor, tensor.data.to(self.device, copy=True)) for tensor in wanted}
+            found = {id(each[0]): _Read(*each, each[1].to(self.device, copy=True)) for each in wanted}
         if self._stream is not None:
             self._stream.synchronize()
         return found
@@ -219,6 +228,15 @@ class Residence:
             with contextlib.suppress(Exception):  # nobody wants it any more
                 coming.result()
         self._coming.clear()
+
+
+def _is_same(read: _Read, tensor: Tensor) -> bool:
+    """Whether what was read is what the tensor still is: `read` keeps its memory, so that nothing else comes there."""
+    return read.tensor is tensor and read.home.data_ptr() == tensor.data_ptr() and read.version == _version(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def common_device(tensors: Sequence[Tensor]) -> torch.device | None:

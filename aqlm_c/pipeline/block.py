@@ -7,18 +7,21 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ..calibrate.hessians import NO_POOLS
-from ..calibrate.sources import Calibration, LayerInputs, embedding_hessian
+from ..calibrate.offload import Room
+from ..calibrate.sources import Calibration, Chain, LayerInputs, embedding_hessian
 from ..core import arrays, grid
 from ..distributed import group
 from ..format import Format
 from ..io.checkpoint import quantized_linears
 from ..methods import get_method
 from ..methods.base import LayerProblem, QuantizedWeight, gaussian_references
+from ..model.blocks import is_norm_or_bias
 from ..model.embeddings import search_config
 from ..model.residence import Residence
 from ..nn.embedding import quantized_class
@@ -27,7 +30,7 @@ from ..recipe import AqlmConfig
 from ..report.layers import BlockReport, LayerReport
 from ..train.block import finetune_block
 from ..weights import layer_problem, solve
-from .estimate import groups_of
+from .estimate import Rates, groups_of
 from .plan import BlockPlan, Plan
 from .progress import Phases
 from .resume import sha256_of
@@ -96,6 +99,7 @@ class BlockStages:
         self.calibration, self.phases, self.dtype = calibration, phases, dtype
         self._found: dict[str, QuantizedLayer] = {}  # of the step, by name
         self.most_hessians: int | None = None  # bytes that all H of a step may take together; None: any number
+        self.place: Path | Room | None = None  # of activations; None: memory
 
     def quantize(self, step: BlockPlan) -> Reports:
         """Quantize and tune a step; the reports of its layers and, after fine-tuning, of the block."""
@@ -172,9 +176,11 @@ class BlockStages:
         given, of_output = LayerInputs({}, ranks), None
         if embeddings.output in step.targets or embeddings.tied:
             (rank,) = (ranks[name] for name in step.targets if embeddings.tied or name == embeddings.output)
-            with self.phases("calibrate"), self.residence.running():
+            in_turn = self.residence.moves and self.plan.blocks.chained
+            chain = Chain(self.residence, self.plan.blocks, self.place) if in_turn else None
+            with self.phases("calibrate"), contextlib.nullcontext() if in_turn else self.residence.running():
                 found = self.calibration.of_output(
-                    self.model, embeddings.output, lambda names: dict.fromkeys(names, rank)
+                    self.model, embeddings.output, lambda names: dict.fromkeys(names, rank), chain
                 )
             of_output = found.hessians.get(embeddings.output)
             self.phases.move("calibrate", "hessian", found.seconds)
@@ -197,7 +203,7 @@ class BlockStages:
         for name in shared:
             weight = self.model.get_submodule(name).weight
             layers[name] = (step.targets[name], tuple(weight.shape), self._config_of(name, step.targets[name]))
-        return spread_layers(layers, shared, group().size)
+        return spread_layers(layers, shared, group().size, Rates.of_kind(self.residence.device))
 
     def _config_of(self, name: str, format: Format) -> AqlmConfig:
         return search_config(self.config, format) if name in self.plan.embeddings.names else self.config
@@ -266,7 +272,7 @@ def same_everywhere(name: str, layers: Mapping[str, QuantizedLayer], block: torc
     if ranks.size == 1:
         return
     state = {f"{part} {key}": p.detach() for part, layer in layers.items() for key, p in layer.named_parameters()}
-    state |= {part: p.detach() for part, p in block.named_parameters() if p.squeeze().ndim <= 1}
+    state |= {part: p.detach() for part, p in block.named_parameters() if is_norm_or_bias(p)}
     if len(set(ranks.gather(sha256_of(state.items())))) == 1:
         return
     log.warning("%s: fine-tuning gave other bits on some ranks, those of rank 0 are taken", name)

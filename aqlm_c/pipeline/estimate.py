@@ -16,7 +16,7 @@ from ..core import arrays, verbs
 from ..core.runtime import synchronize
 from ..core.verbs import Array
 from ..distributed import local_size
-from ..files import available_memory, check_free_space, resident_memory, temporary_directory
+from ..files import available_memory, check_free_space, resident_memory, same_disk, temporary_directory
 from ..format import Format
 from ..methods import get_method
 from ..recipe import AqlmConfig
@@ -33,9 +33,15 @@ _BACKWARD_AHEAD = 2.2  # of a block of the lookahead, to whose weights no gradie
 _SQUARED = 1.4  # flop per token and element of H: half of it is computed
 _CUBED = 10.0  # flop per in^3: the block factor of H; as much again: its eigenvalues
 _DECAY = 0.8  # weight of a block in the corrections, each time another one is finished
-_COPIES, _COPIES_ON_GPU = 8, 4  # of a layer's weight, in fp32, while it is quantized
+_COPIES = 8  # of a layer's weight, in fp32, while it is quantized
 _FREE = 0.95  # of what is free on a GPU may be used
+_LIBRARIES = 1 << 29  # bytes of host memory that libraries of a GPU take once they are used
 _SLACK = 1.25  # memory that allocators take over what is asked for (measured: 1.1 and 1.2 times)
+# Of the inputs and outputs of a block's linears, per token: what a forward pass has at once, what the backward pass
+# keeps of the block trained (1.13 in transformers' Llama, 1.32 in its Qwen3) and of each ahead (0.85, 0.98), and what
+# else it has at once.
+_FORWARD_KEEPS, _KEEPS, _KEEPS_AHEAD, _BACKWARD_KEEPS = 1.5, 1.4, 1.0, 0.7
+_IN_FLIGHT = 3  # batches of each copy of the activations that are on a GPU while they come and go
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +49,18 @@ class Rates:
     """Speed of the machine, all threads together; the defaults are those of the run named above.
 
     product: flop/s of torch in the model's dtype. gemm: flop/s of the C core in fp32. group: seconds to search
-    the codes of one group once.
+    the codes of one group once. factor: flop/s of what is derived from H, which a GPU does in float64; not measured.
     """
 
     product: float = 420e9
     gemm: float = 150e9
     group: float = 1.1e-6
+    factor: float = 150e9
+
+    @classmethod
+    def of_kind(cls, device: torch.device) -> Rates:
+        """Those of one machine with such a device, the same everywhere; of a GPU: of an H100 at 2x8g8."""
+        return cls(product=4e14, gemm=1.1e14, group=4.3e-9, factor=1e13) if device.type == "cuda" else cls()
 
     @classmethod
     def measure(cls, config: AqlmConfig, dtype: str = "bfloat16", device: torch.device | None = None) -> Rates:
@@ -87,10 +99,12 @@ class Work:
 
     layers: [out, in] of each linear to quantize. inputs: in_features of each distinct input among them, that is of each
     H. weights: of all linears of the block. tokens: of the calibration, in sequences of sequence_length, of which
-    fine-tuning takes batch_size at a time (None: a whole step's). itemsize: bytes of a value of the model's dtype.
+    batch_size are run at a time (None: a whole step's of fine-tuning). itemsize: bytes of a value of the model's dtype.
     heads: attention heads whose scores are kept for the backward pass, 0 where attention is fused. formats: of each of
     the layers; none: that of `config` is all theirs. block_bytes: of the dense block, where it is brought to memory for
-    the step; else it is there anyway.
+    the step; else it is there anyway. ahead_bytes: then, of a block that is read meanwhile; start_bytes: of all in no
+    block, which is there before the calibration starts. width: inputs and outputs of the linears that a token goes to,
+    if not of all. comes_first: before the calibration starts.
     """
 
     layers: tuple[tuple[int, int], ...]
@@ -105,6 +119,10 @@ class Work:
     formats: tuple[Format, ...] = ()
     block_bytes: int = 0
     batch_size: int | None = None
+    ahead_bytes: int = 0
+    start_bytes: int = 0
+    width: int | None = None
+    comes_first: bool = False
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, int]], weights: int | None = None, **fields: Any) -> Work:
@@ -114,8 +132,10 @@ class Work:
         weights = sum(out * n for out, n in layers) if weights is None else weights
         return cls(layers, tuple(inputs), weights, **fields)
 
-    def seconds(self, rates: Rates, resumed: bool = False) -> dict[str, float]:
-        """Seconds by the name of the phase; a block that is `resumed` is only run through."""
+    def seconds(self, rates: Rates, resumed: bool = False, again: bool = False) -> dict[str, float]:
+        """Seconds by the name of the phase; a block that is `resumed` is only run through. again: what blocks ahead
+        make of the targets is not kept.
+        """
         config = self.config
         flop = 2 * self.tokens * (self.weights + 2 * self.sequence_length * self.hidden_size)
         forward = _FORWARD * flop / rates.product
@@ -123,7 +143,7 @@ class Work:
             return {"propagate": forward}
         costs = [get_method(config.solver).cost(layer, (out, n), config.options) for out, n, layer in self._each()]
         solve = sum(cost.flop / rates.gemm + cost.group_searches * rates.group for cost in costs)
-        again = sum(cost.flop_again / rates.gemm + cost.group_searches_again * rates.group for cost in costs)
+        search = sum(cost.flop_again / rates.gemm + cost.group_searches_again * rates.group for cost in costs)
         cubes = _CUBED * sum(n**3 for n in self.inputs) / rates.gemm
         factors = cubes if any(cost.factors for cost in costs) else 0.0
         tuning = config.tuning
@@ -131,48 +151,103 @@ class Work:
         epoch = ((_BACKWARD + _BACKWARD_AHEAD * ahead) * (1 - held_out) + (1 + ahead) * held_out) * forward
         searched = tuning.finetune_search
         epochs = (1 + searched) * tuning.finetune_epochs
+        passes = epochs + 2 * held_out if again else 1  # and the errors at the start
         phases = {
             "calibrate": forward,
             "hessian": _SQUARED * self.tokens * sum(n * n for n in self.inputs) / rates.gemm,
             "quantize": solve + factors,
             "reference": cubes if config.gaussian_reference else 0.0,
-            "finetune": ahead * forward + epochs * epoch + searched * again if epochs else 0.0,
+            "finetune": ahead * passes * forward + epochs * epoch + searched * search if epochs else 0.0,
             "propagate": forward,
         }
         return {name: seconds for name, seconds in phases.items() if seconds}
 
-    def memory(self, most_hessians: int | None = None, on_gpu: bool = False) -> int:
-        """Most bytes this block needs beside the model and the activations between blocks, at any one time.
+    def memory(self, most_hessians: int | None = None) -> int:
+        """Most bytes of host memory this block needs beside the model and the activations between blocks, at any one
+        time, where the CPU computes.
 
         most_hessians: bytes that all H together may take, of which one at least is kept.
         """
-        tuning_options, item = self.config.tuning, self.itemsize
-        width = sum(out + n for out, n in self.layers) or 2 * self.hidden_size
+        tuning_options, item, width = self.config.tuning, self.itemsize, self._width()
         hessians = bytes_of_hessians(self.inputs)
         if most_hessians is not None:
             hessians = min(hessians, max(most_hessians, bytes_of_hessians([max(self.inputs, default=0)])))
-        copies = _COPIES_ON_GPU if on_gpu else _COPIES  # the weight, its error, targets and gradients
-        solver = copies * 4 * max(self._sizes(), default=0)
-        gather = min(TOKENS_ON_GPU if on_gpu else TOKENS_PER_BATCH, self.tokens) * width * item
+        solver = _COPIES * 4 * max(self._sizes(), default=0)  # the weight, its error, targets and gradients
+        gather = min(TOKENS_PER_BATCH, self.tokens) * width * item
         batch = min((self.batch_size or tuning_options.finetune_batch_size) * self.sequence_length, self.tokens)
         kept = (1 + tuning_options.finetune_lookahead) * (3 * width * item + self.heads * self.sequence_length * 6)
         # Decoded weights and their gradients, in fp32 and in the model's dtype; what the backward pass keeps.
         tuning = self.weights * (8 + 2 * item) + batch * kept
         tuning = tuning if tuning_options.finetune_epochs else 0
-        if on_gpu and not tuning_options.finetune_search:  # which is when H is kept until then
-            return int(_SLACK * max(hessians + max(solver, gather), tuning))
-        return int(_SLACK * (hessians + max(solver, gather, tuning)))
+        return int(_SLACK * (hessians + self._searched_again() + max(solver, gather, tuning)))
+
+    def device_memory(self, most_hessians: int | None = None) -> int:
+        """Most bytes of a GPU's memory that this step takes at any one time, blocks that are brought for it among them,
+        beside the activations that are kept there. most_hessians: as in `memory`.
+
+        H: 8 bytes of a sum and 4 of H for each value; beside them the largest one's product while it is summed up
+        (twice, fp32), its float64 mean, its factors (two in float64, and damped, feedback), or what a search has of it.
+        """
+        squares, one = sum(n * n for n in self.inputs), max(self.inputs, default=0) ** 2
+        if most_hessians is not None:
+            squares = min(squares, max(most_hessians // bytes_of_hessians([1]), one))
+        solver = max((_solver_bytes(out, n, layer) for out, n, layer in self._each()), default=0)
+        tokens = self.batch_tokens()
+        batch = tokens * self.hidden_size * self.itemsize
+        passing = _IN_FLIGHT * 2 * batch
+        of_token = _FORWARD_KEEPS * self._width() * self.itemsize + self.heads * self.sequence_length * 6
+        gather = tokens * of_token + passing
+        largest, kept, again = 4 * max(self._sizes(), default=0), 4 * squares, self._searched_again()
+        if again:  # all H are kept until then, with their factors
+            kept = again + 12 * sum(n * n for n in self.inputs)
+        quantize = max(12 * squares + 9 * one, kept + 24 * one + largest, kept + 12 * one + solver)
+        tuning = self._tuning() + _IN_FLIGHT * 3 * batch if self.config.tuning.finetune_epochs else 0
+        most = max(8 * squares + 8 * one + gather, quantize, tuning + (kept if again else 0))
+        through = self.start_bytes + self.block_bytes + int(_SLACK * gather)  # as the output layer's inputs are found
+        return max(self.blocks() + int(_SLACK * most), through) + self.ahead_bytes
+
+    def batch_tokens(self) -> int:
+        """Tokens in a pass on a GPU."""
+        step = self.config.tuning.finetune_batch_size if self.config.tuning.finetune_epochs else 0
+        size = (self.batch_size or step) * self.sequence_length
+        return min(size or TOKENS_ON_GPU, self.tokens)
+
+    def batch_bytes(self) -> int:
+        """Of the activations of such a pass."""
+        return self.batch_tokens() * self.hidden_size * self.itemsize
+
+    def _tuning(self) -> int:
+        """Bytes of a GPU's memory in fine-tuning: decoded weights, their gradients and the index of codes; what a batch
+        keeps for the backward pass; losses, in fp32, at each output that is compared.
+        """
+        ahead = self.config.tuning.finetune_lookahead
+        index = sum(out * n // layer.in_group_size * layer.num_codebooks * 6 for out, n, layer in self._each())
+        kept = (_KEEPS + _KEEPS_AHEAD * ahead + _BACKWARD_KEEPS) * self._width() * self.itemsize
+        kept += (1 + ahead) * self.heads * self.sequence_length * 6
+        losses = (2 if ahead else 1) * 12 * self.hidden_size
+        return int(self.weights * 2 * self.itemsize + index + self.batch_tokens() * (kept + losses))
+
+    def _searched_again(self) -> int:
+        """Bytes of the weights, in fp32, that are kept to search their codes again after fine-tuning."""
+        tuning = self.config.tuning
+        return 4 * sum(self._sizes()) if tuning.finetune_epochs and tuning.finetune_search else 0
+
+    def _width(self) -> int:
+        """Inputs and outputs of the linears that a token goes to."""
+        return self.width or sum(out + n for out, n in self.layers) or 2 * self.hidden_size
 
     def blocks(self) -> int:
         """Bytes of dense blocks that are brought to memory for this one: itself and those of the lookahead."""
         tuned = self.config.tuning.finetune_epochs > 0 and self.layers
         return self.block_bytes * (1 + (self.config.tuning.finetune_lookahead if tuned else 0))
 
-    def activations(self) -> int:
-        """Bytes of the activations between blocks: one copy, and for fine-tuning what its outputs should be."""
+    def activations(self, again: bool = False) -> int:
+        """Bytes of the activations between blocks: one copy, and for fine-tuning what its outputs should be; and what
+        blocks ahead make of that, unless it is made `again` whenever it is needed.
+        """
         copies = 1
         if self.config.tuning.finetune_epochs:
-            copies += 2 if self.config.tuning.finetune_lookahead else 1
+            copies += 2 if self.config.tuning.finetune_lookahead and not again else 1
         return copies * self.tokens * self.hidden_size * self.itemsize
 
     def stored(self) -> int:
@@ -194,7 +269,7 @@ class MemoryPlan:
 
     directory: of the activations on disk. device_bytes: of a GPU's memory, of which activations may take
     `device_activations`; host_activations: of host memory then, None for any number. most_hessians: what all H of a
-    step may take together; None: any number.
+    step may take together; None: any number. again: memory has no room for what blocks ahead make of the targets.
     """
 
     memory_bytes: int
@@ -205,6 +280,7 @@ class MemoryPlan:
     device_activations: int = 0
     host_activations: int | None = None
     most_hessians: int | None = None
+    again: bool = False
 
 
 def plan_memory(
@@ -228,7 +304,9 @@ def plan_memory(
     held = (resident_memory() if resident is None else resident) + _kept(works)
     activations = max(work.activations() for work in works)
     a_batch = int(min(1.0, TOKENS_PER_BATCH / max(1, works[0].tokens)) * activations)
-    of_work, most_hessians = _work_bytes(works, None if limit is None else limit - held - a_batch, False)
+    of_work, most_hessians = _work_bytes(
+        works, None if limit is None else limit - held - a_batch, lambda work, most: work.memory(most) + work.blocks()
+    )
     blocks = held + of_work
     on_disk = limit is not None and blocks + activations > limit
     memory = blocks + (a_batch if on_disk else activations)
@@ -251,39 +329,91 @@ def plan_on_device(
 ) -> MemoryPlan:
     """`plan_memory` for a GPU of which `free` bytes are free: activations stay there as far as they fit beside the
     work, else in host memory, else on disk. limits: of host memory (None: what is free) and of the GPU's.
+
+    What blocks ahead make of the targets of fine-tuning is kept where memory has room for it, never on disk: to make it
+    again takes a forward pass of these blocks.
+
+    Raises ValueError naming device_memory_limit, or device where none was given, and memory_limit; OSError as there.
     """
-    host_limit, asked = limits
-    limit = min(int(_FREE * free), free if asked is None else asked)
-    ahead = max(work.block_bytes for work in works)  # the next one is read meanwhile
-    of_work, most_hessians = _work_bytes(works, limit - ahead, True)
-    needed = of_work + ahead
-    what = "for a step of the work" if asked is not None and asked == limit else "which is what the GPU has free"
-    _check_limit("device_memory_limit", limit, needed, what)
-    activations = max(work.activations() for work in works)
-    on_device = min(activations, int(_FREE * (limit - needed)))  # what is freed leaves gaps
+    host_limit, limit = limits[0], _device_limit(limits[1], free)
+    needed, most_hessians = _work_bytes(works, limit, Work.device_memory)
+    _check_device(limits[1], limit, needed, works)
     held = (resident_memory() if resident is None else resident) + _kept(works)
+    # Mapped pages of the files of a block and of the next one are in memory while they are copied. Measured at 8B, where
+    # these were not counted: 1.26 GiB over the limit.
+    held += _LIBRARIES + 2 * max((work.block_bytes for work in works), default=0)
     _check_limit("memory_limit", host_limit, held, "which the model and its libraries hold")
     if host_limit is not None:
         room: int | None = host_limit - held
     else:
         there = available_memory()
         room = None if there is None else int(_FREE * (there // local_size()))
-    on_host = activations - on_device if room is None else min(activations - on_device, room)
-    on_disk = activations - on_device - on_host
+    beside = max((work.device_memory(most_hessians) for work in works if not work.comes_first), default=0)
+    left = int(_FREE * (limit - beside))  # what is freed leaves gaps
+    activations = max(work.activations() for work in works)
+    empty = 2 * max(work.batch_bytes() for work in works)  # at most, at the ends of both: no batch is in two places
+    in_memory = None if room is None else max(0, left + room - empty)
+    again = in_memory is not None and activations > in_memory
+    if again:
+        activations = max(work.activations(again) for work in works)
+    on_device = min(activations, left)
+    on_disk = 0 if in_memory is None else max(0, activations - in_memory)
+    on_host = activations - on_device - on_disk
     directory, disk = _plan_disk(works, on_disk, work_dir, other_bytes, resumed)
-    return MemoryPlan(held + on_host, disk, on_disk > 0, directory, needed + on_device, on_device, room, most_hessians)
+    return MemoryPlan(
+        memory_bytes=held + on_host,
+        disk_bytes=disk,
+        on_disk=on_disk > 0,
+        directory=directory if on_disk else None,
+        device_bytes=max(needed, beside + on_device),
+        device_activations=on_device,
+        host_activations=room,
+        most_hessians=most_hessians,
+        again=again,
+    )
 
 
-def _work_bytes(works: Sequence[Work], limit: int | None, on_gpu: bool) -> tuple[int, int | None]:
-    """What steps need at most, and what all H of a step may take together so that they fit `limit`, if they can at all;
-    None: any number.
+def fitting_batch_size(limit: int | None, works: Sequence[Work], free: int, size: int) -> int:
+    """Sequences in a pass on a GPU of which `free` bytes are free: `size`, or as few that the work of a step fits what
+    it may take, at best with all H at once, for which a block runs once only; 1 where none do. limit: of the GPU's
+    memory, if any was given.
     """
-    whole = max(work.memory(on_gpu=on_gpu) + work.blocks() for work in works)
+    most, sizes = _device_limit(limit, free), [size >> halved for halved in range(size.bit_length())]
+    found = {n: [dataclasses.replace(work, batch_size=n) for work in works] for n in sizes}
+    for at_once in (None, most):
+        for n, works_then in found.items():
+            if _work_bytes(works_then, at_once, Work.device_memory)[0] <= most:
+                return n
+    return 1
+
+
+def _device_limit(asked: int | None, free: int) -> int:
+    """Bytes of a GPU's memory that may be taken."""
+    return min(int(_FREE * free), free if asked is None else asked)
+
+
+def _check_device(asked: int | None, limit: int, needed: int, works: Sequence[Work]) -> None:
+    """Refuse what a GPU does not hold, by the name of what is too small."""
+    batch = max(work.batch_tokens() for work in works)
+    what = f"for a step of the work on batches of {batch} tokens"
+    if asked is not None and asked <= limit:
+        _check_limit("device_memory_limit", limit, needed, what)
+    else:
+        _check_limit("device", limit, needed, f"{what}, of the GPU's memory that is free")
+
+
+def _work_bytes(
+    works: Sequence[Work], limit: int | None, memory: Callable[[Work, int | None], int]
+) -> tuple[int, int | None]:
+    """What steps need at most, and what all H of a step may take together so that they fit `limit`, if they can at all;
+    None: any number. memory: what a step needs under such a number.
+    """
+    whole = max(memory(work, None) for work in works)
     if limit is None or whole <= limit:
         return whole, None
-    least = max(work.memory(0, on_gpu) + work.blocks() for work in works)
+    least = max(memory(work, 0) for work in works)
     most = max(0, int((limit - least) / _SLACK))
-    return max(work.memory(most, on_gpu) + work.blocks() for work in works), most
+    return max(memory(work, most) for work in works), most
 
 
 def _kept(works: Sequence[Work]) -> int:
@@ -302,13 +432,26 @@ def _check_limit(name: str, limit: int | None, needed: int, what: str) -> None:
 def _plan_disk(
     works: Sequence[Work], activations: int, work_dir: str | os.PathLike[str] | None, other_bytes: int, resumed: int
 ) -> tuple[Path, int]:
-    """Where activations and finished blocks are written, and the bytes of these and of the result; OSError (ENOSPC)."""
+    """Where activations and finished blocks are written, and the bytes of these and of the result; OSError (ENOSPC).
+
+    Other ranks on this machine keep their activations too, on the same disk but for a work directory's, which the first
+    rank alone has.
+    """
     stored = sum(work.stored() for work in works)
     unfinished = sum(work.stored() for work in works[resumed:]) if work_dir else 0
     written, directory = unfinished + activations, Path(work_dir or temporary_directory())
     if written:
-        check_free_space(directory, written, "finished blocks and activations" if work_dir else "activations")
+        others = activations * (local_size() - 1) if same_disk(directory, temporary_directory()) else 0
+        check_free_space(directory, written + others, "finished blocks and activations" if work_dir else "activations")
     return directory, written + stored + other_bytes
+
+
+def _solver_bytes(out: int, n: int, layer: Format) -> int:
+    """Of a GPU's memory, for a layer that is quantized: the weight in fp32, two products or an error of its size with
+    parts of one; codes, best, found and worked on; the groups of each code, as they are sorted (csrc/cuda/quantizer).
+    """
+    groups, K = out * n // layer.in_group_size, layer.num_codebooks
+    return 12 * out * n + groups * (4 * K + 14) + 3 * 2 * groups * K + 4 * out * 512
 
 
 def bytes_of_hessians(inputs: Iterable[int]) -> int:
@@ -388,7 +531,8 @@ class Estimator:
         resumed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._costs = [work.seconds(rates or Rates(), index < resumed) for index, work in enumerate(works)]
+        again = plan is not None and plan.again
+        self._costs = [work.seconds(rates or Rates(), index < resumed, again) for index, work in enumerate(works)]
         self._plan = plan
         self._clock = clock
         self._observed: dict[str, float] = {}

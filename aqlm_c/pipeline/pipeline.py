@@ -24,7 +24,7 @@ from ..recipe import AqlmConfig
 from ..report.diagnose import diagnose
 from ..report.report import QuantizationReport
 from .block import BlockStages, Reports, block_reports, dense
-from .estimate import Estimator, MemoryPlan, Rates, plan_memory, plan_on_device
+from .estimate import Estimator, MemoryPlan, Rates, Work, fitting_batch_size, plan_memory, plan_on_device
 from .placement import Placement
 from .plan import BlockPlan, Plan, make_plan, works_of
 from .progress import Phases, Progress
@@ -57,6 +57,7 @@ class Pipeline:
         self.residence = Residence(model, self.placement.find(model))
         self.plan = self._make_plan(config)
         self.config = self.plan.config
+        self._fit_batch_size()
         dtype = model.dtype  # before its first parameters are codebooks
         self.stages = BlockStages(self.residence, self.plan, self.config, calibration, self.phases, dtype)
         self.report = QuantizationReport(
@@ -96,7 +97,7 @@ class Pipeline:
             stack.enter_context(self.residence)
             self._open(stack)
             memory, estimator = self._estimate()
-            place = self._place(memory, stack)
+            place = self.stages.place = self._place(memory, stack)
             self.stages.most_hessians = agreed(memory.most_hessians)
             stack.enter_context(self.calibration)
             for number, step in enumerate(self.plan.steps):
@@ -142,7 +143,7 @@ class Pipeline:
 
     def _place(self, memory: MemoryPlan, stack: contextlib.ExitStack) -> Path | Room | None:
         """Where activations are kept."""
-        if self.residence.device.type != "cuda":
+        if not is_gpu(self.residence.device):
             return memory.directory
         room = Room(self.residence.device, memory.device_activations, memory.host_activations, memory.directory)
         stack.callback(room.close)
@@ -182,20 +183,33 @@ class Pipeline:
         options = {"batch_size": self.calibration.batch_size, "device": kind_of_device(self.residence.device)}
         return fingerprint(self.model, ids, self.config, self.layers, self.residence.done, **options)
 
-    def _estimate(self) -> tuple[MemoryPlan, Estimator]:
-        """What the run will take, as the progress is told."""
+    def _fit_batch_size(self) -> None:
+        """As many sequences in a pass as a GPU has memory for, on all ranks, unless their number was asked for."""
+        calibration, device = self.calibration, self.residence.device
+        if calibration.batch_size is None or calibration.batch_size_asked or not is_gpu(device):
+            return
+        limit, free, works = self.placement.limits[1], free_device_memory(device), self._works()
+        size = fitting_batch_size(limit, works, free, calibration.batch_size)
+        calibration.set_batch_size(min(group().gather(size)))
+
+    def _works(self) -> list[Work]:
+        """The work of each step, for estimates."""
         calibration, config = self.calibration, self.config
         tuned = config if calibration.tokens else config.replace(finetune_epochs=0)
         tokens = -(-calibration.tokens // group().size)  # of this rank
         brought = self.residence.moves or self.residence.mapped_bytes() > 0
-        batch = calibration.batch_size if tuned.tuning.finetune_epochs else None
-        works = works_of(self.model, self.plan, tuned, tokens, calibration.sequence_length, brought, batch)
+        length, size = calibration.sequence_length, calibration.batch_size
+        return works_of(self.model, self.plan, tuned, tokens, length, brought, size)
+
+    def _estimate(self) -> tuple[MemoryPlan, Estimator]:
+        """What the run will take, as the progress is told."""
+        config, works = self.config, self._works()
         dense_bytes = sum(self.model.get_submodule(name).weight.nbytes for name in self.plan.targets())
         kept = sum(parameter.nbytes for parameter in self.model.parameters()) - dense_bytes
         device, limits = self.residence.device, self.placement.limits
         place = self.work_dir if group().first else None  # another machine need not have it
         options: dict[str, Any] = {"work_dir": place, "other_bytes": kept, "resumed": self.finished}
-        if device.type == "cuda":
+        if is_gpu(device):
             memory = plan_on_device(limits, works, free_device_memory(device), **options)
         else:
             memory = plan_memory(limits[0], works, **options)
@@ -208,6 +222,11 @@ class Pipeline:
         self.progress.on_estimate(estimator.estimate())
         estimator.start(self.phases.seconds)
         return memory, estimator
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether memory is planned as that of a GPU."""
+    return device.type == "cuda"
 
 
 def agreed(most: int | None) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -285,7 +285,7 @@ def works_of(
     batch_size: int | None = None,
 ) -> list[Work]:
     """The work of each step, for estimates. brought: blocks are brought to memory for their steps. batch_size:
-    sequences in a pass of fine-tuning.
+    sequences in a pass.
     """
     works = [
         dataclasses.replace(_work(model, plan, step, config, tokens, sequence_length), batch_size=batch_size)
@@ -296,7 +296,12 @@ def works_of(
     inside = [sum(parameter.nbytes for parameter in block.parameters()) for block in plan.blocks]
     outside = sum(parameter.nbytes for parameter in model.parameters()) - sum(inside)
     return [
-        dataclasses.replace(work, block_bytes=outside + max(inside) if step.index is None else inside[step.index])
+        dataclasses.replace(
+            work,
+            block_bytes=outside + max(inside) if step.index is None else inside[step.index],
+            ahead_bytes=max(inside),
+            start_bytes=outside,
+        )
         for work, step in zip(works, plan.steps, strict=True)
     ]
 
@@ -305,7 +310,7 @@ def _work(model: Any, plan: Plan, step: BlockPlan, config: AqlmConfig, tokens: i
     text = model.config.get_text_config()
     fused = getattr(model.config, "_attn_implementation", None) != "eager"
     modules = plan.blocks if step.index is None else [plan.blocks[step.index]]
-    linears = (part for module in modules for part in module.modules() if isinstance(part, torch.nn.Linear))
+    linears = [dict(_linears(module)) for module in modules]
     if step.index is None:
         config = config.replace(finetune_epochs=0)
         config = search_config(config, min(step.targets.values(), key=Format.code_bits_per_weight))
@@ -314,7 +319,7 @@ def _work(model: Any, plan: Plan, step: BlockPlan, config: AqlmConfig, tokens: i
         config = config.replace(finetune_lookahead=min(config.tuning.finetune_lookahead, left))
     return Work.from_shapes(
         {name: tuple(model.get_submodule(name).weight.shape) for name in step.targets},
-        sum(linear.weight.numel() for linear in linears),
+        sum(linear.weight.numel() for of_block in linears for linear in of_block.values()),
         tokens=tokens * (1 if step.index is None else plan.blocks.runs[step.index]),
         sequence_length=sequence_length,
         hidden_size=plan.blocks.width,
@@ -322,4 +327,18 @@ def _work(model: Any, plan: Plan, step: BlockPlan, config: AqlmConfig, tokens: i
         itemsize=model.dtype.itemsize,
         heads=0 if fused else getattr(text, "num_attention_heads", 0),
         formats=tuple(step.targets.values()),
+        width=max(_width(of_block, getattr(text, "num_experts_per_tok", None)) for of_block in linears),
+        comes_first=step.index is None,
     )
+
+
+def _linears(block: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
+    return ((name, part) for name, part in block.named_modules() if isinstance(part, torch.nn.Linear))
+
+
+def _width(linears: Mapping[str, torch.nn.Linear], experts_of_token: int | None) -> int:
+    """Inputs and outputs of the linears of a block that a token goes to."""
+    kinds: dict[str, list[int]] = {}
+    for name, linear in linears.items():
+        kinds.setdefault(kind_of(f"block.0.{name}"), []).append(linear.in_features + linear.out_features)
+    return sum(sum(sorted(sizes)[-(experts_of_token or len(sizes)) :]) for sizes in kinds.values())

@@ -29,6 +29,7 @@ from ..errors import shown
 from ..files import irregular
 from ..format import Format
 from ..io.checkpoint import quantized_linears, quantized_names, tensor_name
+from ..model.blocks import is_norm_or_bias
 from ..nn.embedding import quantized_class
 from ..nn.linear import QuantizedLayer
 from ..recipe import AqlmConfig
@@ -285,7 +286,7 @@ def block_state(block: torch.nn.Module, quantized_only: bool = False) -> dict[st
     return {
         name: p.detach()
         for name, p in named
-        if name.startswith(quantized) or (p.squeeze().ndim <= 1 and not quantized_only)
+        if name.startswith(quantized) or (is_norm_or_bias(p) and not quantized_only)
     }
 
 

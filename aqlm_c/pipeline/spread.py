@@ -13,19 +13,21 @@ _FACTOR = 1.7  # flop per in^3 of what is derived from H once for all layers tha
 
 
 def spread_layers(
-    layers: Mapping[str, tuple[Format, tuple[int, int], AqlmConfig]], shared: Mapping[str, Hashable], size: int
+    layers: Mapping[str, tuple[Format, tuple[int, int], AqlmConfig]],
+    shared: Mapping[str, Hashable],
+    size: int,
+    rates: Rates,
 ) -> dict[str, int]:
     """The rank, of `size`, of each layer, given as format, (out, in) and config by name.
 
     Layers of the same `shared` have their H in common: on one rank it is summed up and factored once. What comes of it
-    depends on nothing but the arguments: rates are those of one machine, since a measured one differs between ranks.
+    depends on nothing but the arguments. rates: the same on all ranks, so not those measured there.
     """
-    rates = Rates()
     costs, of_inputs = {}, {}
     for name, (format, (out, n), config) in layers.items():
         cost = get_method(config.solver).cost(format, (out, n), config.options)
         costs[name] = cost.flop / rates.gemm + cost.group_searches * rates.group
-        of_inputs[name] = _FACTOR * n**3 / rates.gemm
+        of_inputs[name] = _FACTOR * n**3 / rates.factor
     loads, known, found = [0.0] * size, [set[Hashable]() for _ in range(size)], {}
     for name in sorted(layers, key=lambda name: -costs[name]):  # a stable sort: ties as they come
         ends = [loads[r] + costs[name] + of_inputs[name] * (shared[name] not in known[r]) for r in range(size)]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..calibrate.activations import Activations
 from ..distributed import group
+from ..model.blocks import is_norm_or_bias
 from ..nn import ops
 from ..nn.linear import QuantizedLinear
 from ..recipe import AqlmConfig
@@ -83,10 +84,14 @@ def finetune_block(
     Of several ranks each has some of the batches, those of the first rank first. Gradients and errors of each batch are
     told to all ranks and added there in the order of one process, so that all have the same state.
 
+    What the blocks ahead make of the targets is kept where memory has room for it, and else made again whenever it is
+    compared with, to the same bits.
+
     Raises ValueError for NaN or Inf in the block's outputs.
     """
-    with inputs.empty() as ahead:
-        return _Tuner(index, blocks, quantized, inputs, targets, ahead, config).run(name, search)
+    with contextlib.ExitStack() as stack:
+        kept = stack.enter_context(inputs.empty()) if inputs.has_room() else None
+        return _Tuner(index, blocks, quantized, inputs, targets, kept, config).run(name, search)
 
 
 def _square_error(output: Tensor, target: Tensor) -> Tensor:
@@ -135,13 +140,14 @@ class _Tuner:
         quantized: Mapping[str, QuantizedLinear],
         inputs: Activations,
         targets: Activations,
-        ahead: Activations,
+        ahead: Activations | None,
         config: AqlmConfig,
     ) -> None:
         self.index, self.block, self.quantized = index, blocks[index], quantized
         tuning = self.tuning = config.tuning
         self.ahead = list(blocks[index + 1 : index + 1 + tuning.finetune_lookahead])
-        self.inputs, self.seed = inputs, config.seed
+        self.inputs, self.targets, self.seed = inputs, targets, config.seed
+        self.kept = ahead if self.ahead else None  # what the blocks ahead make of the targets
         self.dtypes = {name: parameter.dtype for name, parameter in self.block.named_parameters()}
         self.decoders = {name: self._decoder(name, layer.codes.detach()) for name, layer in quantized.items()}
         rate = tuning.finetune_learning_rate
@@ -154,7 +160,7 @@ class _Tuner:
         self.others = {  # norms and biases; matrices that were not quantized stay
             name: _Trained(kept.get(name, parameter), rate * _OTHERS)
             for name, parameter in self.block.named_parameters()
-            if name not in dense and parameter.is_floating_point() and parameter.squeeze().ndim <= 1
+            if name not in dense and is_norm_or_bias(parameter)
         }
         self.trained = [*self.codebooks.values(), *self.scales.values(), *self.others.values()]
         sizes = group().gather(inputs.batch_sizes())
@@ -168,10 +174,11 @@ class _Tuner:
         self.held_out = held_out_batches(n_batches, tuning.finetune_held_out)
         self.training = [batch for batch in range(n_batches) if batch not in self.held_out]
         self.probe = self.training[: len(self.held_out)]  # shows the error on what is trained on
-        self.goals = [targets, ahead] if self.ahead else [targets]
-        self.squares: dict[tuple[bool, int], Tensor] = {}
-        for batch in range(len(targets.hidden) if self.ahead else 0):
-            ahead.hidden.append(self._look_ahead(batch, targets.hidden[batch]).detach())
+        self.places = 2 if self.ahead else 1  # where outputs are compared
+        self.squares: dict[tuple[int, int], Tensor] = {}
+        if self.kept is not None:
+            for batch in range(len(targets.hidden)):
+                self.kept.hidden.append(self._look_ahead(batch, targets.hidden[batch]).detach())
 
     def _decoder(self, name: str, codes: Tensor) -> _Decoder:
         return _Decoder(self.quantized[name], codes, self.dtypes[f"{name}.weight"])
@@ -191,7 +198,7 @@ class _Tuner:
             held_out_before=self.ceiling,
             history=[(training, self.best)],
         )
-        self._keep()
+        self._keep_state()
         for round_ in range(1 + (tuning.finetune_search if search else 0)):
             if round_ and search:
                 better = self._search_again(search)
@@ -216,7 +223,7 @@ class _Tuner:
             self._restore()
         self._store()
         report.held_out_after = self.own
-        report.training_after, _ = self._error(self.probe, self.goals[:1])
+        report.training_after, _ = self._error(self.probe, 1)
         report.seconds = time.perf_counter() - started
         return report
 
@@ -256,7 +263,7 @@ class _Tuner:
         """Add the gradients of a batch of this rank, times its share of a step, to those of the changes; its error."""
         with self._trainable() as tensors:  # decoded for each, so that the sums do not depend on who has which
             own, *ahead = self._errors(batch, tensors)
-            loss = sum(ahead, own) / len(self.goals)
+            loss = sum(ahead, own) / self.places
             (loss * (share * self.gradient_scale)).backward()
         return loss.detach().double()
 
@@ -303,32 +310,40 @@ class _Tuner:
 
     def _prefetch(self, batch: int | None) -> None:
         if batch is not None:
-            for activations in (self.inputs, *self.goals):
-                activations.prefetch(batch)
+            for activations in (self.inputs, self.targets, self.kept):
+                if activations is not None:
+                    activations.prefetch(batch)
 
     def _errors(self, batch: int, tensors: dict[str, Tensor]) -> list[Tensor]:
         """The relative errors that are tuned for, of one batch."""
-        outputs = self._outputs(batch, tensors, len(self.goals))
-        return [
-            _square_error(output, goal.hidden[batch]) / _above_zero(self._square(goal, batch))
-            for output, goal in zip(outputs, self.goals, strict=True)
-        ]
+        goals = self._goals(batch, self.places)
+        squares = [_above_zero(self._square(place, batch, goal)) for place, goal in enumerate(goals)]
+        outputs = self._outputs(batch, tensors, self.places)
+        errors = map(_square_error, outputs, goals)
+        return [error / square for error, square in zip(errors, squares, strict=True)]
 
-    def _square(self, goal: Activations, batch: int) -> Tensor:
+    @torch.no_grad()
+    def _goals(self, batch: int, places: int) -> list[Tensor]:
+        """What the outputs of a batch are compared with, at the first of the places."""
+        target = self.targets.hidden[batch]
+        if places == 1:
+            return [target]
+        return [target, self._look_ahead(batch, target) if self.kept is None else self.kept.hidden[batch]]
+
+    def _square(self, place: int, batch: int, goal: Tensor) -> Tensor:
         """Of a batch of a goal, summed."""
-        key = goal is self.goals[0], batch
-        if key not in self.squares:
-            self.squares[key] = goal.hidden[batch].float().square().sum()
-        return self.squares[key]
+        if (place, batch) not in self.squares:
+            self.squares[place, batch] = goal.float().square().sum()
+        return self.squares[place, batch]
 
-    def _outputs(self, batch: int, tensors: dict[str, Tensor], goals: int) -> list[Tensor]:
-        """What the trained block gives for a batch and, with two goals, what the blocks ahead make of it."""
+    def _outputs(self, batch: int, tensors: dict[str, Tensor], places: int) -> list[Tensor]:
+        """What the trained block gives for a batch and, at the second place, what the blocks ahead make of it."""
 
         def block(*args, **kwargs):
             return torch.func.functional_call(self.block, tensors, args, kwargs)
 
         own = self.inputs.forward(self.index, block, batch)
-        return [own, self._look_ahead(batch, own)] if goals > 1 else [own]
+        return [own, self._look_ahead(batch, own)] if places > 1 else [own]
 
     def _look_ahead(self, batch: int, hidden: Tensor) -> Tensor:
         for ahead, block in enumerate(self.ahead, self.index + 1):
@@ -356,22 +371,23 @@ class _Tuner:
         return tensors
 
     @torch.no_grad()
-    def _error(self, batches: Sequence[int], goals: Sequence[Activations] = ()) -> tuple[float, float]:
+    def _error(self, batches: Sequence[int], places: int = 0) -> tuple[float, float]:
         """Relative errors ||Y - Yq||^2 / ||Y||^2 of rounded values: of the block's output, and the mean tuned for.
 
-        goals: where outputs are compared, if not at all.
+        places: at how many outputs are compared, if not at all.
         """
-        goals = goals or self.goals
+        places = places or self.places
         tensors = self._tensors(self._values(rounded=True))
         own = self._own(batches)
-        squares = torch.zeros(len(own), len(goals), 2, dtype=torch.float64, device=self.device)
+        squares = torch.zeros(len(own), places, 2, dtype=torch.float64, device=self.device)
         for row, batch, upcoming in zip(squares, own, [*own[1:], None], strict=False):
             self._prefetch(upcoming)
-            for i, (output, goal) in enumerate(zip(self._outputs(batch, tensors, len(goals)), goals, strict=True)):
-                row[i, 0] = _square_error(output, goal.hidden[batch]).double()
-                row[i, 1] = self._square(goal, batch).double()
+            goals = self._goals(batch, places)
+            for place, (output, goal) in enumerate(zip(self._outputs(batch, tensors, places), goals, strict=True)):
+                row[place, 0] = _square_error(output, goal).double()
+                row[place, 1] = self._square(place, batch, goal).double()
         counts = [sum(batch in there for batch in batches) for there in self.of_ranks]
-        sums = torch.zeros(len(goals), 2, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(places, 2, dtype=torch.float64, device=self.device)
         for row in itertools.chain(*group().gather_rows(squares.flatten(1), counts)):  # in order, as batches are
             sums += row.view_as(sums)
         errors = sums[:, 0] / _above_zero(sums[:, 1])
@@ -383,15 +399,15 @@ class _Tuner:
         if not (objective < self.best and own <= self.ceiling):
             return False
         self.best, self.own = objective, own
-        self._keep()
+        self._keep_state()
         return True
 
-    def _keep(self) -> None:
-        self.kept = [tensor.change.detach().clone() for tensor in self.trained], dict(self.decoders)
+    def _keep_state(self) -> None:
+        self.best_state = [tensor.change.detach().clone() for tensor in self.trained], dict(self.decoders)
 
     @torch.no_grad()
     def _restore(self) -> None:
-        changes, decoders = self.kept
+        changes, decoders = self.best_state
         for tensor, change in zip(self.trained, changes, strict=True):
             tensor.change.copy_(change)
         self.decoders = dict(decoders)

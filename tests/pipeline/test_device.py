@@ -5,6 +5,7 @@ that are copied as to another device.
 """
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -15,14 +16,17 @@ import aqlm_c
 from aqlm_c.calibrate.activations import capture
 from aqlm_c.calibrate.hessians import HessianSums
 from aqlm_c.calibrate.offload import OffloadedTensors, Room
+from aqlm_c.calibrate.sources import SequenceCalibration
 from aqlm_c.core import arrays
 from aqlm_c.methods import METHODS
 from aqlm_c.model.blocks import find_blocks
 from aqlm_c.model.residence import Residence
 from aqlm_c.pipeline import block as stages
 from aqlm_c.pipeline import estimate, pipeline
-from aqlm_c.pipeline.estimate import Work, groups_of, plan_on_device
+from aqlm_c.pipeline.estimate import Estimator, Rates, Work, fitting_batch_size, groups_of, plan_on_device
+from aqlm_c.pipeline.plan import make_plan, works_of
 from aqlm_c.recipe import AqlmConfig
+from aqlm_c.train.block import _Tuner
 
 CPU = torch.device("cpu")
 TIES = hasattr(PreTrainedModel, "get_expanded_tied_weights_keys")
@@ -81,6 +85,43 @@ def test_a_model_that_comes_block_by_block_has_the_bits_of_one_that_is_there(kin
     assert all(residence.moves and not residence._at_home and not residence._uses for residence in made)
 
 
+@pytest.mark.parametrize("takes_more", [False, True])
+def test_blocks_come_once_for_the_output_layer(takes_more, request, monkeypatch):
+    """Unless the model takes more of the blocks than what the last one returns."""
+
+    def model():
+        model, first = MODELS["llama"](), []
+        if takes_more:
+            model.model.layers[0].register_forward_hook(lambda *call: first.append(call[2]))
+            model.model.norm.register_forward_pre_hook(lambda _, args: (args[0] + first.pop(),))
+        return model
+
+    config = AqlmConfig.from_scheme("1x4g8", rules={"lm_head": "2x4g8"}, finetune_epochs=0, **FEW)
+    plain, other, tokens = model(), model(), random_tokens(8, 24)
+    aqlm_c.quantize_model(plain, tokens, config, batch_size=2)
+    request.getfixturevalue("as_on_a_device")
+    begun, of_output = [], SequenceCalibration.of_output
+    fetch, users = Residence.fetch, []
+
+    def fetched(self, block):
+        if begun and block is not self.model and not self._uses.get(id(block)):
+            users.append(block)
+        fetch(self, block)
+
+    def watched(*args):
+        begun.append(True)
+        try:
+            return of_output(*args)
+        finally:
+            begun.clear()
+
+    monkeypatch.setattr(Residence, "fetch", fetched)
+    monkeypatch.setattr(SequenceCalibration, "of_output", watched)
+    aqlm_c.quantize_model(other, tokens, config, batch_size=2)
+    assert_same(other, plain)
+    assert len(users) == 3 * (2 + 4 * takes_more)  # to be passed through, for the first batch; for each of four
+
+
 # ---- residence --------------------------------------------------------------------------------------------------
 
 
@@ -99,6 +140,34 @@ def test_a_dense_block_comes_home_as_the_tensors_it_had():
     home = {name: parameter.data_ptr() for name, parameter in block.named_parameters()}
     assert {name for name in there if there[name] != home[name]} <= {name for name in there if "norm" in name}
     assert block.input_layernorm.weight.mean() > 1.5
+
+
+def test_a_tensor_that_blocks_share_is_not_read_before_it_is_written_to():
+    model = tiny_llama(num_hidden_layers=3)
+    first, second, third = model.model.layers
+    second.input_layernorm = third.input_layernorm = first.input_layernorm  # before all, or while the first is there
+    start = first.input_layernorm.weight.detach().clone()
+    with Residence(model, CPU, (), moves=True) as residence:
+        residence.read_ahead(second)
+        with residence.using(first):
+            first.input_layernorm.weight.data.add_(1)
+            residence.read_ahead(third)
+        with residence.using(second):
+            assert torch.equal(second.input_layernorm.weight, start + 1)
+            second.input_layernorm.weight.data.add_(1)
+        with residence.using(third):
+            assert torch.equal(third.input_layernorm.weight, start + 2)
+        residence.read_ahead(first)
+        with torch.no_grad():
+            first.input_layernorm.weight.add_(1)  # at home
+        with residence.using(first):
+            assert torch.equal(first.input_layernorm.weight, start + 3)
+        residence.read_ahead(second)
+        read = next(iter(residence._coming[id(second)].result().values()))
+        with residence.using(second):
+            assert any(
+                tensor is read.tensor and tensor.data_ptr() == read.there.data_ptr() for tensor in second.parameters()
+            )
 
 
 def test_an_error_leaves_everything_at_home():
@@ -161,6 +230,23 @@ def test_offloaded_tensors_are_a_list(tmp_path):
         assert len(kept) == 0 and room.device_left == sizes[0]
 
 
+@pytest.mark.parametrize("copies", [3, 2, 1])
+def test_targets_ahead_are_made_again_where_memory_has_no_room_for_them(copies, tmp_path, monkeypatch):
+    model, other, tokens = (*(tiny_llama(num_hidden_layers=3) for _ in range(2)), random_tokens(8, 24))
+    config = AqlmConfig.from_scheme("1x4g8", finetune_epochs=2, finetune_search=1, **FEW)
+    plain = aqlm_c.quantize_model(model, tokens, config, batch_size=2)
+    batch = 2 * 24 * 32 * 4
+    room, calls = Room(CPU, 3 * batch, (4 * copies - 3) * batch, tmp_path), []
+    monkeypatch.setattr(pipeline.Pipeline, "_place", lambda self, memory, stack: room)
+    look_ahead = _Tuner._look_ahead
+    monkeypatch.setattr(_Tuner, "_look_ahead", lambda self, *args: calls.append(self.kept) or look_ahead(self, *args))
+    again = aqlm_c.quantize_model(other, tokens, config, batch_size=2)
+    assert all((kept is None) == (copies < 3) for kept in calls)
+    assert_same(other, model)
+    assert [block.history for block in again.blocks] == [block.history for block in plain.blocks]
+    assert room.device_left == 3 * batch
+
+
 # ---- H of a part of the layers at a time --------------------------------------------------------------------------
 
 
@@ -209,14 +295,15 @@ def test_experts_with_few_tokens_share_one_h_in_parts_too(monkeypatch, caplog):
 GIB = 2**30
 
 
-def work_of_8b():
+def work_of_8b(lookahead=0, batch_size=None, **options):
     shapes = {f"self_attn.{name}_proj": (4096, 4096) for name in "qo"} | {
         f"self_attn.{name}_proj": (1024, 4096) for name in "kv"
     }
     shapes |= {"mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096), "mlp.down_proj": (4096, 14336)}
-    config = AqlmConfig.from_scheme("2x8g8", finetune_epochs=1, finetune_lookahead=0)
+    config = AqlmConfig.from_scheme("2x8g8", finetune_epochs=1, finetune_lookahead=lookahead, **options)
     sizes = {"tokens": 512 * 2048, "sequence_length": 2048, "hidden_size": 4096, "config": config}
-    return Work.from_shapes(shapes, **sizes, block_bytes=436 * 2**20)
+    bytes_ = {"block_bytes": 416 * 2**20, "ahead_bytes": 416 * 2**20, "start_bytes": 2004 * 2**20}
+    return Work.from_shapes(shapes, **sizes, **bytes_, batch_size=batch_size)
 
 
 def test_activations_stay_on_a_device_as_far_as_they_fit(tmp_path, monkeypatch):
@@ -227,9 +314,9 @@ def test_activations_stay_on_a_device_as_far_as_they_fit(tmp_path, monkeypatch):
     assert 0 < small.device_activations < works[0].activations() and small.device_bytes <= 24 * GIB
     assert small.memory_bytes > large.memory_bytes and not small.on_disk
     monkeypatch.setattr(estimate, "available_memory", lambda: GIB)
-    assert plan_on_device((None, 24 * GIB), works, 79 * GIB, resident=GIB).on_disk
-    room = 3 * GIB
-    tight = plan_on_device((room, 24 * GIB), works, 79 * GIB, resident=GIB, work_dir=tmp_path)
+    assert plan_on_device((None, 20 * GIB), works, 79 * GIB, resident=GIB).on_disk
+    room = 5 * GIB
+    tight = plan_on_device((room, 20 * GIB), works, 79 * GIB, resident=GIB, work_dir=tmp_path)
     assert tight.on_disk and tight.memory_bytes <= room and tight.directory == tmp_path
 
 
@@ -241,10 +328,95 @@ def test_limits_of_a_device_are_refused_before_the_work():
         plan_on_device((None, GIB), works, 79 * GIB, resident=GIB)
     needed = int(str(caught.value).partition("at least ")[2].split()[0])
     assert plan_on_device((None, needed), works, 79 * GIB, resident=GIB).device_activations == 0
-    with pytest.raises(ValueError, match=r"device_memory_limit: got .*, which is what the GPU has free"):
+    with pytest.raises(ValueError, match=r"device: got 1020054732 .*, of the GPU's memory that is free"):
         plan_on_device((None, None), works, GIB, resident=GIB)
     with pytest.raises(ValueError, match="memory_limit: got 1073741824"):
         plan_on_device((GIB, None), works, 79 * GIB, resident=GIB)
+
+
+def test_an_8b_model_fits_16_gib_of_a_gpu_and_24_of_the_host():
+    works = [work_of_8b(2, 4)] * 32
+    small, large = (
+        plan_on_device(limits, works, 79 * GIB, resident=6 * GIB) for limits in ((24 * GIB, 16 * GIB), (10**12, None))
+    )
+    assert small.again and not small.on_disk and small.device_bytes <= 16 * GIB and small.memory_bytes <= 24 * GIB
+    assert not large.again and large.device_activations == works[0].activations() == 3 * 512 * 2048 * 4096 * 2
+    assert works[0].activations(True) == 2 * 512 * 2048 * 4096 * 2
+    seconds = [Estimator(works, plan, Rates()).estimate().seconds_total for plan in (large, small)]
+    assert seconds[0] < seconds[1]
+    embeddings = dataclasses.replace(works[0], layers=((128256, 4096),), inputs=(4096,), comes_first=True)
+    assert embeddings.device_memory() > works[0].device_memory()
+    first = plan_on_device((24 * GIB, 16 * GIB), [embeddings, *works], 79 * GIB, resident=6 * GIB)
+    assert first.device_activations == small.device_activations and first.device_bytes <= 16 * GIB
+
+
+@pytest.mark.parametrize("gib", [1, 6, 8.7, 9, 10, 11, 12, 14, 30])
+def test_a_pass_has_as_many_sequences_as_a_gpu_has_memory_for(gib):
+    works = [work_of_8b(2)] * 32
+    size = fitting_batch_size(int(gib * GIB), works, 79 * GIB, 4)
+    assert size in (1, 2, 4) and fitting_batch_size(None, works, int(gib * GIB / 0.95), 4) == size
+    whole, parts = ({n: work_of_8b(2, n).device_memory(most) for n in (4, 2, 1)} for most in (None, 0))
+    assert size == next((n for needs in (whole, parts) for n, need in needs.items() if need <= gib * GIB), 1)
+    assert parts[1] <= parts[2] < parts[4] and parts[1] < whole[1]
+    if parts[1] > gib * GIB:
+        with pytest.raises(ValueError, match=r"device_memory_limit: got .* on batches of 2048 tokens"):
+            plan_on_device((None, int(gib * GIB)), [work_of_8b(2, size)] * 32, 79 * GIB, resident=GIB)
+
+
+@pytest.mark.parametrize("layers", [None, "v_proj"])
+def test_a_batch_takes_what_a_token_goes_through(layers):
+    model, config = tiny_mixtral(), AqlmConfig.from_scheme("1x4g8", finetune_epochs=1)
+    plan = make_plan(model, config, layers)
+    works = works_of(model, plan, plan.config, 1024, 64)
+    attention, expert = 2 * 64 + 2 * 48, 3 * (32 + 48)
+    linears = [module for module in model.model.layers[0].modules() if isinstance(module, torch.nn.Linear)]
+    router = sum(32 + 4 for linear in linears if linear.out_features == 4)  # in some transformers no linear
+    assert {work.width for work in works} == {attention + 2 * expert + router}
+    plan = make_plan(tiny_llama(), AqlmConfig.from_scheme("1x4g8", rules={"embed": "2x4g8"}))
+    first, second, _ = works_of(tiny_llama(), plan, plan.config, 1024, 64)
+    assert first.comes_first and not second.comes_first and first.width == second.width == 2 * 64 + 2 * 48 + 3 * 96
+
+
+def test_codes_that_are_searched_again_keep_weights_and_h():
+    assert work_of_8b(finetune_search=1).device_memory() > work_of_8b().device_memory() + 4 * work_of_8b().weights
+    assert work_of_8b(finetune_search=1).memory() > work_of_8b().memory() + 4 * work_of_8b().weights
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_the_batch_size_follows_the_limit(epochs, monkeypatch):
+    """As on a GPU, with an invented one."""
+    config = AqlmConfig.from_scheme("1x4g8", finetune_epochs=epochs, finetune_lookahead=1, **FEW)
+    tokens, free, known = random_tokens(16, 96), 10**9, {}
+    monkeypatch.setattr(pipeline, "is_gpu", lambda device: True)
+    monkeypatch.setattr(pipeline, "free_device_memory", lambda device: free)
+    fitting = pipeline.fitting_batch_size
+
+    def recorded(limit, works, *others):
+        known.update(
+            {
+                (n, most): max(dataclasses.replace(work, batch_size=n).device_memory(most) for work in works)
+                for n in (1, 2)
+                for most in (0, None)
+            }
+        )
+        return fitting(limit, works, *others)
+
+    monkeypatch.setattr(pipeline, "fitting_batch_size", recorded)
+    whole = aqlm_c.quantize_model(tiny_llama(), tokens, config)
+    assert whole.plan["batch_size"] == (4 if epochs else 16) and known[1, None] < known[2, None]
+    model, other = tiny_llama(), tiny_llama()
+    few = aqlm_c.quantize_model(model, tokens, config, device_memory_limit=known[2, None])
+    assert few.plan["batch_size"] == 2
+    monkeypatch.setattr(pipeline, "is_gpu", lambda device: False)
+    aqlm_c.quantize_model(other, tokens, config, batch_size=2)
+    assert_same(model, other)
+    monkeypatch.setattr(pipeline, "is_gpu", lambda device: True)
+    words = f"device_memory_limit: got {known[2, None]} .*, for a step of the work on batches of 384 tokens"
+    with pytest.raises(ValueError, match=words):
+        aqlm_c.quantize_model(tiny_llama(), tokens, config, device_memory_limit=known[2, None], batch_size=4)
+    free = known[1, 0] - 1
+    with pytest.raises(ValueError, match=r"device: got \d+ .*, for a step of the work on batches of 96 tokens"):
+        aqlm_c.quantize_model(tiny_llama(), tokens, config)
 
 
 def test_layers_of_a_module_are_in_one_group():

@@ -14,6 +14,7 @@ import torch
 from aqlm_c import distributed
 from aqlm_c.calibrate import activations
 from aqlm_c.calibrate.hessians import HessianSums
+from aqlm_c.pipeline.estimate import Rates
 from aqlm_c.pipeline.resume import begun_batch_size
 from aqlm_c.pipeline.spread import spread_layers
 from aqlm_c.recipe import AqlmConfig
@@ -177,17 +178,31 @@ def test_each_rank_has_the_device_of_its_number(environment, monkeypatch):
     assert distributed.device_of_rank("cuda", "--device") == torch.device("cuda:2")
 
 
-def test_layers_go_to_ranks_by_cost_and_with_those_of_their_inputs():
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_layers_go_to_ranks_by_cost_and_with_those_of_their_inputs(kind):
+    rates = Rates.of_kind(torch.device(kind))
     config = AqlmConfig.from_scheme("2x8g8")
     shapes = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}
     shapes |= {"gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336)}
     shared = {"q": "x", "k": "x", "v": "x", "o": "y", "gate": "z", "up": "z", "down": "w"}
     layers = {name: (config.format, shape, config) for name, shape in shapes.items()}
-    assert set(spread_layers(layers, shared, 1).values()) == {0}
-    two = spread_layers(layers, shared, 2)
-    assert list(two) == list(shapes) and set(two.values()) == {0, 1} and two == spread_layers(layers, shared, 2)
+    assert set(spread_layers(layers, shared, 1, rates).values()) == {0}
+    two = spread_layers(layers, shared, 2, rates)
+    assert list(two) == list(shapes) and set(two.values()) == {0, 1} and two == spread_layers(layers, shared, 2, rates)
     assert two["gate"] == two["up"] != two["down"] and len({two[name] for name in "qkv"}) == 1
-    assert len(set(spread_layers(layers, shared, 7).values())) == 7
+    assert len(set(spread_layers(layers, shared, 7, rates).values())) == 7
+
+
+def test_layers_are_weighed_as_the_device_takes_them():
+    """A wide layer costs a CPU less than a deep one, whose products with H take most of its time, and a GPU more."""
+    config = AqlmConfig.from_scheme("2x8g8")
+    shapes = {"deep": (8192, 14336), "wide": (80000, 4096), "small": (1024, 4096)}
+    layers = {name: (config.format, shape, config) for name, shape in shapes.items()}
+    cpu, gpu = (
+        spread_layers(layers, {name: name for name in shapes}, 2, Rates.of_kind(torch.device(kind)))
+        for kind in ("cpu", "cuda")
+    )
+    assert cpu["small"] == cpu["wide"] != cpu["deep"] and gpu["small"] == gpu["deep"] != gpu["wide"]
 
 
 def test_each_step_takes_batches_of_all_ranks():

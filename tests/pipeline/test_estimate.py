@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from tiny import random_tokens, tiny_llama
 
 from aqlm_c.calibrate.activations import capture
 from aqlm_c.calibrate.hessians import HessianSums
-from aqlm_c.files import check_free_space, resident_memory
+from aqlm_c.files import available_memory, check_free_space, resident_memory, same_disk
 from aqlm_c.model.blocks import find_blocks, quantizable_linears
+from aqlm_c.pipeline import estimate
 from aqlm_c.pipeline.estimate import Estimate, Estimator, MemoryPlan, Rates, Work, plan_memory
 from aqlm_c.recipe import AqlmConfig
 from aqlm_c.units import binary_size, duration
@@ -162,10 +164,10 @@ def test_within_20_percent_from_the_second_block_on(run, options, speed):
         for index, block in enumerate(works):
             machine.run(block)
             estimator.finish_block(index, machine.phases)
-            estimate = estimator.estimate()
-            assert (estimate.done, estimate.n_blocks) == (index + 1, len(works))
-            totals.append(estimate.seconds_total)
-            lefts.append(estimate.seconds_left)
+            found = estimator.estimate()
+            assert (found.done, found.n_blocks) == (index + 1, len(works))
+            totals.append(found.seconds_total)
+            lefts.append(found.seconds_left)
             times.append(machine.now)
         actual = machine.now - 17.0
         for total in totals:
@@ -280,6 +282,68 @@ def test_a_disk_that_is_too_small_stops_before_the_work(tmp_path, monkeypatch):
     check_free_space(tmp_path, 1000, "OUT")
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_ranks_of_a_machine_share_its_disk(ranks, tmp_path, monkeypatch):
+    work_dir, others, works = tmp_path / "work", tmp_path / "temporary", [work()] * 4
+    stored, activations = sum(each.stored() for each in works), works[0].activations()
+    disks = {"work": 1, "temporary": 1}
+    monkeypatch.setattr(estimate, "local_size", lambda: ranks)
+    monkeypatch.setattr(estimate, "temporary_directory", lambda: str(others))
+    monkeypatch.setattr(estimate, "same_disk", lambda one, other: disks[one.name] == disks[Path(other).name])
+    asked = []
+    monkeypatch.setattr(
+        estimate, "check_free_space", lambda directory, n_bytes, what: asked.append((directory, n_bytes))
+    )
+    limit = GIB + works[0].memory() + activations - 1
+    assert plan_memory(limit, works, resident=GIB).disk_bytes == stored + activations  # of one rank
+    plan_memory(limit, works, resident=GIB, work_dir=work_dir)
+    disks["work"] = 2
+    plan_memory(limit, works, resident=GIB, work_dir=work_dir)
+    alone = (work_dir, stored + activations)
+    assert asked == [(others, ranks * activations), (work_dir, stored + ranks * activations), alone]
+
+
+def test_directories_on_one_disk(tmp_path):
+    assert same_disk(tmp_path, tmp_path / "not" / "there") and not same_disk(tmp_path, "/proc")
+
+
+def test_available_memory_is_what_machine_and_control_groups_leave(tmp_path):
+    def write(**files):
+        for name, text in files.items():
+            path = tmp_path.joinpath(*name.split("__"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def group(directory, limit, used, inactive):
+        place = tmp_path / directory
+        place.mkdir(parents=True, exist_ok=True)
+        sizes = {"memory.max": limit, "memory.current": used, "memory.stat": f"anon 5\ninactive_file {inactive}\n"}
+        for name, value in sizes.items():
+            (place / name).write_text(f"{value}\n")
+
+    assert available_memory(tmp_path) is None
+    write(proc__meminfo="MemTotal: 4000 kB\nMemFree: 100 kB\nMemAvailable: 3000 kB\n")
+    assert available_memory(tmp_path) == 3000 * 1024
+    group("sys/fs/cgroup", 2_000_000, 1_500_000, 400_000)  # as a container sees its own
+    assert available_memory(tmp_path) == 900_000
+    group("sys/fs/cgroup", "max", 1_500_000, 0)
+    assert available_memory(tmp_path) == 3000 * 1024
+    (tmp_path / "sys/fs/cgroup/memory.max").unlink()  # that of a machine has none
+    write(proc__self__cgroup="0::/user.slice/run.scope\n")
+    group("sys/fs/cgroup/user.slice", 1_000_000, 800_000, 100_000)
+    group("sys/fs/cgroup/user.slice/run.scope", "max", 700_000, 0)
+    assert available_memory(tmp_path) == 300_000
+    group("sys/fs/cgroup/user.slice/run.scope", 600_000, 700_000, 50_000)
+    assert available_memory(tmp_path) == 0
+    shutil.rmtree(tmp_path / "sys")
+    write(proc__self__cgroup="5:cpu,cpuacct:/elsewhere\n4:memory:/box\n0::/\nno line\n")
+    for name, value in (("limit", 10**6), ("usage", 900_000)):
+        write(**{f"sys__fs__cgroup__memory__box__memory.{name}_in_bytes": f"{value}\n"})
+    assert available_memory(tmp_path) == 100_000
+    write(**{"sys__fs__cgroup__memory__box__memory.stat": "inactive_file 7\ntotal_inactive_file 50000\n"})
+    assert available_memory(tmp_path) == 150_000
+
+
 def test_resident_memory_grows_with_what_is_held():
     before = resident_memory()
     held = torch.ones(2**26)
@@ -287,10 +351,10 @@ def test_resident_memory_grows_with_what_is_held():
 
 
 def test_one_line_for_people():
-    estimate = Estimate(1920, 1920, int(1.4 * GIB), int(0.13 * GIB), 30, 0)
-    assert estimate.describe() == "about 32 min, 1.4 GiB of memory, 0.1 GiB on disk"
-    estimate = Estimate(1920, 600, int(1.4 * GIB), int(0.13 * GIB), 30, 20)
-    assert estimate.describe().startswith("about 10 min left of 32 min, 1.4 GiB")
+    found = Estimate(1920, 1920, int(1.4 * GIB), int(0.13 * GIB), 30, 0)
+    assert found.describe() == "about 32 min, 1.4 GiB of memory, 0.1 GiB on disk"
+    found = Estimate(1920, 600, int(1.4 * GIB), int(0.13 * GIB), 30, 20)
+    assert found.describe().startswith("about 10 min left of 32 min, 1.4 GiB")
     plan = MemoryPlan(GIB, 27 * 2**20, False, None)
     assert Estimator([work()], plan).estimate().describe().endswith("1.0 GiB of memory, 27 MiB on disk")
     spans = [duration(seconds) for seconds in (45, 1920, 11520, 216000)]

@@ -28,16 +28,7 @@ template <int G> __global__ void norm_kernel(float *norms, const Walk w) {
     for (int d = threadIdx.x; d < G * G; d += blockDim.x) S[d] = w.metric[int64_t(w.first + i) * G * G + d];
     __syncthreads();
     if (at >= entries) return;
-    const Entry<G> c(w.codebooks + int64_t(at) * G);
-    float square = 0;
-#pragma unroll
-    for (int d = 0; d < G; ++d) {
-        float sum = 0;
-#pragma unroll
-        for (int p = 0; p < G; ++p) sum = fmaf(c.x[p], S[p * G + d], sum);
-        square = fmaf(sum, c.x[d], square);
-    }
-    norms[int64_t(i) * entries + at] = square;
+    norms[int64_t(i) * entries + at] = square_in<G>(S, Entry<G>(w.codebooks + int64_t(at) * G).x);
 }
 
 /* Of R rows with left [R, G] in shared memory the entry of `book` with the smallest norm - 2 left c, ties to the lower:
@@ -231,7 +222,7 @@ template <int G, int R> __global__ void __launch_bounds__(THREADS) nearest_kerne
     float *left = rows.place(nearest_memory, w), *low = left + R * G;               /* [R, G], [R, WARPS] */
     auto *who = reinterpret_cast<int *>(low + R * WARPS), *index = who + R * WARPS; /* [R, WARPS], [R] */
     auto(*trial)[MOST_K] = reinterpret_cast<uint16_t (*)[MOST_K]>(index + R);       /* [R, MOST_K] */
-    rows.load_T(w);
+    load_T<G>(rows.T, w, rows.first, rows.count);
     for (int i = w.first; i < w.first + w.count; ++i) {
         rows.load_targets(w, i);
         for (int at = threadIdx.x; at < R * w.K; at += THREADS) {
@@ -290,7 +281,7 @@ template <int G> __global__ void __launch_bounds__(THREADS) beam_kernel(const Wa
     const Hypotheses<G> hypotheses(memory + warp * Hypotheses<G>::floats(most), most);
     float *const cost = hypotheses.cost, *const sum = hypotheses.sum;
     uint16_t *const codes = hypotheses.codes;
-    rows.load_T(w);
+    load_T<G>(rows.T, w, rows.first, rows.count);
     for (int i = w.first; i < w.first + w.count; ++i) {
         rows.load_targets(w, i);
         const float *S = rows.S;

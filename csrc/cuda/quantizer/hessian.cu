@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(THREADS)
 
 __global__ void permute_kernel(double *permuted, const float *H, const int32_t *order, const double *mean,
                                const double relative_damp, const int64_t in, const int g) {
-    const int64_t i = blockIdx.y, pi = in - 1 - i, hi = static_cast<int64_t>(order[pi / g]) * g + pi % g;
-    const int64_t j = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x, pj = in - 1 - j;
+    const int64_t i = blockIdx.x, pi = in - 1 - i, hi = static_cast<int64_t>(order[pi / g]) * g + pi % g;
+    const int64_t j = static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x, pj = in - 1 - j;
     if (j >= in) return;
     double value = 0;
     if (j <= i) value = H[hi * in + static_cast<int64_t>(order[pj / g]) * g + pj % g];
@@ -185,7 +185,7 @@ extern "C" cudaError_t aqlm_cuda_order_groups(int32_t *order, double *mean, cons
 extern "C" cudaError_t aqlm_cuda_permute_hessian(double *permuted, const float *H, const int32_t *order,
                                                  const double *mean, double relative_damp, int64_t in_features,
                                                  int64_t in_group_size, cudaStream_t stream) {
-    const dim3 grid(blocks(in_features, THREADS), static_cast<unsigned>(in_features));
+    const dim3 grid(static_cast<unsigned>(in_features), blocks(in_features, THREADS));
     permute_kernel<<<grid, THREADS, 0, stream>>>(permuted, H, order, mean, relative_damp, in_features,
                                                  static_cast<int>(in_group_size));
     return cudaGetLastError();

@@ -26,20 +26,6 @@ constexpr int STRIP = 32; /* entries a of a block of threads */
 
 __host__ __device__ constexpr int table_pitch(int E) { return E < 4 ? 4 : E; }
 
-/* c S c */
-template <int G> __device__ float square_in(const float *S, const float (&c)[G]) {
-    float square = 0;
-#pragma unroll
-    for (int d = 0; d < G; ++d) {
-        asm volatile("" ::: "memory"); /* else all of S is loaded at once, and spilled */
-        float sum = 0;
-#pragma unroll
-        for (int p = 0; p < G; ++p) sum = fmaf(c[p], S[p * G + d], sum);
-        square = fmaf(sum, c[d], square);
-    }
-    return square;
-}
-
 /* For each group of the block: norms [K, E] of all entries, the step, and the table [E, pitch] of M_ab in steps.
  * Grid (strips, groups). */
 template <int G> __global__ void __launch_bounds__(ENTRIES) table_kernel(const Walk w) {
@@ -194,18 +180,22 @@ struct States {
 };
 
 /* A warp merges `size` costs, the first of which is of candidate `first`, into the `length` cheapest candidates of a
- * row so far: to[0 .. most), ties to the earlier. The costs are spoilt. */
-__device__ inline void keep_cheapest(int2 *to, const int2 *so_far, int length, int most, float *costs, int size,
+ * row so far: to[0 .. most), ties to the earlier. */
+__device__ inline void keep_cheapest(int2 *to, const int2 *so_far, int length, int most, const float *costs, int size,
                                      int first) {
+    constexpr int N = ENTRIES / 32; /* costs of a lane, in registers */
     const int lane = threadIdx.x % 32;
-    float low;
+    float cost[N], low;
     int at;
+#pragma unroll
+    for (int i = 0; i < N; ++i) cost[i] = lane + 32 * i < size ? costs[lane + 32 * i] : INFINITY;
+    __syncwarp(); /* so_far may be what the last call wrote */
     /* For the lowest of the lane's own. */
     const auto look = [&] {
         low = INFINITY, at = INT_MAX;
-#pragma unroll 4
-        for (int e = lane; e < size; e += 32)
-            if (costs[e] < low) low = costs[e], at = e;
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            if (cost[i] < low) low = cost[i], at = lane + 32 * i;
     };
     look();
     for (int kept = 0, used = 0; kept < most; ++kept) {
@@ -214,8 +204,10 @@ __device__ inline void keep_cheapest(int2 *to, const int2 *so_far, int length, i
         const bool is_old = used < length && so_far[used].x <= least;
         if (lane == 0) to[kept] = is_old ? so_far[used] : int2{least, first + min(who, size - 1)}; /* NaN: any */
         if (is_old) ++used;
-        else if (at == who && who < size) {
-            costs[at] = INFINITY;
+        else if (at == who) {
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+                if (lane + 32 * i == who) cost[i] = INFINITY;
             look();
         }
     }
@@ -234,8 +226,8 @@ __device__ int expand(const Walk &w, const float *S, const float *norms, const S
         const float *book = w.codebooks + int64_t(k) * E * G;
         const Entry<G> c(book + min(t, E - 1) * G);
         const float norm = norms[k * E + min(t, E - 1)];
-        int length = 0, half = 0;
-        for (int first = 0; first < size; first += most_at_once, half ^= 1) {
+        const auto kept_of = [&](int state, int o) { return states.kept + state % 2 * n + o * w.states; };
+        for (int first = 0; first < size; first += most_at_once) {
             const int count = min(most_at_once, size - first);
             __syncthreads();
             for (int o = 0; o < w.rows && t < E; ++o)
@@ -246,15 +238,14 @@ __device__ int expand(const Walk &w, const float *S, const float *norms, const S
                         states.cost[state] + (norm + c.dot(states.left + state * G));
                 }
             __syncthreads();
-            const int most = min(all, length + count * E);
             for (int o = t / 32; o < w.rows; o += WARPS)
-                keep_cheapest(states.kept + half * n + o * w.states, states.kept + (half ^ 1) * n + o * w.states,
-                              length, most, costs + o * most_at_once * E, count * E, first * E);
-            length = most;
+                for (int h = first; h < first + count; ++h)
+                    keep_cheapest(kept_of(h, o), kept_of(h + 1, o), min(all, h * E), min(all, (h + 1) * E),
+                                  costs + (o * most_at_once + h - first) * E, E, h * E);
         }
         __syncwarp();
         for (int o = t / 32; o < w.rows; o += WARPS) {
-            const int2 *kept = states.kept + (half ^ 1) * n + o * w.states;
+            const int2 *kept = kept_of(size - 1, o);
             const int row_from = from + o * w.states, row_to = to + o * w.states;
             for (int base = 0; base < all * G; base += 32) {
                 const int i = min((base + lane) / G, all - 1), d = lane % G;
@@ -352,13 +343,7 @@ template <int G, int V> __global__ void __launch_bounds__(THREADS, 2) pair_kerne
         const int book = at / (ENTRIES * G), e = at / G % ENTRIES, c = at % G;
         reinterpret_cast<float *>(&x.books[book][c / 4][e])[c % 4] = e < E ? last_two[(book * E + e) * G + c] : 0.0f;
     }
-    for (int at = t; at < w.rows * columns; at += THREADS) {
-        const int o = at / columns, c = at % columns;
-        float sum = 0;
-        for (int part = 0; part < w.parts && o < count; ++part)
-            sum += w.T[(int64_t(part) * w.out + first + o) * columns + c];
-        T[at] = sum;
-    }
+    load_T<G>(T, w, first, count);
     store();
     __syncthreads();
     const int q = t % QUADS, team = t / QUADS % Q::TEAMS, slice = t / QUADS / Q::TEAMS;
@@ -564,7 +549,8 @@ template <int G, int V> cudaError_t launch(const Walk &w, const Device &device, 
 }
 
 /* V, the rows in their states that a block of threads takes at a time. For g = 8 there are three kernels, and the one
- * that an H100 is soonest done with; for the others one: each takes ptxas long. */
+ * that an H100 is soonest done with; for the others one: each takes ptxas long. Tried for K > 2: V = 16 with three
+ * blocks on a multiprocessor, 0.74 s for 4096x4096 at 3x8g8 where V = 32 takes 0.66. */
 int tile_of(int64_t out, int states, int64_t g, const Device &device) {
     if (g != 8) return g == 32 ? 8 : 16;
     constexpr int TILES[] = {32, 16, 4}, CYCLES[] = {42, 25, 14}; /* measured: thousands a group */

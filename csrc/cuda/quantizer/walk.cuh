@@ -56,6 +56,32 @@ template <int G> struct Entry {
     }
 };
 
+/* c S c */
+template <int G> __device__ float square_in(const float *S, const float (&c)[G]) {
+    float square = 0;
+#pragma unroll
+    for (int d = 0; d < G; ++d) {
+        asm volatile("" ::: "memory"); /* else all of S is loaded at once, and spilled */
+        float sum = 0;
+#pragma unroll
+        for (int p = 0; p < G; ++p) sum = fmaf(c[p], S[p * G + d], sum);
+        square = fmaf(sum, c[d], square);
+    }
+    return square;
+}
+
+/* T [rows, columns] of the rows of a block of threads, `count` from `first` on: the sum of its parts, in order. */
+template <int G> __device__ void load_T(float *T, const Walk &w, int first, int count) {
+    const int columns = w.columns(G);
+    for (int at = threadIdx.x; at < w.rows * columns; at += blockDim.x) {
+        const int r = at / columns, c = at % columns;
+        float sum = 0;
+        for (int part = 0; part < w.parts && r < count; ++part)
+            sum += w.T[(int64_t(part) * w.out + first + r) * columns + c];
+        T[at] = sum;
+    }
+}
+
 /* The rows of one block of threads: what they share in shared memory. */
 template <int G> struct Rows {
     float *T;      /* [rows, columns] */
@@ -78,17 +104,6 @@ template <int G> struct Rows {
         first = blockIdx.x * w.rows;
         count = min(w.rows, w.out - first);
         return T + w.rows * w.columns(G);
-    }
-
-    __device__ void load_T(const Walk &w) const {
-        const int columns = w.columns(G);
-        for (int at = threadIdx.x; at < w.rows * columns; at += blockDim.x) {
-            const int r = at / columns, c = at % columns;
-            float sum = 0;
-            for (int part = 0; part < w.parts && r < count; ++part)
-                sum += w.T[(int64_t(part) * w.out + first + r) * columns + c];
-            T[at] = sum;
-        }
     }
 
     /* The metric, and of every row target' / scale; begins and ends with a barrier. i: in order space. */
@@ -170,7 +185,7 @@ __device__ inline bool is_before(float value, int index, float than, int at) {
     return value < than || (value == than && index < at);
 }
 
-/* One block of groups; launchers of pairs.cu and beam.cu. memory: bytes of shared memory that a block may take. */
+/* One block of groups; launchers of pairs.cu and beam.cu. */
 cudaError_t search_pairs(Walk w, int g, const Device &device, cudaStream_t stream);
 cudaError_t search_beam(Walk w, int g, const Device &device, cudaStream_t stream);
 int64_t rows_of_pairs(int64_t out, int states, int64_t g, const Device &device); /* outputs of a block of threads */
