@@ -339,8 +339,8 @@ def plan_on_device(
     needed, most_hessians = _work_bytes(works, limit, Work.device_memory)
     _check_device(limits[1], limit, needed, works)
     held = (resident_memory() if resident is None else resident) + _kept(works)
-    # Mapped pages of the files of a block and of the next one are in memory while they are copied. Measured at 8B, where
-    # these were not counted: 1.26 GiB over the limit.
+    # Pages of the files of a block and of the next one are in memory while they are copied. Measured at 8B, where these
+    # were not counted: 1.26 GiB over the limit.
     held += _LIBRARIES + 2 * max((work.block_bytes for work in works), default=0)
     _check_limit("memory_limit", host_limit, held, "which the model and its libraries hold")
     if host_limit is not None:
