@@ -71,6 +71,7 @@ class Together:
 
     def __init__(self, trained: Sequence[Trained]) -> None:
         self.parameters = [tensor.parameter for tensor in trained]
+        self.dtypes = [parameter.dtype for parameter in self.parameters]  # in which they are saved
         self.start, self.size = (
             torch.cat([getattr(tensor, name).flatten() for tensor in trained]) for name in ("start", "size")
         )
@@ -93,7 +94,7 @@ class Together:
         values = self._parts(torch.addcmul(self.start, self.size, self.change))
         if not rounded:
             return values
-        return [value.to(parameter.dtype).float() for value, parameter in zip(values, self.parameters, strict=True)]
+        return [value.to(dtype).float() for value, dtype in zip(values, self.dtypes, strict=True)]
 
     @torch.no_grad()
     def settle(self, divisor: float) -> None:

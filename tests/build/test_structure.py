@@ -29,7 +29,7 @@ LAYERS = [
     {"pipeline"},
     {"hf"},
     {"evaluate", "generate", "inspection"},
-    {"quantize"},
+    {"quantize", "finetune"},
     {"run"},
     {"doctor", "execute"},
     {"cli"},
