@@ -26,6 +26,7 @@ from .io import data as texts
 from .model.blocks import find_blocks
 from .pipeline.placement import Placement
 from .pipeline.resume import WorkDir, facts_of
+from .recipe import options_of
 from .report.finetune import FinetuneReport
 from .train.cost import estimate
 from .train.distill import Distiller
@@ -74,7 +75,7 @@ def finetune_model(
     ids that are too few or outside of these, codes that cannot be searched, a `work_dir` of another run; and for a loss
     that is not finite. OSError if `work_dir` cannot be written; the state in it stays usable.
     """
-    options = _options(options)
+    chosen = options if isinstance(options, FinetuneOptions) else options_of(FinetuneOptions, options or {})
     progress = progress or FinetuneProgress()
     for name, one in (("model", model), ("original", original)):
         if not isinstance(one, torch.nn.Module):
@@ -89,21 +90,12 @@ def finetune_model(
             stack.callback(one.to, home)
             one.eval().to(place)
         stack.callback(_train, training)
-        return _tune(model, original, sequences, options, progress, work_dir)
+        return _tune(model, original, sequences, chosen, progress, work_dir)
 
 
 def _train(modules: Sequence[torch.nn.Module]) -> None:
     for module in modules:
         module.training = True
-
-
-def _options(given: FinetuneOptions | Mapping[str, Any] | None) -> FinetuneOptions:
-    if given is None or isinstance(given, FinetuneOptions):
-        return given or FinetuneOptions()
-    known = {field.name for field in dataclasses.fields(FinetuneOptions)}
-    if unknown := sorted(set(given) - known):
-        raise ValueError(f"unknown option {unknown[0]!r} of tuning: expected one of {', '.join(sorted(known))}")
-    return FinetuneOptions(**given)
 
 
 def _tune(

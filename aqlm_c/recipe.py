@@ -337,14 +337,30 @@ def _without_format(config: AqlmConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in FORMAT_FIELDS}
 
 
-def parse_option(text: str) -> tuple[str, Any]:
-    """Name and value of "name=value" for an option of `AqlmConfig`, typed as its field."""
+def parse_pair(option: str, text: str) -> tuple[str, str]:
+    """Name and value of "name=value", the text of `option`."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise wrong("--set", text, "name=value")
+        raise wrong(option, text, "name=value")
+    return name, value
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """Name and value of "name=value" for an option of `AqlmConfig`, typed as its field."""
+    name, value = parse_pair("--set", text)
     types = option_types()
     check_names([name], types)
     return name, _typed(name, types[name], value)
+
+
+def options_of(kind: Any, fields: Mapping[str, Any]) -> Any:
+    """The options of the dataclass `kind` with these fields by name, text read as the field's type; None is left out.
+
+    Raises ValueError for a name that is no field, and as `kind` does.
+    """
+    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    check_names(fields, types)
+    return kind(**{name: _typed(name, types[name], value) for name, value in fields.items() if value is not None})
 
 
 def parse_rule(text: str) -> tuple[str, str]:

@@ -117,7 +117,8 @@ def encode_groups(
     n, g = groups.shape
     identity = groups.new_zeros(g, g).fill_diagonal_(1)
     arguments = codes.view(n, 1, -1), groups, identity, codebooks, scales, beam_size, 0, pairs
-    return _library(groups).search_sweep(*arguments).view(n, -1)
+    found: torch.Tensor = _library(groups).search_sweep(*arguments)
+    return found.view(n, -1)
 
 
 def update_codebooks(codebooks: Array, weight: Array, H: Array, codes: Array, scales: Array, cg_steps: int) -> Array:

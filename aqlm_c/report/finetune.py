@@ -57,6 +57,23 @@ class FinetuneReport:
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in fields.items() if name in known})
 
+    def __rich__(self) -> Any:
+        """What came of it, and the looks at the held-out text."""
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table("step", "training KL", "held-out KL", title="tuning of the whole model")
+        for entry in self.history:
+            codes = f", {entry['changed']:.2%} of groups a step" if entry.get("changed") else ""
+            undone = ", codes undone" if entry.get("undone") else ""
+            training = "" if entry["training"] is None else f"{entry['training']:.5f}"
+            table.add_row(str(entry["step"]), training, f"{entry['held_out']:.5f}{codes}{undone}")
+        return Group(
+            table,
+            f"held-out KL {self.held_out_before:.5f} -> {self.held_out_after:.5f} at step {self.best_step} of "
+            f"{self.steps}; {self.tokens:,} tokens, {self.tokens_per_second:,.0f} a second, {self.seconds:.1f} s",
+        )
+
 
 def _finite(value: Any) -> Any:
     if isinstance(value, float):

@@ -1,8 +1,8 @@
 """Tuning a whole quantized model against its original: the steps (AQLM, arXiv 2401.06118, section 3.4, end to end).
 
-The loss is KL(original || quantized) of the next token, mean over all positions. Codebooks, scales, norms and biases are
-trained by Adam in relative steps; with `pv` codes too (`train.pv`). Whatever a step uses follows from the seed and its
-number, so that a run goes on from a saved state as if it had not ended.
+The loss is KL(original || quantized) of the next token, mean over all positions. Codebooks, scales, norms and biases
+are trained by Adam in relative steps; with `pv` codes too (`train.pv`). Whatever a step uses follows from the seed and
+its number, so that a run goes on from a saved state as if it had not ended.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Distiller:
         self.held_out = held_out_batches(n, min(options.held_out, options.most_held_out / n))
         training = sorted(set(range(n)) - set(self.held_out))
         self.order = Order(training, options.seed)
-        groups = [{"params": part["params"], "lr": 0.0} for part in student.together.groups]
+        groups = [{"params": [run.parameter], "lr": run.rate} for run in student.together.runs]
         device = student.together.change.device
         fused = True if device.type == "cuda" else None
         self.optimizer = torch.optim.Adam(groups, betas=(options.beta1, options.beta2), fused=fused)
@@ -157,8 +157,8 @@ class Distiller:
         positions = len(numbers) * self.sequences.shape[1]
         rate = rate_of(self.step, self.options)
         self.student.together.settle(positions)
-        for part, own in zip(self.optimizer.param_groups, self.student.together.groups, strict=True):
-            part["lr"] = own["rate"] * rate  # type: ignore[operator]
+        for part, run in zip(self.optimizer.param_groups, self.student.together.runs, strict=True):
+            part["lr"] = run.rate * rate
         if self.codes is not None:
             self.codes.settle(positions)
             self.codes.leave()
@@ -312,12 +312,12 @@ def _sum(parts: Iterator[Tensor]) -> Tensor:
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
     """The same bits in every run, of torch's attention on a GPU too."""
+    memory: Any = torch.utils.deterministic  # what is filled with NaN need not be
     asked, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(asked, warn_only=warned)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled

@@ -107,6 +107,7 @@ def kl_divergence(student: Output, teacher: Output, hidden: Tensor, targets: Ten
         found += square
         if given is not None:
             logits.backward(to_logits)
+            assert part.grad is not None
             given[place] = part.grad
     if given is not None:
         hidden.backward(given.view_as(hidden))

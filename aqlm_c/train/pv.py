@@ -113,13 +113,13 @@ class CodeTuning:
         before = weight.codes.view(-1, K)[farthest]
         now = ops.decode_rows(before.view(-1, 1, K), weight.codebooks, scales)
         codes = verbs.encode_groups(
-            verbs.codes_from_disk(before.view(-1, 1, K), nbits),
+            torch.as_tensor(verbs.codes_from_disk(before.view(-1, 1, K), nbits)),
             now + of_groups[farthest],
             weight.codebooks.squeeze(2),
             scales.view(-1),
             *search,
         )
-        after = verbs.codes_to_disk(codes.view(-1, 1, K), nbits)
+        after = torch.as_tensor(verbs.codes_to_disk(codes.view(-1, 1, K), nbits))
         moved = ops.decode_rows(after, weight.codebooks, scales) - now
         square = moved.square().sum(1)
         chosen = (after.view(-1, K) != before).any(1)

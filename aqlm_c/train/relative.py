@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import ops
+from ..nn.linear import QuantizedLayer
 
 _SMALL = 0.1  # of a tensor's rms: the least size that a single weight of a norm is given
 
@@ -48,7 +50,7 @@ def add_gradients(reached: Sequence[tuple[Trained, Tensor]]) -> None:
 class Decoder:
     """Dense weights of a layer with these codes."""
 
-    def __init__(self, layer: nn.Module, codes: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, layer: QuantizedLayer, codes: Tensor, dtype: torch.dtype) -> None:
         self.codes, self.dtype = codes, dtype
         self.index = ops.index_codes(codes, layer.codebooks.float(), layer.scales.float())
 
@@ -63,10 +65,18 @@ class Decoder:
         return ops.decode_rows_backward(grad_rows, self.codes, codebooks, scales, self.index)
 
 
+class Run(NamedTuple):
+    """Tensors of one rate that follow each other: their change as one parameter, and its place in all."""
+
+    parameter: nn.Parameter
+    rate: float
+    place: slice
+
+
 class Together:
     """Many tensors in training as one of each kind: start, size, change, and the gradient to their values.
 
-    Tensors with one rate should follow each other: Adam sees one parameter for each run of them.
+    Adam sees the parameters of `runs`, few where tensors with one rate follow each other.
     """
 
     def __init__(self, trained: Sequence[Trained]) -> None:
@@ -78,14 +88,13 @@ class Together:
         self.change, self.gradient = torch.zeros_like(self.start), torch.zeros_like(self.start)
         self._shapes = [tensor.start.shape for tensor in trained]
         self.gradients = self._parts(self.gradient)
-        self.groups: list[dict[str, object]] = []
+        self.runs: list[Run] = []
         begin, end = 0, 0
         for tensor, following in zip(trained, [*trained[1:], None], strict=True):
             end += tensor.start.numel()
             if following is None or following.rate != tensor.rate:
                 part = nn.Parameter(self.change[begin:end], requires_grad=True)
-                part.grad = torch.zeros_like(part)
-                self.groups.append({"params": [part], "rate": tensor.rate, "place": slice(begin, end)})
+                self.runs.append(Run(part, tensor.rate, slice(begin, end)))
                 begin = end
 
     @torch.no_grad()
@@ -99,10 +108,8 @@ class Together:
     @torch.no_grad()
     def settle(self, divisor: float) -> None:
         """Give Adam the gradients of the changes, those to the values divided by `divisor`; then none are left."""
-        for group in self.groups:
-            place, (part,) = group["place"], group["params"]  # type: ignore[misc]
-            torch.mul(self.gradient[place], self.size[place], out=part.grad)  # type: ignore[index]
-            part.grad.div_(divisor)
+        for part, _, place in self.runs:
+            part.grad = torch.mul(self.gradient[place], self.size[place]).div_(divisor)
         self.gradient.zero_()
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
