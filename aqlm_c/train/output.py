@@ -31,10 +31,10 @@ class Output:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.body: nn.Module = getattr(model, "base_model", model)
         self.device = input_device(model)
+        self.body: nn.Module = model
         self._returned: Any = None
-        self.vocabulary = self._check()
+        self.vocabulary = self._find_body()
 
     def hidden(self, ids: Tensor) -> Tensor:
         """The last hidden states [n, length, width] of token ids [n, length]."""
@@ -50,24 +50,34 @@ class Output:
         with replaced_forward([self.body], lambda *_: body):
             return self.model(input_ids=ids, use_cache=False).logits[0]
 
-    def _check(self) -> int:
+    def _find_body(self) -> int:
+        """Set the body, that of whose hidden states the model makes its logits; the size of the vocabulary."""
         wrong = f"model: got {type(self.model).__name__}, expected one whose logits are made of its last hidden states"
-        if self.body is self.model:
-            raise ValueError(f"{wrong}, by an output layer beside its body")
-        ids = token_ids(self.model)
-        try:
-            with watching(self.model):
-                whole = self.model(input_ids=ids, use_cache=False).logits[0]
-                self._returned = self.body(input_ids=ids, use_cache=False)
-                hidden = hidden_of(self._returned)[0]
-                parts = torch.cat([self.logits(part) for part in hidden.split(3)])
-        except Exception as error:  # of the model's code, of any type
-            raise ValueError(f"{wrong}; it raises {type(error).__name__}: {one_line(error)[:200]}") from error
-        self._returned = _with_hidden(self._returned, hidden[None, :0])  # no memory for what is replaced
-        tolerance = 1e-4 if whole.dtype.itemsize >= 4 else 5e-2
-        if parts.shape != whole.shape or not torch.allclose(parts, whole, tolerance, tolerance * float(whole.std())):
-            raise ValueError(f"{wrong}, each position by itself")
-        return whole.shape[-1]
+        ids, reason = token_ids(self.model), ""
+        with watching(self.model):
+            for body in _bodies(self.model):
+                self.body = body
+                try:
+                    whole = self.model(input_ids=ids, use_cache=False).logits[0]
+                    self._returned = self.body(input_ids=ids, use_cache=False)
+                    hidden = hidden_of(self._returned)[0]
+                    parts = torch.cat([self.logits(part) for part in hidden.split(3)])
+                except Exception as error:  # of the model's code, of any type
+                    reason = f"; it raises {type(error).__name__}: {one_line(error)[:200]}"
+                    continue
+                tolerance = 1e-4 if whole.dtype.itemsize >= 4 else 5e-2
+                atol = tolerance * float(whole.float().std())
+                if parts.shape == whole.shape and torch.allclose(parts, whole, tolerance, atol):
+                    self._returned = _with_hidden(self._returned, hidden[None, :0])  # no memory for what is replaced
+                    return whole.shape[-1]
+        raise ValueError(f"{wrong}, each position by itself{reason}")
+
+
+def _bodies(model: Any) -> list[nn.Module]:
+    """What may be the body: the model's own, or the decoder in it."""
+    body = getattr(model, "base_model", model)
+    found = [body, getattr(body, "decoder", None), getattr(model, "model", None)]
+    return [module for module in found if isinstance(module, nn.Module) and module is not model]
 
 
 def _with_hidden(returned: Any, hidden: Tensor) -> Any:
