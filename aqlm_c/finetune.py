@@ -25,6 +25,7 @@ from .files import peak_memory, read_json_object
 from .io import data as texts
 from .model.blocks import find_blocks
 from .pipeline.placement import Placement
+from .pipeline.progress import FinetuneProgress
 from .pipeline.resume import WorkDir, facts_of
 from .recipe import options_of
 from .report.finetune import FinetuneReport
@@ -40,16 +41,6 @@ __all__ = ["FinetuneOptions", "FinetuneProgress", "FinetuneRun", "finetune_direc
 
 SELF = "self:"  # a source: text of the original itself, so many tokens
 _ROOM = 1.05  # of tokens that are read, over those that are asked for
-
-
-class FinetuneProgress:
-    """What `finetune_model` tells while it works; this one says nothing."""
-
-    def on_phase(self, name: str) -> None: ...
-    def on_estimate(self, estimate: Any) -> None: ...
-    def on_resumed_step(self, step: int) -> None: ...
-    def on_step(self, step: int, steps: int) -> None: ...
-    def on_look(self, entry: Mapping[str, Any]) -> None: ...
 
 
 def finetune_model(

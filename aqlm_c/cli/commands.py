@@ -69,7 +69,15 @@ def _optional(help: str, *names: str, **options: Any) -> Any:
     return typer.Option(*names, help=help, show_default=False, **options)
 
 
-_NOT_OF_A_RUN = {"config", "rule", "set_", "json", "verbose", "quiet"}  # parameters of `quantize` that are no options
+_NOT_OF_A_RUN = {
+    "config",
+    "rule",
+    "tune",
+    "set_",
+    "json",
+    "verbose",
+    "quiet",
+}  # parameters of `quantize` that are no options
 
 
 @app.command(epilog=_PRESETS)
@@ -127,6 +135,14 @@ def quantize(
     finetune_batch_size: Annotated[int | None, _optional("Sequences for each of its steps.")] = None,
     finetune_learning_rate: Annotated[float | None, _optional("Of codebooks, relative to their size.")] = None,
     finetune_search: Annotated[int | None, _optional("Times the codes are searched again after tuning.")] = None,
+    tune: Annotated[
+        list[str] | None,
+        _optional(
+            "At the end tune the whole model, as aqlm-c finetune does: its options, such as steps=400, pv=true; "
+            "repeatable.",
+            metavar="NAME=VALUE",
+        ),
+    ] = None,
     gaussian_reference: Annotated[
         bool | None,
         _optional(
@@ -164,6 +180,8 @@ def quantize(
     explicit |= dict(map(parse_option, set_ or []))
     if rule:
         explicit["rules"] = Rules(list(map(parse_rule, rule))).to_dict()
+    if tune:
+        explicit["tune"] = dict(parse_pair("--tune", text) for text in tune)
     run_config = RunConfig.from_file(config, **explicit) if config else RunConfig.from_fields(explicit)
     run_config.resolve().config.check_searchable()
     context.obj.kept = (

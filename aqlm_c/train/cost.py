@@ -46,7 +46,7 @@ class Estimate:
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """Of a model: weights of its quantized linears and of its other matrices that multiply, features in and out of
-    the linears, of the widest block's share, vocabulary, width of a value.
+    the linears, vocabulary and width of hidden states, blocks, bytes of a value.
     """
 
     quantized: int
@@ -61,8 +61,8 @@ class Sizes:
     def of(cls, model: Any) -> Sizes:
         layers = [layer for _, layer in quantized_linears(model) if not isinstance(layer, QuantizedEmbedding)]
         shapes = [_shape(layer) for layer in layers]
-        head = model.get_output_embeddings()
-        vocabulary, width = _shape(head) if isinstance(head, QuantizedLayer) else head.weight.shape
+        head = model.get_output_embeddings() or model.get_input_embeddings()
+        vocabulary, width = _shape(head) if isinstance(head, QuantizedLayer) else head.weight.shape[:2]
         dense = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
         config = model.config.get_text_config()
         return cls(

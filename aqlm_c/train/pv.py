@@ -123,11 +123,8 @@ class CodeTuning:
         moved = ops.decode_rows(after, weight.codebooks, scales) - now
         square = moved.square().sum(1)
         chosen = (after.view(-1, K) != before).any(1)
-        if options.pv_trust_ratio:  # the largest changes whose sum is within it; the smallest are undone
-            most = (options.pv_trust_ratio * weight.decoded(torch.float32).norm()).square()
-            order = square.argsort(descending=True, stable=True)
-            within = square[order].double().cumsum(0) <= most
-            chosen = chosen & torch.zeros_like(chosen).scatter(0, order, within)
+        if options.pv_trust_ratio:
+            chosen &= _within(square, (options.pv_trust_ratio * weight.decoded(torch.float32).norm()).square())
         places = chosen.nonzero().view(-1)
         if not len(places):
             return 0
@@ -176,6 +173,15 @@ class CodeTuning:
             offset.copy_(state[f"pv.{i}.offset"])
             load_moments(self.optimizer, offset, f"pv.{i}.", state)
         self.looked_at = [state[f"pv.{i}.looked_at"].to(weight.codes.device) for i, weight in enumerate(self.weights)]
+
+
+def _within(squares: Tensor, most: Tensor) -> Tensor:
+    """Which of these, the largest first, come to no more than `most` together; the smallest are left out."""
+    order = squares.argsort(descending=True, stable=True)
+    shares = (squares[order] / most.clamp(min=1e-30)).clamp(max=2).double() * 2**40
+    kept = torch.empty_like(order, dtype=torch.bool)
+    kept[order] = shares.long().cumsum(0) <= 2**40  # of integers: sums of floats have no fixed order on a GPU
+    return kept
 
 
 def load_moments(
