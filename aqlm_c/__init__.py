@@ -19,6 +19,9 @@ _HOMES = {
     "QuantizedLinear": "nn.linear",
     "quantize_linear": "quantize",
     "quantize_model": "quantize",
+    "finetune_model": "finetune",
+    "FinetuneOptions": "config",
+    "FinetuneReport": "report.finetune",
     "join_linears": "nn.grouped",
     "save_quantized": "io.checkpoint",
     "push_to_hub": "hf.card",
@@ -38,9 +41,11 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:  # what type checkers and editors read
+    from .config import FinetuneOptions as FinetuneOptions
     from .evaluate import divergence as divergence
     from .evaluate import evaluate_models as evaluate_models
     from .evaluate import perplexity as perplexity
+    from .finetune import finetune_model as finetune_model
     from .format import Format as Format
     from .hf.card import push_to_hub as push_to_hub
     from .hf.models import load_model as load_model
@@ -55,6 +60,7 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from .recipe import AqlmConfig as AqlmConfig
     from .recipe import RunConfig as RunConfig
     from .report.evaluation import Evaluation as Evaluation
+    from .report.finetune import FinetuneReport as FinetuneReport
     from .report.layers import LayerReport as LayerReport
     from .report.report import QuantizationReport as QuantizationReport
     from .weights import Hessian as Hessian

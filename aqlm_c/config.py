@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
-from .errors import int_between, share, wrong
+from .errors import int_between, number_between, share, wrong
 
 BOS = ("auto", "always", "never")  # no words that YAML reads as true or false
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CHECKPOINTING = ("auto", "always", "never")
+SCHEDULES = ("cosine", "linear", "constant")
+TEACHER_CACHES = ("none", "memory", "disk")
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -138,6 +141,87 @@ class CalibrationOptions:
         int_between("sequence_length", self.sequence_length, 2)
         if self.bos not in BOS:
             raise wrong("bos", self.bos, f"one of {', '.join(BOS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneOptions:
+    """Options of tuning a whole quantized model against its original (AQLM, arXiv 2401.06118, section 3.4; PV-Tuning,
+    arXiv 2405.14852).
+
+    steps: of Adam. batch_size: sequences a step. micro_batch_size: of these in one pass; None: as memory likes.
+    learning_rate: of codebooks, relative to their rms. scale_rate: that of scales, norms and biases, over it. beta1,
+    beta2: of Adam. schedule: how rates fall, one of `SCHEDULES`, from the end of `warmup` steps on, to `final_rate` of
+    themselves. held_out: share of the sequences, `most_held_out` at most, that validate and are not trained on.
+    evaluation_interval: steps between two looks at these. patience: stop after so many looks without a better state; 0:
+    never. save_interval: steps between two states in the work directory. embeddings: train a quantized input embedding
+    and output layer too. gradient_checkpointing: whether a block runs again for its gradients, one of `CHECKPOINTING`;
+    "auto": where memory asks for it. cache_teacher: keep the original's last hidden states, one of `TEACHER_CACHES`,
+    and do not run it again in later epochs. seed: of the order of the sequences.
+
+    pv: change codes too. pv_learning_rate: of the buffers, relative to the rms of the layer's weights (the paper's own
+    code: 1e-2 not relative to it, 3e-3 with a trust ratio). pv_beta1, pv_beta2: of their Adam (paper: 0, 0.95).
+    pv_fraction: of a layer's groups that are encoded again a step (paper: 0.01). pv_trust_ratio: the most that a step
+    changes of a layer's weight, as a share of its norm (paper: 0.01 or none); 0: no limit. pv_beam_size: as `beam_size`
+    of `AqlmOptions` (paper: 5; 0 is exact for two codebooks). pv_start: step from which codes change. pv_interval:
+    steps between two changes. pv_follow: whether buffers move with what codebook and scale steps do to the weight.
+    pv_undo: whether changes since the last look are undone where that lowers the held-out loss.
+
+    Raises ValueError naming the field, its value and what was expected.
+    """
+
+    steps: int = 400
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    learning_rate: float = 6e-3
+    scale_rate: float = 1 / 3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    schedule: str = "cosine"
+    warmup: int = 10
+    final_rate: float = 0.0
+    held_out: float = 0.05
+    most_held_out: int = 64
+    evaluation_interval: int = 20
+    patience: int = 10
+    save_interval: int = 20
+    embeddings: bool = False
+    gradient_checkpointing: str = "auto"
+    cache_teacher: str = "none"
+    pv: bool = False
+    pv_learning_rate: float = 2e-2
+    pv_beta1: float = 0.5
+    pv_beta2: float = 0.95
+    pv_fraction: float = 0.01
+    pv_trust_ratio: float = 0.01
+    pv_beam_size: int = 0
+    pv_start: int = 0
+    pv_interval: int = 1
+    pv_follow: bool = True
+    pv_undo: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size is not None:
+            int_between("micro_batch_size", self.micro_batch_size, 1)
+        least = {"warmup": 0, "patience": 0, "pv_start": 0}
+        counts = ("steps", "batch_size", "most_held_out", "evaluation_interval", "save_interval", "pv_interval")
+        for name in (*counts, *least):
+            int_between(name, getattr(self, name), least.get(name, 1))
+        int_between("pv_beam_size", self.pv_beam_size, 0, 64)
+        int_between("seed", self.seed, 0, 2**63 - 1)
+        for name in ("learning_rate", "held_out", "pv_learning_rate"):
+            share(name, getattr(self, name))
+        for name in ("beta1", "beta2", "pv_beta1", "pv_beta2"):
+            share(name, getattr(self, name), zero=True)
+        for name in ("scale_rate", "final_rate", "pv_fraction", "pv_trust_ratio"):
+            number_between(name, getattr(self, name), 0, 1)
+        words = {"schedule": SCHEDULES, "gradient_checkpointing": CHECKPOINTING, "cache_teacher": TEACHER_CACHES}
+        for name, known in words.items():
+            if getattr(self, name) not in known:
+                raise wrong(name, getattr(self, name), f"one of {', '.join(known)}")
+        for name in ("embeddings", "pv", "pv_follow", "pv_undo"):
+            if not isinstance(getattr(self, name), bool):
+                raise wrong(name, getattr(self, name), "true or false")
 
 
 @dataclasses.dataclass(frozen=True)

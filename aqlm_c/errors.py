@@ -58,6 +58,12 @@ def share(name: str, value: Any, *, zero: bool = False) -> None:
         raise wrong(name, value, f"a number in {'[' if zero else '('}0, 1)")
 
 
+def number_between(name: str, value: Any, low: float, high: float) -> None:
+    """Raise ValueError unless `value` is a number (not a bool) in [low, high]."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        raise wrong(name, value, f"a number in [{low:g}, {high:g}]")
+
+
 def device_name(name: str, value: Any) -> str:
     """The value if it names a device, which need not be there; ValueError otherwise."""
     if not isinstance(value, str) or not re.fullmatch(r"cpu|auto|cuda(:\d{1,3})?", value):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .config import CalibrationOptions, MethodOptions, TuningOptions
+from .config import CalibrationOptions, FinetuneOptions, MethodOptions, TuningOptions
 from .errors import device_name, int_between, is_text, require, wrong
 from .files import read_text
 from .format import AUTO, DENSE, Format, Rules
@@ -193,8 +193,9 @@ class RunConfig:
     work_dir: directory that keeps finished blocks, for the same run to go on from. memory_limit: bytes, or text such as
     "8GiB". device: that quantizes, "cpu", "cuda", "cuda:N" or "auto", which is the first GPU that our kernels can use,
     else the CPU. device_memory_limit: of its memory. batch_size: sequences in one forward pass at most, if not as many
-    as memory likes. overwrite: replace `out` if it is a model. samples, sequence_length, shuffle, bos: see
-    `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`; beam_size to relative_damp: see
+    as memory likes. overwrite: replace `out` if it is a model. tune: tune the whole model against the original at the
+    end, on the same sources: options of `FinetuneOptions` by name; None: not at all. samples, sequence_length, shuffle,
+    bos: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`; beam_size to relative_damp: see
     `AqlmOptions`; finetune_*: see `TuningOptions`. options: by name, those of a method that has others.
 
     Raises ValueError naming the field, its value and what was expected.
@@ -218,6 +219,7 @@ class RunConfig:
     batch_size: int | None = None
     device: str = "auto"
     device_memory_limit: int | str | None = None
+    tune: dict[str, Any] | None = None
     rules: dict[str, str] | None = None
     embeddings: str | None = None
     solver: str | None = None
@@ -254,6 +256,9 @@ class RunConfig:
         if self.batch_size is not None:
             int_between("batch_size", self.batch_size, 1)
         device_name("device", self.device)
+        if self.tune is not None:
+            options = options_of(FinetuneOptions, self.tune)
+            self.tune = {name: getattr(options, name) for name in self.tune}
         self._calibration()
 
     @classmethod
@@ -337,14 +342,30 @@ def _without_format(config: AqlmConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in FORMAT_FIELDS}
 
 
-def parse_option(text: str) -> tuple[str, Any]:
-    """Name and value of "name=value" for an option of `AqlmConfig`, typed as its field."""
+def parse_pair(option: str, text: str) -> tuple[str, str]:
+    """Name and value of "name=value", the text of `option`."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise wrong("--set", text, "name=value")
+        raise wrong(option, text, "name=value")
+    return name, value
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """Name and value of "name=value" for an option of `AqlmConfig`, typed as its field."""
+    name, value = parse_pair("--set", text)
     types = option_types()
     check_names([name], types)
     return name, _typed(name, types[name], value)
+
+
+def options_of(kind: Any, fields: Mapping[str, Any]) -> Any:
+    """The options of the dataclass `kind` with these fields by name, text read as the field's type; None is left out.
+
+    Raises ValueError for a name that is no field, and as `kind` does.
+    """
+    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    check_names(fields, types)
+    return kind(**{name: _typed(name, types[name], value) for name, value in fields.items() if value is not None})
 
 
 def parse_rule(text: str) -> tuple[str, str]:

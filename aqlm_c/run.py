@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config import FinetuneOptions
 from .distributed import device_of_rank, group
 from .errors import wrong
 from .files import peak_memory
-from .recipe import Resolved, RunConfig, yaml_text
+from .recipe import Resolved, RunConfig, options_of, yaml_text
 from .report.report import QuantizationReport
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ def run(
         device_memory_limit=config.device_memory_limit,
     )
     report.phases = {"load": seconds, **report.phases}
+    if config.tune is not None:
+        _tune(config, report, loaded, progress)
     report.data = data
     report.model, report.note = origin.name, origin.note
     used = {"data": sources, "threads": report.threads, "batch_size": report.plan.get("batch_size")}
@@ -99,6 +102,27 @@ def _check(config: RunConfig, resolved: Resolved) -> list[str]:
     for source in sources:
         check_source(source)
     return sources
+
+
+def _tune(config: RunConfig, report: QuantizationReport, loaded: tuple[Any, Any, ModelSource], progress: Any) -> None:
+    """Tune the quantized model against its original, which is loaded again."""
+    from .finetune import FinetuneRun, finetune_model, tuning_sequences
+    from .hf.models import load_model
+
+    started = time.perf_counter()
+    progress.on_phase("load")
+    model, tokenizer, _ = loaded
+    original, _, _ = load_model(config.model)
+    options = options_of(FinetuneOptions, {"seed": config.seed, **(config.tune or {})})
+    drawn = {"data": config.data, "sequence_length": config.sequence_length, "bos": config.bos}
+    run = FinetuneRun("", config.model, "", **drawn, options=options)  # type: ignore[arg-type]
+    sequences = tuning_sequences(run, original, tokenizer, progress)
+    work_dir = Path(config.work_dir) / "finetune" if config.work_dir else None
+    tuned = finetune_model(
+        model, original, sequences, options, device=config.device, progress=progress, work_dir=work_dir
+    )
+    report.finetune = tuned.to_dict()
+    report.phases["tune"] = time.perf_counter() - started
 
 
 def _save(

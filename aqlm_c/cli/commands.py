@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from .. import distributed
-from ..config import BOS, DTYPES
+from ..config import BOS, CHECKPOINTING, DTYPES, TEACHER_CACHES, FinetuneOptions
 from ..errors import int_between, printable, wrong
 from ..files import JsonFile
 from ..format import Rules
 from ..methods import METHODS
-from ..recipe import PRESETS, RunConfig, parse_option, parse_rule
+from ..recipe import PRESETS, RunConfig, options_of, parse_option, parse_pair, parse_rule
 from ..run import run
 from ..tasks import TASKS
 from ..versions import __version__
@@ -71,7 +71,15 @@ def _optional(help: str, *names: str, **options: Any) -> Any:
     return typer.Option(*names, help=help, show_default=False, **options)
 
 
-_NOT_OF_A_RUN = {"config", "rule", "set_", "json", "verbose", "quiet"}  # parameters of `quantize` that are no options
+_NOT_OF_A_RUN = {
+    "config",
+    "rule",
+    "tune",
+    "set_",
+    "json",
+    "verbose",
+    "quiet",
+}  # parameters of `quantize` that are no options
 
 
 @app.command(epilog=_PRESETS)
@@ -129,6 +137,14 @@ def quantize(
     finetune_batch_size: Annotated[int | None, _optional("Sequences for each of its steps.")] = None,
     finetune_learning_rate: Annotated[float | None, _optional("Of codebooks, relative to their size.")] = None,
     finetune_search: Annotated[int | None, _optional("Times the codes are searched again after tuning.")] = None,
+    tune: Annotated[
+        list[str] | None,
+        _optional(
+            "At the end tune the whole model, as aqlm-c finetune does: its options, such as steps=400, pv=true; "
+            "repeatable.",
+            metavar="NAME=VALUE",
+        ),
+    ] = None,
     gaussian_reference: Annotated[
         bool | None,
         _optional(
@@ -166,6 +182,8 @@ def quantize(
     explicit |= dict(map(parse_option, set_ or []))
     if rule:
         explicit["rules"] = Rules(list(map(parse_rule, rule))).to_dict()
+    if tune:
+        explicit["tune"] = dict(parse_pair("--tune", text) for text in tune)
     run_config = RunConfig.from_file(config, **explicit) if config else RunConfig.from_fields(explicit)
     run_config.resolve().config.check_searchable()
     context.obj.kept = (
@@ -179,6 +197,105 @@ def quantize(
         with Display(quiet, verbose, silent=not ranks.first) as display:
             report = run(run_config, display)
         context.obj.kept = f"{run_config.out} is complete"
+        if ranks.first and not quiet:
+            show(report)
+        with output:
+            output.write(report.to_dict())
+
+
+_OF_TUNING = (  # parameters of `finetune` that are fields of FinetuneOptions
+    *("steps", "batch_size", "micro_batch_size", "learning_rate", "held_out", "evaluation_interval", "patience"),
+    *("embeddings", "gradient_checkpointing", "cache_teacher", "pv", "pv_learning_rate", "pv_fraction"),
+    *("pv_trust_ratio", "seed"),
+)
+
+
+@app.command()
+def finetune(
+    context: typer.Context,
+    quantized: Annotated[str, typer.Argument(metavar="QUANTIZED", help="Directory of a quantized model.")],
+    original: Annotated[
+        str, typer.Argument(metavar="ORIGINAL", help="The model it was made from, as MODEL elsewhere.")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Directory to write.")],
+    data: Annotated[
+        list[str] | None,
+        _optional("Text, as in quantize; or self:N, N tokens that ORIGINAL makes itself; repeatable."),
+    ] = None,
+    samples: Annotated[int | None, _optional("Sequences, spread evenly over the data. \\[default: all needed]")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = 1024,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="With --samples: draw them at random.")] = False,
+    bos: Annotated[str, typer.Option(help="Begin each with the tokenizer's BOS token.", metavar=_BOS)] = "auto",
+    steps: Annotated[int | None, _optional("Steps of Adam. \\[default: 400]")] = None,
+    batch_size: Annotated[int | None, _optional("Sequences a step. \\[default: 16]")] = None,
+    micro_batch_size: Annotated[int | None, _optional("Sequences in one pass, if not as memory likes.")] = None,
+    learning_rate: Annotated[float | None, _optional("Of codebooks, over their rms. \\[default: 0.006]")] = None,
+    held_out: Annotated[float | None, _optional("Share of the sequences that validate. \\[default: 0.05]")] = None,
+    evaluation_interval: Annotated[int | None, _optional("Steps between looks at these. \\[default: 20]")] = None,
+    patience: Annotated[int | None, _optional("Looks without a better state to stop after; 0: never.")] = None,
+    embeddings: Annotated[
+        bool | None, _optional("Train quantized embeddings and output layer too.", "--embeddings/--no-embeddings")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        str | None, _optional("Less memory, a third more time.", metavar="|".join(CHECKPOINTING))
+    ] = None,
+    cache_teacher: Annotated[
+        str | None, _optional("Keep ORIGINAL's hidden states for later epochs.", metavar="|".join(TEACHER_CACHES))
+    ] = None,
+    pv: Annotated[bool | None, _optional("Change codes too: PV-Tuning.", "--pv/--no-pv")] = None,
+    pv_learning_rate: Annotated[float | None, _optional("Of its buffers. \\[default: 0.02]")] = None,
+    pv_fraction: Annotated[float | None, _optional("Of groups encoded again a step. \\[default: 0.01]")] = None,
+    pv_trust_ratio: Annotated[float | None, _optional("Most change of a weight a step. \\[default: 0.01]")] = None,
+    set_: Annotated[
+        list[str] | None, _optional("Any other option of tuning; repeatable.", "--set", metavar="NAME=VALUE")
+    ] = None,
+    seed: Annotated[int | None, _optional("Seed of everything random. \\[default: 0]")] = None,
+    work_dir: Annotated[
+        str | None, _optional("Keep the state there: the same command then goes on from it.", metavar="FOLDER")
+    ] = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    json: Json = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tune all of QUANTIZED so that it predicts what ORIGINAL predicts, and write it to the directory OUT.
+
+    Codebooks, scales, norms and biases are trained, with --pv codes too; the state that is best on held-out text is
+    kept. Several GPUs or machines: torchrun --nproc-per-node N -m aqlm_c finetune ...
+    """
+    check_threads(threads)
+    given = {name: context.params[name] for name in _OF_TUNING if context.params[name] is not None}
+    options = options_of(FinetuneOptions, {**given, **dict(parse_pair("--set", text) for text in set_ or [])})
+    context.obj.kept = (
+        f"the state is kept in {work_dir}, the same command goes on from there"
+        if work_dir
+        else "nothing is kept; with --work-dir FOLDER the state would be"
+    )
+    with distributed.started(context.obj.lost) as ranks:
+        output = _output(json if ranks.first else None)
+
+        from ..finetune import FinetuneRun, finetune_directory
+
+        draw: dict[str, Any] = {
+            "data": data or [],
+            "samples": samples,
+            "sequence_length": sequence_length,
+            "shuffle": shuffle,
+        }
+        place: dict[str, Any] = {
+            "threads": threads,
+            "device": device,
+            "work_dir": work_dir,
+            "overwrite": overwrite,
+            "bos": bos,
+        }
+        tuning = FinetuneRun(quantized, original, out, **draw, **place, options=options)
+        prepare(None)
+        with Display(quiet, verbose, silent=not ranks.first) as display:
+            report = finetune_directory(tuning, display)
+        context.obj.kept = f"{out} is complete"
         if ranks.first and not quiet:
             show(report)
         with output:

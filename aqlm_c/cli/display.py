@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -29,7 +30,8 @@ from ..report.tables import db_text, error_text
 class Display:
     """What a command shows on stderr while it works: bars with ETA in a terminal, plain lines elsewhere.
 
-    A context manager. Its methods are the `progress` of `quantize_model` and, `on_window`, of `perplexity`.
+    A context manager. Its methods are the `progress` of `quantize_model`, of `finetune_model` and, `on_window`, of
+    `perplexity`.
     While it is open, warnings of the logger "aqlm_c" appear as lines, with `verbose` all it has to say. silent: nothing
     is shown at all, since another rank shows it.
     """
@@ -130,6 +132,19 @@ class Display:
     def on_window(self, done: int, total: int, perplexity: float) -> None:
         assert self._current is not None, "on_phase comes first"
         self._bars.update(self._current, completed=done, total=total)
+
+    def on_resumed_step(self, step: int) -> None:
+        self._print(f"state found: going on after step {step}")
+
+    def on_step(self, step: int, steps: int) -> None:
+        assert self._current is not None, "on_phase comes first"
+        self._bars.update(self._current, completed=step, total=steps)
+
+    def on_look(self, entry: Mapping[str, Any]) -> None:
+        training = "" if entry["training"] is None else f"training KL {entry['training']:.5f}, "
+        codes = f", {entry['changed']:.2%} of groups a step" if entry.get("changed") else ""
+        undone = ", codes undone" if entry.get("undone") else ""
+        self._print(f"  step {entry['step']}: {training}held-out KL {entry['held_out']:.5f}{codes}{undone}")
 
     def on_finish(self, report: QuantizationReport) -> None:
         self._clear()

@@ -103,6 +103,24 @@ def search_sweep(
     return _library(weight).search_sweep(codes, weight, H, codebooks, scales, beam_size, seed, pairs)
 
 
+def encode_groups(
+    codes: torch.Tensor,
+    groups: torch.Tensor,
+    codebooks: torch.Tensor,
+    scales: torch.Tensor,
+    beam_size: int,
+    pairs: bool = False,
+) -> torch.Tensor:
+    """Codes [n, K] of single groups [n, g], each of the scale [n] that it has, nearest in plain L2: `search_sweep` of n
+    rows of one group under H = I, so exact for K = 1, and for K = 2 with beam_size 0; else no worse than `codes`.
+    """
+    n, g = groups.shape
+    identity = groups.new_zeros(g, g).fill_diagonal_(1)
+    arguments = codes.view(n, 1, -1), groups, identity, codebooks, scales, beam_size, 0, pairs
+    found: torch.Tensor = _library(groups).search_sweep(*arguments)
+    return found.view(n, -1)
+
+
 def update_codebooks(codebooks: Array, weight: Array, H: Array, codes: Array, scales: Array, cg_steps: int) -> Array:
     """Codebooks [K, E, g] after cg_steps conjugate-gradient steps towards the least-squares ones."""
     return _library(weight).update_codebooks(codebooks, weight, H, codes, scales, cg_steps)

@@ -234,6 +234,11 @@ def _run(report: Mapping[str, Any]) -> Iterator[str]:
     ]
     if held_out:
         rows.append(("relative error of the last block's output, held out", f"{held_out[-1]:.5f}"))
+    tuned = report.get("finetune")
+    if isinstance(tuned, dict) and tuned.get("held_out_before") is not None:
+        what = "codebooks, scales, norms and codes" if tuned.get("changed") else "codebooks, scales and norms"
+        rows.append((f"whole model tuned on {tuned['tokens']:,} tokens ({what}): KL to the original, held out",
+                     f"{tuned['held_out_before']:.5f} → {tuned['held_out_after']:.5f}"))  # fmt: skip
     yield _table(("", ""), rows)
 
 

@@ -19,6 +19,7 @@ from ..core.extensions import get_exact, get_isa, has_cuda, ops, set_exact, set_
 
 __all__ = [
     "decode_rows",
+    "decode_rows_backward",
     "get_exact",
     "get_isa",
     "has_cuda",
@@ -128,6 +129,16 @@ def index_codes(codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
     and then these; [0] on the CPU, and for codebooks so small that it is not needed.
     """
     return ops.index_codes(codes, codebooks, scales)
+
+
+def decode_rows_backward(
+    grad_rows: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients to codebooks and scales, in their dtype, from that to W, grad_rows [out, in]. index: as in
+    `decode_rows`.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        return _weight_gradients(grad_rows, codes, codebooks, scales, True, True, index)
 
 
 def packs(codes: Tensor, out_group_size: int = 1) -> bool:

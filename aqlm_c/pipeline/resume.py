@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from ..core import runtime
-from ..errors import shown
+from ..errors import one_line, shown
 from ..files import irregular
 from ..format import Format
 from ..io.checkpoint import quantized_linears, quantized_names, tensor_name
@@ -42,7 +42,7 @@ except ImportError:  # not POSIX: nothing keeps two processes apart
 
 log = logging.getLogger("aqlm_c")
 
-_FINGERPRINT, _LOCK, _TEMPORARY = "fingerprint.json", "lock", ".new"
+_FINGERPRINT, _LOCK, _TEMPORARY, _STATE = "fingerprint.json", "lock", ".new", "state.safetensors"
 _OURS_BEFORE_THE_FINGERPRINT = {_LOCK, _FINGERPRINT + _TEMPORARY}
 _BLOCK = re.compile(r"block-(\d{4,})\.safetensors")
 _SHOWN = 6  # differences in a message
@@ -51,6 +51,7 @@ _VERSIONS = ("aqlm_c", "numpy", "torch", "transformers")
 _PLACE = ("_name_or_path", "transformers_version")  # of a model's config: say nothing about what it computes
 _HASHES = {
     ("model", "weights"): "model: its weights differ",
+    ("original", "weights"): "original: its weights differ",
     ("data", "tokens"): "data: the calibration tokens differ",
 }
 
@@ -71,9 +72,20 @@ def fingerprint(
     bits and only warns; aqlm_c's own instruction set moves none. on_read: is told of so many bytes of the model that
     were read.
     """
+    fields_of = {name: value for name, value in config.to_dict().items() if name != "gaussian_reference"}
+    chosen = {**fields_of, "rules": [*map(list, config.rules.items())], "layers": layers, **options}
+    return facts_of(model, sequences, chosen, on_read)
+
+
+def facts_of(
+    model: Any,
+    sequences: torch.Tensor,
+    options: Mapping[str, Any],
+    on_read: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """`fingerprint` of a run that is not one of quantization, whose options are those given."""
     fields = json.loads(model.config.to_json_string(use_diff=False))
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    fields_of = {name: value for name, value in config.to_dict().items() if name != "gaussian_reference"}
     return {
         "model": {
             **{name: value for name, value in fields.items() if name not in _PLACE},
@@ -82,7 +94,7 @@ def fingerprint(
             "weights": _sha256_of_many(tensors, on_read),
         },
         "data": {"shape": list(sequences.shape), "tokens": sha256_of([("tokens", sequences.long())])},
-        "options": {**fields_of, "rules": [*map(list, config.rules.items())], "layers": layers, **options},
+        "options": dict(options),
         "versions": {name: versions().get(name) for name in _VERSIONS},
         "machine": {
             "threads": [runtime.get_num_threads(), torch.get_num_threads()],
@@ -134,6 +146,45 @@ class WorkDir:
         facts = {"sha256": sha256_of(sorted(owned.items()), report), "report": report}
         self._write(_block_name(index), save(owned, {"aqlm_c": json.dumps(facts)}))
         self.finished += 1
+
+    def save_state(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Replace the state that a run goes on from: tensors, and what JSON can hold.
+
+        Raises OSError, on a full disk for example; the state before it stays usable.
+        """
+        owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        stored = {"sha256": _sha256_of_many(sorted(owned.items()), None), "facts": facts}
+        temporary = self.path / (_STATE + _TEMPORARY)
+        with self._explained("writing", _STATE):
+            try:
+                save_file(owned, temporary, {"aqlm_c": json.dumps(stored)})
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.path / _STATE)
+            except BaseException as error:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                if isinstance(error, SafetensorError):  # a full disk, for one
+                    raise OSError(str(error)) from None
+                raise
+
+    def load_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The last state, as saved; None where there is none, and, with a warning, where it is damaged."""
+        path = self.path / _STATE
+        self._check_regular(_STATE)
+        if not path.exists():
+            return None
+        try:
+            with self._explained("reading", _STATE), safe_open(path, framework="pt") as stored:
+                tensors = {name: stored.get_tensor(name).clone() for name in sorted(stored.keys())}
+                found = json.loads(stored.metadata()["aqlm_c"])
+            if found["sha256"] == _sha256_of_many(sorted(tensors.items()), None):
+                return tensors, dict(found["facts"])
+            reason = "its SHA-256 differs from the one written with it"
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            reason = one_line(error)
+        log.warning("work_dir: got %r: %s is damaged: %s; the run begins anew", str(self.path), _STATE, reason)
+        return None
 
     def load_block(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, report) of a finished block, as saved; the tensors are contiguous, in CPU memory of their own.
@@ -190,7 +241,7 @@ class WorkDir:
                 ) from None
         with self._explained("cleaning", "it"):
             for path in self.path.glob(f"*{_TEMPORARY}"):
-                if path.name.startswith(("block-", _FINGERPRINT)):
+                if path.name.startswith(("block-", _FINGERPRINT, _STATE)):
                     path.unlink()
 
     def _compare(self, now: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ class QuantizationReport:
     "blocks", names of the "dense" by reason, a "text" of it, and "batch_size", sequences in one forward pass. ranks:
     processes that worked together; resumed_ranks: how many these were when blocks that a work directory had were
     finished, if not as many. device: "cpu" or the name of the GPU that quantized, with the most bytes that were held
-    there; both are in `to_dict` for a GPU alone.
+    there; both are in `to_dict` for a GPU alone. finetune: `FinetuneReport.to_dict()` where the whole model was tuned.
     """
 
     layers: list[LayerReport] = dataclasses.field(default_factory=list)
@@ -54,6 +54,7 @@ class QuantizationReport:
     ranks: int = 1
     resumed_ranks: list[int] = dataclasses.field(default_factory=list)
     versions: dict[str, str] = dataclasses.field(default_factory=versions)
+    finetune: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -81,6 +82,8 @@ class QuantizationReport:
         if self.device == "cpu":
             del fields["device"], fields["peak_device_memory_bytes"]
         fields = {name: value for name, value in fields.items() if "ranks" not in name or value not in (1, [])}
+        if not self.finetune:
+            del fields["finetune"]
         return _finite(
             {
                 **fields,

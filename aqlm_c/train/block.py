@@ -25,15 +25,14 @@ from torch import Tensor, nn
 from ..calibrate.activations import Activations
 from ..distributed import group
 from ..model.blocks import is_norm_or_bias
-from ..nn import ops
 from ..nn.linear import QuantizedLinear
 from ..recipe import AqlmConfig
 from ..report.layers import BlockReport
+from .relative import Decoder, Trained, add_gradients, values_of
 
 log = logging.getLogger("aqlm_c")
 
 _BETAS = (0.9, 0.95)
-_SMALL = 0.1  # of a tensor's rms: the least size that a single weight of a norm is given
 _OTHERS = 1 / 7  # rate of scales, norms and biases over that of codebooks (measured)
 
 Search = Callable[[str, Tensor, Tensor, Tensor], "Tensor | None"]
@@ -103,35 +102,6 @@ def _above_zero(square: Tensor) -> Tensor:
     return square.clamp(min=1e-30)
 
 
-class _Trained:
-    """A tensor in training, as start + size * change, so that Adam's steps are relative to size (where that is zero, it
-    stays). All of them change in a few calls: `_Tuner._values`.
-    """
-
-    def __init__(
-        self, parameter: nn.Parameter, rate: float, *, common_size: bool = False, zeros_stay: bool = False
-    ) -> None:
-        self.parameter, self.rate = parameter, rate
-        self.start = parameter.detach().to(torch.float32, copy=True)
-        rms = self.start.square().mean().sqrt()
-        size = rms.expand_as(self.start) if common_size else self.start.abs().clamp(min=_SMALL * rms)
-        self.size = (size * (self.start != 0) if zeros_stay else size).contiguous()
-        self.change = torch.zeros_like(self.start).requires_grad_()
-
-
-class _Decoder:
-    """Dense weights of a layer with these codes."""
-
-    def __init__(self, layer: QuantizedLinear, codes: Tensor, dtype: torch.dtype) -> None:
-        self.codes, self.dtype = codes, dtype
-        self.index = ops.index_codes(codes, layer.codebooks.float(), layer.scales.float())
-
-    def __call__(self, codebooks: Tensor, scales: Tensor) -> Tensor:
-        if self.dtype.itemsize > 4:
-            return ops.decode_rows(self.codes, codebooks, scales).to(self.dtype)
-        return ops.decode_rows(self.codes, codebooks, scales, self.dtype, self.index)
-
-
 class _Tuner:
     def __init__(
         self,
@@ -152,13 +122,13 @@ class _Tuner:
         self.decoders = {name: self._decoder(name, layer.codes.detach()) for name, layer in quantized.items()}
         rate = tuning.finetune_learning_rate
         layers = quantized.items()
-        self.codebooks = {name: _Trained(layer.codebooks, rate, common_size=True) for name, layer in layers}
-        self.scales = {name: _Trained(layer.scales, rate * _OTHERS, zeros_stay=True) for name, layer in layers}
+        self.codebooks = {name: Trained(layer.codebooks, rate, common_size=True) for name, layer in layers}
+        self.scales = {name: Trained(layer.scales, rate * _OTHERS, zeros_stay=True) for name, layer in layers}
         biases = ((name, layer.bias) for name, layer in layers)
         kept = {f"{name}.bias": bias for name, bias in biases if bias is not None}  # the dense layers have copies
         dense = {f"{name}.weight" for name in quantized}
         self.others = {  # norms and biases; matrices that were not quantized stay
-            name: _Trained(kept.get(name, parameter), rate * _OTHERS)
+            name: Trained(kept.get(name, parameter), rate * _OTHERS)
             for name, parameter in self.block.named_parameters()
             if name not in dense and is_norm_or_bias(parameter)
         }
@@ -180,8 +150,8 @@ class _Tuner:
             for batch in range(len(targets.hidden)):
                 self.kept.hidden.append(self._look_ahead(batch, targets.hidden[batch]).detach())
 
-    def _decoder(self, name: str, codes: Tensor) -> _Decoder:
-        return _Decoder(self.quantized[name], codes, self.dtypes[f"{name}.weight"])
+    def _decoder(self, name: str, codes: Tensor) -> Decoder:
+        return Decoder(self.quantized[name], codes, self.dtypes[f"{name}.weight"])
 
     def run(self, name: str, search: Search | None) -> BlockReport:
         started = time.perf_counter()
@@ -304,9 +274,7 @@ class _Tuner:
         reached = [
             (tensor, value.grad) for tensor, value in zip(self.trained, values, strict=True) if value.grad is not None
         ]
-        grads = torch._foreach_mul([grad for _, grad in reached], [tensor.size for tensor, _ in reached])
-        for (tensor, _), grad in zip(reached, grads, strict=True):
-            tensor.change.grad = grad if tensor.change.grad is None else tensor.change.grad + grad
+        add_gradients(reached)
 
     def _prefetch(self, batch: int | None) -> None:
         if batch is not None:
@@ -350,16 +318,9 @@ class _Tuner:
             hidden = self.inputs.forward(ahead, block, batch, hidden)
         return hidden
 
-    @torch.no_grad()
     def _values(self, rounded: bool = False) -> list[Tensor]:
         """What is trained, in the order of `trained`; rounded: to what is saved."""
-        values = torch._foreach_mul(
-            [tensor.size for tensor in self.trained], [tensor.change for tensor in self.trained]
-        )
-        torch._foreach_add_(values, [tensor.start for tensor in self.trained])
-        if not rounded:
-            return list(values)
-        return [value.to(tensor.parameter.dtype).float() for tensor, value in zip(self.trained, values, strict=True)]
+        return values_of(self.trained, rounded)
 
     def _tensors(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         """The block's parameters by name: dense weights decoded, norms and biases."""

@@ -30,7 +30,7 @@ LAYERS = [
     {"hf"},
     {"tasks"},
     {"evaluate", "generate", "inspection"},
-    {"quantize"},
+    {"quantize", "finetune"},
     {"run"},
     {"doctor", "execute"},
     {"cli"},

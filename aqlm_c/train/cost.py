@@ -1,0 +1,127 @@
+"""What tuning a whole model takes, in memory and time, before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ..config import FinetuneOptions
+from ..core.runtime import free_device_memory, synchronize
+from ..distributed import group
+from ..errors import wrong
+from ..files import available_memory
+from ..io.checkpoint import quantized_linears
+from ..nn.embedding import QuantizedEmbedding
+from ..nn.linear import QuantizedLayer
+from ..units import binary_size, duration, fastest
+
+_PV_BYTES = 16  # a weight: its gradient, the buffer's distance and two moments, float32
+_LOGITS = 7  # of the size of a slice's logits in float32, for both models
+_PER_FEATURE = 2.5  # values that are kept for gradients, over features of the inputs and outputs of linears
+_WORDS = 1.3  # time of a pass over that of its products
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes on the device, seconds, and how they come about."""
+
+    bytes: int
+    seconds: float
+    micro: int
+    checkpointing: bool
+    limit: int | None
+
+    def describe(self) -> str:
+        """For people."""
+        how = "with gradient checkpointing" if self.checkpointing else "without gradient checkpointing"
+        free = "" if self.limit is None else f" of {binary_size(self.limit)} free"
+        return (
+            f"about {duration(self.seconds)} at most, {binary_size(self.bytes)}{free}: "
+            f"{self.micro} sequences in a pass, {how}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a model: weights of its quantized linears and of its other matrices that multiply, features in and out of
+    the linears, vocabulary and width of hidden states, blocks, bytes of a value.
+    """
+
+    quantized: int
+    multiplied: int
+    features: int
+    width: int
+    layers: int
+    vocabulary: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, model: Any) -> Sizes:
+        layers = [layer for _, layer in quantized_linears(model) if not isinstance(layer, QuantizedEmbedding)]
+        shapes = [_shape(layer) for layer in layers]
+        head = model.get_output_embeddings() or model.get_input_embeddings()
+        vocabulary, width = _shape(head) if isinstance(head, QuantizedLayer) else head.weight.shape[:2]
+        dense = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+        config = model.config.get_text_config()
+        return cls(
+            quantized=sum(out * n for out, n in shapes),
+            multiplied=sum(out * n for out, n in shapes) + sum(weight.numel() for weight in dense),
+            features=sum(out + n for out, n in shapes),
+            width=width,
+            layers=max(1, getattr(config, "num_hidden_layers", 1)),
+            vocabulary=vocabulary,
+            itemsize=model.dtype.itemsize,
+        )
+
+
+def _shape(layer: QuantizedLayer) -> tuple[int, int]:
+    rows, groups, _ = layer.codes.shape
+    return rows * layer.out_group_size, groups * layer.in_group_size
+
+
+def estimate(
+    model: Any, original: Any, sequences: torch.Tensor, options: FinetuneOptions, device: torch.device
+) -> Estimate:
+    """Of a run on `device`, where both models are. Raises ValueError, naming batch_size, for fewer sequences in a step
+    than ranks.
+    """
+    ranks, length = group().size, sequences.shape[1]
+    if options.batch_size < ranks:
+        raise wrong("batch_size", options.batch_size, f"at least {ranks}, as many as there are ranks")
+    sizes = Sizes.of(model)
+    most = 16384 if device.type == "cuda" else 2048
+    micro = min(options.micro_batch_size or max(1, most // length), -(-options.batch_size // ranks))
+    free = free_device_memory(device) if device.type == "cuda" else available_memory()
+    fixed = sizes.quantized * _PV_BYTES if options.pv else 0
+    fixed += _LOGITS * (2**28 if device.type == "cuda" else 2**25)
+    if device.type == "cpu" and options.cache_teacher == "memory":
+        fixed += sequences.numel() * sizes.width * sizes.itemsize
+
+    def needed(checkpointing: bool) -> int:
+        share = 1 / sizes.layers if checkpointing else 1.0
+        kept = sizes.features * _PER_FEATURE * share + sizes.width * sizes.layers
+        return int(fixed + sizes.itemsize * (sizes.quantized * share + micro * length * kept))
+
+    checkpointing = options.gradient_checkpointing == "always"
+    if options.gradient_checkpointing == "auto":
+        checkpointing = free is not None and needed(False) > 0.8 * free
+    passes = (5 if checkpointing else 4) * options.steps * options.batch_size / ranks
+    looks = options.steps / options.evaluation_interval + 1
+    passes += 2 * looks * min(options.most_held_out, options.held_out * len(sequences)) / ranks
+    flop = 2.0 * passes * length * (sizes.multiplied + sizes.vocabulary * sizes.width)
+    seconds = _WORDS * flop / _speed(model.dtype, device)
+    return Estimate(needed(checkpointing), seconds, micro, checkpointing, free)
+
+
+def _speed(dtype: torch.dtype, device: torch.device) -> float:
+    """flop/s of a product of a pass's size."""
+    rows, width = (8192, 2048) if device.type == "cuda" else (1024, 512)
+    a, b = (torch.ones(n, width, dtype=dtype, device=device) for n in (rows, width))
+
+    def product() -> None:
+        torch.matmul(a, b)
+        synchronize(device)
+
+    return 2.0 * rows * width * width / fastest(product)

@@ -1,0 +1,398 @@
+"""Tuning a whole quantized model on tiny random ones: what it lowers, what it keeps, and that it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from ranks import ranks
+from tiny import FAST, random_model, random_tokens, tiny_llama
+from transformers import MixtralConfig
+
+from aqlm_c import _core, distributed, finetune_model, quantize_model
+from aqlm_c.config import FinetuneOptions
+from aqlm_c.nn.linear import QuantizedLinear
+from aqlm_c.pipeline.resume import sha256_of
+from aqlm_c.recipe import AqlmConfig
+from aqlm_c.train import student as student_module
+from aqlm_c.train.distill import Order, rate_of
+from aqlm_c.train.pv import CodeTuning
+from aqlm_c.train.sampling import sample_sequences
+from aqlm_c.train.student import Student
+
+GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+SEQUENCES = random_tokens(64, 24, seed=1)
+HELD_OUT = [10, 32, 53]  # the numbers of those that validate
+OPTIONS = {
+    "steps": 24,
+    "batch_size": 8,
+    "evaluation_interval": 8,
+    "micro_batch_size": 4,
+    "warmup": 2,
+    "learning_rate": 0.02,
+}
+PV = {"pv": True, "pv_learning_rate": 0.05, "pv_fraction": 0.05, "pv_trust_ratio": 0.2}
+MIXTRAL = MixtralConfig(
+    **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models take longer with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def models(name="llama", scheme="2x6g8", dtype=torch.float32, **options):
+    """A quantized model and its original."""
+    make = {"llama": lambda: tiny_llama(dtype=dtype, **options), "experts": lambda: random_model(MIXTRAL, dtype)}[name]
+    original, model = make(), make()
+    rules = {"lm_head": "2x4g4"} if name == "tied" else None
+    quantize_model(model, None, AqlmConfig.from_scheme(scheme, **{**FAST, "rules": rules}))
+    return model, original
+
+
+def tuned(pair=None, sequences=SEQUENCES, work_dir=None, **options):
+    model, original = pair or models()
+    return model, finetune_model(model, original, sequences, {**OPTIONS, **options}, work_dir=work_dir)
+
+
+def held_out_divergence(model, original, numbers):
+    ids = SEQUENCES[numbers]
+    with torch.no_grad():
+        p, q = (one(input_ids=ids).logits.float().log_softmax(-1) for one in (original, model))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "more"),
+    [(torch.float32, {}), (torch.float32, PV), (torch.bfloat16, PV), (torch.float16, {})],
+    ids=["float32", "float32, codes too", "bfloat16, codes too", "float16"],
+)
+def test_held_out_divergence_falls_to_what_is_reported(dtype, more):
+    model, original = models(dtype=dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    _, report = tuned((model, original), **more)
+    looks = [entry["held_out"] for entry in report.history]
+    assert report.held_out_after == min(looks) < 0.9 * looks[0] and report.held_out_before == looks[0]
+    assert [entry["step"] for entry in report.history] == [0, 8, 16, 24]
+    found = held_out_divergence(model, original, HELD_OUT)
+    assert report.held_out == 3 and found == pytest.approx(report.held_out_after, rel=1e-3)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    codes = {name for name in changed if name.endswith(".codes")}
+    assert bool(codes) == bool(more) == bool(report.changed)
+    assert {name for name in before if name.endswith((".codebooks", ".scales", "norm.weight"))} == changed - codes
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == before[name].dtype and parameter.grad is None
+        assert parameter.requires_grad == parameter.is_floating_point()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_experts_and_biases():
+    for pair in (models("experts"), models(attention_bias=True, mlp_bias=True)):
+        biases = {name: p.clone() for name, p in pair[0].named_parameters() if name.endswith("bias")}
+        model, report = tuned(pair, **PV, gradient_checkpointing="always")
+        assert report.held_out_after < 0.95 * report.held_out_before and report.changed
+        assert all(not torch.equal(model.get_parameter(name), value) for name, value in biases.items())
+
+
+@pytest.mark.hf
+@pytest.mark.skipif(transformers.__version__ < "5", reason="tied embeddings in codes need transformers 5")
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantized_embeddings_are_trained_only_if_asked(tied):
+    found = {}
+    for embeddings in (False, True):
+        original, model = (tiny_llama(tie_word_embeddings=tied) for _ in range(2))
+        rules = {"embed_tokens": "2x4g4", "lm_head": "2x4g4"}
+        quantize_model(model, None, AqlmConfig.from_scheme("2x6g8", **FAST, rules=rules))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        _, report = tuned((model, original), embeddings=embeddings, **PV)
+        assert report.held_out_after < report.held_out_before
+        found[embeddings] = report.held_out_after
+        for name, tensor in model.state_dict().items():
+            if "embed_tokens" in name or "lm_head" in name:
+                trained = embeddings and not name.endswith(".codes")
+                assert torch.equal(tensor, before[name]) != trained and tensor.dtype == before[name].dtype
+        assert held_out_divergence(model, original, HELD_OUT) == pytest.approx(report.held_out_after, rel=1e-3)
+        if tied:
+            assert model.lm_head.codebooks is model.model.embed_tokens.codebooks
+    assert found[True] < found[False]
+
+
+def test_gradients_are_those_of_the_plain_model():
+    """Of decoded weights, checkpointed or not, in one pass or in parts, to codebooks, scales and norms."""
+    found = []
+    for checkpointing, micro, pv in (
+        ("never", 8, False),
+        ("always", 8, False),
+        ("never", 2, False),
+        ("always", 4, True),
+    ):
+        model, original = models()
+        options = {"gradient_checkpointing": checkpointing, "micro_batch_size": micro, "pv": pv, "pv_start": 100}
+        tuned((model, original), steps=3, **options)
+        found.append(model.state_dict())
+    for other in found[1:]:
+        for name, tensor in other.items():
+            torch.testing.assert_close(tensor, found[0][name], rtol=1e-3, atol=1e-4)
+
+
+def test_one_step_moves_by_the_rates():
+    model, original = models()
+    student = Student(model, FinetuneOptions(learning_rate=0.01, scale_rate=0.5))
+    before = student.together.values()
+    tuned((model, original), steps=1, warmup=0, learning_rate=0.01, scale_rate=0.5, held_out=0.02)
+    codebooks = [layer.codebooks for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    for old, new in zip(before, codebooks, strict=False):
+        steps = (new.detach() - old).abs() / old.square().mean().sqrt()
+        assert steps.max() == pytest.approx(0.01, rel=0.15)  # rounded to 16 bits
+
+
+def test_weights_of_one_block_are_decoded_at_a_time(monkeypatch):
+    alive, most, plain = [0], [], student_module._Decoded.forward
+
+    class Counted(student_module._Decoded):
+        @staticmethod
+        def forward(ctx, anchor, weight, dtype):
+            dense = plain(ctx, anchor, weight, dtype)
+            alive[0] += 1
+            most.append(alive[0])
+            weakref.finalize(dense.untyped_storage(), lambda: alive.__setitem__(0, alive[0] - 1))
+            return dense
+
+    monkeypatch.setattr(student_module, "_Decoded", Counted)
+    tuned(models(num_hidden_layers=4), steps=1, gradient_checkpointing="never")
+    without, most[:] = max(most), []
+    tuned(models(num_hidden_layers=4), steps=1, gradient_checkpointing="always")
+    assert without >= 28 and max(most) <= 8
+
+
+def test_buffers_follow_codebooks_and_changes_stay_small():
+    student = Student(models()[0], FinetuneOptions(**OPTIONS, **PV))
+    weights = [weight for weight in student.weights if weight.trained]
+    tuning = CodeTuning(weights, FinetuneOptions(**{**OPTIONS, **PV, "pv_trust_ratio": 0.2}))
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights:
+        weight.gradient.copy_(torch.randn(weight.gradient.shape, generator=generator))
+    dense = [weight.decoded(torch.float32) for weight in weights]
+    for offset, weight in zip(tuning.offsets, dense, strict=True):
+        offset.data.copy_(0.5 * weight.std() * torch.randn(weight.shape, generator=generator))
+    goals = [weight + offset.detach() for weight, offset in zip(dense, tuning.offsets, strict=True)]
+    made = tuning.step(0.0, changes=True)
+    assert 0 < made.changed < 0.05 * made.groups
+    for before, goal, weight, offset in zip(dense, goals, weights, tuning.offsets, strict=True):
+        now = weight.decoded(torch.float32)
+        assert (now - before).norm() <= 0.2 * before.norm() * (1 + 1e-5)
+        torch.testing.assert_close(now + offset.detach(), goal)  # the buffer itself stays
+        assert ((now - goal).view(-1, 8).norm(dim=1) <= (before - goal).view(-1, 8).norm(dim=1) + 1e-5).all()
+        assert not weight.gradient.any()
+    codes = [weight.codes for weight in weights]
+    undone = tuning.undo()
+    tuning.forget(undone)
+    assert tuning.refused == made.changed
+    for weight, before, old, offset in zip(weights, dense, codes, tuning.offsets, strict=True):
+        assert torch.equal(weight.decoded(torch.float32), before)
+        same = (weight.codes == old).all(-1)
+        assert (
+            not offset.detach().view(*same.shape, 8)[~same].any() and offset.detach().view(*same.shape, 8)[same].any()
+        )
+
+
+def test_codes_that_make_it_worse_are_undone():
+    wild = {**PV, "pv_learning_rate": 0.9, "pv_fraction": 0.5, "pv_trust_ratio": 0.9, "pv_beta1": 0.0}
+    _, report = tuned(**wild, learning_rate=1e-3)
+    assert any(entry["undone"] for entry in report.history)
+    assert report.history[-1]["held_out"] <= 1.01 * report.held_out_before
+    _, kept = tuned(**wild, learning_rate=1e-3, pv_undo=False)
+    assert kept.history[-1]["held_out"] > 1.1 * report.history[-1]["held_out"]
+    assert kept.held_out_after <= kept.held_out_before
+
+
+def test_it_ends_early_and_keeps_the_best():
+    model, report = tuned(learning_rate=0.9, patience=2, steps=80, warmup=0, schedule="constant")
+    assert report.steps == report.best_step + 16 < 80
+    assert held_out_divergence(model, models()[1], HELD_OUT) == pytest.approx(report.held_out_after, rel=1e-3)
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_kept_teacher_gives_what_a_live_one_does(cache):
+    (live, _), (kept, report) = tuned(steps=20), tuned(steps=20, cache_teacher=cache)
+    assert report.tokens == 20 * 8 * 24
+    for name, tensor in live.state_dict().items():
+        torch.testing.assert_close(kept.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_schedule_and_order():
+    options = FinetuneOptions(steps=20, warmup=4, final_rate=0.1)
+    rates = [rate_of(step, options) for step in range(20)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0.1 < rates[-1] < 0.12
+    assert rate_of(19, FinetuneOptions(steps=20, warmup=4, schedule="constant")) == 1
+    order = Order([3, 5, 7, 9, 11], seed=0)
+    drawn = [number for step in range(5) for number in order.of_step(step, 2)]
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == [3, 5, 7, 9, 11] and drawn[:5] != drawn[5:]
+    assert Order([3, 5, 7, 9, 11], seed=0).of_step(3, 2) == drawn[6:8]  # whatever was asked for before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    {
+        ("steps", 0): r"steps: got 0, expected an integer >= 1",
+        ("batch_size", True): r"batch_size: got True, expected an integer",
+        ("learning_rate", 1.5): r"learning_rate: got 1\.5, expected a number in \(0, 1\)",
+        ("scale_rate", 2): r"scale_rate: got 2\.0, expected a number in \[0, 1\]",
+        ("pv_fraction", float("nan")): r"pv_fraction: got nan, expected a number in \[0, 1\]",
+        ("schedule", "step"): r"schedule: got 'step', expected one of cosine, linear, constant",
+        ("cache_teacher", "gpu"): r"cache_teacher: got 'gpu', expected one of none, memory, disk",
+        ("pv", 1): r"pv: got 1, expected true or false",
+        ("step", 1): r"unknown option 'step': did you mean 'steps'",
+    }.items(),
+)
+def test_wrong_options_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        tuned(**dict([options]))
+
+
+def test_wrong_models_are_refused(tmp_path):
+    model, original = models()
+    with pytest.raises(ValueError, match="model: got LlamaForCausalLM without a quantized layer"):
+        finetune_model(tiny_llama(), original, SEQUENCES)
+    with pytest.raises(ValueError, match="original: got str, expected a transformers model"):
+        finetune_model(model, "path", SEQUENCES)
+    with pytest.raises(ValueError, match="original: got a vocabulary of 128, expected 96"):
+        finetune_model(model, tiny_llama(vocab_size=128), SEQUENCES)
+    with pytest.raises(ValueError, match="sequences: got 1, expected at least 2"):
+        finetune_model(model, original, SEQUENCES[:1])
+    with pytest.raises(ValueError, match=r"sequences: token id 96, expected 0\.\.95"):
+        finetune_model(model, original, SEQUENCES + 1)
+    tuned((model, original), steps=2, work_dir=tmp_path / "work", save_interval=1)
+    with pytest.raises(ValueError, match=r"holds another run .*original: its weights differ"):
+        finetune_model(models()[0], tiny_llama(seed=1), SEQUENCES, {**OPTIONS, "steps": 2}, work_dir=tmp_path / "work")
+
+
+LIKE = {"save_interval": 3, "evaluation_interval": 4, "steps": 14, "patience": 0}
+KILLED_AT = (3, 8, 13)
+
+
+class Killing:
+    """Progress that ends the process in the middle of a step's end."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+    def on_step(self, step, steps):
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def facts(model, report):
+    history = [{**entry, "seconds": 0} for entry in report.history]
+    return {"state": sha256_of(sorted(model.state_dict().items())), "history": history, "ranks": report.ranks}
+
+
+def killed(folder):
+    """Runs that are killed in one of their steps, and go on."""
+    found = {}
+    for name, more in (("continuous", {}), ("codes too", PV)):
+        found[name] = [facts(*tuned(**LIKE, **more))]
+        for step in KILLED_AT:
+            work = folder / f"{name}-{step}"
+            if (pid := os.fork()) == 0:
+                finetune_model(*models(), SEQUENCES, {**OPTIONS, **LIKE, **more}, work_dir=work, progress=Killing(step))
+                os._exit(3)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+            assert (work / "state.safetensors").exists() == (step > 3)
+            found[name].append(facts(*tuned(work_dir=work, **LIKE, **more)))
+    return found
+
+
+def curve(folder, size):
+    """Runs of one of `size` ranks, which leaves its looks and what it has."""
+    torch.set_num_threads(1)
+    with distributed.started() as group:
+        found = [facts(*tuned(**more, steps=12, evaluation_interval=4, micro_batch_size=2)) for more in ({}, PV)]
+        (folder / f"{size}-{group.rank}.json").write_text(json.dumps(found))
+
+
+def two_ranks(folder):
+    for size in (1, 2):
+        ends = ranks(size, curve, folder, size)
+        assert ends["codes"] == [0] * size, ends
+    return [json.loads((folder / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")]
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    """What came of runs that are forks of a process without other threads."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "support")
+    command = [sys.executable, __file__, tmp_path_factory.mktemp("runs")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("name", ["continuous", "codes too"])
+def test_a_killed_run_goes_on_to_the_same_bits(forked, name):
+    whole, *resumed = forked["killed"][name]
+    assert len(resumed) == len(KILLED_AT) and all(one == whole for one in resumed)
+    assert any(entry.get("changed") for entry in whole["history"]) == (name == "codes too")
+
+
+@pytest.mark.skipif(not (hasattr(os, "fork") and GLOO), reason="needs fork and gloo")
+def test_two_ranks_have_the_losses_of_one(forked):
+    one, *two = forked["ranks"]
+    assert two[0] == two[1] and all(run["ranks"] == 2 for run in two[0])
+    for tolerance, ours, alone in zip((1e-3, 2e-2), two[0], one, strict=True):  # other last bits choose other codes
+        for here, there in zip(ours["history"], alone["history"], strict=True):
+            assert here["held_out"] == pytest.approx(there["held_out"], rel=tolerance)
+
+
+def test_a_damaged_state_is_not_used(tmp_path, caplog):
+    options = {"save_interval": 2, "steps": 5, "work_dir": tmp_path}
+    whole, _ = tuned(**options)
+    state = bytearray((tmp_path / "state.safetensors").read_bytes())
+    state[-5] ^= 1
+    (tmp_path / "state.safetensors").write_bytes(state)
+    again, _ = tuned(**options)
+    assert "state.safetensors is damaged: its SHA-256 differs" in caplog.text
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def test_text_of_the_models_own_is_drawn_from_it():
+    model, starts = tiny_llama(), torch.tensor([5, 7])
+    made = sample_sequences(model, 64 * 12, 12, starts, seed=3)
+    assert made.shape == (64, 12) and set(made[:, 0].tolist()) == {5, 7}
+    assert torch.equal(made, sample_sequences(model, 64 * 12 - 5, 12, starts, seed=3))
+    assert not torch.equal(made, sample_sequences(model, 64 * 12, 12, starts, seed=4))
+    with torch.no_grad():
+        loss = model(input_ids=made, labels=made).loss
+        p = model(input_ids=made[:, :-1]).logits.softmax(-1)
+    entropy = -(p * p.log()).sum(-1).mean()
+    assert loss.item() == pytest.approx(entropy.item(), rel=0.05)  # temperature 1
+    settings = model.generation_config.to_dict()
+    sample_sequences(model, 12, 12, starts, seed=3)
+    assert model.generation_config.to_dict() == settings
+
+
+if __name__ == "__main__":
+    import torch._dynamo  # by Adam: the forks then need not
+
+    torch.set_num_threads(1)
+    _core.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    print(json.dumps({"killed": killed(folder), "ranks": two_ranks(folder) if GLOO else None}))
