@@ -81,7 +81,7 @@ def main() -> None:
         torch.manual_seed(0)
         dense, _, _ = load_model(args.model)
         dense = dense.to(getattr(torch, dtype))
-        tokens = torch.randint(dense.format.vocab_size, (1, args.tokens))
+        tokens = torch.randint(dense.config.vocab_size, (1, args.tokens))
         with torch.no_grad():
             quantized = with_random_codes(dense, args.scheme)
             error = check(quantized, tokens)
