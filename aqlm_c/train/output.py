@@ -130,5 +130,6 @@ def _kl_of(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Ten
     log_q = torch.log_softmax(logits.float(), -1)
     log_p = torch.log_softmax(targets.float(), -1)
     p = log_p.exp()
-    found = log_p.sub_(log_q).mul_(p).sum(-1).double().sum()
+    terms = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0)  # also of words that the teacher rules out: -inf
+    found = terms.sum(-1).double().sum()
     return found, log_q.exp_().sub_(p).to(logits.dtype) if gradient else None

@@ -1,5 +1,7 @@
 """KL divergence slice by slice of positions: what full logits give, for models that do more than multiply."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import random_model, random_tokens, tiny_llama
@@ -68,6 +70,16 @@ def test_sliced_divergence_is_that_of_full_logits(name, monkeypatch):
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4, msg=name)
     with torch.no_grad():
         assert kl_divergence(student, teacher, student.hidden(ids), targets, False).item() == found.item()
+
+
+def test_words_that_the_teacher_rules_out_add_nothing():
+    as_it_is = SimpleNamespace(vocabulary=4, logits=lambda hidden: hidden * 1)
+    own, other = torch.randn(3, 4), torch.randn(3, 4)
+    other[:, 2] = -torch.inf
+    found = kl_divergence(as_it_is, as_it_is, own, other, gradient=False).item()
+    p, log_q = other.softmax(-1), own.log_softmax(-1)
+    expected = (p * (p.clamp(min=1e-30).log() - log_q))[:, [0, 1, 3]].sum().item()
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_logits_of_few_positions_are_in_memory_at_a_time():
