@@ -179,6 +179,7 @@ def test_out_holds_what_reproduces_it(model_dir, tmp_path):
     resolved = yaml.safe_load(text)
     assert resolved.keys() >= set(FIELDS) - {
         "options",
+        "tune",
         "layers",
         "work_dir",
         "memory_limit",
