@@ -32,11 +32,16 @@ def slices(positions: int, vocabulary: int, device: torch.device, most: int | No
 def kl_divergence(original: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(softmax(original) || softmax(logits)) of each row, in nats: float32 [n].
 
-    Both are float32 logits [n, vocabulary] and are overwritten. Words that the original rules out (-inf) add nothing.
+    Both are float32 logits [n, vocabulary] and are overwritten. Words that the original rules out (-inf) add nothing,
+    those that the model alone rules out make it inf.
     """
-    p = _log_softmax_(original)
-    terms = _log_softmax_(logits).neg_().add_(p).mul_(p.exp())
-    return terms.masked_fill_(p == -torch.inf, 0).sum(-1).clamp_(min=0)
+    # The sum of p (log p - log q) + q - p: the last two add up to 0, and with them errors of the normalisation, which
+    # all words share, cancel, where the distributions are close and those errors would be all that there is.
+    log_p, log_q = _log_softmax_(original), _log_softmax_(logits)
+    q = log_q.exp()
+    difference, p = log_q.neg_().add_(log_p), log_p.exp_()
+    terms = difference.mul_(p).masked_fill_(p == 0, 0)
+    return terms.add_(q.sub_(p)).sum(-1).clamp_(min=0)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

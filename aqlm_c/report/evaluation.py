@@ -62,8 +62,10 @@ class Evaluation:
         found = []
         for row in self.results:
             counts = f"{row['windows']} x {row['sequence_length']} tokens, {self.start_text(row)}"
-            error = "" if row["perplexity_stderr"] is None else f", standard error {row['perplexity_stderr']:.4f}"
-            figure = f"perplexity {row['perplexity']:.4f}"
+            error = (
+                "" if row["perplexity_stderr"] is None else f", standard error {figure_text(row['perplexity_stderr'])}"
+            )
+            figure = f"perplexity {figure_text(row['perplexity'])}"
             found.append(f"{row['data']}: {figure} ({counts}{error}, {row['seconds']:.1f} s)")
         return found
 
@@ -73,7 +75,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         against = f" against {self.against}" if self.against else ""
-        figures = ", ".join(f"{row['perplexity']:.4f}" for row in self.results)
+        figures = ", ".join(figure_text(row["perplexity"]) for row in self.results)
         perplexities = f", perplexity {figures}" if figures else ""
         return f"<Evaluation: {', '.join(self.models)}{against}{perplexities}, {len(self.tasks)} rows of tasks>"
 
@@ -122,8 +124,8 @@ class Evaluation:
 
 
 def figure_text(value: float | None) -> str:
-    """A figure for people: "1.0800", or a dash where there is none."""
-    return "-" if value is None else f"{value:.4f}"
+    """A figure for people: "1.0800", from a million on "2.5000e+07", or a dash where there is none."""
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}"
 
 
 def with_error(value: float | None, stderr: float | None) -> str:

@@ -26,6 +26,7 @@ from aqlm_c.cli.main import main
 from aqlm_c.evaluate import Recorded
 from aqlm_c.model import logits as logits_module
 from aqlm_c.model.logits import SplitModel, cross_entropy, kl_divergence, slices
+from aqlm_c.report.evaluation import figure_text
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -209,6 +210,18 @@ def test_kl_of_words_that_are_ruled_out():
     assert cross_entropy(p, torch.tensor([0, 2])).tolist() == pytest.approx([math.log(2), 0.4076059])
 
 
+def test_kl_of_distributions_that_are_close():
+    generator = torch.Generator().manual_seed(0)
+    p = 3 * torch.randn(8, 20_000, generator=generator) + 20
+    for scale in (1e-4, 1e-2, 3.0):  # KL of 5e-9, 5e-5 and more
+        q = p + scale * torch.randn(p.shape, generator=generator)
+        log_p, log_q = (each.double().log_softmax(-1) for each in (p, q))
+        wanted = (log_p.exp() * (log_p - log_q)).sum(-1)
+        torch.testing.assert_close(kl_divergence(p.clone(), q).double(), wanted, rtol=1e-5, atol=3e-8)
+    ruled_out = torch.tensor([[0.0, -200.0]]), torch.tensor([[0.0, -torch.inf]])  # a share that is 0 in float32
+    assert kl_divergence(*ruled_out).tolist() == [0]
+
+
 def test_what_divergence_refuses():
     model, ids = tiny_llama(), random_tokens(1, 64)
     with pytest.raises(ValueError, match="model: got 96 logits, expected 128 as the original has"):
@@ -222,6 +235,15 @@ def test_what_divergence_refuses():
         divergence(model, broken, ids, 32)
     with pytest.raises(ValueError, match="model: the loss of window 0 is nan"):
         divergence(broken, model, ids, 32)
+
+
+def test_figures_of_broken_models_are_short():
+    assert [figure_text(value) for value in (None, 1.08, 123456.7, 4.02e18)] == [
+        "-",
+        "1.0800",
+        "123456.7000",
+        "4.0200e+18",
+    ]
 
 
 # ---- evaluate_models and the command line ---------------------------------------------------------------------------
