@@ -58,7 +58,8 @@ def _message(number: int, message: Any) -> dict[str, Any]:
 
 
 def _instruction(fields: dict[str, Any], tokenizer: Any) -> Document:
-    parts = [fields["instruction"], fields.get("input") or "", fields.get("output")]
+    given = fields.get("input")
+    parts = [fields["instruction"], "" if given is None else given, fields.get("output")]
     if not all(isinstance(part, str) for part in parts):
         raise ValueError('expected strings as "instruction", "output" and, where it is given, "input"')
     *question, answer = parts

@@ -300,7 +300,7 @@ def _text_file(path: str, max_chars: int | None) -> Iterator[str]:
     except UnicodeDecodeError as error:
         where = f" at byte {error.start}" if max_chars is None else ""  # else of what was read last
         raise ValueError(f"data: got {path!r}: not UTF-8 text ({error.reason}{where})") from error
-    yield text
+    yield text.removeprefix("\ufeff")  # a byte order mark, which is no text
 
 
 def _jsonl(path: str, tokenizer: Any) -> Iterator[Document]:

@@ -82,6 +82,7 @@ def test_no_text_begins_with_two_bos_tokens(tmp_path):
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a character"),
         ('{"instruction": "x"}', 'expected strings as "instruction", "output"'),
         ('{"instruction": ["x"], "output": "y"}', 'expected strings as "instruction", "output"'),
+        ('{"instruction": "x", "input": 0, "output": "y"}', 'expected strings as "instruction", "output"'),
         ('{"instruction": "x", "input": 3, "output": "y"}', 'expected strings as "instruction", "output"'),
         ('{"text": 3, "messages": [{"role": "user", "content": "x"}]}', 'expected a JSON object with a string "text"'),
         ('{"output": "y"}', 'expected a JSON object with a string "text"'),

@@ -65,6 +65,13 @@ def test_text_is_one_stream_read_as_far_as_needed(tmp_path, tokenizer):
     assert data.token_stream(str(path), tokenizer).numel() == 100_000
 
 
+@pytest.mark.parametrize("name, text", [("a.txt", "a\r\nb"), ("a.jsonl", '{"text": "a\\nb"}\r\n')])
+def test_byte_order_marks_and_carriage_returns_are_no_text(tmp_path, tokenizer, name, text):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    for limit in (None, 3):
+        assert text_of(data.token_stream(str(tmp_path / name), tokenizer, limit)) == "a\nb"
+
+
 def test_no_more_of_a_file_is_read_than_is_needed(tmp_path, tokenizer):
     path = tmp_path / "endless.txt"
     path.write_text("é漢" * 20_000)
