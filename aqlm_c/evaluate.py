@@ -8,6 +8,7 @@ import gc
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from .config import EvaluationOptions
 from .core.runtime import find_device
 from .errors import wrong
 from .files import available_memory, read_json_object
+from .io.checkpoint import read_directory
 from .io.data import (
     BUNDLED,
     as_token_ids,
@@ -75,6 +77,7 @@ def perplexity(
     model does not know and for a loss that is not finite or beyond 700.
     """
     cuts = _windows(model, input_ids, sequence_length, windows, bos_token)
+    check_length("sequence_length", sequence_length, model)
     started = time.perf_counter()
     split, losses = SplitModel(model.eval()), []
     for index, ids in enumerate(cuts):
@@ -133,6 +136,7 @@ def divergence(
     for vocabularies of different sizes and for a KL that is not finite.
     """
     cuts = _windows(model, input_ids, sequence_length, windows, bos_token)
+    check_length("sequence_length", sequence_length, model)
     started = time.perf_counter()
     split, other = SplitModel(model.eval()), original if isinstance(original, Recorded) else _Live(original)
     if isinstance(original, Recorded) and [len(states) for states in original.states] != [sequence_length] * len(cuts):
@@ -188,13 +192,15 @@ def evaluate_models(
     *,
     device: str = "cpu",
     progress: Any = None,
+    found: Evaluation | None = None,
     **options: Any,
 ) -> Evaluation:
     """Evaluate one or several models on texts and zero-shot tasks: what `aqlm-c evaluate` does.
 
     models, against: names that `load_model` takes, loaded one after another; against: the original that they are
     compared with. data: sources (`io.data`), each a text; none: the bundled text, unless there are tasks. options: of
-    `EvaluationOptions`. progress: an object with `on_phase(name)` and `on_window(done, total, perplexity)`.
+    `EvaluationOptions`. progress: an object with `on_phase(name)` and `on_window(done, total, perplexity)`. found: what
+    is filled and returned, row by row, so that an error in a later model leaves the rows of earlier ones.
 
     Raises ValueError for a model or a source that cannot be read, and for tokenizers or vocabularies that differ from
     the original's; what can be known before the work is refused before it.
@@ -209,7 +215,9 @@ def evaluate_models(
     original = None if against is None else source_names("against", [against])[0]
     work = _Work(str(find_device(device)), chosen, progress or _Silent(), zero_shot.prepare(chosen))
     work.check(names, original)
-    result = Evaluation(names, original, work.device, chosen.dtype, chosen.bos)
+    result = Evaluation(names) if found is None else found
+    result.models, result.against, result.device = names, original, work.device
+    result.dtype, result.bos = chosen.dtype, chosen.bos
     texts = work.original(original, sources, result) if original is not None else None
     for name in names:
         work.model(name, sources, texts, result)
@@ -243,17 +251,25 @@ class _Work:
     tasks: zero_shot.Prepared | None
 
     def check(self, names: Sequence[str], original: str | None) -> None:
-        """Raise ValueError for a model of several that is not there, or whose tokenizer is not the original's."""
+        """Raise ValueError for a model of several that is not there or damaged, or whose tokenizer is not the
+        original's or lacks the BOS token that is asked for.
+        """
         from .hf.models import load_tokenizer
 
-        if original is None:
-            if len(names) > 1:
-                list(map(load_tokenizer, names))
+        together = [*names, *([] if original is None else [original])]
+        if len(together) == 1:
             return
-        expected = load_tokenizer(original)
+        tokenizers = {name: load_tokenizer(name) for name in together}
+        for name, tokenizer in tokenizers.items():
+            window_start(tokenizer, self.options.bos)
+            if Path(name).is_dir():
+                read_directory(name)
+        if original is None:
+            return
+        expected = tokenizers[original]
         size = _logits_on_disk(original)
         for name in names:
-            _check_same(name, load_tokenizer(name), original, expected)
+            _check_same(name, tokenizers[name], original, expected)
             own = _logits_on_disk(name)
             if None not in (own, size) and own != size:
                 raise ValueError(f"against: got {original!r} with {size} logits, expected {own} as {name!r} has")
@@ -288,9 +304,11 @@ class _Work:
         """The texts, with what the original did on them; where that has no room, with the original itself."""
         with self.loaded(name) as (network, tokenizer):
             texts = self.texts(sources, tokenizer)
+            cuts = [self._cuts(network, text) for text in texts]
+            if texts:
+                check_length("sequence_length", self.options.sequence_length, network)
             self.run_tasks(name, network, tokenizer, result)
             split = SplitModel(network)
-            cuts = [self._cuts(network, text) for text in texts]
             if split.is_split and texts and _fits(split, cuts):
                 for text, windows in zip(texts, cuts, strict=True):
                     self.progress.on_phase(f"{name} on {text.source}")
@@ -309,7 +327,10 @@ class _Work:
         """Rows of one model, added to `result`."""
         length, windows = self.options.sequence_length, self.options.windows
         with self.loaded(name) as (network, tokenizer):
-            for text in self.texts(sources, tokenizer) if texts is None else texts:
+            chosen = self.texts(sources, tokenizer) if texts is None else texts
+            for text in chosen:  # the last one's errors come before the first one's work
+                self._cuts(network, text)
+            for text in chosen:
                 self.progress.on_phase(f"{name} on {text.source}")
                 arguments = (text.input_ids, length, windows, self.progress.on_window, text.start)
                 with _named(text.source):
@@ -370,7 +391,7 @@ def _fits(split: SplitModel, cuts: Sequence[torch.Tensor]) -> bool:
 def _windows(
     model: Any, input_ids: torch.Tensor, sequence_length: int, windows: int | None, bos_token: int | None
 ) -> torch.Tensor:
-    """The windows [n, sequence_length] of a stream, checked."""
+    """The windows [n, sequence_length] of a stream, checked, but for the model's positions."""
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, expected a transformers model, as load_model gives it")
     stream = as_token_ids("input_ids", input_ids, "token ids [n], as token_stream gives them").reshape(-1)
@@ -378,10 +399,10 @@ def _windows(
         raise ValueError(f"sequence_length: got {sequence_length}, expected at least 2")
     if windows is not None and windows < 1:
         raise ValueError(f"windows: got {windows}, expected at least 1")
-    check_length("sequence_length", sequence_length, model)
     cuts = cut(stream[None].long(), sequence_length, bos_token)
     if len(cuts) < (windows or 1):
-        needed = (windows or 1) * sequence_length
+        begun = bos_token is not None and stream.numel() > 0 and int(stream[0]) == bos_token
+        needed = (windows or 1) * (sequence_length - (bos_token is not None)) + begun
         raise ValueError(
             f"input_ids: {stream.numel()} tokens, expected at least {needed} "
             f"for windows={windows or 1} of sequence_length={sequence_length}"
@@ -419,7 +440,7 @@ def _perplexity(name: str, losses: Any) -> dict[str, float | None]:
     """exp of the mean loss, and its standard error by the delta method, under `name` and `name`_stderr."""
     mean, stderr = _mean(losses)
     value = math.exp(mean)
-    return {name: value, f"{name}_stderr": None if stderr is None else value * stderr}
+    return {name: value, f"{name}_stderr": None if stderr is None else min(value * stderr, sys.float_info.max)}
 
 
 def _counts(cuts: torch.Tensor, started: float) -> dict[str, Any]:

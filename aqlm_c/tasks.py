@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -257,7 +258,7 @@ def summary(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         stderr = math.sqrt(squares / (n - 1) / n) if n > 1 else None
         if metric == "perplexity":
             mean = math.exp(min(-mean, 700.0))
-            stderr = None if stderr is None else mean * stderr
+            stderr = None if stderr is None else min(mean * stderr, sys.float_info.max)
         row |= {"items": n, metric: mean, f"{metric}_stderr": stderr}
     return row
 

@@ -371,27 +371,26 @@ def evaluate(
     from ..core.runtime import find_device
     from ..evaluate import evaluate_models
     from ..hf.card import record_perplexity
+    from ..report.evaluation import Evaluation
 
     place = str(find_device(device, "--device"))
-    for model in models if record else ():
-        if not (Path(model) / "report.json").is_file():
-            raise ValueError(f"--record: got {model!r}, expected a directory with the report.json of aqlm-c quantize")
+    if record:
+        _check_record(models, sources, tasks is not None)
     options: dict[str, Any] = {"sequence_length": sequence_length, "windows": windows, "bos": bos, "dtype": dtype}
     names = tuple(name.strip() for name in tasks.split(",")) if tasks is not None else ()
     options |= {"tasks": names, "task_data": task_data, "limit": limit, "shots": shots, "batch_size": batch_size}
-    with Display(quiet, verbose) as display:
-        result = evaluate_models(models, sources, against, device=place, progress=display, **options)
+    result = Evaluation(models)
+    try:
+        with Display(quiet, verbose) as display:
+            evaluate_models(models, sources, against, device=place, progress=display, found=result, **options)
+    finally:  # rows of models that came before an error
+        if result.results or result.tasks:
+            _show_evaluation(result, quiet)
+    with output:
+        output.write(result.to_dict())
     for model in models if record else ():
         rows = [row for row in result.results if row["model"] == model]
         record_perplexity(model, {_described(row): _recorded(row) for row in rows})
-    if quiet:
-        print(*result.figures(), sep="\n")
-    elif result.is_plain:
-        print(*map(printable, result.lines()), sep="\n")
-    else:
-        show(result)
-    with output:
-        output.write(result.to_dict())
 
 
 @app.command()
@@ -500,6 +499,28 @@ class _NoFile:
 def _output(path: Path | None) -> JsonFile | _NoFile:
     """The file of --json, tried before the work."""
     return _NoFile() if path is None else JsonFile("--json", path)
+
+
+def _show_evaluation(result: Any, quiet: bool) -> None:
+    if quiet:
+        print(*result.figures(), sep="\n")
+    elif result.is_plain:
+        print(*map(printable, result.lines()), sep="\n")
+    else:
+        show(result)
+
+
+def _check_record(models: list[str], sources: list[str], has_tasks: bool) -> None:
+    """Raise ValueError unless figures of these texts can be put into reports of the models, by the texts' names."""
+    from ..hf.card import check_record
+
+    if has_tasks and not sources:
+        raise wrong("--record", models[0], "--data, too: figures of tasks are not recorded")
+    names = [Path(source).name for source in sources if Path(source).is_file()]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise wrong("--record", twice[0], "files of different names: a report keeps no folders")
+    for model in models:
+        check_record(model)
 
 
 def _described(result: dict[str, Any]) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 import huggingface_hub
 import yaml
 
-from ..errors import INSTALL
-from ..files import read_json_object, read_text, write_json
+from ..errors import INSTALL, wrong
+from ..files import JsonFile, read_json_object, read_text, write_json
 from ..format import Format
 from ..io.checkpoint import quantized_linears, save_quantized
 from ..io.data import BUNDLED, FILE_TYPES
@@ -137,6 +137,21 @@ def _card(model: Any) -> str:
     return model_card(model, report.to_dict() if report is not None else None)
 
 
+def check_record(directory: str | os.PathLike[str]) -> None:
+    """Raise, before the work, the errors that `record_perplexity` would raise after it."""
+    directory = Path(directory)
+    _report(directory, "--record")
+    if (directory / "README.md").is_file():
+        read_text(directory / "README.md")
+    JsonFile("--record", directory / "report.json").close()
+
+
+def _report(directory: Path, name: str) -> dict[str, Any]:
+    if not (directory / "report.json").is_file():
+        raise wrong(name, str(directory), "a directory with the report.json of aqlm-c quantize")
+    return read_json_object(directory / "report.json")
+
+
 def record_perplexity(directory: str | os.PathLike[str], perplexity: Mapping[str, Any]) -> None:
     """Put figures, by the name of their data, into the report.json and the README.md of a quantized model.
 
@@ -144,9 +159,7 @@ def record_perplexity(directory: str | os.PathLike[str], perplexity: Mapping[str
     ValueError for a directory without a report.json; OSError if one cannot be written.
     """
     directory = Path(directory)
-    if not (directory / "report.json").is_file():
-        raise ValueError(f"model: got {str(directory)!r}, expected a directory with the report.json of aqlm-c quantize")
-    report = read_json_object(directory / "report.json")
+    report = _report(directory, "model")
     known = report.get("perplexity")
     report["perplexity"] = {**(known if isinstance(known, dict) else {}), **perplexity}
     write_json(directory / "report.json", report)

@@ -222,6 +222,19 @@ def test_kl_of_distributions_that_are_close():
     assert kl_divergence(*ruled_out).tolist() == [0]
 
 
+def test_a_standard_error_is_a_number():
+    assert math.isfinite(evaluate._perplexity("perplexity", [600.0, 699.0])["perplexity_stderr"])  # of exp(649)
+
+
+def test_tokens_that_windows_with_bos_need():
+    model, stream = tiny_llama(), torch.full((46,), 5)
+    assert perplexity(model, stream[:45], 16, 3, bos_token=7)["windows"] == 3
+    with pytest.raises(ValueError, match="44 tokens, expected at least 45 for windows=3"):
+        perplexity(model, stream[:44], 16, 3, bos_token=7)
+    with pytest.raises(ValueError, match="45 tokens, expected at least 46 for windows=3"):
+        perplexity(model, stream[:45], 16, 3, bos_token=5)
+
+
 def test_what_divergence_refuses():
     model, ids = tiny_llama(), random_tokens(1, 64)
     with pytest.raises(ValueError, match="model: got 96 logits, expected 128 as the original has"):
@@ -365,6 +378,63 @@ def test_a_text_too_short_for_the_original_is_named(models, tmp_path, capsys):
     arguments = [str(models / "near"), "--against", str(models / "original"), "--data", str(tmp_path / "short.txt")]
     assert main(["evaluate", *arguments, "--sequence-length", "64"]) == 2
     assert f"data: got '{tmp_path / 'short.txt'}': input_ids: 5 tokens, expected" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def broken(models):
+    """A model whose logits are NaN, which is seen when it runs; another whose file is cut."""
+    model = tiny_llama(vocab_size=BYTES)
+    model.model.norm.weight.data[0] = torch.nan
+    for name in ("nan", "cut"):
+        model.save_pretrained(models / name)
+        byte_tokenizer().save_pretrained(models / name)
+    (models / "cut" / "model.safetensors").write_bytes(b"\x08")
+    return models
+
+
+def test_rows_before_an_error_are_shown(broken, texts, tmp_path, capsys):
+    names = [str(broken / "near"), str(broken / "nan")]
+    options = ["--data", texts[0], "--sequence-length", "32", "--windows", "2", "--json", str(tmp_path / "e.json")]
+    assert main(["evaluate", *names, *options, "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    found = aqlm_c.Evaluation(["-"])
+    with pytest.raises(ValueError, match="the loss of window 0 is nan"):
+        evaluate_models(names, texts[0], sequence_length=32, windows=2, found=found)
+    (row,) = found.results
+    assert row["model"] == names[0] and found.models == names and float(out) == row["perplexity"]
+    assert "the loss of window 0 is nan" in err and not (tmp_path / "e.json").exists()
+
+
+def test_what_is_known_before_the_work_is_refused_before_it(broken, texts, tmp_path, monkeypatch):
+    (tmp_path / "short.txt").write_text("ab")
+    near, original, data = str(broken / "near"), str(broken / "original"), [texts[0], str(tmp_path / "short.txt")]
+    monkeypatch.setattr(evaluate, "SplitModel", None)  # called for the first window
+    monkeypatch.setattr(evaluate._Work, "run_tasks", None)
+    for against in (None, original):
+        with pytest.raises(ValueError, match=r"short\.txt.*2 tokens, expected at least 32"):
+            evaluate_models(near, data, against, sequence_length=32)
+    for names, against in (([near, str(broken / "cut")], None), ([near], str(broken / "cut"))):
+        with pytest.raises(ValueError, match=r"cut/model\.safetensors: expected a complete safetensors file"):
+            evaluate_models(names, texts[0], against, sequence_length=32)
+    with pytest.raises(ValueError, match="bos: got 'always', expected 'auto' or 'never'"):
+        evaluate_models([near, original], texts[0], sequence_length=32, bos="always")
+
+
+def test_what_cannot_be_recorded_is_refused(models, tmp_path, capsys):
+    out, other = tmp_path / "out", tmp_path / "other"
+    for folder in (out, other):
+        folder.mkdir()
+        (folder / "a.txt").write_text("a")
+    texts = ["--data", str(out / "a.txt"), "--data", str(other / "a.txt")]
+    for arguments, content, said in (
+        ([str(out), *texts], "{}", "--record: got 'a.txt', expected files of different names"),
+        ([str(out), "--tasks", "piqa", "--task-data", str(out)], "{}", "expected --data, too"),
+        ([str(out), *texts[:2]], "[]", "report.json: got list, expected a JSON object"),
+        ([str(models / "near"), *texts[:2]], "{}", "--record: got '"),
+    ):
+        (out / "report.json").write_text(content)
+        assert main(["evaluate", *arguments, "--record"]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_recorded_figures_are_pairs(models, texts, tmp_path):
