@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import tempfile
@@ -88,7 +90,7 @@ def model_card(
         *_format(model, schemes, report),
         *_run(report),
         *_calibration(report, data),
-        *_perplexities(perplexity or report.get("perplexity") or {}),
+        *_perplexities(perplexity or _figures(report.get("perplexity"))),
         "## Licence\n",
         _licence(inherited, license is not None) + "\n",
     ]
@@ -140,7 +142,7 @@ def _card(model: Any) -> str:
 def check_record(directory: str | os.PathLike[str]) -> None:
     """Raise, before the work, the errors that `record_perplexity` would raise after it."""
     directory = Path(directory)
-    _report(directory, "--record")
+    json.dumps(_report(directory, "--record"), allow_nan=False)
     if (directory / "README.md").is_file():
         read_text(directory / "README.md")
     JsonFile("--record", directory / "report.json").close()
@@ -160,8 +162,7 @@ def record_perplexity(directory: str | os.PathLike[str], perplexity: Mapping[str
     """
     directory = Path(directory)
     report = _report(directory, "model")
-    known = report.get("perplexity")
-    report["perplexity"] = {**(known if isinstance(known, dict) else {}), **perplexity}
+    report["perplexity"] = {**_figures(report.get("perplexity")), **perplexity}
     write_json(directory / "report.json", report)
     card = directory / "README.md"
     if card.is_file():
@@ -274,8 +275,23 @@ def _perplexities(perplexity: Mapping[str, Any]) -> Iterator[str]:
         return
     yield "## Perplexity\n"
     pairs = {name: value if isinstance(value, (tuple, list)) else (None, value) for name, value in perplexity.items()}
-    rows = [(name, *(f"{value:.3f}" if value else "-" for value in pair)) for name, pair in pairs.items()]
+    rows = [(name, *map(_figure_text, pair)) for name, pair in pairs.items()]
     yield _table(("data", "original", "quantized"), rows)
+
+
+def _figure_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value < 1e6 else f"{value:.3e}"
+
+
+def _figures(given: Any) -> dict[str, Any]:
+    """What are figures or pairs of them among those that a report of others holds."""
+    found = {}
+    for name, value in given.items() if isinstance(given, Mapping) else ():
+        pair = value if isinstance(value, (tuple, list)) else (None, value)
+        numbers = [number for number in pair if number is not None]
+        if len(pair) == 2 and numbers and all(type(x) in (int, float) and 0 < x < math.inf for x in numbers):
+            found[name] = value
+    return found
 
 
 def _licence(inherited: Mapping[str, Any], given: bool) -> str:

@@ -345,7 +345,18 @@ def _dataset(source: str, shuffle_seed: int | None) -> Iterator[str]:
         raise ValueError(f"data: got {source!r}: no such file, and no data set could be read: {reason}") from error
     if not isinstance(first.get("text"), str):
         raise ValueError(f'data: got {source!r}: columns {sorted(first)}, expected a string column "text"')
-    return (row["text"] for row in rows)
+    return _texts(source, rows)
+
+
+def _texts(source: str, rows: Iterable[Any]) -> Iterator[str]:
+    """The texts of a data set, whose later rows may fail as well as its first one."""
+    try:
+        for row in rows:
+            if not isinstance(row.get("text"), str):
+                raise wrong("text", row.get("text"), "a string in every row")
+            yield row["text"]
+    except Exception as error:  # of many types, as above
+        raise ValueError(f"data: got {source!r}: a row cannot be read: {one_line(error)[:300]}") from error
 
 
 def _token_ids(path: str, tokenizer: Any) -> torch.Tensor:

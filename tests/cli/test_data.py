@@ -72,6 +72,23 @@ def test_byte_order_marks_and_carriage_returns_are_no_text(tmp_path, tokenizer, 
         assert text_of(data.token_stream(str(tmp_path / name), tokenizer, limit)) == "a\nb"
 
 
+def test_later_rows_of_a_data_set_that_fail_are_named(tokenizer, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def lost():
+        yield {"text": "a"}
+        raise ConnectionError("the line\nis dead")
+
+    class Rows(list):
+        def __iter__(self):
+            return lost() if not self else super().__iter__()
+
+    for rows, said in ((Rows(), "ConnectionError|the line"), (Rows([{"text": "a"}, {"text": None}]), "text: got None")):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, rows=rows, **__: rows)
+        with pytest.raises(ValueError, match=f"data: got 'own/set': a row cannot be read: .*({said})"):
+            data.token_stream("own/set", tokenizer)
+
+
 def test_no_more_of_a_file_is_read_than_is_needed(tmp_path, tokenizer):
     path = tmp_path / "endless.txt"
     path.write_text("é漢" * 20_000)

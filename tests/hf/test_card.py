@@ -108,6 +108,28 @@ def test_perplexity_is_recorded_in_report_and_card(quantized, tmp_path):
         record_perplexity(tmp_path, {"a": 1.0})
 
 
+def test_figures_of_others_that_are_none_are_left_out(quantized, tmp_path):
+    model, report = quantized
+    known = {
+        "a": 3.0,
+        "b": [4.0, 5],
+        "c": "x",
+        "d": None,
+        "e": [1, 2, 3],
+        "f": {},
+        "g": float("nan"),
+        "h": True,
+        "i": [],
+    }
+    text = model_card(model, {**report, "perplexity": known})
+    assert "| a | - | 3.000 |\n| b | 4.000 | 5.000 |\n\n" in text
+    assert "## Perplexity" not in model_card(model, {**report, "perplexity": ["x"]})
+    (tmp_path / "report.json").write_text(json.dumps({"perplexity": known}))
+    record_perplexity(tmp_path, {"a": [None, 4e18]})
+    assert json.loads((tmp_path / "report.json").read_text()) == {"perplexity": {"a": [None, 4e18], "b": [4.0, 5]}}
+    assert "| a | - | 4.000e+18 |" in model_card(model, report, perplexity={"a": 4e18})
+
+
 def test_what_is_loaded_and_saved_again_keeps_where_it_came_from(quantized, tmp_path):
     model, report = quantized
     files = {"report.json": json.dumps(report), "run.yaml": "scheme: 1x4g8\n", "README.md": "card"}
