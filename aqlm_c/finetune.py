@@ -219,19 +219,33 @@ def tuning_sequences(run: FinetuneRun, original: Any, tokenizer: Any, progress: 
         parts.append(texts.load_sequences(read, tokenizer, run.samples, length, run.shuffle, options.seed, bos))
         return torch.cat(parts)
     needed = options.steps * options.batch_size + options.most_held_out
-    for source in read:
-        progress.on_phase(f"read {source}")
-        limit = int(_ROOM * length * -(-needed // len(read)))
-        stream = texts.token_stream(source, tokenizer, limit)
-        windows = texts.cut(stream[None], length, texts.window_start(tokenizer, run.bos, source))
-        if not len(windows):
-            raise ValueError(
-                f"data: got {source!r}: {stream.numel()} tokens, expected at least {length}, those of a sequence"
-            )
-        parts.append(windows[: -(-needed // len(read))])
+    parts += _read(read, tokenizer, needed, run, progress)
     sequences = torch.cat(parts)
     texts.warn_of_starts("sequences", sequences, tokenizer)
     return sequences
+
+
+def _read(sources: Sequence[str], tokenizer: Any, needed: int, run: FinetuneRun, progress: Any) -> list[torch.Tensor]:
+    """`needed` sequences of these, as many of each; what short ones lack, the others give if they can."""
+    found: dict[str, torch.Tensor] = {}
+    share, open_ = -(-needed // max(1, len(sources))), list(sources)
+    while open_:
+        for source in open_:
+            progress.on_phase(f"read {source}")
+            stream = texts.token_stream(source, tokenizer, int(_ROOM * run.sequence_length * share))
+            start = texts.window_start(tokenizer, run.bos, source)
+            found[source] = texts.cut(stream[None], run.sequence_length, start)[:share]
+            if not len(found[source]):
+                raise ValueError(
+                    f"data: got {source!r}: {stream.numel()} tokens, expected at least {run.sequence_length}, those of "
+                    "a sequence"
+                )
+        open_ = [source for source in open_ if len(found[source]) == share]
+        lacking = needed - sum(map(len, found.values()))
+        if lacking <= 0 or not open_:
+            break
+        share += -(-lacking // len(open_))
+    return list(found.values())
 
 
 def _starts(original: Any, tokenizer: Any) -> torch.Tensor:

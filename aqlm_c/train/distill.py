@@ -107,7 +107,7 @@ class Distiller:
         self.step = self.since_best = 0
         self.best: Best | None = None
         self._seconds, self._losses = 0.0, list[Tensor]()
-        self._changes, self._last, self._broken = Changes(), math.inf, False
+        self._last, self._broken = math.inf, False
 
     def run(self, state: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None, save: Save | None) -> FinetuneReport:
         """All steps from a state that `save` was given on; the best values and codes are then in the model.
@@ -168,9 +168,7 @@ class Distiller:
         if self.codes is not None:
             options = self.options
             changes = self.step >= options.pv_start and self.step % options.pv_interval == 0
-            made = self.codes.step(rate, changes)
-            self._changes.changed += made.changed
-            self._changes.groups += made.groups
+            self.codes.step(rate, changes)
         self.step += 1
         self._losses.append(loss / positions)
         self.progress.on_step(self.step, self.options.steps)
@@ -215,8 +213,9 @@ class Distiller:
     def _look(self) -> None:
         """Look at the held-out text: keep the best state, undo codes that made it worse."""
         loss = self._held_out_loss()
-        undone = False
+        undone, changed = False, Changes()
         if self.codes is not None:
+            changed = self.codes.changes
             if self.options.pv_undo and not loss <= self._last:
                 undone, loss = self._undo(loss)
             self.codes.look()
@@ -224,9 +223,9 @@ class Distiller:
         training = torch.stack(self._losses).mean().item() if self._losses else None
         entry = {
             **{"step": self.step, "held_out": loss, "training": training, "seconds": self.report.seconds},
-            **({"changed": self._changes.fraction, "undone": undone} if self.codes is not None else {}),
+            **({"changed": changed.fraction, "undone": undone} if self.codes is not None else {}),
         }
-        self._losses, self._changes = [], Changes()
+        self._losses = []
         if self.best is None and not math.isfinite(loss):
             raise ValueError(f"model: got a held-out KL divergence of {loss}, expected a finite number")
         self.report.history.append(entry)
@@ -234,7 +233,7 @@ class Distiller:
             self.report.held_out_before = loss
         self.since_best += 1
         if self.best is None or loss < self.best.loss:
-            codes = [weight.codes for weight in self.codes.weights] if self.codes else []
+            codes = self.codes.codes() if self.codes else []
             self.best, self.since_best = Best(loss, self.step, self.student.together.change.clone(), codes), 0
         elif not math.isfinite(loss):
             log.warning("NaN or Inf in tuning, which ends here")
@@ -276,9 +275,10 @@ class Distiller:
             tensors |= self.codes.state()
             for i, (weight, best) in enumerate(zip(self.codes.weights, self.best.codes, strict=True)):
                 tensors |= {f"codes.{i}": weight.codes, f"best.{i}": best}
+        changes = dataclasses.asdict(self.codes.changes) if self.codes else {}
         facts = {
             **{"step": self.step, "since_best": self.since_best, "last": self._last, "report": self.report.to_dict()},
-            **{"best_loss": self.best.loss, "best_step": self.best.step, "changes": dataclasses.asdict(self._changes)},
+            **{"best_loss": self.best.loss, "best_step": self.best.step, "changes": changes},
         }
         return tensors, facts
 
@@ -294,9 +294,9 @@ class Distiller:
             self.codes.load(tensors)
             count = range(len(self.codes.weights))
             self.codes.take([tensors[f"codes.{i}"].to(device) for i in count])
+            self.codes.changes = Changes(**facts["changes"])
             codes = [tensors[f"best.{i}"].to(device) for i in count]
         self.step, self.since_best, self._last = facts["step"], facts["since_best"], facts["last"]
-        self._changes = Changes(**facts["changes"])
         self.best = Best(facts["best_loss"], facts["best_step"], tensors["best"].to(device, copy=True), codes)
         self.report = FinetuneReport.from_dict(facts["report"])
         self._seconds = self.report.seconds

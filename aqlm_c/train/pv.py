@@ -9,16 +9,20 @@ and of a buffer that follows the difference stays as it is.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..config import AqlmOptions, FinetuneOptions
 from ..core import verbs
+from ..errors import one_line
 from ..methods.aqlm import search_options
 from ..nn import ops
 from .student import TunedWeight
+
+log = logging.getLogger("aqlm_c")
 
 _EPS = 1e-12  # of Adam: gradients to single weights are small
 
@@ -33,6 +37,30 @@ class Changes:
     @property
     def fraction(self) -> float:
         return self.changed / max(1, self.groups)
+
+
+class _Replayed:
+    """What a function launches on a GPU, all of it without asking for a result: as a CUDA graph from its second call
+    on. A discrete step is thousands of short kernels, whose launches took three times as long as they did.
+    """
+
+    def __init__(self, run: Callable[[], None], device: torch.device) -> None:
+        self._run, self._calls = run, 0
+        self._graph = torch.cuda.CUDAGraph() if device.type == "cuda" else None
+
+    def __call__(self) -> None:
+        self._calls += 1
+        if self._graph is None or self._calls == 1:
+            return self._run()
+        if self._calls == 2:
+            try:
+                with torch.cuda.graph(self._graph):
+                    self._run()
+            except RuntimeError as error:  # slower, not wrong: of what is recorded nothing has run
+                log.warning("codes are changed without a CUDA graph: %s", one_line(error))
+                self._graph = None
+                return self._run()
+        self._graph.replay()
 
 
 class CodeTuning:
@@ -53,6 +81,7 @@ class CodeTuning:
                     f"pv: got {weight.names[0]} of {format.scheme}, expected an out_group_size of 1 to search its codes"
                 )
             self._search.append(search_options(format, AqlmOptions(beam_size=options.pv_beam_size)))
+            weight.own_codes()
             dense = weight.decoded(torch.float32)
             self._rates.append(options.pv_learning_rate * float(dense.square().mean().sqrt()))
             weight.gradient = torch.zeros_like(dense)
@@ -62,8 +91,11 @@ class CodeTuning:
         betas = (options.pv_beta1, options.pv_beta2)
         fused = bool(groups) and self.offsets[0].device.type == "cuda"
         self.optimizer = torch.optim.Adam(groups, betas=betas, eps=_EPS, fused=fused or None)
-        self.looked_at = [weight.codes for weight in self.weights]
+        self.looked_at = self.codes()
         self.refused = 0  # codes that were undone
+        device = weights[0].codes.device if weights else torch.device("cpu")
+        self._changed, self._groups = torch.zeros((), dtype=torch.int64, device=device), 0
+        self._encode_all = _Replayed(self._encode_each, device)
 
     def settle(self, divisor: float) -> None:
         """Divide the gradients, of which `Student.settle` has made use, by what they are sums over."""
@@ -79,69 +111,82 @@ class CodeTuning:
                 offset.add_(weight.decoded(torch.float32))
 
     @torch.no_grad()
-    def step(self, rate: float, changes: bool) -> Changes:
+    def step(self, rate: float, changes: bool) -> None:
         """A step of Adam for the buffers and, if `changes`, of codes towards them; then no gradients are left.
 
         rate: of the schedule. Codebooks and scales have made theirs.
         """
-        found = Changes()
         if not self.options.pv_follow:
             for weight, offset in zip(self.weights, self.offsets, strict=True):
                 offset.sub_(weight.decoded(torch.float32))
         for group, own in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = own * rate
         self.optimizer.step()
-        for weight, offset, search in zip(self.weights, self.offsets, self._search, strict=True):
-            found.groups += weight.codes.shape[0] * weight.codes.shape[1]
-            if changes:
-                found.changed += self._encode(weight, offset, search)
+        self._groups += sum(weight.codes.shape[0] * weight.codes.shape[1] for weight in self.weights)
+        if changes:
+            self._encode_all()
+        for weight in self.weights:
             assert weight.gradient is not None
             weight.gradient.zero_()
-        return found
 
-    def _encode(self, weight: TunedWeight, offset: Tensor, search: tuple[int, bool]) -> int:
-        """Encode the groups that are farthest from the buffer; how many have other codes."""
+    def _encode_each(self) -> None:
+        for weight, offset, search in zip(self.weights, self.offsets, self._search, strict=True):
+            self._encode(weight, offset.detach(), search)
+
+    def _encode(self, weight: TunedWeight, offset: Tensor, search: tuple[int, bool]) -> None:
+        """Encode the groups that are farthest from the buffer."""
         options, (out, groups, K) = self.options, weight.codes.shape
         g, nbits = weight.layer.in_group_size, weight.layer.nbits_per_codebook
-        of_groups = offset.view(-1, g)
+        of_groups, of_codes = offset.view(-1, g), weight.codes.view(-1, K)
         count = round(options.pv_fraction * out * groups)
         if not count:
-            return 0
+            return
         farthest = of_groups.square().sum(1).topk(count, sorted=False).indices.sort().values
-        rows = farthest // groups
-        scales = weight.scales[rows]
-        before = weight.codes.view(-1, K)[farthest]
+        scales = weight.scales[farthest // groups]
+        before, distance = of_codes[farthest], of_groups[farthest]
         now = ops.decode_rows(before.view(-1, 1, K), weight.codebooks, scales)
         codes = verbs.encode_groups(
             torch.as_tensor(verbs.codes_from_disk(before.view(-1, 1, K), nbits)),
-            now + of_groups[farthest],
+            now + distance,
             weight.codebooks.squeeze(2),
             scales.view(-1),
             *search,
         )
         after = torch.as_tensor(verbs.codes_to_disk(codes.view(-1, 1, K), nbits))
         moved = ops.decode_rows(after, weight.codebooks, scales) - now
-        square = moved.square().sum(1)
-        chosen = (after.view(-1, K) != before).any(1)
+        after = after.view(-1, K)
+        chosen = (after != before).any(1)
         if options.pv_trust_ratio:
-            chosen &= _within(square, (options.pv_trust_ratio * weight.decoded(torch.float32).norm()).square())
-        places = chosen.nonzero().view(-1)
-        if not len(places):
-            return 0
-        new = weight.codes.clone()
-        new.view(-1, K)[farthest[places]] = after.view(-1, K)[places]
-        of_groups[farthest[places]] -= moved[places]
-        weight.set_codes(new)
-        return len(places)
+            most = (options.pv_trust_ratio * weight.decoded(torch.float32).norm()).square()
+            chosen &= _within(moved.square().sum(1), most)
+        chosen = chosen[:, None]
+        of_codes.index_copy_(0, farthest, torch.where(chosen, after, before))
+        of_groups.index_copy_(0, farthest, torch.where(chosen, distance - moved, distance))
+        weight.decoder.index_anew()
+        self._changed += chosen.sum()
+
+    def codes(self) -> list[Tensor]:
+        """A copy of all."""
+        return [weight.codes.clone() for weight in self.weights]
+
+    @property
+    def changes(self) -> Changes:
+        """Since the last look."""
+        return Changes(int(self._changed), self._groups)
+
+    @changes.setter
+    def changes(self, changes: Changes) -> None:
+        self._groups = changes.groups
+        self._changed.fill_(changes.changed)
 
     def look(self) -> None:
         """Codes are found good: they are what `undo` goes back to."""
-        self.looked_at = [weight.codes for weight in self.weights]
+        self.looked_at, self.changes = self.codes(), Changes()
 
     @torch.no_grad()
     def undo(self) -> list[Tensor]:
         """Go back to the codes of the last look; the codes that there were, for `take`."""
-        codes = [weight.codes for weight in self.weights]
+        codes = self.codes()
         self.take(self.looked_at)
         return codes
 
@@ -155,8 +200,7 @@ class CodeTuning:
 
     def take(self, codes: Sequence[Tensor]) -> None:
         for weight, one in zip(self.weights, codes, strict=True):
-            if one is not weight.codes:
-                weight.set_codes(one)
+            weight.set_codes(one)
 
     def state(self) -> dict[str, Tensor]:
         """What goes on from one process to another."""

@@ -52,7 +52,13 @@ class Decoder:
 
     def __init__(self, layer: QuantizedLayer, codes: Tensor, dtype: torch.dtype) -> None:
         self.codes, self.dtype = codes, dtype
-        self.index = ops.index_codes(codes, layer.codebooks.float(), layer.scales.float())
+        self._format = layer.codebooks.float(), layer.scales.float()
+        self.index = ops.index_codes(codes, *self._format)
+
+    def index_anew(self) -> None:
+        """Where codes are others now."""
+        if self.index.numel():
+            self.index.copy_(ops.index_codes(self.codes, *self._format))
 
     def __call__(self, codebooks: Tensor, scales: Tensor) -> Tensor:
         if self.dtype.itemsize > 4:
@@ -87,6 +93,7 @@ class Together:
         )
         self.change, self.gradient = torch.zeros_like(self.start), torch.zeros_like(self.start)
         self._shapes = [tensor.start.shape for tensor in trained]
+        self._values = torch.empty_like(self.start)
         self.gradients = self._parts(self.gradient)
         self.runs: list[Run] = []
         begin, end = 0, 0
@@ -99,8 +106,8 @@ class Together:
 
     @torch.no_grad()
     def values(self, rounded: bool = False) -> list[Tensor]:
-        """Their values, float32; rounded: to what is saved."""
-        values = self._parts(torch.addcmul(self.start, self.size, self.change))
+        """Their values, float32, always in the same memory; rounded: to what is saved, elsewhere."""
+        values = self._parts(torch.addcmul(self.start, self.size, self.change, out=self._values))
         if not rounded:
             return values
         return [value.to(dtype).float() for value, dtype in zip(values, self.dtypes, strict=True)]

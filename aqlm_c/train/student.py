@@ -67,10 +67,16 @@ class TunedWeight:
         if self.gradient is not None:
             self._spread(self.gradient)
 
+    def own_codes(self) -> None:
+        """Codes that change: other ones than the layer's, which has them when the tuning is over."""
+        self.codes = self.codes.clone()
+        self.decoder.codes = self.codes
+
+    @torch.no_grad()
     def set_codes(self, codes: Tensor) -> None:
-        """Other codes [O, J, K], as stored."""
-        self.codes = codes
-        self.decoder = Decoder(self.layer, codes, torch.float32)
+        """Other codes [O, J, K], as stored, where those were: the memory stays the same."""
+        self.codes.copy_(codes)
+        self.decoder.index_anew()
 
     @contextlib.contextmanager
     def held(self, dtype: torch.dtype) -> Iterator[None]:

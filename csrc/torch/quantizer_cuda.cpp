@@ -39,6 +39,13 @@ template <class T> T read(const Tensor &t, cudaStream_t stream) {
     return value;
 }
 
+/* Whether a CUDA graph is being recorded: nothing can be read then, and what is recorded has run before. */
+bool is_recorded(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+    return status != cudaStreamCaptureStatusNone;
+}
+
 struct Layer : LayerOf<ready> {
     OnDevice on;
     cudaStream_t stream;
@@ -58,6 +65,7 @@ struct Layer : LayerOf<ready> {
 
   private:
     void check_codes() const {
+        if (is_recorded(stream)) return;
         const Tensor outside = new_empty(weight, {1}, ScalarType::Int);
         check(aqlm_cuda_check_codes(writable<int32_t>(outside), data<uint16_t>(codes), &shape, stream), "codes");
         check_value(read<int32_t>(outside, stream) == 0, "codes: got one outside, expected 0..",
@@ -238,6 +246,7 @@ Tensor convert_codes(const Tensor &codes_in, int64_t bits, bool packs) {
                 : aqlm_cuda_unpack_codes(writable<uint16_t>(converted), from.codes.const_data_ptr(), n, bits, first,
                                          on.stream),
           packs ? "pack_codes" : "unpack_codes");
+    if (is_recorded(on.stream)) return converted;
     const auto outside = read<int64_t>(where, on.stream);
     if (outside >= 0) {
         uint16_t value = 0;

@@ -1,5 +1,6 @@
 """Tuning a whole quantized model on tiny random ones: what it lowers, what it keeps, and that it goes on."""
 
+import copy
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from aqlm_c.config import FinetuneOptions
 from aqlm_c.nn.linear import QuantizedLinear
 from aqlm_c.pipeline.resume import sha256_of
 from aqlm_c.recipe import AqlmConfig
+from aqlm_c.train import pv as pv_module
 from aqlm_c.train import student as student_module
 from aqlm_c.train.distill import Order, rate_of
 from aqlm_c.train.pv import CodeTuning
@@ -188,7 +190,8 @@ def test_buffers_follow_codebooks_and_changes_stay_small():
     for offset, weight in zip(tuning.offsets, dense, strict=True):
         offset.data.copy_(0.5 * weight.std() * torch.randn(weight.shape, generator=generator))
     goals = [weight + offset.detach() for weight, offset in zip(dense, tuning.offsets, strict=True)]
-    made = tuning.step(0.0, changes=True)
+    tuning.step(0.0, changes=True)
+    made = tuning.changes
     assert 0 < made.changed < 0.05 * made.groups
     for before, goal, weight, offset in zip(dense, goals, weights, tuning.offsets, strict=True):
         now = weight.decoded(torch.float32)
@@ -196,7 +199,7 @@ def test_buffers_follow_codebooks_and_changes_stay_small():
         torch.testing.assert_close(now + offset.detach(), goal)  # the buffer itself stays
         assert ((now - goal).view(-1, 8).norm(dim=1) <= (before - goal).view(-1, 8).norm(dim=1) + 1e-5).all()
         assert not weight.gradient.any()
-    codes = [weight.codes for weight in weights]
+    codes = tuning.codes()
     undone = tuning.undo()
     tuning.forget(undone)
     assert tuning.refused == made.changed
@@ -396,3 +399,15 @@ if __name__ == "__main__":
     _core.set_num_threads(1)
     folder = Path(sys.argv[1])
     print(json.dumps({"killed": killed(folder), "ranks": two_ranks(folder) if GLOO else None}))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_steps_that_are_replayed_on_a_gpu_are_those_that_are_launched(monkeypatch, caplog):
+    pair = [one.cuda() for one in models()]
+    model, replayed = tuned((copy.deepcopy(pair[0]), pair[1]), **PV)
+    assert "CUDA graph" not in caplog.text and replayed.changed
+    monkeypatch.setattr(pv_module, "_Replayed", lambda run, _device: run)
+    launched, _ = tuned((copy.deepcopy(pair[0]), pair[1]), **PV)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, launched.state_dict()[name]), name

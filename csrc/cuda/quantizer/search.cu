@@ -1,5 +1,7 @@
 /* search.cu: the searches as launches: for each block of groups the product of what is left of W with H or F, then the
  * kernel that finds the block's codes (pairs.cu, beam.cu). */
+#include <algorithm>
+#include <iterator>
 #include <vector>
 
 #include "core/quantizer/working.h"
@@ -40,6 +42,25 @@ __global__ void residual_kernel(float *D, const Walk w, int g) {
         *reinterpret_cast<float4 *>(D + row * w.in + i * g + d) = {x.x - scale * q.x, x.y - scale * q.y,
                                                                    x.z - scale * q.z, x.w - scale * q.w};
     }
+}
+
+/* An order short enough to be an argument: nothing is read from the host's memory then, and a CUDA graph can hold it. */
+struct ShortOrder {
+    int32_t values[64];
+};
+
+__global__ void order_kernel(int32_t *to, const ShortOrder order, int n) {
+    if (threadIdx.x < n) to[threadIdx.x] = order.values[threadIdx.x];
+}
+
+cudaError_t copy_order(int32_t *to, const std::vector<int32_t> &order, cudaStream_t stream) {
+    ShortOrder few;
+    if (order.size() > std::size(few.values)) /* pageable memory: it is read before this returns */
+        return cudaMemcpyAsync(to, order.data(), order.size() * sizeof(int32_t), cudaMemcpyHostToDevice, stream);
+    std::copy(order.begin(), order.end(), few.values);
+    order_kernel<<<1, static_cast<unsigned>(std::size(few.values)), 0, stream>>>(to, few,
+                                                                                 static_cast<int>(order.size()));
+    return cudaGetLastError();
 }
 
 /* How a search is cut, with the defaults put in. */
@@ -155,10 +176,7 @@ extern "C" cudaError_t aqlm_cuda_search_sweep(uint16_t *codes, const aqlm_search
     const int64_t g = s->shape.in_group_size, groups = w.in / g;
     std::vector<int32_t> order(groups * (1 + w.K));
     aqlm_sweep_order(order.data(), groups, w.K, s->seed);
-    /* Pageable memory: it is read before this returns. */
-    if (const cudaError_t error =
-            cudaMemcpyAsync(memory.order, order.data(), order.size() * sizeof(int32_t), cudaMemcpyHostToDevice, stream))
-        return error;
+    if (const cudaError_t error = copy_order(memory.order, order, stream)) return error;
     w.order = memory.order, w.books = memory.order + groups, w.couple = memory.couple, w.metric = memory.metric;
     permute_kernel<<<static_cast<unsigned>(w.in), THREADS, 0, stream>>>(memory.couple, memory.metric, H, memory.order,
                                                                         w.in, static_cast<int>(g));
