@@ -35,6 +35,16 @@ def residual_kmeans(
 def accumulate_hessian(sum: _F64, x: _F32) -> None:
     """sum [in, in] += x^T x for x [n, in], in place."""
 
+def accumulate_product(sum: _F64, x: _F32, y: _F32) -> None:
+    """sum [in_x, in_y] += x^T y for x [n, in_x] and y [n, in_y], in place."""
+
+def correct_weight(weight: _F32, cross: _F32, H: _F32, alpha: float, relative_damp: float) -> _F32:
+    """weight + alpha weight cross (H + relative_damp mean(diag H) I)^-1, [out, in] (QEP, arXiv 2504.09629).
+
+    cross: (X - X^)^T X^ / n [in, in] of the inputs X that the weight was made for and those X^ that it gets, whose H is
+    X^^T X^ / n. ValueError if H is not positive definite.
+    """
+
 def factor_hessian(H: _F32, in_group_size: int, relative_damp: float) -> tuple[NDArray[np.int32], _F32, _F32]:
     """Block factor of H [in, in] for sequential error feedback (GPTQ and LDLQ with g x g blocks).
 

@@ -7,15 +7,17 @@ command line, YAML files and Python share (`recipe`).
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import int_between, number_between, share, wrong
+from .patterns import pattern_of
 
 BOS = ("auto", "always", "never")  # no words that YAML reads as true or false
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHECKPOINTING = ("auto", "always", "never")
 SCHEDULES = ("cosine", "linear", "constant")
 TEACHER_CACHES = ("none", "memory", "disk")
+TARGETS = ("own", "original")
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -118,6 +120,55 @@ class TuningOptions:
         int_between("finetune_patience", self.finetune_patience, 1)
         share("finetune_held_out", self.finetune_held_out)
         int_between("finetune_search", self.finetune_search, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetOptions:
+    """Options of what layers and blocks are drawn to, all of them off.
+
+    sequential: a block's linears are quantized in the order in which they run, each under H of the inputs that those
+    before it give it, quantized as they are by then; else all of a block under H of the dense one. error_correction: in
+    [0, 1], how much of what the quantized layers before it did to a linear's inputs its weight is moved to make up for
+    before it is quantized (QEP, arXiv 2504.09629, section 4; GPTAQ, 2504.02692). error_correction_damp: added then to
+    the diagonal of H, in units of its mean. error_correction_skip: a regular expression, linears whose name it finds
+    are not moved (QEP: down_proj). finetune_target: what a tuned block's output is compared with, one of `TARGETS`: the
+    original block's for the quantized model's inputs, or the original model's. tune_remaining: epochs of block
+    fine-tuning each time linears of a block were quantized, in which those that are dense yet are tuned too (QuIP#,
+    arXiv 2402.04396, section 5); it implies sequential. tune_remaining_learning_rate: of these, relative to their size.
+
+    Without calibration data none has an effect, without block fine-tuning neither of the last three.
+
+    Raises ValueError naming the field, its value and what was expected.
+    """
+
+    sequential: bool = False
+    error_correction: float = 0.0
+    error_correction_damp: float = 0.01
+    error_correction_skip: str = "down_proj"
+    finetune_target: str = "own"
+    tune_remaining: int = 0
+    tune_remaining_learning_rate: float = 3e-4
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sequential, bool):
+            raise wrong("sequential", self.sequential, "true or false")
+        number_between("error_correction", self.error_correction, 0, 1)
+        share("error_correction_damp", self.error_correction_damp)
+        pattern_of("error_correction_skip", self.error_correction_skip)
+        if self.finetune_target not in TARGETS:
+            raise wrong("finetune_target", self.finetune_target, f"one of {', '.join(TARGETS)}")
+        int_between("tune_remaining", self.tune_remaining, 0)
+        share("tune_remaining_learning_rate", self.tune_remaining_learning_rate)
+
+    def corrects(self, name: str) -> bool:
+        """Whether the weight of the linear `name` is moved."""
+        skip = self.error_correction_skip
+        return self.error_correction > 0 and not (skip and pattern_of("error_correction_skip", skip).found_in(name))
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that have not their default, by name."""
+        found = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in found.items() if value != default}
 
 
 @dataclasses.dataclass(frozen=True)

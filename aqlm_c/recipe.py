@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .config import CalibrationOptions, FinetuneOptions, MethodOptions, TuningOptions
+from .config import CalibrationOptions, FinetuneOptions, MethodOptions, TargetOptions, TuningOptions
 from .errors import device_name, int_between, is_text, require, wrong
 from .files import read_text
 from .format import AUTO, DENSE, Format, Rules
@@ -43,7 +43,8 @@ class AqlmConfig:
 
     embeddings: of the input embedding and the output layer, where no rule fits: a scheme, "dense", or "auto", which is
     4 bits where they would be more than a tenth of the quantized model's bytes (`model.embeddings`). solver: the
-    method's name, of `aqlm_c.methods.METHODS`. options: of the class that this method has; None: its defaults.
+    method's name, of `aqlm_c.methods.METHODS`. options: of the class that this method has; None: its defaults. target:
+    what layers and blocks are drawn to.
     gaussian_reference: whether each layer's error is compared with that of Gaussian weights, which needs the
     eigenvalues of every H. seed: of everything random. `from_scheme` takes all options by name.
 
@@ -58,6 +59,7 @@ class AqlmConfig:
     tuning: TuningOptions = TuningOptions()
     seed: int = 0
     gaussian_reference: bool = True
+    target: TargetOptions = TargetOptions()
 
     def __post_init__(self) -> None:
         if not isinstance(self.rules, Rules):
@@ -79,7 +81,8 @@ class AqlmConfig:
     @classmethod
     def from_scheme(cls, scheme: str, **options: Any) -> AqlmConfig:
         """The config of a scheme string (`Format.parse`) and any options by name: rules, solver, the method's,
-        those of `TuningOptions`, seed. None is the default. Raises ValueError for a name that is no option.
+        those of `TuningOptions` and `TargetOptions`, seed. None is the default. Raises ValueError for a name that is no
+        option.
         """
         return cls.from_dict({**Format.parse(scheme).to_dict(), **options})
 
@@ -90,7 +93,8 @@ class AqlmConfig:
         solver = given.get("solver", DEFAULT)
         kind = get_method(solver).options_type
         whole = {"embeddings": AUTO, "seed": 0, "gaussian_reference": True}
-        known = [*FORMAT_FIELDS, "rules", "solver", *_names(kind), *_names(TuningOptions), *whole]
+        others = [*_names(TuningOptions), *_names(TargetOptions), *whole]
+        known = [*FORMAT_FIELDS, "rules", "solver", *_names(kind), *others]
         if unknown := sorted(set(fields) - set(known)):
             raise ValueError(
                 f"unknown option {unknown[0]!r} with solver={solver!r}: expected one of {', '.join(known)}"
@@ -105,6 +109,7 @@ class AqlmConfig:
             solver=solver,
             options=chosen(kind),
             tuning=chosen(TuningOptions),
+            target=chosen(TargetOptions),
             **{name: given.get(name, default) for name, default in whole.items()},
         )
 
@@ -134,8 +139,8 @@ class AqlmConfig:
         return type(self).from_dict({**self.to_dict(), **fields})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, flat; `from_dict` reads it back. gaussian_reference, which changes no result, only where
-        it is off.
+        """All fields by name, flat; `from_dict` reads it back. Those of `TargetOptions` only where they are not the
+        default, gaussian_reference, which changes no result, only where it is off.
         """
         return {
             **self.format.to_dict(),
@@ -144,6 +149,7 @@ class AqlmConfig:
             "solver": self.solver,
             **dataclasses.asdict(self.options),
             **dataclasses.asdict(self.tuning),
+            **self.target.changed(),
             "seed": self.seed,
             **({} if self.gaussian_reference else {"gaussian_reference": False}),
         }
@@ -171,7 +177,7 @@ def _names(kind: type) -> list[str]:
 def option_types() -> dict[str, str]:
     """Annotation by name of every option of `AqlmConfig` but the format's, those of all methods among them."""
     types = {"rules": "dict[str, str]", "embeddings": "str", "solver": "str", "gaussian_reference": "bool"}
-    for kind in [*(get_method(name).options_type for name in METHODS), TuningOptions]:
+    for kind in [*(get_method(name).options_type for name in METHODS), TuningOptions, TargetOptions]:
         types |= {field.name: str(field.type) for field in dataclasses.fields(kind)}
     return {**types, "seed": "int"}
 
@@ -196,7 +202,8 @@ class RunConfig:
     as memory likes. overwrite: replace `out` if it is a model. tune: tune the whole model against the original at the
     end, on the same sources: options of `FinetuneOptions` by name; None: not at all. samples, sequence_length, shuffle,
     bos: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`; beam_size to relative_damp: see
-    `AqlmOptions`; finetune_*: see `TuningOptions`. options: by name, those of a method that has others.
+    `AqlmOptions`; finetune_*: see `TuningOptions`; sequential to tune_remaining_learning_rate: see `TargetOptions`.
+    options: by name, those of a method that has others.
 
     Raises ValueError naming the field, its value and what was expected.
     """
@@ -239,6 +246,13 @@ class RunConfig:
     finetune_patience: int | None = None
     finetune_held_out: float | None = None
     finetune_search: int | None = None
+    sequential: bool | None = None
+    error_correction: float | None = None
+    error_correction_damp: float | None = None
+    error_correction_skip: str | None = None
+    finetune_target: str | None = None
+    tune_remaining: int | None = None
+    tune_remaining_learning_rate: float | None = None
     gaussian_reference: bool | None = None
     seed: int | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -304,13 +318,14 @@ class RunConfig:
         solver = self.solver or DEFAULT
         kind = get_method(solver).options_type
         preset = {name: value for name, value in PRESETS[self.preset].items() if name not in kind.fixed}
-        known = {*_names(kind), *_names(TuningOptions)}
+        known = {*_names(kind), *_names(TuningOptions), *_names(TargetOptions)}
         chosen = {name: value for name, value in preset.items() if name in known}
         chosen |= {name: value for name, value in {**given, **self.options}.items() if value is not None}
         config = AqlmConfig.from_scheme(self.scheme, **chosen)
         calibration = self._calibration()
         fields |= dataclasses.asdict(calibration)
         fields["gaussian_reference"] = config.gaussian_reference
+        fields |= dataclasses.asdict(config.target)
         return Resolved(config, calibration, {**fields, **_without_format(config)})
 
     def to_yaml(self) -> str:

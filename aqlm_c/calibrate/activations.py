@@ -66,6 +66,14 @@ class Activations:
         for batch in range(len(self.hidden)):
             self.hidden[batch] = self.run(index, block, batch)
 
+    def outputs(self, index: int, block: torch.nn.Module) -> Activations:
+        """The outputs of `block`, kept where these are."""
+        found = self.empty()
+        self.expect(range(len(self.hidden)))
+        for batch in range(len(self.hidden)):
+            found.hidden.append(self.run(index, block, batch))
+        return found
+
     def expect(self, batches: Iterable[int]) -> None:
         """The batches that will be asked for next, in this order: they can be fetched meanwhile."""
         if isinstance(self.hidden, OffloadedTensors):

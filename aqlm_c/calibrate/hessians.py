@@ -217,12 +217,12 @@ class HessianSums:
                 return
             self._called.append(name)
             if name not in self.leader:
-                same = (leader for leader, seen in self._seen.items() if _same_tensor(seen, x))
+                same = (leader for leader, seen in self._seen.items() if same_tensor(seen, x))
                 self.leader[name] = next(same, name)
             if self.leader[name] == name:
                 self._seen[name] = x  # kept alive, so that no other tensor of this batch can have its address
                 self._add(name, x)
-            elif not _same_tensor(self._seen.get(self.leader[name]), x):
+            elif not same_tensor(self._seen.get(self.leader[name]), x):
                 self._part(name)  # it had the leader's input until now
                 self._seen[name] = x
                 self._add(name, x)
@@ -237,7 +237,7 @@ class HessianSums:
         sums = arrays.copied(self.sums[leader])
         self.leader[name], self.tokens[name] = name, self.tokens[leader]
         if self._called.count(name) == 1 and leader in self._seen:
-            rows = _rows(self._seen[leader])
+            rows = rows_of(self._seen[leader])
             own = arrays.zeros(rows, *sums.shape)
             verbs.accumulate_hessian(own, rows)
             sums -= own
@@ -246,7 +246,7 @@ class HessianSums:
 
     def _add(self, name: str, x: torch.Tensor) -> None:
         started = time.perf_counter()
-        rows = _rows(x)
+        rows = rows_of(x)
         if name not in self.sums:
             self.sums[name] = arrays.zeros(rows, rows.shape[1], rows.shape[1])
             self.tokens[name] = 0
@@ -285,7 +285,7 @@ def pool_kinds(
 
     def add(name: str, x: torch.Tensor) -> None:
         if x.numel():
-            rows = _rows(x)
+            rows = rows_of(x)
             kind, width = kind_of(name), rows.shape[1]
             if kind not in sums:
                 sums[kind] = arrays.zeros(rows, width, width)
@@ -321,13 +321,13 @@ def _over_ranks(sums: dict[str, Array], device: torch.device, tokens: dict[str, 
     return Pools(found, {kind: tokens[kind] for kind in found})
 
 
-def _rows(x: torch.Tensor) -> Array:
+def rows_of(x: torch.Tensor) -> Array:
     """Inputs of a linear as a matrix [tokens, in]: float32 on the CPU, on a GPU of their own dtype."""
     rows = x.reshape(-1, x.shape[-1])
     return arrays.of_tensor((rows.float() if x.device.type == "cpu" else rows).contiguous())
 
 
-def _same_tensor(a: torch.Tensor | None, b: torch.Tensor) -> bool:
+def same_tensor(a: torch.Tensor | None, b: torch.Tensor) -> bool:
     return a is b or (
         a is not None and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
     )

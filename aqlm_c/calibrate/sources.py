@@ -13,6 +13,7 @@ import torch
 
 from ..core import arrays
 from ..core.hessian import Hessian
+from ..core.verbs import Array
 from ..distributed import group
 from ..model.blocks import Blocks, is_close
 from ..model.residence import Residence
@@ -20,6 +21,7 @@ from ..recipe import AqlmConfig
 from .activations import Activations, batch_size_for, capture, capture_block
 from .hessians import NO_POOLS, HessianSums, Pools, Spread, alone, pool_kinds, run_after
 from .offload import Room
+from .upstream import CrossSums, in_turn
 
 
 @dataclasses.dataclass
@@ -28,7 +30,8 @@ class LayerInputs:
 
     hessians: by the layer's name in the model, of the layers of this rank. ranks: which rank has which layer. tokens:
     that each was summed over; empty without data. seconds: spent on the sums alone. outputs: of the original block for
-    the same inputs, if they were asked for.
+    the same inputs, if they were asked for. crosses: (X - X^)^T X^ / n_tokens, float32 [in, in], of those that are
+    corrected for what was quantized before them, X being their inputs in the original model.
     """
 
     hessians: dict[str, Hessian]
@@ -36,6 +39,7 @@ class LayerInputs:
     tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     outputs: Activations | None = None
+    crosses: dict[str, Array] = dataclasses.field(default_factory=dict)
 
     def rank_of(self, name: str) -> int:
         """The rank that has the H of this layer."""
@@ -103,7 +107,8 @@ class Calibration(Protocol):
 
     tokens, sequences, sequence_length: of the calibration; 0 without data. batch_size: sequences in one forward pass,
     None without data; batch_size_asked: it was given and is to stay.
-    inputs: what goes into the next block; None without data. Of several ranks each has a share of the sequences, and
+    inputs: what goes into the next block; None without data. originals: the same in the original model, if it is
+    followed. Of several ranks each has a share of the sequences, and
     inputs are those of its own; `spread` says which rank is to have the H of which layer.
     """
 
@@ -111,6 +116,7 @@ class Calibration(Protocol):
     sequences: int
     sequence_length: int
     inputs: Activations | None
+    originals: Activations | None
 
     batch_size_asked: bool
 
@@ -123,6 +129,9 @@ class Calibration(Protocol):
     def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         """Make `inputs` those of the first block, kept in `place`: a directory, a `Room`, or None for memory."""
 
+    def start_originals(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
+        """The same for `originals`, while nothing is quantized; none where blocks are not `chained`."""
+
     def of_block(
         self,
         index: int,
@@ -131,9 +140,10 @@ class Calibration(Protocol):
         outputs: bool,
         spread: Spread = alone,
         pools: Pools = NO_POOLS,
+        original: torch.nn.Module | None = None,
     ) -> LayerInputs:
         """The inputs of `linears` in the model's block number `index`. pools: where these are not all that are
-        quantized in it.
+        quantized in it. original: the block before that; the linears are compared with its own.
         """
 
     def pools(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> Pools:
@@ -144,6 +154,12 @@ class Calibration(Protocol):
 
     def advance(self, index: int, block: torch.nn.Module) -> None:
         """Replace `inputs` by the outputs of `block`."""
+
+    def turns(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> list[list[str]]:
+        """The names of `linears` in the order in which they run in `block`, those with the same input together."""
+
+    def follow(self, index: int, original: torch.nn.Module, outputs: Activations | None = None) -> None:
+        """Replace `originals`, if there are any, by the outputs of the original block: these, if they are known."""
 
     def __enter__(self) -> Calibration: ...
 
@@ -169,6 +185,8 @@ class SequenceCalibration:
         self.tokens = sequences.numel()
         self.batch_size_asked = batch_size is not None
         self.inputs: Activations | None = None
+        self.originals: Activations | None = None
+        self._target = config.target
         self._of_index: Callable[[int], Activations] | None = None  # where blocks are not chained
         self.set_batch_size(batch_size_for(sequences, config.tuning, batch_size, device))
         self._order: torch.Tensor | None = None
@@ -180,12 +198,20 @@ class SequenceCalibration:
         self._share = _share(self.sequences, batch_size)
 
     def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
-        ids = (self.ids if self._order is None else self.ids[self._order])[self._share]
+        ids = self._ids()
         if blocks.chained:
             self.inputs = capture(model, blocks, ids, self.batch_size, place)
         else:
             self.inputs = Activations([], [])
             self._of_index = lambda index: capture_block(model, blocks, index, ids, self.batch_size, place)
+
+    def start_originals(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
+        if blocks.chained:
+            self.originals = capture(model, blocks, self._ids(), self.batch_size, place)
+
+    def _ids(self) -> torch.Tensor:
+        """Of this rank's sequences, in their order."""
+        return (self.ids if self._order is None else self.ids[self._order])[self._share]
 
     def of_block(
         self,
@@ -195,13 +221,22 @@ class SequenceCalibration:
         outputs: bool,
         spread: Spread = alone,
         pools: Pools = NO_POOLS,
+        original: torch.nn.Module | None = None,
     ) -> LayerInputs:
         inputs = self._inputs_of(index)
         kept = inputs.empty() if outputs else None
         try:
             sums = HessianSums(linears, pools)
             sums.gather(inputs, index, block, kept)
-            return self._inputs(sums, spread, kept)
+            found = self._inputs(sums, spread, kept)
+            corrected = {name: linear for name, linear in linears.items() if self._target.corrects(name)}
+            if original is not None and self.originals is not None and corrected:
+                cross = CrossSums(corrected)
+                cross.gather(self.originals, original, inputs, index, block)
+                if group().size > 1:
+                    cross.collect(found.ranks)
+                found.crosses = cross.means()
+            return found
         except BaseException:
             if kept is not None:
                 kept.close()
@@ -231,16 +266,26 @@ class SequenceCalibration:
         if self._of_index is None:
             self.inputs.advance(index, block)
 
+    def turns(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> list[list[str]]:
+        return in_turn(self._inputs_of(index), index, block, linears)
+
+    def follow(self, index: int, original: torch.nn.Module, outputs: Activations | None = None) -> None:
+        if self.originals is not None and outputs is not None:
+            self.originals.close()
+            self.originals = outputs
+        elif self.originals is not None:
+            self.originals.advance(index, original)
+
     def __enter__(self) -> SequenceCalibration:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.inputs is not None:
-            self.inputs.close()
-            self.inputs = None
-            self._of_index = None
+        for activations in (self.inputs, self.originals):
+            if activations is not None:
+                activations.close()
+        self.inputs = self.originals = self._of_index = None
 
     @staticmethod
     def _inputs(sums: HessianSums, spread: Spread, outputs: Activations | None = None) -> LayerInputs:
@@ -267,6 +312,7 @@ class DataFree:
     batch_size: int | None = None
     batch_size_asked = False
     inputs: Activations | None = None
+    originals: Activations | None = None
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
@@ -278,6 +324,8 @@ class DataFree:
     def start(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         pass
 
+    start_originals = start
+
     def of_block(
         self,
         index: int,
@@ -286,6 +334,7 @@ class DataFree:
         outputs: bool,
         spread: Spread = alone,
         pools: Pools = NO_POOLS,
+        original: torch.nn.Module | None = None,
     ) -> LayerInputs:
         ranks = spread({name: (str(linear.in_features),) for name, linear in linears.items()})
         return LayerInputs({name: self._identity(linear.in_features) for name, linear in linears.items()}, ranks)
@@ -297,6 +346,12 @@ class DataFree:
         return LayerInputs({name: self._identity(model.get_submodule(name).weight.shape[1])}, spread({name: ()}))
 
     def advance(self, index: int, block: torch.nn.Module) -> None:
+        pass
+
+    def turns(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> list[list[str]]:
+        return [list(linears)]
+
+    def follow(self, index: int, original: torch.nn.Module, outputs: Activations | None = None) -> None:
         pass
 
     def __enter__(self) -> DataFree:

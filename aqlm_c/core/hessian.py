@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("aqlm_c")
+
+T = TypeVar("T")
 
 
 class Hessian:
@@ -63,10 +66,14 @@ class Hessian:
         return self._factors[key]
 
     def _factor(self, in_group_size: int, H: Array) -> tuple[Array, Array, Array]:
+        return self._damping_more(lambda more: verbs.factor_hessian(H, in_group_size, more))
+
+    @staticmethod
+    def _damping_more(compute: Callable[[float], T]) -> T:
         """More damping where rounding left H short of positive definite: it costs less than the run that would end."""
         for more in (0.0, 1e-3, 1e-2, 1e-1):
             try:
-                factor = verbs.factor_hessian(H, in_group_size, more)
+                found = compute(more)
             except ValueError:
                 if more == 1e-1:
                     raise
@@ -74,7 +81,14 @@ class Hessian:
                 break
         if more:
             log.warning("H is not positive definite after damping: its diagonal is raised by %g of its mean more", more)
-        return factor
+        return found
+
+    def corrected(self, weight: Array, cross: Array, alpha: float, relative_damp: float) -> Array:
+        """weight [out, in] + alpha weight C (H + relative_damp * mean(diag H) * I)^-1, float32, with more damping as in
+        `factor`; cross: C [in, in], where the weight is.
+        """
+        H, C = self.like(weight).H, arrays.scaled(cross, -self.exponent)
+        return self._damping_more(lambda more: verbs.correct_weight(weight, C, H, alpha, relative_damp + more))
 
     @cached_property
     def eigenvalues(self) -> np.ndarray | None:

@@ -70,6 +70,20 @@ def accumulate_hessian(sum: Array, x: Array) -> None:
     _library(sum).accumulate_hessian(sum, x)
 
 
+def accumulate_product(sum: Array, x: Array, y: Array) -> None:
+    """sum [in_x, in_y], float64, += x^T y for x [n, in_x] and y [n, in_y], in place."""
+    _library(sum).accumulate_product(sum, x, y)
+
+
+def correct_weight(weight: Array, cross: Array, H: Array, alpha: float, relative_damp: float) -> Array:
+    """weight + alpha weight cross (H + relative_damp mean(diag H) I)^-1 (QEP, arXiv 2504.09629).
+
+    cross: (X - X^)^T X^ / n [in, in] of the inputs X that the weight was made for and those X^ that it gets, H: X^^T X^
+    / n. At alpha 1 and without damping no weight's outputs for X^ come nearer those of `weight` for X.
+    """
+    return _library(weight).correct_weight(weight, cross, H, alpha, relative_damp)
+
+
 def factor_hessian(H: Array, in_group_size: int, relative_damp: float) -> tuple[Array, Array, Array]:
     """(order int32 [J], feedback [in, in], metric [J, g, g]): the block factor of H for sequential error feedback."""
     return _library(H).factor_hessian(H, in_group_size, relative_damp)

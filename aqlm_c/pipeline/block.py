@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import time
@@ -12,10 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..calibrate.activations import Activations
 from ..calibrate.hessians import NO_POOLS
 from ..calibrate.offload import Room
 from ..calibrate.sources import Calibration, Chain, LayerInputs, embedding_hessian
-from ..core import arrays, grid
+from ..calibrate.upstream import original_of
+from ..core import arrays, grid, verbs
+from ..core.verbs import Array
 from ..distributed import group
 from ..format import Format
 from ..io.checkpoint import quantized_linears
@@ -28,7 +32,7 @@ from ..nn.embedding import quantized_class
 from ..nn.linear import QuantizedLayer
 from ..recipe import AqlmConfig
 from ..report.layers import BlockReport, LayerReport
-from ..train.block import finetune_block
+from ..train.block import finetune_block, tune_remaining
 from ..weights import layer_problem, solve
 from .estimate import Rates, groups_of
 from .plan import BlockPlan, Plan
@@ -48,13 +52,15 @@ def quantize_module(
     format: Format,
     config: AqlmConfig,
     dtype: torch.dtype | None = None,
+    weight: Any = None,
 ) -> tuple[QuantizedLayer, QuantizedWeight, LayerProblem]:
     """The quantized layer for the place of a dense one, its weight, and the problem that it solves.
 
-    dtype: of codebooks and scales; None: `disk_dtype`.
+    dtype: of codebooks and scales; None: `disk_dtype`. weight: what is quantized, if not the module's.
     """
     dtype = dtype or disk_dtype(module.weight)
-    problem = layer_problem(name, module.weight, hessian, format, config, str(dtype).removeprefix("torch."))
+    weight = module.weight if weight is None else weight
+    problem = layer_problem(name, weight, hessian, format, config, str(dtype).removeprefix("torch."))
     solved = solve(problem, config)
     return quantized_class(module).from_quantized_weight(solved, module, dtype), solved, problem
 
@@ -78,6 +84,21 @@ class _Solved(NamedTuple):
     problem: LayerProblem | None  # if its codes will be searched again
 
 
+@dataclasses.dataclass
+class _Block:
+    """A block at work. original: it as it was, where the original is followed. outputs: what it is tuned towards.
+    ranks: which has which layer. problems: of this rank's layers.
+    """
+
+    step: BlockPlan
+    index: int
+    reports: Reports
+    original: torch.nn.Module | None = None
+    outputs: Activations | None = None
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    problems: dict[str, LayerProblem] = dataclasses.field(default_factory=dict)
+
+
 class BlockStages:
     """Quantizes the steps of a plan, one at a time, in place. dtype: the model's. residence: brings to the device what
     a step works on; the step's own block is there.
@@ -98,6 +119,8 @@ class BlockStages:
         self.residence, self.plan, self.config = residence, plan, config
         self.calibration, self.phases, self.dtype = calibration, phases, dtype
         self._found: dict[str, QuantizedLayer] = {}  # of the step, by name
+        # Weights of a block that were tuned before they are quantized, float32, by the layer's name.
+        self._masters: dict[str, torch.nn.Parameter] = {}
         self.most_hessians: int | None = None  # bytes that all H of a step may take together; None: any number
         self.place: Path | Room | None = None  # of activations; None: memory
 
@@ -108,63 +131,144 @@ class BlockStages:
             self._quantize_embeddings(step, reports)
         elif step.targets:
             self._quantize_block(step, step.index, reports)
+        else:
+            self.follow(step)
         return reports
 
-    def _quantize_block(self, step: BlockPlan, index: int, reports: Reports) -> None:
-        tunes = self.config.tuning.finetune_epochs > 0 and self.calibration.inputs is not None
-        with contextlib.ExitStack() as stack:
-            given, problems = self._quantize_groups(step, index, tunes, stack, reports)
-            if tunes:
-                self._tune(step.name, index, given, problems, reports)
+    def follow(self, step: BlockPlan) -> None:
+        """The original's activations, where they are asked for, go through a block that is as it was."""
+        if step.index is not None and self.calibration.originals is not None:
+            with self.phases("propagate"):
+                self.calibration.follow(step.index, self.plan.blocks[step.index])
 
-    def _quantize_groups(
-        self, step: BlockPlan, index: int, outputs: bool, stack: contextlib.ExitStack, reports: Reports
-    ) -> tuple[LayerInputs, dict[str, LayerProblem]]:
-        """Quantize the layers of a block: all under H of the dense one, which runs for each group of those whose H fit
-        memory together.
+    @property
+    def tunes(self) -> bool:
+        """Whether blocks are tuned."""
+        return self.config.tuning.finetune_epochs > 0 and self.calibration.tokens > 0
+
+    @property
+    def follows(self) -> bool:
+        """Whether the original's activations are asked for."""
+        target = self.config.target
+        original = target.finetune_target == "original" and self.tunes
+        return self.calibration.tokens > 0 and (target.error_correction > 0 or original)
+
+    def _quantize_block(self, step: BlockPlan, index: int, reports: Reports) -> None:
+        block, calibration, target = self.plan.blocks[index], self.calibration, self.config.target
+        remaining = target.tune_remaining > 0 and self.tunes
+        with contextlib.ExitStack() as stack:
+            work = _Block(step, index, reports)
+            stack.callback(self._close_outputs, work)
+            if calibration.originals is not None:
+                work.original = original_of(block, shared=not remaining)
+                if self.tunes and target.finetune_target == "original":
+                    with self.phases("calibrate"):
+                        work.outputs = calibration.originals.outputs(index, work.original)
+            turns = self._turns(work) if target.sequential or remaining else [list(step.targets)]
+            for number, names in enumerate(turns):
+                self._quantize_groups(work, names, number > 0)
+                left = [name for later in turns[number + 1 :] for name in later]
+                if remaining and left:
+                    self._tune_remaining(work, left)
+            if work.original is not None:
+                followed = work.outputs if target.finetune_target == "original" else None
+                with self.phases("propagate"):
+                    calibration.follow(index, work.original, followed)
+                work.original = None
+            if self.tunes:
+                self._tune(work)
+            self._masters.clear()
+
+    def _close_outputs(self, work: _Block) -> None:
+        if work.outputs is not None and work.outputs is not self.calibration.originals:
+            work.outputs.close()
+
+    def _whole(self) -> contextlib.AbstractContextManager[None]:
+        """What a block needs to run on its inputs."""
+        return contextlib.nullcontext() if self.plan.blocks.chained else self.residence.running()
+
+    def _turns(self, work: _Block) -> list[list[str]]:
+        linears = {name: self.model.get_submodule(name) for name in work.step.targets}
+        with self.phases("calibrate"), self._whole():
+            return self.calibration.turns(work.index, self.plan.blocks[work.index], linears)
+
+    def _quantize_groups(self, work: _Block, names: list[str], later: bool) -> None:
+        """Quantize layers of a block: all under H of the block as it is, which runs for each group of those whose H fit
+        memory together. later: some others are quantized already.
         """
-        block, linears = self.plan.blocks[index], {name: self.model.get_submodule(name) for name in step.targets}
+        block, linears = self.plan.blocks[work.index], {name: self.model.get_submodule(name) for name in names}
         groups = groups_of({name: linear.weight.shape for name, linear in linears.items()}, self.most_hessians)
-        whole = contextlib.nullcontext if self.plan.blocks.chained else self.residence.running
-        problems: dict[str, LayerProblem] = {}
-        pools, all_given = NO_POOLS, LayerInputs({}, {})
+        pools = NO_POOLS
+
+        def running() -> contextlib.ExitStack:
+            stack = contextlib.ExitStack()
+            stack.enter_context(self._whole())
+            if later:
+                stack.enter_context(dense(block, self.dtype))
+            return stack
+
         if len(groups) > 1:
-            with self.phases("calibrate"), whole():
-                pools = self.calibration.pools(index, block, linears)
-        for number, names in enumerate(groups):
-            spread = functools.partial(self._spread, step)
-            part = {name: linears[name] for name in names}
-            with self.phases("calibrate"), whole():
-                given = self.calibration.of_block(index, block, part, outputs and not number, spread, pools)
+            with self.phases("calibrate"), running():
+                pools = self.calibration.pools(work.index, block, linears)
+        for group_names in groups:
+            spread = functools.partial(self._spread, work.step)
+            part = {name: linears[name] for name in group_names}
+            outputs = self.tunes and work.outputs is None
+            with self.phases("calibrate"), running():
+                given = self.calibration.of_block(
+                    work.index, block, part, outputs, spread, pools, original=work.original
+                )
             self.phases.move("calibrate", "hessian", given.seconds)
             if given.outputs is not None:
-                all_given.outputs = stack.enter_context(given.outputs)
-            all_given.ranks = {**all_given.ranks, **given.ranks}
-            problems |= self._quantize_layers({name: step.targets[name] for name in names}, given, reports)
+                work.outputs = given.outputs
+            work.ranks |= given.ranks
+            targets = {name: work.step.targets[name] for name in group_names}
+            work.problems |= self._quantize_layers(targets, given, work.reports)
         self._place_all()
-        return all_given, problems
 
-    def _tune(
-        self, name: str, index: int, given: LayerInputs, problems: dict[str, LayerProblem], reports: Reports
-    ) -> None:
-        inputs = self.calibration.inputs
+    def _ahead(self, index: int) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
+        """The blocks that tuning number `index` is told of, and those ahead of it that run for it."""
         blocks = self.plan.blocks[:] if self.plan.blocks.chained else self.plan.blocks[: index + 1]  # none is ahead
-        ahead = blocks[index + 1 : index + 1 + self.config.tuning.finetune_lookahead]
-        assert inputs is not None and given.outputs is not None, "tuning compares activations"
+        return blocks, blocks[index + 1 : index + 1 + self.config.tuning.finetune_lookahead]
+
+    def _tune(self, work: _Block) -> None:
+        inputs, name, index = self.calibration.inputs, work.step.name, work.index
+        blocks, ahead = self._ahead(index)
+        assert inputs is not None and work.outputs is not None, "tuning compares activations"
 
         def search(part: str, *state: torch.Tensor) -> torch.Tensor | None:
             layer, device = f"{name}.{part}", state[0].device
-            found = search_again(problems[layer], self.config, *state) if layer in problems else None
+            found = search_again(work.problems[layer], self.config, *state) if layer in work.problems else None
             told = {} if found is None else {"codes": found}
-            codes = group().broadcast_arrays(told, given.rank_of(layer), device).get("codes")
+            rank = work.ranks.get(layer, group().rank)
+            codes = group().broadcast_arrays(told, rank, device).get("codes")
             return None if codes is None else torch.as_tensor(codes)
 
         using = self.residence.using(*ahead)
         with self.phases("finetune"), using, dense(blocks[index], self.dtype) as quantized:
-            tuned = finetune_block(name, index, blocks, quantized, inputs, given.outputs, self.config, search)
+            tuned = finetune_block(name, index, blocks, quantized, inputs, work.outputs, self.config, search)
             same_everywhere(name, quantized, blocks[index])
-        reports["blocks"].append(tuned.to_dict())
+        work.reports["blocks"].append(tuned.to_dict())
         self.phases.progress.on_block_report(tuned)
+
+    def _tune_remaining(self, work: _Block, left: list[str]) -> None:
+        """Tune what is quantized of a block by now together with the linears `left` to quantize."""
+        inputs, name, index = self.calibration.inputs, work.step.name, work.index
+        blocks, ahead = self._ahead(index)
+        assert inputs is not None and work.outputs is not None, "tuning compares activations"
+        linears = {layer: self.model.get_submodule(layer) for layer in left}
+        for layer, linear in linears.items():
+            start = self._masters.get(layer, linear.weight).detach()
+            self._masters[layer] = torch.nn.Parameter(start.to(torch.float32, copy=True), requires_grad=False)
+        remaining = {layer.removeprefix(f"{name}."): self._masters[layer] for layer in left}
+        using = self.residence.using(*ahead)
+        with self.phases("finetune"), using, dense(blocks[index], self.dtype) as quantized:
+            given = (inputs, work.outputs)
+            tune_remaining(name, index, blocks, quantized, remaining, given, self.config)
+            same_everywhere(name, quantized, blocks[index], remaining)
+        for layer, linear in linears.items():
+            weight = self._masters[layer].to(linear.weight.dtype, copy=True)
+            linear.weight = torch.nn.Parameter(weight, requires_grad=False)  # the old one may be another block's too
 
     def _quantize_embeddings(self, step: BlockPlan, reports: Reports) -> None:
         """H of the output layer is that of its inputs in the model as it is; of the input embedding: see
@@ -253,26 +357,46 @@ class BlockStages:
         module, config = self.model.get_submodule(name), self._config_of(name, format)
         with self.phases("quantize"):
             started = time.perf_counter()
+            hessian = given.hessians.pop(name)
             try:
-                layer, solved, problem = quantize_module(name, module, given.hessians.pop(name), format, config)
+                weight, correction = self._weight_of(name, module, hessian, given.crosses.pop(name, None))
+                layer, solved, problem = quantize_module(name, module, hessian, format, config, weight=weight)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             seconds = time.perf_counter() - started
         with self.phases("reference"):
             report = layer_report(problem, solved, seconds, self.config.gaussian_reference)
         report.tokens, report.embedding = given.tokens.get(name), name in self.plan.embeddings.names
+        report.correction = correction
         return _Solved(layer, solved, report, problem if self.config.tuning.finetune_search else None)
 
+    def _weight_of(self, name: str, module: Any, hessian: Any, cross: Array | None) -> tuple[Any, float | None]:
+        """What is quantized of a layer, and how far it was moved for what was quantized before it."""
+        weight = self._masters.get(name, module.weight)
+        if cross is None:
+            return weight, None
+        target, start = self.config.target, arrays.as_matrix("weight", weight)
+        moved = hessian.corrected(start, cross, target.error_correction, target.error_correction_damp)
+        H = hessian.like(start).H
+        signal = verbs.quantization_error(start, H)
+        return moved, verbs.quantization_error(moved - start, H) / signal if signal > 0 else 0.0
 
-def same_everywhere(name: str, layers: Mapping[str, QuantizedLayer], block: torch.nn.Module) -> None:
+
+def same_everywhere(
+    name: str,
+    layers: Mapping[str, QuantizedLayer],
+    block: torch.nn.Module,
+    others: Mapping[str, torch.nn.Parameter] | None = None,
+) -> None:
     """See that fine-tuning left the block `name` the same bits on all ranks; where machines of several kinds do not
-    give them, all take the first rank's, and a warning says so.
+    give them, all take the first rank's, and a warning says so. others: what was tuned beside it.
     """
     ranks = group()
     if ranks.size == 1:
         return
     state = {f"{part} {key}": p.detach() for part, layer in layers.items() for key, p in layer.named_parameters()}
     state |= {part: p.detach() for part, p in block.named_parameters() if is_norm_or_bias(p)}
+    state |= {f"{part} weight": p.detach() for part, p in (others or {}).items()}
     if len(set(ranks.gather(sha256_of(state.items())))) == 1:
         return
     log.warning("%s: fine-tuning gave other bits on some ranks, those of rank 0 are taken", name)

@@ -100,6 +100,9 @@ class Pipeline:
             place = self.stages.place = self._place(memory, stack)
             self.stages.most_hessians = agreed(memory.most_hessians)
             stack.enter_context(self.calibration)
+            if self.stages.follows:
+                with self.phases("calibrate"), self.residence.using(self.model):
+                    self.calibration.start_originals(self.model, self.plan.blocks, place)
             for number, step in enumerate(self.plan.steps):
                 if step.index == 0:
                     with self.phases("calibrate"), self.residence.using(self.model):
@@ -121,7 +124,12 @@ class Pipeline:
         """Quantize a step, or take it from the work directory; then run on to the next block."""
         self.progress.on_block(number, step.name)
         module = self.model if step.index is None else self.plan.blocks[step.index]
-        reports = self._restore(number, module) if number < self.finished else None
+        reports = None
+        if number < self.finished:
+            if step.index is not None and self.calibration.originals is not None:
+                with self.residence.using(module):
+                    self.stages.follow(step)
+            reports = self._restore(number, module)
         tuning = self.config.tuning
         if reports is None and step.index is not None and self.calibration.inputs is not None:
             self._read_ahead(step.index, tuning.finetune_lookahead if tuning.finetune_epochs else 0)

@@ -21,6 +21,9 @@ class LayerReport:
     `gaussian_code_rate` and `gaussian_true_rate` are the relative errors that reverse water-filling gives
     i.i.d. Gaussian weights under this H, at the bits of the codes alone and at all bits stored. They are a
     reference, not a bound for real weights: a negative distance to them is possible.
+
+    `correction` is tr(M H M^T) / tr(W H W^T) of what a weight was moved by, M, to make up for what was quantized before
+    it (`error_correction`); W is then what it was moved to.
     """
 
     name: str
@@ -34,6 +37,7 @@ class LayerReport:
     seconds: float = 0.0
     embedding: bool = False  # or the output layer
     tokens: int | None = None  # that this layer's H was summed over, if not the whole run's: an expert sees a part
+    correction: float | None = None
 
     @property
     def db_above_code_rate(self) -> float | None:
@@ -46,9 +50,12 @@ class LayerReport:
         return decibels(self.relative_error, self.gaussian_true_rate)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and both distances in dB."""
+        """The fields, `correction` where there is one, and both distances in dB."""
         distances = {name: getattr(self, name) for name in ("db_above_code_rate", "db_above_true_rate")}
-        return {**dataclasses.asdict(self), **distances}
+        fields = dataclasses.asdict(self)
+        if self.correction is None:
+            del fields["correction"]
+        return {**fields, **distances}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> LayerReport:

@@ -1,9 +1,10 @@
 """Block fine-tuning (AQLM, arXiv 2401.06118, section 3.4): the quantized block's output is drawn to the original's.
 
-The original block and the quantized one are given the same activations, those of the model quantized so far. The
-outputs are compared as they leave the block and, again, after `finetune_lookahead` more blocks, which are still the
-original's: what these make of an error says how much it matters. Trained weights are dense, decoded in C at every step;
-gradients to codebooks and scales come back through C.
+The original block and the quantized one are given the same activations, those of the model quantized so far, unless
+`finetune_target` is what the block gives in the original model. The outputs are compared as they leave the block and,
+again, after `finetune_lookahead` more blocks, which are still the original's: what these make of an error says how much
+it matters. Trained weights are dense, decoded in C at every step; gradients to codebooks and scales come back through
+C.
 
 Measured on SmolLM2 at 2x8g8, codes held, 5 epochs: perplexity 43.1, and 45.8 where outputs were compared with the
 activations of the original model instead. More epochs did not help (20: 42.3), comparing after more blocks did (after
@@ -18,6 +19,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +75,8 @@ def finetune_block(
 
     name: the block's, for the report. blocks: the model's; in the one that is trained, dense linears stand at the
     names of `quantized`, its quantized layers by their name in it. inputs: the block's. targets: the original
-    block's outputs for these. search: gives new codes for (name, codes, codebooks float32, scales float32) of a
-    layer, all as in `QuantizedLinear`; None where the method has none.
+    block's outputs, for these or in the original model. search: gives new codes for (name, codes, codebooks float32,
+    scales float32) of a layer, all as in `QuantizedLinear`; None where the method has none.
 
     What is tuned for is the mean of the relative errors at both outputs. Epochs end early after `finetune_patience` of
     them without a better state: one with a lower held-out mean and an error at the block's own output that is not
@@ -88,9 +90,42 @@ def finetune_block(
 
     Raises ValueError for NaN or Inf in the block's outputs.
     """
+    with _streams(inputs, targets) as streams:
+        return _Tuner(index, blocks, quantized, streams, config).run(name, search)
+
+
+def tune_remaining(
+    name: str,
+    index: int,
+    blocks: Sequence[nn.Module],
+    quantized: Mapping[str, QuantizedLinear],
+    remaining: Mapping[str, nn.Parameter],
+    activations: tuple[Activations, Activations],
+    config: AqlmConfig,
+) -> BlockReport:
+    """`finetune_block` of a block in which some linears are quantized, in `tune_remaining` epochs (QuIP#, arXiv
+    2402.04396, section 5); `remaining` are trained too: weights, float32, of dense linears by their names in the block.
+
+    activations: inputs and targets.
+    """
+    config = config.replace(finetune_epochs=config.target.tune_remaining, finetune_search=0)
+    with _streams(*activations) as streams:
+        return _Tuner(index, blocks, quantized, streams, config, remaining).run(name, None)
+
+
+class _Streams(NamedTuple):
+    """The inputs of a block, what its outputs are compared with, and a place for what blocks ahead make of that."""
+
+    inputs: Activations
+    targets: Activations
+    ahead: Activations | None
+
+
+@contextlib.contextmanager
+def _streams(inputs: Activations, targets: Activations) -> Iterator[_Streams]:
     with contextlib.ExitStack() as stack:
         kept = stack.enter_context(inputs.empty()) if inputs.has_room() else None
-        return _Tuner(index, blocks, quantized, inputs, targets, kept, config).run(name, search)
+        yield _Streams(inputs, targets, kept)
 
 
 def _square_error(output: Tensor, target: Tensor) -> Tensor:
@@ -108,11 +143,11 @@ class _Tuner:
         index: int,
         blocks: Sequence[nn.Module],
         quantized: Mapping[str, QuantizedLinear],
-        inputs: Activations,
-        targets: Activations,
-        ahead: Activations | None,
+        streams: _Streams,
         config: AqlmConfig,
+        remaining: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
+        inputs, targets, ahead = streams
         self.index, self.block, self.quantized = index, blocks[index], quantized
         tuning = self.tuning = config.tuning
         self.ahead = list(blocks[index + 1 : index + 1 + tuning.finetune_lookahead])
@@ -132,6 +167,9 @@ class _Tuner:
             for name, parameter in self.block.named_parameters()
             if name not in dense and is_norm_or_bias(parameter)
         }
+        rate = config.target.tune_remaining_learning_rate
+        for name, weight in (remaining or {}).items():
+            self.others[f"{name}.weight"] = Trained(weight, rate, common_size=True)
         self.trained = [*self.codebooks.values(), *self.scales.values(), *self.others.values()]
         sizes = group().gather(inputs.batch_sizes())
         ends = list(itertools.accumulate(map(len, sizes), initial=0))

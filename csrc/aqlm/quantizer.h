@@ -15,6 +15,16 @@ extern "C" {
 /* sum[in, in] += X^T X, X [n, in]; both triangles are written. */
 aqlm_status aqlm_accumulate_hessian(double *sum, const float *x, int64_t n, int64_t in_features);
 
+/* sum[rows, columns] += X^T Y, X [n, rows], Y [n, columns]. */
+aqlm_status aqlm_accumulate_product(double *sum, const float *x, const float *y, int64_t n, int64_t rows,
+                                    int64_t columns);
+
+/* corrected = W + alpha W C (H + damp I)^-1, damp = relative_damp * mean(diag H): at alpha 1 and without damping the
+ * weight whose outputs for inputs X^ come nearest those of W for inputs X, C = (X - X^)^T X^ / n, H = X^^T X^ / n. */
+aqlm_status aqlm_correct_weight(float *corrected /* [out, in] */, const float *weight /* [out, in] */,
+                                const float *cross /* C [in, in] */, const float *H /* [in, in] */,
+                                int64_t out_features, int64_t in_features, double alpha, double relative_damp);
+
 /* Block factor of H for sequential error feedback (docs/method.md; GPTQ and LDLQ with g x g blocks).
  * Groups are ordered by falling trace of their g x g block of H; with P H P^T + damp I = R R^T, R upper
  * triangular: metric_j = R_jj R_jj^T and feedback_ij = R_ij R_jj^-1 for i < j (in `order`). */

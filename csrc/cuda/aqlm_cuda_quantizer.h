@@ -29,6 +29,20 @@ cudaError_t aqlm_cuda_residual_kmeans(uint16_t *codes, float *codebooks, const f
 cudaError_t aqlm_cuda_add_square(double *sum, const float *square /* [in, in] */, int64_t in_features,
                                  cudaStream_t stream);
 
+/* sum[i] += product[i] of fp32, for i < n. */
+cudaError_t aqlm_cuda_add_product(double *sum, const float *product, int64_t n, cudaStream_t stream);
+
+/* aqlm_correct_weight in three steps, between which the caller factors and solves: damped[in, in] = H + relative_damp *
+ * mean(diag H) I; turned[in, out] = product^T; corrected = weight + alpha solved^T, solved(i, o) at
+ * solved[i * row_stride + o * column_stride]. */
+cudaError_t aqlm_cuda_damp_hessian(double *damped, const float *H, double relative_damp, int64_t in_features,
+                                   cudaStream_t stream);
+cudaError_t aqlm_cuda_turn(double *turned, const float *product /* [out, in] */, int64_t out_features,
+                           int64_t in_features, cudaStream_t stream);
+cudaError_t aqlm_cuda_add_turned(float *corrected /* [out, in] */, const float *weight, const double *solved,
+                                 int64_t row_stride, int64_t column_stride, double alpha, int64_t out_features,
+                                 int64_t in_features, cudaStream_t stream);
+
 /* aqlm_factor_hessian in three steps, with a Cholesky factorization of the caller's between the second and the third.
  * Groups by falling trace; *mean of the diagonal, which the caller must find positive and finite. */
 size_t aqlm_cuda_order_groups_workspace(int64_t in_features, int64_t in_group_size);

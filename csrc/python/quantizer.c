@@ -76,6 +76,57 @@ static PyObject *accumulate_hessian(PyObject *self, PyObject *args, PyObject *kw
     Py_RETURN_NONE;
 }
 
+static PyObject *accumulate_product(PyObject *self, PyObject *args, PyObject *kwargs) {
+    (void)self;
+    KEYWORDS("sum", "x", "y");
+    PyObject *sum, *left, *right;
+    if (!PARSE("OOO", &sum, &left, &right)) return NULL;
+    npy_intp x_dims[2] = {-1, -1};
+    PyArrayObject *x = array_of(left, "x", NPY_FLOAT, 2, x_dims);
+    if (!x) return NULL;
+    npy_intp y_dims[2] = {x_dims[0], -1};
+    PyArrayObject *y = array_of(right, "y", NPY_FLOAT, 2, y_dims), *total = NULL;
+    npy_intp dims[2] = {x_dims[1], y_dims[1]};
+    if (y) total = array_of(sum, "sum", NPY_DOUBLE, 2, dims);
+    if (total && ((PyObject *)total != sum || !PyArray_ISWRITEABLE(total))) {
+        PyErr_SetString(PyExc_ValueError, "sum: got a read-only or strided array, expected one to write into");
+        Py_DECREF((PyObject *)total);
+        total = NULL;
+    }
+    aqlm_status status = AQLM_OK;
+    if (total) UNLOCKED(aqlm_accumulate_product(data(total), data(x), data(y), x_dims[0], dims[0], dims[1]));
+    Py_DECREF((PyObject *)x);
+    Py_XDECREF((PyObject *)y);
+    if (!total) return NULL;
+    Py_DECREF((PyObject *)total);
+    if (status) return raise_status(status, "accumulate_product");
+    Py_RETURN_NONE;
+}
+
+static PyObject *correct_weight(PyObject *self, PyObject *args, PyObject *kwargs) {
+    (void)self;
+    KEYWORDS("weight", "cross", "H", "alpha", "relative_damp");
+    PyObject *matrix, *product, *square;
+    double alpha, damp;
+    if (!PARSE("OOOdd", &matrix, &product, &square, &alpha, &damp) || !check_not_negative(damp, "relative_damp"))
+        return NULL;
+    npy_intp dims[2] = {-1, -1};
+    PyArrayObject *weight = array_of(matrix, "weight", NPY_FLOAT, 2, dims), *cross = NULL, *H = NULL, *found = NULL;
+    npy_intp of_inputs[2] = {dims[1], dims[1]};
+    if (weight) cross = array_of(product, "cross", NPY_FLOAT, 2, of_inputs);
+    if (cross) H = array_of(square, "H", NPY_FLOAT, 2, of_inputs);
+    aqlm_status status = AQLM_NO_MEMORY;
+    if (H && (found = new_array(NPY_FLOAT, 2, dims)))
+        UNLOCKED(aqlm_correct_weight(data(found), data(weight), data(cross), data(H), dims[0], dims[1], alpha, damp));
+    const bool valid = H;
+    Py_XDECREF((PyObject *)weight);
+    Py_XDECREF((PyObject *)cross);
+    Py_XDECREF((PyObject *)H);
+    if (valid && !status) return (PyObject *)found;
+    Py_XDECREF((PyObject *)found);
+    return valid ? raise_status(status, "correct_weight") : NULL;
+}
+
 static PyObject *factor_hessian(PyObject *self, PyObject *args, PyObject *kwargs) {
     (void)self;
     KEYWORDS("H", "in_group_size", "relative_damp");
@@ -276,6 +327,8 @@ PyMethodDef quantizer_methods[] = {
     VERB(residual_kmeans, "residual_kmeans(weight, scales, num_codebooks, nbits_per_codebook, in_group_size, "
                           "init_max_iter=100, tolerance=1e-3, seed=0, column_weight=None) -> (codes, codebooks)"),
     VERB(accumulate_hessian, "accumulate_hessian(sum, x): sum += x.T @ x, in place"),
+    VERB(accumulate_product, "accumulate_product(sum, x, y): sum += x.T @ y, in place"),
+    VERB(correct_weight, "correct_weight(weight, cross, H, alpha, relative_damp) -> weight"),
     VERB(factor_hessian, "factor_hessian(H, in_group_size, relative_damp) -> (order, feedback, metric)"),
     VERB(search_sweep, "search_sweep(codes, weight, H, codebooks, scales, beam_size=0, seed=0, pairs=False) -> codes"),
     VERB(search_ldl,

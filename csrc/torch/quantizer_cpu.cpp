@@ -65,6 +65,29 @@ void accumulate_hessian(const Tensor &sum, const Tensor &x_in) {
     check_status(aqlm_accumulate_hessian(writable<double>(sum), data(x), x.size(0), x.size(1)), "accumulate_hessian");
 }
 
+void accumulate_product(const Tensor &sum, const Tensor &x_in, const Tensor &y_in) {
+    const Tensor x = floats_of(x_in, "x", {-1, -1}), y = floats_of(y_in, "y", {x.size(0), -1});
+    tensor_of<as_contiguous>(sum, "sum", ScalarType::Double, {x.size(1), y.size(1)});
+    check_value(sum.is_contiguous() && is_aligned(sum), "sum: got a strided tensor, expected one to write into");
+    follow_torch_threads();
+    check_status(aqlm_accumulate_product(writable<double>(sum), data(x), data(y), x.size(0), x.size(1), y.size(1)),
+                 "accumulate_product");
+}
+
+Tensor correct_weight(const Tensor &weight_in, const Tensor &cross_in, const Tensor &H_in, double alpha,
+                      double relative_damp) {
+    check_not_negative(relative_damp, "relative_damp");
+    const Tensor weight = floats_of(weight_in, "weight", {-1, -1});
+    const int64_t out = weight.size(0), in = weight.size(1);
+    const Tensor cross = floats_of(cross_in, "cross", {in, in}), H = floats_of(H_in, "H", {in, in});
+    const Tensor corrected = new_empty(weight, {out, in});
+    follow_torch_threads();
+    check_status(aqlm_correct_weight(writable(corrected), data(weight), data(cross), data(H), out, in, alpha,
+                                     relative_damp),
+                 "correct_weight");
+    return corrected;
+}
+
 std::tuple<Tensor, Tensor, Tensor> factor_hessian(const Tensor &H_in, int64_t in_group_size, double relative_damp) {
     check_not_negative(relative_damp, "relative_damp");
     const Tensor H = floats_of(H_in, "H", {-1, -1});
@@ -213,6 +236,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aqlm_c, m) {
     m.def("residual_kmeans(Tensor weight, Tensor scales, int num_codebooks, int nbits_per_codebook, int in_group_size, "
           "int init_max_iter=100, float tolerance=1e-3, int seed=0, Tensor? column_weight=None) -> (Tensor, Tensor)");
     m.def("accumulate_hessian(Tensor(a!) sum, Tensor x) -> ()");
+    m.def("accumulate_product(Tensor(a!) sum, Tensor x, Tensor y) -> ()");
+    m.def("correct_weight(Tensor weight, Tensor cross, Tensor H, float alpha, float relative_damp) -> Tensor");
     m.def("factor_hessian(Tensor H, int in_group_size, float relative_damp) -> (Tensor, Tensor, Tensor)");
     m.def("search_sweep(Tensor codes, Tensor weight, Tensor H, Tensor codebooks, Tensor scales, int beam_size=0, "
           "int seed=0, bool pairs=False) -> Tensor");
@@ -233,6 +258,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aqlm_c, m) {
 STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CPU, m) {
     m.impl("residual_kmeans", TORCH_BOX(&answering<&residual_kmeans>::call));
     m.impl("accumulate_hessian", TORCH_BOX(&answering<&accumulate_hessian>::call));
+    m.impl("accumulate_product", TORCH_BOX(&answering<&accumulate_product>::call));
+    m.impl("correct_weight", TORCH_BOX(&answering<&correct_weight>::call));
     m.impl("factor_hessian", TORCH_BOX(&answering<&factor_hessian>::call));
     m.impl("search_sweep", TORCH_BOX(&answering<&search_sweep>::call));
     m.impl("search_ldl", TORCH_BOX(&answering<&search_ldl>::call));

@@ -121,6 +121,62 @@ void accumulate_hessian(const Tensor &sum, const Tensor &x_in) {
     }
 }
 
+void accumulate_product(const Tensor &sum, const Tensor &x_in, const Tensor &y_in) {
+    const ScalarType type = x_in.scalar_type();
+    check_value(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "x: got dtype ",
+                name_of(type), ", expected float32, float16 or bfloat16");
+    check_value(y_in.scalar_type() == type, "y: got dtype ", name_of(y_in.scalar_type()), ", expected ", name_of(type),
+                " as x");
+    check_fits(x_in, "x", {-1, -1});
+    check_fits(y_in, "y", {x_in.size(0), -1});
+    const Tensor x = ready(x_in), y = ready(y_in);
+    const int64_t n = x.size(0), rows = x.size(1), columns = y.size(1);
+    check_value(sum.scalar_type() == ScalarType::Double, "sum: got dtype ", name_of(sum.scalar_type()),
+                ", expected float64");
+    check_fits(sum, "sum", {rows, columns});
+    check_value(sum.is_contiguous(), "sum: got a strided tensor, expected one to write into");
+    check_place(sum, "sum", x.get_device_index());
+    check_place(y, "y", x.get_device_index());
+    const OnDevice on(x.get_device_index());
+    for (int64_t done = 0; done < n; done += CHUNK) {
+        const int64_t count = std::min(CHUNK, n - done);
+        const Tensor turned =
+            torch::stable::transpose(torch::stable::narrow(const_cast<Tensor &>(x), 0, done, count), 0, 1);
+        const Tensor others = torch::stable::narrow(const_cast<Tensor &>(y), 0, done, count);
+        const Tensor product = type == ScalarType::Float
+                                   ? call("aten::mm", "", turned, others)[0]
+                                   : call("aten::mm", "dtype", turned, others, ScalarType::Float)[0];
+        check(aqlm_cuda_add_product(writable<double>(sum), data(product), rows * columns, on.stream),
+              "accumulate_product");
+    }
+}
+
+/* W C and the factor's systems are torch's, in fp32 and fp64. */
+Tensor correct_weight(const Tensor &weight_in, const Tensor &cross_in, const Tensor &H_in, double alpha,
+                      double relative_damp) {
+    check_not_negative(relative_damp, "relative_damp");
+    const Tensor weight = Layer::floats("weight", weight_in, {-1, -1});
+    const int64_t out = weight.size(0), in = weight.size(1);
+    const Tensor cross = Layer::floats("cross", cross_in, {in, in}), H = Layer::floats("H", H_in, {in, in});
+    check_place(cross, "cross", weight.get_device_index());
+    check_place(H, "H", weight.get_device_index());
+    const OnDevice on(weight.get_device_index());
+    Optional damped = new_empty(H, {in, in}, ScalarType::Double);
+    check(aqlm_cuda_damp_hessian(writable<double>(*damped), data(H), relative_damp, in, on.stream), "correct_weight");
+    const auto [lower, info] = call<2>("aten::linalg_cholesky_ex", "", *damped, false, false);
+    damped.reset(); /* it has the size of two H */
+    if (read<int32_t>(info, on.stream) != 0) check_status(AQLM_NOT_POSITIVE, "correct_weight");
+    const Tensor product = call("aten::mm", "", weight, cross)[0];
+    const Tensor turned = new_empty(weight, {in, out}, ScalarType::Double);
+    check(aqlm_cuda_turn(writable<double>(turned), data(product), out, in, on.stream), "correct_weight");
+    const Tensor solved = call("aten::cholesky_solve", "", turned, lower, false)[0];
+    const Tensor corrected = new_empty(weight, {out, in});
+    check(aqlm_cuda_add_turned(writable(corrected), data(weight), data<double>(solved), solved.stride(0),
+                               solved.stride(1), alpha, out, in, on.stream),
+          "correct_weight");
+    return corrected;
+}
+
 std::tuple<Tensor, Tensor, Tensor> factor_hessian(const Tensor &H_in, int64_t in_group_size, double relative_damp) {
     check_not_negative(relative_damp, "relative_damp");
     const Tensor H = Layer::floats("H", H_in, {-1, -1});
@@ -275,6 +331,8 @@ Tensor unpack_codes(const Tensor &codes, int64_t nbits_per_codebook) {
 STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CUDA, m) {
     m.impl("residual_kmeans", TORCH_BOX(&residual_kmeans));
     m.impl("accumulate_hessian", TORCH_BOX(&accumulate_hessian));
+    m.impl("accumulate_product", TORCH_BOX(&accumulate_product));
+    m.impl("correct_weight", TORCH_BOX(&correct_weight));
     m.impl("factor_hessian", TORCH_BOX(&factor_hessian));
     m.impl("search_sweep", TORCH_BOX(&search_sweep));
     m.impl("search_ldl", TORCH_BOX(&search_ldl));

@@ -49,6 +49,44 @@ aqlm_status aqlm_accumulate_hessian(double *sum, const float *x, int64_t n, int6
     return AQLM_OK;
 }
 
+typedef struct product_job {
+    double *sum;
+    const float *x, *y;
+    int64_t n, rows, columns;
+    aqlm_shared_status status;
+} product_job;
+
+static void product_panels(int64_t begin, int64_t end, void *ctx) {
+    product_job *job = ctx;
+    const int64_t columns = job->columns;
+    float *tile = aqlm_alloc(PANEL * columns + aqlm_gemm_workspace(), sizeof *tile);
+    if (!tile) {
+        aqlm_set_status(&job->status, AQLM_NO_MEMORY);
+        return;
+    }
+    for (int64_t panel = begin; panel < end && !aqlm_cancelled(); panel++) {
+        const int64_t i0 = panel * PANEL, rows = aqlm_min(PANEL, job->rows - i0);
+        aqlm_gemm(tile, columns, (aqlm_operand){job->x + i0, 1, job->rows}, (aqlm_operand){job->y, columns, 1}, rows,
+                  columns, job->n, tile + PANEL * columns);
+        double *to = job->sum + i0 * columns;
+        for (int64_t i = 0; i < rows * columns; i++) to[i] += tile[i];
+    }
+    free(tile);
+}
+
+aqlm_status aqlm_accumulate_product(double *sum, const float *x, const float *y, int64_t n, int64_t rows,
+                                    int64_t columns) {
+    if (n < 0 || rows < 1 || columns < 1) return AQLM_BAD_ARGUMENT;
+    for (int64_t done = 0; done < n; done += CHUNK) {
+        product_job job = {sum,     x + done * rows, y + done * columns, aqlm_min(CHUNK, n - done), rows,
+                           columns, {AQLM_OK}};
+        aqlm_parallel(0, (rows + PANEL - 1) / PANEL, 1, product_panels, &job);
+        aqlm_status status = aqlm_get_status(&job.status);
+        if (status) return status;
+    }
+    return AQLM_OK;
+}
+
 /* ---- block factor ------------------------------------------------------------------------ */
 
 static void sort_groups(int32_t *order, const double *trace, int64_t n) {
@@ -186,6 +224,68 @@ aqlm_status aqlm_factor_hessian(int32_t *order, float *feedback, float *metric, 
     }
     free(a);
     free(trace);
+    return status;
+}
+
+/* ---- correction of the inputs' error ------------------------------------------------------ */
+
+typedef struct correct_job {
+    float *corrected;
+    const float *weight, *cross;
+    const double *l; /* lower factor of damped H */
+    int64_t out, in;
+    double alpha;
+    aqlm_shared_status status;
+} correct_job;
+
+enum { SOLVED = 16 }; /* rows that are solved for beside each other: each row of the factor is read once for all */
+
+static void correct_rows(int64_t begin, int64_t end, void *ctx) {
+    correct_job *job = ctx;
+    const int64_t in = job->in;
+    float *product = aqlm_alloc(SOLVED * in + aqlm_gemm_workspace(), sizeof *product);
+    double *z = aqlm_alloc(SOLVED * in, sizeof *z);
+    if (!product || !z) aqlm_set_status(&job->status, AQLM_NO_MEMORY);
+    for (int64_t panel = begin; product && z && panel < end && !aqlm_cancelled(); panel++) {
+        const int64_t o0 = panel * SOLVED, rows = aqlm_min(SOLVED, job->out - o0);
+        const float *weight = job->weight + o0 * in;
+        aqlm_gemm(product, in, (aqlm_operand){weight, in, 1}, (aqlm_operand){job->cross, in, 1}, rows, in, in,
+                  product + SOLVED * in);
+        for (int64_t i = 0; i < in; i++)
+            for (int64_t r = 0; r < rows; r++)
+                z[r * in + i] = (product[r * in + i] - dot4(job->l + i * in, z + r * in, i)) / job->l[i * in + i];
+        for (int64_t i = in - 1; i >= 0; i--) {
+            const double *row = job->l + i * in;
+            for (int64_t r = 0; r < rows; r++) {
+                double *to = z + r * in;
+                const double value = to[i] /= row[i];
+                for (int64_t j = 0; j < i; j++) to[j] -= row[j] * value;
+            }
+        }
+        for (int64_t i = 0; i < rows * in; i++)
+            job->corrected[o0 * in + i] = (float)(weight[i] + job->alpha * z[i]);
+    }
+    free(product);
+    free(z);
+}
+
+aqlm_status aqlm_correct_weight(float *corrected, const float *weight, const float *cross, const float *H, int64_t out,
+                                int64_t in, double alpha, double relative_damp) {
+    if (out < 1 || in < 1 || !(relative_damp >= 0.0)) return AQLM_BAD_ARGUMENT;
+    double *a = aqlm_alloc(in * in, sizeof *a), mean = 0.0;
+    if (!a) return AQLM_NO_MEMORY;
+    for (int64_t i = 0; i < in; i++) mean += H[i * in + i] / (double)in;
+    for (int64_t i = 0; i < in; i++) {
+        for (int64_t j = 0; j <= i; j++) a[i * in + j] = H[i * in + j];
+        a[i * in + i] += relative_damp * mean;
+    }
+    aqlm_status status = cholesky(a, in);
+    if (!status) {
+        correct_job job = {corrected, weight, cross, a, out, in, alpha, {AQLM_OK}};
+        aqlm_parallel(0, (out + SOLVED - 1) / SOLVED, 1, correct_rows, &job);
+        status = aqlm_get_status(&job.status);
+    }
+    free(a);
     return status;
 }
 

@@ -27,6 +27,52 @@ __global__ void __launch_bounds__(THREADS) add_kernel(double *sum, const float *
     }
 }
 
+__global__ void __launch_bounds__(THREADS) add_product_kernel(double *sum, const float *product, const int64_t n) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+    if (i < n) sum[i] += product[i];
+}
+
+/* ---- the correction of a weight ---- */
+
+/* A block for each row; each finds the mean itself, in one order. */
+__global__ void __launch_bounds__(THREADS)
+    damp_kernel(double *damped, const float *H, const double relative_damp, const int64_t in) {
+    __shared__ double sums[THREADS];
+    double sum = 0;
+    for (int64_t d = threadIdx.x; d < in; d += THREADS) sum += H[d * in + d] / static_cast<double>(in);
+    sums[threadIdx.x] = sum;
+    for (int half = THREADS / 2; half; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    __syncthreads();
+    const int64_t i = blockIdx.x;
+    for (int64_t j = threadIdx.x; j < in; j += THREADS)
+        damped[i * in + j] = H[i * in + j] + (i == j ? relative_damp * sums[0] : 0);
+}
+
+/* Tiles, so that both are read and written along their rows. */
+__global__ void __launch_bounds__(THREADS)
+    turn_kernel(double *turned, const float *product, const int64_t out, const int64_t in) {
+    __shared__ float tile[TILE][TILE + 1];
+    const int64_t o0 = static_cast<int64_t>(blockIdx.y) * TILE, i0 = static_cast<int64_t>(blockIdx.x) * TILE;
+    const int lane = threadIdx.x % TILE, first = threadIdx.x / TILE;
+    for (int r = first; r < TILE; r += TILE_ROWS)
+        if (o0 + r < out && i0 + lane < in) tile[r][lane] = product[(o0 + r) * in + i0 + lane];
+    __syncthreads();
+    for (int r = first; r < TILE; r += TILE_ROWS)
+        if (i0 + r < in && o0 + lane < out) turned[(i0 + r) * out + o0 + lane] = tile[lane][r];
+}
+
+__global__ void __launch_bounds__(THREADS)
+    add_turned_kernel(float *corrected, const float *weight, const double *solved, const int64_t row_stride,
+                      const int64_t column_stride, const double alpha, const int64_t out, const int64_t in) {
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+    if (at >= out * in) return;
+    const int64_t o = at / in, i = at % in;
+    corrected[at] = static_cast<float>(weight[at] + alpha * solved[i * row_stride + o * column_stride]);
+}
+
 /* ---- the order ---- */
 
 __global__ void trace_kernel(double *trace, const float *H, const int64_t in, const int64_t g) {
@@ -165,6 +211,34 @@ extern "C" cudaError_t aqlm_cuda_add_square(double *sum, const float *square, in
                                             cudaStream_t stream) {
     const unsigned tiles = blocks(in_features, TILE);
     add_kernel<<<dim3(tiles, tiles), THREADS, 0, stream>>>(sum, square, in_features);
+    return cudaGetLastError();
+}
+
+extern "C" cudaError_t aqlm_cuda_add_product(double *sum, const float *product, int64_t n, cudaStream_t stream) {
+    if (n > 0) add_product_kernel<<<blocks(n, THREADS), THREADS, 0, stream>>>(sum, product, n);
+    return cudaGetLastError();
+}
+
+extern "C" cudaError_t aqlm_cuda_damp_hessian(double *damped, const float *H, double relative_damp, int64_t in_features,
+                                              cudaStream_t stream) {
+    const auto rows = static_cast<unsigned>(in_features);
+    damp_kernel<<<rows, THREADS, 0, stream>>>(damped, H, relative_damp, in_features);
+    return cudaGetLastError();
+}
+
+extern "C" cudaError_t aqlm_cuda_turn(double *turned, const float *product, int64_t out_features, int64_t in_features,
+                                      cudaStream_t stream) {
+    const dim3 grid(blocks(in_features, TILE), blocks(out_features, TILE));
+    turn_kernel<<<grid, THREADS, 0, stream>>>(turned, product, out_features, in_features);
+    return cudaGetLastError();
+}
+
+extern "C" cudaError_t aqlm_cuda_add_turned(float *corrected, const float *weight, const double *solved,
+                                            int64_t row_stride, int64_t column_stride, double alpha,
+                                            int64_t out_features, int64_t in_features, cudaStream_t stream) {
+    const unsigned grid = blocks(out_features * in_features, THREADS);
+    add_turned_kernel<<<grid, THREADS, 0, stream>>>(corrected, weight, solved, row_stride, column_stride, alpha,
+                                                    out_features, in_features);
     return cudaGetLastError();
 }
 
