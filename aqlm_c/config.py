@@ -242,8 +242,8 @@ class FinetuneOptions:
     pv_learning_rate: float = 2e-2
     pv_beta1: float = 0.5
     pv_beta2: float = 0.95
-    pv_fraction: float = 0.01
-    pv_trust_ratio: float = 0.01
+    pv_fraction: float = 0.02
+    pv_trust_ratio: float = 0.03
     pv_beam_size: int = 0
     pv_start: int = 0
     pv_interval: int = 1

@@ -227,25 +227,21 @@ def tuning_sequences(run: FinetuneRun, original: Any, tokenizer: Any, progress: 
 
 def _read(sources: Sequence[str], tokenizer: Any, needed: int, run: FinetuneRun, progress: Any) -> list[torch.Tensor]:
     """`needed` sequences of these, as many of each; what short ones lack, the others give if they can."""
-    found: dict[str, torch.Tensor] = {}
-    share, open_ = -(-needed // max(1, len(sources))), list(sources)
-    while open_:
-        for source in open_:
-            progress.on_phase(f"read {source}")
-            stream = texts.token_stream(source, tokenizer, int(_ROOM * run.sequence_length * share))
-            start = texts.window_start(tokenizer, run.bos, source)
-            found[source] = texts.cut(stream[None], run.sequence_length, start)[:share]
-            if not len(found[source]):
-                raise ValueError(
-                    f"data: got {source!r}: {stream.numel()} tokens, expected at least {run.sequence_length}, those of "
-                    "a sequence"
-                )
-        open_ = [source for source in open_ if len(found[source]) == share]
-        lacking = needed - sum(map(len, found.values()))
-        if lacking <= 0 or not open_:
-            break
-        share += -(-lacking // len(open_))
-    return list(found.values())
+    found, length = list[torch.Tensor](), run.sequence_length
+    for source in sources:
+        progress.on_phase(f"read {source}")
+        stream = texts.token_stream(source, tokenizer, int(_ROOM * length * needed), whole=False)
+        windows = texts.cut(stream[None], length, texts.window_start(tokenizer, run.bos, source))
+        if not len(windows):
+            raise ValueError(
+                f"data: got {source!r}: {stream.numel()} tokens, expected at least {length}, those of a sequence"
+            )
+        found.append(windows)
+    left, shares = needed, dict[int, int]()
+    for place, i in enumerate(sorted(range(len(found)), key=lambda i: len(found[i]))):
+        shares[i] = min(len(found[i]), -(-left // (len(found) - place)))
+        left -= shares[i]
+    return [windows[: shares[i]] for i, windows in enumerate(found)]
 
 
 def _starts(original: Any, tokenizer: Any) -> torch.Tensor:

@@ -35,6 +35,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "finetune_lookahead": 3,
     },
 }
+PRESETS["tuned"] = {**PRESETS["best"], "tune": {"pv": True}}
+
+
+def quantizer_options(preset: str) -> dict[str, Any]:
+    """What a preset sets of `AqlmConfig`."""
+    return {name: value for name, value in PRESETS[preset].items() if name not in ("samples", "tune")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +276,9 @@ class RunConfig:
         if self.batch_size is not None:
             int_between("batch_size", self.batch_size, 1)
         device_name("device", self.device)
-        if self.tune is not None:
+        preset = PRESETS[self.preset].get("tune")
+        if preset is not None or self.tune is not None:
+            self.tune = {**(preset or {}), **(self.tune or {})}
             options = options_of(FinetuneOptions, self.tune)
             self.tune = {name: getattr(options, name) for name in self.tune}
         self._calibration()

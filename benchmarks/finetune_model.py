@@ -32,7 +32,7 @@ from aqlm_c.io.data import BUNDLED, load_sequences, token_stream
 from aqlm_c.nn import ops
 from aqlm_c.nn.linear import QuantizedLinear
 from aqlm_c.quantize import quantize_model
-from aqlm_c.recipe import PRESETS, AqlmConfig, options_of, parse_option, parse_pair
+from aqlm_c.recipe import PRESETS, AqlmConfig, options_of, parse_option, parse_pair, quantizer_options
 
 
 class Watch(FinetuneProgress):
@@ -90,7 +90,7 @@ def start(original: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[Any,
         return load_model(args.quantized, "auto", args.device)[0], 0.0
     sources = args.calibration or args.data or [BUNDLED]
     ids = load_sequences(sources, tokenizer, args.calibration_samples, args.sequence_length)
-    fields = {name: value for name, value in PRESETS[args.preset].items() if name != "samples"}
+    fields = quantizer_options(args.preset)
     config = AqlmConfig.from_scheme(
         args.scheme, **{**fields, **dict(map(parse_option, args.quantize)), "seed": args.seed}
     )

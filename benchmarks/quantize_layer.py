@@ -41,7 +41,7 @@ from aqlm_c.hf.models import load_model
 from aqlm_c.io.data import BUNDLED, token_stream
 from aqlm_c.methods.aqlm import search_options
 from aqlm_c.model.blocks import find_blocks
-from aqlm_c.recipe import PRESETS, parse_option
+from aqlm_c.recipe import PRESETS, parse_option, quantizer_options
 from aqlm_c.weights import quantize_weight
 
 DEFAULT = AqlmConfig()
@@ -218,7 +218,7 @@ def own_options(name: str) -> dict[str, Any]:
     """Of a preset or of the method `paper`, for one layer."""
     if name == "paper":
         return {"solver": "paper"}
-    return {key: value for key, value in PRESETS[name].items() if not key.startswith("finetune")}
+    return {key: value for key, value in quantizer_options(name).items() if not key.startswith("finetune")}
 
 
 def show_synthetic(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:

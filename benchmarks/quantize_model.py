@@ -27,7 +27,7 @@ from aqlm_c.hf.models import load_model
 from aqlm_c.io.data import BUNDLED, load_sequences, token_stream
 from aqlm_c.pipeline.progress import Progress
 from aqlm_c.quantize import quantize_model
-from aqlm_c.recipe import PRESETS, AqlmConfig, parse_option
+from aqlm_c.recipe import PRESETS, AqlmConfig, parse_option, quantizer_options
 
 MEANS = ("seconds", "perplexity", "full perplexity", "host GB", "device GB")
 
@@ -152,7 +152,7 @@ def main() -> None:
     options = dict(map(parse_option, args.set))
     ids = load_sequences(sources, tokenizer, args.samples, args.sequence_length)
     for scheme, preset, seed in itertools.product(args.scheme, args.presets, range(args.seeds)):
-        fields = {name: value for name, value in PRESETS[preset].items() if name != "samples"}
+        fields = quantizer_options(preset)
         config = AqlmConfig.from_scheme(scheme, **{**fields, **options, "seed": seed})
         watch = Watch(f"{scheme} {preset}, seed {seed}", None if rows else args.blocks)
         del model

@@ -15,7 +15,7 @@ from ..errors import int_between, printable, wrong
 from ..files import JsonFile
 from ..format import Rules
 from ..methods import METHODS
-from ..recipe import PRESETS, RunConfig, options_of, parse_option, parse_pair, parse_rule
+from ..recipe import PRESETS, RunConfig, options_of, parse_option, parse_pair, parse_rule, quantizer_options
 from ..run import run
 from ..tasks import TASKS
 from ..versions import __version__
@@ -23,10 +23,14 @@ from .display import Display, check_threads, prepare, show
 
 log = logging.getLogger("aqlm_c")
 
-_PRESETS = "\n\n".join(
-    f"Preset {name}: {', '.join(f'{option}={value}' for option, value in options.items()) or 'the defaults'}."
-    for name, options in PRESETS.items()
-)
+
+def _preset(name: str) -> str:
+    fields = ", ".join(f"{option}={value}" for option, value in quantizer_options(name).items())
+    tune = " ".join(f"{option}={value}" for option, value in PRESETS[name].get("tune", {}).items())
+    return f"Preset {name}: {fields or 'the defaults'}{tune and f', then --tune {tune}'}."
+
+
+_PRESETS = "\n\n".join(map(_preset, PRESETS))
 
 app = typer.Typer(
     help="Quantize Llama-like language models to about 2 bits per weight with AQLM, and use them.",

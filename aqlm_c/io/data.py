@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -34,6 +35,8 @@ BUNDLED = "pydoc_data.topics"
 FILE_TYPES = (".txt", ".jsonl", ".npy", ".safetensors")
 
 _MOST_LINE = 64 * 2**20  # bytes of a line of .jsonl
+_PART = 2**16  # characters of a text that is tokenised in parts
+_CHARS = 16  # of a token, at most on average
 _SHUFFLE_BUFFER = 10_000  # documents of a streamed data set among which --shuffle draws the next one
 
 
@@ -144,13 +147,19 @@ def source_names(name: str, sources: Any) -> list[str]:
     return list(map(os.fspath, several))
 
 
-def token_stream(source: str | os.PathLike[str], tokenizer: Any, limit: int | None = None) -> torch.Tensor:
-    """The source as one stream: int64 [n] token ids, the first `limit` of them if given.
+def token_stream(
+    source: str | os.PathLike[str], tokenizer: Any, limit: int | None = None, whole: bool = True
+) -> torch.Tensor:
+    """The source as one stream: int64 [n] token ids, the first `limit` of them if given. whole: those of the text as a
+    whole; else of parts of it, tokenised side by side, which differ at most where two parts meet.
 
     Raises ValueError naming the source if it cannot be read.
     """
     (source,) = source_names("source", [source])
-    return _read(source, tokenizer, limit).reshape(-1)[:limit]
+    if whole or _is_token_file(source):
+        return _read(source, tokenizer, limit).reshape(-1)[:limit]
+    check_source(source)
+    return _read_parts(source, tokenizer, limit)
 
 
 def check_source(source: str) -> None:
@@ -255,7 +264,7 @@ def _read(source: str, tokenizer: Any, limit: int | None, shuffle_seed: int | No
         return _token_ids(source, tokenizer)
     # No more text is tokenised than the limit asks for. Twice the limit must come out of a text that was
     # cut, because tokens near the cut may differ from those of the whole text.
-    per_token = 16
+    per_token = _CHARS
     while True:
         max_chars = None if limit is None else per_token * limit
         text, cut = _text(_documents(source, tokenizer, shuffle_seed, max_chars), max_chars)
@@ -263,6 +272,33 @@ def _read(source: str, tokenizer: Any, limit: int | None, shuffle_seed: int | No
         if limit is None or not cut or len(ids) >= 2 * limit:
             return torch.tensor(ids[:limit] if cut else ids, dtype=torch.int64)[None]
         per_token *= 4
+
+
+def _read_parts(source: str, tokenizer: Any, limit: int | None) -> torch.Tensor:
+    """Token ids int64 [n] of parts of the text; no more of these are tokenised than the limit asks for."""
+    max_chars = None if limit is None else _CHARS * limit
+    text, _ = _text(_documents(source, tokenizer, None, max_chars), max_chars)
+    found, size, parts = list[torch.Tensor](), 0, _parts(text)
+    while limit is None or size < limit:
+        some = list(itertools.islice(parts, 256 if limit is None else 1 + (limit - size) * 4 // _PART))
+        if not some:
+            break
+        for ids in tokenizer(some, verbose=False, add_special_tokens=False)["input_ids"]:
+            found.append(torch.tensor(ids, dtype=torch.int64))
+            size += len(ids)
+    return torch.cat(found)[:limit] if found else torch.zeros(0, dtype=torch.int64)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The text in parts of `_PART` characters at most, cut before a blank line, a line or a word if there is one."""
+    begin = 0
+    while begin < len(text):
+        end = begin + _PART
+        if end < len(text):
+            cuts = (text.rfind(mark, begin + 1, end) for mark in ("\n\n", "\n", " "))
+            end = next((cut for cut in cuts if cut > begin), end)
+        yield text[begin:end]
+        begin = end
 
 
 def _text(documents: Iterable[Document], max_chars: int | None) -> tuple[str, bool]:

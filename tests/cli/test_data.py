@@ -20,7 +20,9 @@ class ByteTokenizer:
     def __len__(self):
         return 256
 
-    def __call__(self, text, verbose=True):
+    def __call__(self, text, verbose=True, add_special_tokens=True):
+        if not isinstance(text, str):
+            return {"input_ids": [self(part)["input_ids"] for part in text]}
         self.seen += len(text)
         return {"input_ids": list(text.encode())}
 
@@ -63,6 +65,21 @@ def test_text_is_one_stream_read_as_far_as_needed(tmp_path, tokenizer):
     assert data.token_stream(str(path), tokenizer, limit=1000).numel() == 1000
     assert tokenizer.seen == 16_000
     assert data.token_stream(str(path), tokenizer).numel() == 100_000
+
+
+@pytest.mark.parametrize("ended", ["\n\n", "\n", " ", ""])
+def test_parts_of_a_text_make_the_same_stream(tmp_path, tokenizer, monkeypatch, ended):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"number{i}{ended}" for i in range(2000)))
+    monkeypatch.setattr(data, "_PART", 500)
+    whole = data.token_stream(str(path), tokenizer)
+    for limit in (None, 1, 1000, 10**6):
+        parts = data.token_stream(str(path), tokenizer, limit, whole=False)
+        assert parts.dtype == torch.int64 and torch.equal(parts, whole[:limit])
+    text = path.read_text()
+    parts = list(data._parts(text))
+    assert "".join(parts) == text and max(map(len, parts)) <= 500 and len(parts) < 2 * len(text) / 500 + 2
+    assert not ended or all(part.startswith(ended) for part in parts[1:])
 
 
 @pytest.mark.parametrize("name, text", [("a.txt", "a\r\nb"), ("a.jsonl", '{"text": "a\\nb"}\r\n')])

@@ -52,10 +52,11 @@ def test_a_configuration_needs_no_torch():
 
 
 def test_presets_resolve_and_explicit_options_win(monkeypatch):
-    assert list(PRESETS) == ["fast", "balanced", "best"]
+    assert list(PRESETS) == ["fast", "balanced", "best", "tuned"]
     for name, options in PRESETS.items():
         config, _, resolved = RunConfig("m", "o", preset=name).resolve()
         assert options.items() <= {**resolved, **config.to_dict()}.items()
+    assert RunConfig("m", "o", preset="tuned", tune={"steps": 7}).resolve().fields["tune"] == {"pv": True, "steps": 7}
     assert RunConfig("m", "o", preset="fast", finetune_epochs=3).resolve().config.tuning.finetune_epochs == 3
     assert RunConfig("m", "o", preset="best", finetune_epochs=0).resolve().config.tuning.finetune_epochs == 0
     monkeypatch.setitem(PRESETS, "fast", {"samples": 7})
