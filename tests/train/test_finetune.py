@@ -87,7 +87,8 @@ def test_held_out_divergence_falls_to_what_is_reported(dtype, more):
     assert report.held_out_after == min(looks) < 0.9 * looks[0] and report.held_out_before == looks[0]
     assert [entry["step"] for entry in report.history] == [0, 8, 16, 24]
     found = held_out_divergence(model, original, HELD_OUT)
-    assert report.held_out == 3 and found == pytest.approx(report.held_out_after, rel=1e-3)
+    noise = 2e-2 if dtype == torch.bfloat16 else 1e-3  # of 8 seeds the most are 1e-2, and 9e-4 in float16
+    assert report.held_out == 3 and found == pytest.approx(report.held_out_after, rel=noise)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     codes = {name for name in changed if name.endswith(".codes")}
     assert bool(codes) == bool(more) == bool(report.changed)
