@@ -18,6 +18,8 @@ from aqlm_c.model import logits as logits_module
 from aqlm_c.model.logits import SplitModel
 from aqlm_c.report.evaluation import figure_text
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def noisy(model, scale=0.1):
     """A copy that is near to a model."""

@@ -15,6 +15,8 @@ from aqlm_c.model import logits as logits_module
 from aqlm_c.model.logits import SplitModel, cross_entropy, kl_and_gradient, kl_divergence, slices
 from aqlm_c.train.output import sliced_kl
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_slices_of_logits_are_the_models_own(name):
