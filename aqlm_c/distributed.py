@@ -199,18 +199,18 @@ class _Group(Group):
 
 
 _group = Group()
-_joined = False
+_joined = _told = False
 
 
 def told_elsewhere() -> bool:
-    """Whether another process of this machine says what is wrong before the ranks are connected: all have the same
-    arguments.
+    """Whether the first process of this machine says what is wrong: before the ranks are connected, since all have the
+    same arguments; afterwards, since it has answered that it does.
     """
     try:
         _, size, local_rank = environment()
     except ValueError:  # which is what is to be said
         return False
-    return not _joined and size > 1 and local_rank > 0
+    return size > 1 and local_rank > 0 and (_told or not _joined)
 
 
 def local_size() -> int:
@@ -272,21 +272,23 @@ def started(on_lost: Callable[[str], NoReturn] | None = None) -> Iterator[Group]
     """The ranks that the environment names, connected until the block is left; none leaves it before the others.
 
     on_lost: ends the process, within seconds, when another rank has ended or failed; it is called in another thread
-    with a text that says which. None: one line on stderr, exit code 1. Raises ValueError as `environment` does, OSError
-    if not all ranks are there within `JOIN_SECONDS`.
+    with a text that says which, and is empty where the first rank of this machine says it. None: one line on stderr,
+    exit code 1. Raises ValueError as `environment` does, OSError if not all ranks are there within `JOIN_SECONDS`.
     """
-    global _group, _joined
+    global _group, _joined, _told
     rank, size, local_rank = environment()
     if size == 1:
         yield _group
         return
     joined = _join(rank, size, local_rank, on_lost or _end)
-    _group, _joined = joined, True
+    _group, _joined, _told = joined, True, False
     try:
         yield joined
         joined.barrier(_WORK.total_seconds())
     except BaseException as error:
-        joined.watch.tell("Ctrl-C" if isinstance(error, KeyboardInterrupt) else one_line(error))
+        interrupted = isinstance(error, KeyboardInterrupt)
+        joined.watch.tell("Ctrl-C" if interrupted else one_line(error))
+        _told = local_rank > 0 and not interrupted and joined.watch.is_answered(_LEAVE)
         _end_later()
         raise
     else:
@@ -299,8 +301,9 @@ def started(on_lost: Callable[[str], NoReturn] | None = None) -> Iterator[Group]
 
 
 def _end(text: str) -> NoReturn:
-    sys.stderr.write(f"aqlm-c: {text}\n")
-    sys.stderr.flush()
+    if text:
+        sys.stderr.write(f"aqlm-c: {text}\n")
+        sys.stderr.flush()
     os._exit(1)
 
 
@@ -323,6 +326,7 @@ def _join(rank: int, size: int, local_rank: int, on_lost: Callable[[str], NoRetu
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=limit))
         store = dist.PrefixStore("aqlm_c", store)
         watch = _Watch.connect(store, rank, size, address, on_lost)
+        watch.speaks = local_rank == 0
         watch.start()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_WORK)
@@ -337,13 +341,18 @@ def _join(rank: int, size: int, local_rank: int, on_lost: Callable[[str], NoRetu
 class _Watch(threading.Thread):
     """A connection between rank 0 and each other rank, which ends with either of them: so ends all others.
 
-    What a rank says, a line each: "." once a second, "bye" when it has finished, "stop TEXT" when it fails.
+    What a rank says, a line each: "." once a second, "bye" when it has finished, "stop TEXT" when it fails. Rank 0
+    answers a "stop" with one to all. What ends a process first, its own failure or that of another rank, is what it
+    says; it says nothing of what rank 0 has told, unless it `speaks`, as the first rank of each machine does.
     """
+
+    speaks = True
 
     def __init__(self, rank: int, size: int, peers: Mapping[int, socket.socket], on_lost: Callable[[str], NoReturn]):
         super().__init__(daemon=True, name="ranks")
         self.rank, self.size, self.peers, self.on_lost = rank, size, dict(peers), on_lost
-        self._lock, self._over, self._failed = threading.Lock(), threading.Event(), False
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._end, self._heard, self._answered = threading.Lock(), threading.Event(), False
         self._rest: dict[int, bytes] = dict.fromkeys(peers, b"")
 
     @classmethod
@@ -389,9 +398,18 @@ class _Watch(threading.Thread):
                     self._lost(f"rank {rank} of {self.size} has not been heard of for {_SILENCE:.0f} s")
 
     def tell(self, text: str) -> None:
-        """Say that this rank fails, and why; what then becomes of the others is theirs."""
-        self._failed = True
+        """Say that this rank fails, and why; what then becomes of the others is theirs.
+
+        Where another rank's end came first this process ends, and nothing is said twice.
+        """
+        if not self._is_first_end():
+            self.wait(_LEAVE)
         self._send(f"stop rank {self.rank} of {self.size} stopped: {text}".encode()[: _LINE - 1] + b"\n")
+
+    def is_answered(self, seconds: float) -> bool:
+        """Whether rank 0, that of another rank, says within so many seconds that it stops too."""
+        self._heard.wait(seconds)
+        return self._answered
 
     def wait(self, seconds: float) -> None:
         """Give the watch time to see, and to say, which rank is lost."""
@@ -411,17 +429,24 @@ class _Watch(threading.Thread):
         self._rest[rank] = rest[-_LINE:]
         for line in lines:
             if line.startswith(b"stop "):
-                self._lost(one_line(line[5:].decode(errors="replace")))
+                self._answered = True
+                self._heard.set()
+                self._lost(one_line(line[5:].decode(errors="replace")), told=True)
         if b"bye" in lines or not data:
+            self._heard.set()
             selector.unregister(self.peers.pop(rank))
             if b"bye" not in lines:
                 self._lost(f"rank {rank} of {self.size} was lost")
 
-    def _lost(self, text: str) -> None:
-        if self._failed or self._over.is_set():  # it has said so itself
+    def _lost(self, text: str, told: bool = False) -> None:
+        """told: another rank has said so."""
+        if self._over.is_set() or not self._is_first_end():
             return
         self._send(f"stop {text}".encode()[: _LINE - 1] + b"\n")
-        self.on_lost(text)
+        self.on_lost(text if self.speaks or not told else "")
+
+    def _is_first_end(self) -> bool:
+        return self._end.acquire(blocking=False)
 
     def _send(self, data: bytes) -> None:
         with self._lock:

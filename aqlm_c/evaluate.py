@@ -94,6 +94,7 @@ class Recorded:
     split: the original, of which `logits` is used alone.
     """
 
+    @torch.no_grad()
     def __init__(self, split: SplitModel, cuts: torch.Tensor, progress: OnWindow | None = None) -> None:
         self.split = split
         self.states: list[torch.Tensor] = []
@@ -174,7 +175,7 @@ def _compare(
     """Losses of both, KL and agreements of one window, slice by slice."""
     losses, original_losses, kl, agree = [], [], [], []
     for part in _parts(split, hidden):
-        logits, original = split.logits(hidden[part]), other.logits(states[part]).to(hidden.device)
+        logits, original = split.float_logits(hidden[part]), other.float_logits(states[part]).to(hidden.device)
         if logits.shape != original.shape:
             raise ValueError(f"model: got {logits.shape[1]} logits, expected {original.shape[1]} as the original has")
         targets = ids[part.start + 1 : part.stop + 1].to(logits.device)
@@ -380,6 +381,7 @@ def _logits_on_disk(name: str) -> int | None:
     return size if type(size) is int else None
 
 
+@torch.no_grad()
 def _fits(split: SplitModel, cuts: Sequence[torch.Tensor]) -> bool:
     """Whether the hidden states of all these windows fit into memory beside the models."""
     state = split.hidden(cuts[0][0, :2])
@@ -414,11 +416,11 @@ def _windows(
 
 def _parts(split: SplitModel, hidden: torch.Tensor) -> Iterator[slice]:
     """Runs of the positions that have a next token, whose logits are held at a time."""
-    return slices(len(hidden) - 1, split.logits(hidden[:1]).shape[1], hidden.device, _SLICE)
+    return slices(len(hidden) - 1, split.vocabulary or hidden.shape[1], hidden.device, _SLICE)
 
 
 def _losses(split: SplitModel, hidden: torch.Tensor, ids: torch.Tensor, part: slice) -> torch.Tensor:
-    logits = split.logits(hidden)
+    logits = split.float_logits(hidden)
     return cross_entropy(logits, ids[part.start + 1 : part.stop + 1].to(logits.device))
 
 

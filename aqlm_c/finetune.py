@@ -24,6 +24,7 @@ from .errors import int_between, wrong
 from .files import peak_memory, read_json_object
 from .io import data as texts
 from .model.blocks import find_blocks
+from .model.logits import SplitModel
 from .pipeline.placement import Placement
 from .pipeline.progress import FinetuneProgress
 from .pipeline.resume import WorkDir, facts_of
@@ -31,7 +32,6 @@ from .recipe import options_of
 from .report.finetune import FinetuneReport
 from .train.cost import estimate
 from .train.distill import Distiller
-from .train.output import Output
 from .train.sampling import sample_sequences
 from .train.student import Student
 from .train.teacher import Teacher
@@ -100,7 +100,7 @@ def _tune(
     device = next(model.parameters()).device
     expected = estimate(model, original, sequences, options, device)
     progress.on_estimate(expected)
-    output, teacher = Output(model), Teacher(original, sequences, options.cache_teacher)
+    output, teacher = SplitModel(model, whole=False), Teacher(original, sequences, options.cache_teacher)
     if output.vocabulary != teacher.output.vocabulary:
         raise ValueError(
             f"original: got a vocabulary of {teacher.output.vocabulary}, expected {output.vocabulary}, as the "

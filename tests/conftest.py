@@ -60,6 +60,16 @@ def isa(request):
         binding.set_isa(name)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch in one thread: tiny models take longer with more, and many times as long where cores are shared."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def exact():
     """Runs the test without matmul's rounded tables, on both bindings."""

@@ -19,6 +19,7 @@ from .. import distributed
 from ..errors import missing, one_line
 from .commands import app
 
+_OF_RANKS = ("quantize", "finetune")  # commands that several ranks run together
 _PATIENCE = 1.5  # seconds between Ctrl-C and the end of a process whose main thread does not answer
 
 
@@ -33,9 +34,10 @@ class Interrupt:
         return f"aqlm-c: stopped{self.kept and ': '}{self.kept}\n"
 
     def lost(self, text: str) -> NoReturn:
-        """End this process, since another rank has ended; called in any thread."""
+        """End this process, since another rank has ended; called in any thread. No text: another process says it."""
         Console(stderr=True).show_cursor()
-        os.write(2, f"aqlm-c: {one_line('; '.join(filter(None, (text, self.kept))))}\n".encode())
+        if text:
+            os.write(2, f"aqlm-c: {one_line('; '.join(filter(None, (text, self.kept))))}\n".encode())
         os._exit(1)
 
     @contextlib.contextmanager
@@ -96,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code, message = 2, f"{type(error).__name__}: {error} (not expected: {_place(error)})"
         if code == 130:
             sys.stderr.write(interrupt.line())
-        elif code == 2 and not (arguments[0] == "quantize" and distributed.told_elsewhere()):
+        elif code == 2 and not (arguments[0] in _OF_RANKS and distributed.told_elsewhere()):
             print(f"aqlm-c: {one_line(message)}", file=sys.stderr)
     return code
 

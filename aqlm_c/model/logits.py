@@ -1,7 +1,8 @@
-"""Logits of a model a few positions at a time, so that never all of a sequence's are there in float32.
+"""Logits of a model a few positions at a time, so that never all of a sequence's are there in float32; KL of them.
 
 Between the last hidden states and the logits stands more than a matrix: scales, soft caps, layers. None of it is known
 here. The model's own forward runs for each slice, while its body, which was run once, answers with that slice.
+Gradients go the same way, where they are asked for: evaluation and tuning share what is here.
 """
 
 from __future__ import annotations
@@ -14,17 +15,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import one_line
 from .probe import input_device, replaced_forward, token_ids, watching
 
 log = logging.getLogger("aqlm_c")
 
 _CPU_LOGITS = 2**24  # in a slice at most, of float32 64 MiB
 _GPU_LOGITS = 2**26
+_OTHER_ORDER = 1e-4  # of the largest logit: what products of fewer rows may differ by, at least
+
+
+def slice_bytes(device: torch.device) -> int:
+    """Of the float32 logits of a slice, at most."""
+    return 4 * (_CPU_LOGITS if device.type == "cpu" else _GPU_LOGITS)
 
 
 def slices(positions: int, vocabulary: int, device: torch.device, most: int | None = None) -> Iterator[slice]:
     """The positions in runs, at most `most` of them in one, whose float32 logits take 64 MiB on a CPU, 256 on a GPU."""
-    room = (_CPU_LOGITS if device.type == "cpu" else _GPU_LOGITS) // max(1, vocabulary)
+    room = slice_bytes(device) // (4 * max(1, vocabulary))
     step = max(1, min(room, most or positions))
     return (slice(start, min(start + step, positions)) for start in range(0, positions, step))
 
@@ -35,13 +43,20 @@ def kl_divergence(original: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     Both are float32 logits [n, vocabulary] and are overwritten. Words that the original rules out (-inf) add nothing,
     those that the model alone rules out make it inf.
     """
+    return kl_and_gradient(original, logits)[0]
+
+
+@torch.no_grad()
+def kl_and_gradient(original: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kl_divergence` and its gradient to `logits`, softmax(logits) - softmax(original): float32 [n, vocabulary]."""
     # The sum of p (log p - log q) + q - p: the last two add up to 0, and with them errors of the normalisation, which
     # all words share, cancel, where the distributions are close and those errors would be all that there is.
     log_p, log_q = _log_softmax_(original), _log_softmax_(logits)
     q = log_q.exp()
     difference, p = log_q.neg_().add_(log_p), log_p.exp_()
     terms = difference.mul_(p).masked_fill_(p == 0, 0)
-    return terms.add_(q.sub_(p)).sum(-1).clamp_(min=0)
+    gradient = q.sub_(p)
+    return terms.add_(gradient).sum(-1).clamp_(min=0), gradient
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -54,15 +69,20 @@ def _log_softmax_(logits: torch.Tensor) -> torch.Tensor:
 
 
 class SplitModel:
-    """A causal language model as two functions: token ids to hidden states, and those to logits.
+    """A causal language model as two functions: token ids to hidden states, and those to logits; differentiable.
 
     model: of transformers, on any device. Where its body is not found, or logits of slices are not the model's own,
-    "hidden states" are its logits in its own dtype (`is_split` is false).
+    "hidden states" are its logits in its own dtype (`is_split` is false), or, unless `whole`, ValueError is raised.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, whole: bool = True) -> None:
         self.model = model
-        self._body = _Body.of(model)
+        self._body, reason = _find_body(model)
+        if self._body is None and not whole:
+            raise ValueError(
+                f"model: got {type(model).__name__}, expected one whose logits are made of its last hidden states, "
+                f"each position by itself{reason}"
+            )
         if self._body is None:
             log.info("%s: logits are computed for whole windows: its output layer was not found", type(model).__name__)
 
@@ -71,20 +91,36 @@ class SplitModel:
         """Whether logits are computed slice by slice."""
         return self._body is not None
 
-    @torch.no_grad()
+    @property
+    def vocabulary(self) -> int:
+        """Words that have logits; 0 where the model is not split."""
+        return 0 if self._body is None else self._body.vocabulary
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of hidden states; None where the model is not split."""
+        return None if self._body is None else self._body.dtype
+
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """Last hidden states [length, width] of one sequence of token ids [length], in the model's dtype."""
-        ids = ids.to(input_device(self.model))[None]
+        """Last hidden states [n, length, width] of token ids [n, length], in the model's dtype; n may be left out."""
+        if ids.ndim == 1:
+            return self.hidden(ids[None])[0]
+        ids = ids.to(input_device(self.model))
         if self._body is None:
-            return self.model(input_ids=ids, use_cache=False).logits[0]
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return logits
         return self._body.hidden(self.model, ids)
 
-    @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits, float32 [n, vocabulary], of hidden states [n, width], a slice of what `hidden` gave; a copy."""
-        if self._body is None:
-            return hidden.to(torch.float32, copy=True)
-        return self._body.logits(self.model, hidden).to(torch.float32, copy=True)
+        """Logits [n, vocabulary] of hidden states [n, width], some positions of what `hidden` gave, in the model's
+        dtype; where the model is not split, they are `hidden`.
+        """
+        return hidden if self._body is None else self._body.logits(self.model, hidden)
+
+    def float_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`logits` in float32: a copy, without gradients, that may be overwritten."""
+        with torch.no_grad():
+            return self.logits(hidden).to(torch.float32, copy=True)
 
     @torch.no_grad()
     def release(self) -> bool:
@@ -101,36 +137,18 @@ class _Body:
 
     module: nn.Module
     output: Any
-    ids: torch.Tensor  # [1, N], for a forward whose body does not run
-    device: torch.device  # of hidden states
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Body | None:
-        """The body of a model, tried: logits by way of it are the model's own. None where there is none such."""
-        try:
-            with watching(model):
-                ids = token_ids(model)
-                calls = _calls(model, ids)
-                module, output = max(calls, key=lambda call: sum(1 for _ in call[0].modules()))
-                states = _states(output)
-                if states.shape[:2] != ids.shape or sum(module is called for called, _ in calls) != 1:
-                    return None
-                found = cls(module, _with_states(output, states[:, :1]), ids[:, :1], states.device)
-                expected = model(input_ids=ids, use_cache=False).logits[0]
-                hidden = found.hidden(model, ids)
-                parts = [found.logits(model, hidden[part]) for part in (slice(0, 3), slice(3, None))]
-                return found if _close(torch.cat(parts), expected) else None
-        except Exception:  # of a model's code, of any type: it may want more than a slice
-            log.debug("%s: no hidden states were found", type(model).__name__, exc_info=True)
-            return None
+    ids: torch.Tensor  # [1, 1], for a forward whose body does not run
+    dtype: torch.dtype  # of hidden states
+    device: torch.device
+    vocabulary: int  # words that have logits
 
     def hidden(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        """The states [length, width] of ids [1, length]; the model goes on with the first position alone."""
+        """The states [n, length, width] of ids [n, length]; the model goes on with the first position alone."""
         seen: list[torch.Tensor] = []
 
         def keep(module: nn.Module, arguments: Any, output: Any) -> Any:
-            seen.append(_states(output)[0])
-            return _with_states(output, _states(output)[:, :1])
+            seen.append(_states(output))
+            return _with_states(output, seen[0][:, :1])
 
         handle = self.module.register_forward_hook(keep)
         try:
@@ -164,9 +182,62 @@ class _Body:
         return False
 
 
-def _calls(model: nn.Module, ids: torch.Tensor) -> list[tuple[nn.Module, Any]]:
-    """(module, output) of what the forward of `model` itself calls, in order."""
-    found: list[tuple[nn.Module, Any]] = []
+def _find_body(model: nn.Module) -> tuple[_Body | None, str]:
+    """The body of a model, by way of which logits are the model's own; or None, and why as the end of a sentence."""
+    reason = ""
+    try:
+        with watching(model):
+            ids = token_ids(model)
+            calls, expected = _calls(model, ids)
+            for module in _candidates(model, calls):
+                try:
+                    if found := _tried(model, module, calls, ids, expected):
+                        return found, ""
+                except Exception as error:  # of a model's code, of any type: it may want more than a slice
+                    reason = reason or f"; it raises {type(error).__name__}: {one_line(error)[:200]}"
+                    log.debug("%s: not split at %s", type(model).__name__, type(module).__name__, exc_info=True)
+    except Exception as error:
+        reason = f"; it raises {type(error).__name__}: {one_line(error)[:200]}"
+        log.debug("%s: no hidden states were found", type(model).__name__, exc_info=True)
+    return None, reason
+
+
+def _candidates(model: Any, calls: list[tuple[nn.Module, Any, int]]) -> list[nn.Module]:
+    """What may be the body: the largest module that the model's own forward calls, then those that have its names."""
+    outermost = [module for module, _, depth in calls if depth == 0]
+    body = getattr(model, "base_model", None)
+    named = [body, getattr(body, "decoder", None), getattr(model, "model", None)]
+    found = [max(outermost, key=lambda module: sum(1 for _ in module.modules())), *named]
+    return [module for module in dict.fromkeys(found) if isinstance(module, nn.Module) and module is not model]
+
+
+def _tried(
+    model: nn.Module,
+    module: nn.Module,
+    calls: list[tuple[nn.Module, Any, int]],
+    ids: torch.Tensor,
+    expected: torch.Tensor,
+) -> _Body | None:
+    """`module` as the body, if it is called once and logits by way of it are `expected`, together and in slices."""
+    outputs = [output for called, output, _ in calls if called is module]
+    if len(outputs) != 1:
+        return None
+    states = _states(outputs[0])
+    if states.shape[:2] != ids.shape:
+        return None
+    output = _with_states(outputs[0], states[:, :1].clone())  # of which the rest may go
+    found = _Body(module, output, ids[:, :1].clone(), states.dtype, states.device, expected.shape[-1])
+    hidden = found.hidden(model, ids)[0]
+    parts = torch.cat([found.logits(model, part) for part in (hidden[:3], hidden[3:])])
+    together = found.logits(model, hidden)
+    return found if _close(together, expected) and _close(parts, expected, _OTHER_ORDER) else None
+
+
+def _calls(model: nn.Module, ids: torch.Tensor) -> tuple[list[tuple[nn.Module, Any, int]], torch.Tensor]:
+    """(module, output, how many others it is called in) of all calls of a pass over ids [1, length], as they end; the
+    logits [length, vocabulary].
+    """
+    found: list[tuple[nn.Module, Any, int]] = []
     depth = 0
 
     def before(module: nn.Module, arguments: Any) -> None:
@@ -176,8 +247,7 @@ def _calls(model: nn.Module, ids: torch.Tensor) -> list[tuple[nn.Module, Any]]:
     def after(module: nn.Module, arguments: Any, output: Any) -> None:
         nonlocal depth
         depth -= 1
-        if depth == 0:
-            found.append((module, output))
+        found.append((module, output, depth))
 
     handles = []
     try:
@@ -185,21 +255,21 @@ def _calls(model: nn.Module, ids: torch.Tensor) -> list[tuple[nn.Module, Any]]:
             if module is not model:
                 handles.append(module.register_forward_pre_hook(before))
                 handles.append(module.register_forward_hook(after))
-        model(input_ids=ids, use_cache=False)
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return found, logits
 
 
 def _states(output: Any) -> torch.Tensor:
-    """The last hidden states [1, length, width] in what a body returned: a tensor, a tuple or a ModelOutput."""
+    """The last hidden states [n, length, width] in what a body returned: a tensor, a tuple or a ModelOutput."""
     if isinstance(output, dict):
         states = output["last_hidden_state"]
     else:
         states = output if isinstance(output, torch.Tensor) else output[0]
     if states.ndim != 3 or not states.is_floating_point():
-        raise ValueError(f"hidden states: got {states.dtype} {list(states.shape)}, expected [1, length, width]")
+        raise ValueError(f"hidden states: got {states.dtype} {list(states.shape)}, expected [n, length, width]")
     return states
 
 
@@ -210,10 +280,10 @@ def _with_states(output: Any, states: torch.Tensor) -> Any:
     return states if isinstance(output, torch.Tensor) else (states, *output[1:])
 
 
-def _close(logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    """To the last bits of the dtype: slices may be multiplied in another order."""
+def _close(logits: torch.Tensor, expected: torch.Tensor, least: float = 0) -> bool:
+    """To the last bits of the dtype, and `least` of the largest."""
     if logits.shape != expected.shape:
         return False
     finite = expected.float().nan_to_num(nan=0, posinf=0, neginf=0)
-    tolerance = 8 * torch.finfo(expected.dtype).eps * finite.abs().max().item()
+    tolerance = max(8 * torch.finfo(expected.dtype).eps, least) * finite.abs().max().item()
     return torch.allclose(logits, expected, rtol=0, atol=tolerance, equal_nan=True)

@@ -13,6 +13,7 @@ from ..distributed import group
 from ..errors import wrong
 from ..files import available_memory
 from ..io.checkpoint import quantized_linears
+from ..model.logits import slice_bytes
 from ..nn.embedding import QuantizedEmbedding
 from ..nn.linear import QuantizedLayer
 from ..units import binary_size, duration, fastest
@@ -95,7 +96,7 @@ def estimate(
     micro = min(options.micro_batch_size or max(1, most // length), -(-options.batch_size // ranks))
     free = free_device_memory(device) if device.type == "cuda" else available_memory()
     fixed = sizes.quantized * _PV_BYTES if options.pv else 0
-    fixed += _LOGITS * (2**28 if device.type == "cuda" else 2**25)
+    fixed += _LOGITS * slice_bytes(device)
     if device.type == "cpu" and options.cache_teacher == "memory":
         fixed += sequences.numel() * sizes.width * sizes.itemsize
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..config import FinetuneOptions
 from ..distributed import group
+from ..model.logits import SplitModel
 from ..report.finetune import FinetuneReport
 from .block import held_out_batches
-from .output import Output, kl_divergence
+from .output import sliced_kl
 from .pv import Changes, CodeTuning, load_moments
 from .student import Student
 from .teacher import Teacher
@@ -76,7 +77,7 @@ class Distiller:
     def __init__(
         self,
         student: Student,
-        output: Output,
+        output: SplitModel,
         teacher: Teacher,
         sequences: Tensor,
         options: FinetuneOptions,
@@ -177,11 +178,10 @@ class Distiller:
         """The sum of the loss over the positions of some sequences, float64; gradients are added to those there are."""
         ids = self.sequences[numbers]
         targets = self.teacher.hidden(numbers)
-        with torch.set_grad_enabled(gradient):
-            hidden = self.output.hidden(ids)
-            weight = self.student.output_weight
-            with contextlib.nullcontext() if weight is None else weight.held(hidden.dtype):
-                return kl_divergence(self.output, self.teacher.output, hidden, targets, gradient)
+        weight, dtype = self.student.output_weight, self.output.dtype
+        assert dtype is not None, "output is split"
+        with torch.set_grad_enabled(gradient), contextlib.nullcontext() if weight is None else weight.held(dtype):
+            return sliced_kl(self.output, self.teacher.output, self.output.hidden(ids), targets, gradient)
 
     def _sum_over_ranks(self, loss: Tensor) -> Tensor:
         """Add the gradients and the losses of all ranks, in their order."""

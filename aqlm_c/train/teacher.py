@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .output import Output
+from ..model.logits import SplitModel
+from ..model.probe import input_device
 
 
 class Teacher:
@@ -20,7 +21,7 @@ class Teacher:
     """
 
     def __init__(self, model: Any, sequences: Tensor, cache: str = "none") -> None:
-        self.output, self.sequences, self.cache = Output(model), sequences, cache
+        self.output, self.sequences, self.cache = SplitModel(model, whole=False), sequences, cache
         self._kept: Tensor | None = None
         self._known = [False] * len(sequences)
 
@@ -50,7 +51,7 @@ class Teacher:
             if not self._known[number]:
                 self._kept[number] = self._run([number])[0]
                 self._known[number] = True
-        return self._kept[numbers].to(self.output.device)
+        return self._kept[numbers].to(input_device(self.output.model))
 
     @torch.no_grad()
     def _run(self, numbers: list[int]) -> Tensor:

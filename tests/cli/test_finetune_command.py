@@ -11,13 +11,15 @@ from aqlm_c import RunConfig, load_model, perplexity, token_stream
 from aqlm_c.cli.main import main
 from aqlm_c.io.data import BUNDLED
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = ["--sequence-length", "32"]
 TUNE = ["--steps", "8", "--batch-size", "4", "--evaluation-interval", "4", "--samples", "40", *SIZES]
 FAST = ["--scheme", "2x4g8", "--samples", "4", "--preset", "fast", *SIZES, "--quiet"]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory, one_thread):
     folder = tmp_path_factory.mktemp("models")
     tiny_llama(torch.bfloat16, vocab_size=BYTES).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")

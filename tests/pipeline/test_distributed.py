@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import selectors
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -98,9 +100,9 @@ def test_only_the_first_rank_speaks_and_writes(runs):
 def test_refusals_come_before_the_work_and_end_all_ranks(runs, what, said):
     found = runs["command_line"][what]
     assert set(found["codes"]) <= {1, 2} and 2 in found["codes"] and not found.get("out")
-    for lines in found["lines"]:
-        line = lines.removeprefix("load ...\n")
-        assert re.match(rf"aqlm-c: (rank \d of \d stopped: )?{said}.*\n$", line), lines
+    line, *others = found["lines"]
+    assert re.match(rf"(load \.\.\.\n)?aqlm-c: (rank \d of \d stopped: )?{said}.*\n$", line), line
+    assert not any(others), others
 
 
 def test_the_same_wrong_argument_is_one_line(runs):
@@ -122,6 +124,72 @@ def test_when_one_rank_ends_all_do_and_the_run_goes_on(runs, number):
 
 
 # ---- without processes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watches():
+    """Those of two ranks of one machine, not started; what each says of the other, as (rank, text), or waits."""
+    said, made = [], []
+    for rank, end in enumerate(socket.socketpair()):
+        watch = distributed._Watch(rank, 2, {1 - rank: end}, lambda text, rank=rank: said.append((rank, text)))
+        watch.speaks, watch.wait = rank == 0, lambda _, rank=rank: said.append((rank, "waits"))
+        made.append(watch)
+    yield (*made, said)
+    for watch in made:
+        watch.close()
+        for peer in watch.peers.values():
+            peer.close()
+
+
+def hear(watch):
+    with selectors.DefaultSelector() as selector:
+        for rank, peer in watch.peers.items():
+            selector.register(peer, selectors.EVENT_READ, rank)
+        watch._read(1 - watch.rank, selector)
+
+
+def test_of_a_refusal_that_both_ranks_find_the_first_speaks(watches):
+    first, second, said = watches
+    second.tell("no")
+    first.tell("no")  # before it has heard of the other's
+    hear(first)
+    assert not second.is_answered(0)
+    hear(second)
+    assert said == [] and second.is_answered(0)  # whose line is then not shown
+
+
+def test_of_a_refusal_that_one_rank_hears_of_first_one_speaks(watches):
+    first, second, said = watches
+    second.tell("no")
+    hear(first)
+    assert said == [(0, "rank 1 of 2 stopped: no")]
+    hear(second)
+    assert second.is_answered(0)
+    first.tell("no")  # its own, meanwhile: it waits for the end that has begun
+    assert said[1:] == [(0, "waits")]
+
+
+def test_a_rank_that_hears_the_first_ones_refusal_says_nothing(watches):
+    first, second, said = watches
+    first.tell("no")
+    hear(second)
+    second.tell("no")
+    assert said == [(1, ""), (1, "waits")]
+
+
+def test_a_rank_whose_first_is_gone_speaks(watches):
+    first, second, said = watches
+    first.peers[1].close()
+    second.tell("no")
+    hear(second)
+    assert not second.is_answered(60) and said == []  # its own line
+
+
+def test_a_lost_first_rank_is_told_by_the_others(watches):
+    first, second, said = watches
+    first.peers[1].close()
+    hear(second)
+    assert said == [(1, "rank 0 of 2 was lost")]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Tuning a whole quantized model on tiny random ones: what it lowers, what it keeps, and that it goes on."""
 
 import copy
+import functools
 import json
 import os
 import signal
@@ -28,6 +29,8 @@ from aqlm_c.train.pv import CodeTuning
 from aqlm_c.train.sampling import sample_sequences
 from aqlm_c.train.student import Student
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()
 SEQUENCES = random_tokens(64, 24, seed=1)
 HELD_OUT = [10, 32, 53]  # the numbers of those that validate
@@ -46,21 +49,17 @@ MIXTRAL = MixtralConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models take longer with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def models(name="llama", scheme="2x6g8", dtype=torch.float32, **options):
-    """A quantized model and its original."""
+    """A quantized model and its original, copies of those that were made first."""
+    return copy.deepcopy(_models(name, scheme, dtype, *options.items()))
+
+
+@functools.cache
+def _models(name, scheme, dtype, *items):
+    options = dict(items)
     make = {"llama": lambda: tiny_llama(dtype=dtype, **options), "experts": lambda: random_model(MIXTRAL, dtype)}[name]
     original, model = make(), make()
-    rules = {"lm_head": "2x4g4"} if name == "tied" else None
-    quantize_model(model, None, AqlmConfig.from_scheme(scheme, **{**FAST, "rules": rules}))
+    quantize_model(model, None, AqlmConfig.from_scheme(scheme, **FAST))
     return model, original
 
 
@@ -89,7 +88,8 @@ def test_held_out_divergence_falls_to_what_is_reported(dtype, more):
     assert report.held_out_after == min(looks) < 0.9 * looks[0] and report.held_out_before == looks[0]
     assert [entry["step"] for entry in report.history] == [0, 8, 16, 24]
     found = held_out_divergence(model, original, HELD_OUT)
-    assert report.held_out == 3 and found == pytest.approx(report.held_out_after, rel=1e-3)
+    noise = 2e-2 if dtype == torch.bfloat16 else 1e-3  # of 8 seeds the most are 1e-2, and 9e-4 in float16
+    assert report.held_out == 3 and found == pytest.approx(report.held_out_after, rel=noise)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     codes = {name for name in changed if name.endswith(".codes")}
     assert bool(codes) == bool(more) == bool(report.changed)
@@ -103,7 +103,7 @@ def test_held_out_divergence_falls_to_what_is_reported(dtype, more):
 def test_experts_and_biases():
     for pair in (models("experts"), models(attention_bias=True, mlp_bias=True)):
         biases = {name: p.clone() for name, p in pair[0].named_parameters() if name.endswith("bias")}
-        model, report = tuned(pair, **PV, gradient_checkpointing="always")
+        model, report = tuned(pair, **PV, gradient_checkpointing="always", steps=12)
         assert report.held_out_after < 0.95 * report.held_out_before and report.changed
         assert all(not torch.equal(model.get_parameter(name), value) for name, value in biases.items())
 
@@ -118,7 +118,7 @@ def test_quantized_embeddings_are_trained_only_if_asked(tied):
         rules = {"embed_tokens": "2x4g4", "lm_head": "2x4g4"}
         quantize_model(model, None, AqlmConfig.from_scheme("2x6g8", **FAST, rules=rules))
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        _, report = tuned((model, original), embeddings=embeddings, **PV)
+        _, report = tuned((model, original), embeddings=embeddings, **PV, steps=12)
         assert report.held_out_after < report.held_out_before
         found[embeddings] = report.held_out_after
         for name, tensor in model.state_dict().items():
@@ -229,8 +229,8 @@ def test_it_ends_early_and_keeps_the_best():
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_a_kept_teacher_gives_what_a_live_one_does(cache):
-    (live, _), (kept, report) = tuned(steps=20), tuned(steps=20, cache_teacher=cache)
-    assert report.tokens == 20 * 8 * 24
+    (live, _), (kept, report) = tuned(steps=10), tuned(steps=10, cache_teacher=cache)
+    assert report.tokens == 10 * 8 * 24
     for name, tensor in live.state_dict().items():
         torch.testing.assert_close(kept.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
 
@@ -337,15 +337,28 @@ def two_ranks(folder):
     return [json.loads((folder / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")]
 
 
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory):
-    """What came of runs that are forks of a process without other threads."""
+@pytest.fixture(scope="module", autouse=True)
+def begun(request, tmp_path_factory):
+    """The process whose forks are runs, since it has no other threads: it works while other tests do."""
+    if not any("forked" in item.fixturenames for item in request.session.items):
+        yield None
+        return
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "support")
-    command = [sys.executable, __file__, tmp_path_factory.mktemp("runs")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    folder = tmp_path_factory.mktemp("runs")
+    with (folder / "stderr").open("w") as stderr:
+        process = subprocess.Popen([sys.executable, __file__, folder], env=environment, stderr=stderr)
+    yield process, folder
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def forked(begun):
+    """What came of those runs."""
+    process, folder = begun
+    assert process.wait(300) == 0, (folder / "stderr").read_text()
+    return json.loads((folder / "found.json").read_text())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -392,15 +405,6 @@ def test_text_of_the_models_own_is_drawn_from_it():
     assert model.generation_config.to_dict() == settings
 
 
-if __name__ == "__main__":
-    import torch._dynamo  # by Adam: the forks then need not
-
-    torch.set_num_threads(1)
-    _core.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    print(json.dumps({"killed": killed(folder), "ranks": two_ranks(folder) if GLOO else None}))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_steps_that_are_replayed_on_a_gpu_are_those_that_are_launched(monkeypatch, caplog):
@@ -411,3 +415,14 @@ def test_steps_that_are_replayed_on_a_gpu_are_those_that_are_launched(monkeypatc
     launched, _ = tuned((copy.deepcopy(pair[0]), pair[1]), **PV)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, launched.state_dict()[name]), name
+
+
+if __name__ == "__main__":
+    import torch._dynamo  # by Adam: the forks then need not
+
+    torch.set_num_threads(1)
+    _core.set_num_threads(1)
+    models()  # the forks have it
+    folder = Path(sys.argv[1])
+    found = {"killed": killed(folder), "ranks": two_ranks(folder) if GLOO else None}
+    (folder / "found.json").write_text(json.dumps(found))
