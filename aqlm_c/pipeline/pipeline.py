@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ from .placement import Placement
 from .plan import BlockPlan, Plan, make_plan, works_of
 from .progress import Phases, Progress
 from .resume import WorkDir, block_state, fingerprint, restore_block
+
+log = logging.getLogger("aqlm_c")
 
 
 class Pipeline:
@@ -100,7 +103,9 @@ class Pipeline:
             place = self.stages.place = self._place(memory, stack)
             self.stages.most_hessians = agreed(memory.most_hessians)
             stack.enter_context(self.calibration)
-            if self.stages.follows:
+            if self.stages.follows and not self.plan.blocks.chained:
+                log.warning("error_correction, finetune_target: no effect on a model whose blocks are no chain")
+            elif self.stages.follows:
                 with self.phases("calibrate"), self.residence.using(self.model):
                     self.calibration.start_originals(self.model, self.plan.blocks, place)
             for number, step in enumerate(self.plan.steps):
