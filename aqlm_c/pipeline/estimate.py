@@ -158,7 +158,7 @@ class Work:
         calibrate = turns + 2 * turns * corrects + self._follows()
         again_in_turn = (turns - 1) * (ahead * forward + remaining * epoch)
         phases = {
-            "calibrate": calibrate * forward,
+            "calibrate": (calibrate + _BACKWARD * bool(config.target.fisher_share)) * forward,
             "hessian": (_SQUARED + 2 * corrects) * self.tokens * squares / rates.gemm,
             "quantize": solve + factors,
             "reference": cubes if config.gaussian_reference else 0.0,

@@ -10,6 +10,7 @@ from tiny import random_model, random_tokens, tiny_llama
 from transformers import MixtralConfig
 
 from aqlm_c.calibrate.activations import capture
+from aqlm_c.calibrate.fisher import TokenWeights, token_weights
 from aqlm_c.calibrate.hessians import HessianSums
 from aqlm_c.calibrate.upstream import CrossSums, in_turn, original_of
 from aqlm_c.cli.main import main
@@ -28,6 +29,7 @@ EVERYTHING = {
     "error_correction_skip": "",
     "finetune_target": "original",
     "tune_remaining": 1,
+    "fisher_share": 0.3,
     "rules": {"embed_tokens": "1x6g8"},
 }
 TOKENS = random_tokens(24, 40)
@@ -133,6 +135,69 @@ def test_experts_are_not_corrected_and_come_in_turn(caplog):
     assert kinds[6:] == ["w2"]
 
 
+# ---- weights of tokens ----------------------------------------------------------------------------------------
+
+
+def test_tokens_weigh_by_the_gradient_of_the_loss():
+    """Against gradients to what is added to the outputs of linears, and with the tokens that the model draws."""
+    model, ids = llama(), TOKENS[:3]
+    linears = {
+        name: module for name, module in model.model.layers.named_modules() if isinstance(module, torch.nn.Linear)
+    }
+    found = token_weights(model, linears, ids, 5, 1.0, 11)
+    assert found.keys() == linears.keys() and found["0.mlp.up_proj"] is found["0.mlp.gate_proj"]
+    groups = [["1.self_attn.q_proj", "1.self_attn.k_proj", "1.self_attn.v_proj"], ["2.mlp.down_proj"]]
+    for names in groups:
+        squares = []
+        for number, one in enumerate(ids):
+            added = [torch.zeros(len(one), linears[name].out_features, requires_grad=True) for name in names]
+            hooks = [
+                linears[name].register_forward_hook(lambda _m, _i, y, zero=zero: y + zero)
+                for name, zero in zip(names, added, strict=True)
+            ]
+            logits = model(one[None], use_cache=False).logits[0]
+            for hook in hooks:
+                hook.remove()
+            drawn = torch.Generator().manual_seed(11 + 7919 * (5 + number))
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=drawn)[:, 0]
+            loss = -logits.log_softmax(-1).gather(1, labels[:, None]).sum()
+            grads = torch.autograd.grad(loss, added)
+            squares.append(sum(grad.double().square().sum(1) for grad in grads))
+        truth = torch.stack(squares) / torch.stack(squares).mean()
+        assert torch.allclose(found[names[0]].double(), truth, rtol=1e-3, atol=1e-6)
+    mixed = token_weights(model, linears, ids, 5, 0.3, 11)["0.mlp.down_proj"]
+    assert torch.allclose(mixed, 0.7 + 0.3 * found["0.mlp.down_proj"]) and mixed.mean() == pytest.approx(1, rel=1e-5)
+    assert found["0.mlp.down_proj"].std() > 0.1
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_h_is_of_weighted_tokens(dtype):
+    model = llama(dtype=dtype)
+    block, linears = linears_of(model, 0)
+    inputs = capture(model, model.model.layers, TOKENS, 5)
+    weights = TokenWeights(token_weights(model, linears, TOKENS, 0, 0.5, 0), 5)
+    sums, plain = HessianSums(linears, weigh=weights.applied), HessianSums(linears)
+    for each in (sums, plain):
+        each.gather(inputs, 0, block)
+    for name in ("self_attn.k_proj", "mlp.down_proj"):
+        rows, hooks = [], []
+        hooks.append(linears[name].register_forward_pre_hook(lambda _m, args, rows=rows: rows.append(args[0].clone())))
+        for batch in range(len(inputs.hidden)):
+            inputs.run(0, block, batch)
+        hooks[0].remove()
+        x, w = torch.cat(rows).flatten(0, 1).double(), weights.weights[name].flatten().double()
+        truth, H = ((x * w[:, None]).T @ x / len(x)).numpy(), sums.hessians()[name].H
+        assert np.abs(H - truth).max() < 1e-5 * np.abs(truth).max()
+        assert np.abs(H - plain.hessians()[name].H).max() > 1e-2 * np.abs(truth).max()
+
+
+def test_experts_are_not_weighted(caplog):
+    _, report = quantized(PLAIN.replace(fisher_share=0.5), mixtral())
+    (message,) = [message for message in caplog.messages if "not weighted" in message]
+    assert "experts.0" in message and "self_attn" not in message and report.layers
+
+
 # ---- what it is for -------------------------------------------------------------------------------------------
 
 
@@ -202,7 +267,8 @@ def test_weights_that_were_tuned_are_quantized_in_float32():
     options = {"tune_remaining_learning_rate": 1e-4, "sequential": True}
     codes = []
     for n in (0, 2):
-        model, report = quantized(TUNED.replace(tune_remaining=n, **options), llama(dtype=torch.bfloat16))
+        config = TUNED.replace(tune_remaining=n, **options)
+        model, report = quantized(config, llama(dtype=torch.bfloat16), TOKENS[:12], layers=r"layers\.0")
         codes.append({name: x for name, x in model.state_dict().items() if "layers.0.mlp.down_proj.codebooks" in name})
         assert all(x.dtype == torch.bfloat16 for x in codes[-1].values()) and report.blocks
     assert not torch.equal(*(next(iter(one.values())) for one in codes))
@@ -216,7 +282,7 @@ def test_off_is_what_it_was():
     chosen = PLAIN.replace(**EVERYTHING)
     assert chosen.to_dict()["error_correction"] == 0.5 and AqlmConfig.from_dict(chosen.to_dict()) == chosen
     assert chosen.replace(error_correction=0, error_correction_skip="down_proj").target.changed() == {
-        name: EVERYTHING[name] for name in ("finetune_target", "tune_remaining")
+        name: EVERYTHING[name] for name in ("finetune_target", "tune_remaining", "fisher_share")
     }
     prints = [fingerprint(llama(), TOKENS, config, None)["options"] for config in (PLAIN, chosen)]
     assert prints[1] == {**prints[0], **{name: EVERYTHING[name] for name in EVERYTHING if name != "rules"}} | {
@@ -229,8 +295,8 @@ def test_options_without_effect_change_nothing():
     state = quantized(PLAIN)[0].state_dict()
     late = {"finetune_target": "original", "tune_remaining": 2}
     assert all(map(torch.equal, state.values(), quantized(PLAIN.replace(**late))[0].state_dict().values()))
-    free = [llama(), llama()]
-    for model, config in zip(free, (PLAIN, PLAIN.replace(**late, error_correction=0.5, sequential=True)), strict=True):
+    free, more = [llama(), llama()], {"error_correction": 0.5, "sequential": True, "fisher_share": 0.5}
+    for model, config in zip(free, (PLAIN, PLAIN.replace(**late, **more)), strict=True):
         quantize_model(model, None, config)
     assert all(map(torch.equal, *(model.state_dict().values() for model in free)))
 
@@ -242,26 +308,46 @@ def test_blocks_that_are_no_chain_are_not_corrected(caplog):
 
     model = llama()
     model.model.layers = Twice(model.model.layers)
-    _, report = quantized(TUNED.replace(**{**EVERYTHING, "rules": None}), model)
-    assert "error_correction, finetune_target: no effect on a model whose blocks are no chain" in caplog.messages
+    _, report = quantized(TUNED.replace(**{**EVERYTHING, "rules": None, "finetune_epochs": 1}), model, TOKENS[:12])
+    assert (
+        "error_correction, finetune_target, fisher_share: no effect on a model whose blocks are no chain"
+        in caplog.messages
+    )
     assert all(layer.correction is None for layer in report.layers) and len(report.blocks) == 3
 
 
-@pytest.mark.parametrize("layers", [None, r"layers\.[02]"])
-def test_resumed_bit_for_bit(tmp_path, layers):
-    config = TUNED.replace(**EVERYTHING, finetune_search=1)
-    whole, first = quantized(config, layers=layers, work_dir=tmp_path / "work")
-    for kept in (2, 1, 0):
-        for file in sorted((tmp_path / "work").glob("block-*.safetensors"))[kept:]:
-            file.unlink()
-        again, second = quantized(config, layers=layers, work_dir=tmp_path / "work")
-        assert all(map(torch.equal, whole.state_dict().values(), again.state_dict().values()))
-        names = ("name", "relative_error", "correction")
-        assert [[getattr(x, n) for n in names] for x in first.layers] == [
-            [getattr(x, n) for n in names] for x in second.layers
-        ]
+@pytest.mark.parametrize(("layers", "kept"), [(None, 1), (r"layers\.[02]", 2)])
+def test_resumed_bit_for_bit(tmp_path, layers, kept):
+    config, few = TUNED.replace(**EVERYTHING, finetune_epochs=1), TOKENS[:12]
+    whole, first = quantized(config, tokens=few, layers=layers, work_dir=tmp_path / "work")
+    for file in sorted((tmp_path / "work").glob("block-*.safetensors"))[1 + kept :]:  # the first is of embeddings
+        file.unlink()
+    again, second = quantized(config, tokens=few, layers=layers, work_dir=tmp_path / "work")
+    assert all(map(torch.equal, whole.state_dict().values(), again.state_dict().values()))
+    names = ("name", "relative_error", "correction")
+    reports = [[[getattr(layer, name) for name in names] for layer in report.layers] for report in (first, second)]
+    assert reports[0] == reports[1]
     with pytest.raises(ValueError, match=r"error_correction: 0\.5 in WORK_DIR, 0\.25 now"):
-        quantized(config.replace(error_correction=0.25), layers=layers, work_dir=tmp_path / "work")
+        quantized(config.replace(error_correction=0.25), tokens=few, layers=layers, work_dir=tmp_path / "work")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+def test_on_a_gpu(tmp_path):
+    """Every option there, in bfloat16, from a model in host memory; the same bits where the run goes on."""
+    states, config = [], TUNED.replace(**EVERYTHING)
+    for work_dir in (None, tmp_path / "work", tmp_path / "work"):
+        model, report = quantized(config, llama(dtype=torch.bfloat16), work_dir=work_dir, device="cuda")
+        states.append(model.state_dict())
+        assert any(layer.correction for layer in report.layers)
+        for file in sorted(tmp_path.glob("work/block-*.safetensors"))[2:]:
+            file.unlink()
+    for state in states[1:]:
+        assert all(map(torch.equal, states[0].values(), state.values()))
+    original = llama(dtype=torch.float32)
+    plain = quantized(PLAIN, device="cuda")[0]
+    corrected = quantized(PLAIN.replace(error_correction=1.0, sequential=True), device="cuda")[0]
+    assert output_error(original, corrected) < 0.9 * output_error(original, plain)
 
 
 def test_h_that_do_not_fit_together(monkeypatch):
@@ -278,11 +364,11 @@ def test_activations_on_disk(tmp_path):
     from aqlm_c.calibrate.sources import SequenceCalibration
     from aqlm_c.pipeline.pipeline import Pipeline
 
-    config = TUNED.replace(**EVERYTHING)
+    config = TUNED.replace(**EVERYTHING, finetune_epochs=1)
     states = []
     for place in (None, tmp_path):
         model = llama()
-        pipeline = Pipeline(model, config, SequenceCalibration(TOKENS, config, 4))
+        pipeline = Pipeline(model, config, SequenceCalibration(TOKENS[:12], config, 4))
         pipeline._place = lambda *_, place=place: place
         pipeline.run()
         states.append(model.state_dict().values())
@@ -311,6 +397,7 @@ def test_the_originals_are_not_written_to():
         ({"finetune_target": "both"}, "finetune_target: got 'both', expected one of own, original"),
         ({"tune_remaining": -1}, "tune_remaining: got -1, expected an integer >= 0"),
         ({"tune_remaining_learning_rate": 2}, "tune_remaining_learning_rate: got 2, expected a number"),
+        ({"fisher_share": -0.1}, r"fisher_share: got -0.1, expected a number in \[0, 1\]"),
         ({"sequential": 1}, "sequential: got 1, expected true or false"),
     ],
 )
