@@ -148,6 +148,7 @@ class TargetOptions:
     finetune_target: str = "own"
     tune_remaining: int = 0
     tune_remaining_learning_rate: float = 3e-4
+    fisher_share: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.sequential, bool):
@@ -159,6 +160,7 @@ class TargetOptions:
             raise wrong("finetune_target", self.finetune_target, f"one of {', '.join(TARGETS)}")
         int_between("tune_remaining", self.tune_remaining, 0)
         share("tune_remaining_learning_rate", self.tune_remaining_learning_rate)
+        number_between("fisher_share", self.fisher_share, 0, 1)
 
     def corrects(self, name: str) -> bool:
         """Whether the weight of the linear `name` is moved."""

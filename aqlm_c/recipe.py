@@ -208,7 +208,7 @@ class RunConfig:
     as memory likes. overwrite: replace `out` if it is a model. tune: tune the whole model against the original at the
     end, on the same sources: options of `FinetuneOptions` by name; None: not at all. samples, sequence_length, shuffle,
     bos: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`; beam_size to relative_damp: see
-    `AqlmOptions`; finetune_*: see `TuningOptions`; sequential to tune_remaining_learning_rate: see `TargetOptions`.
+    `AqlmOptions`; finetune_*: see `TuningOptions`; sequential to fisher_share: see `TargetOptions`.
     options: by name, those of a method that has others.
 
     Raises ValueError naming the field, its value and what was expected.
@@ -259,6 +259,7 @@ class RunConfig:
     finetune_target: str | None = None
     tune_remaining: int | None = None
     tune_remaining_learning_rate: float | None = None
+    fisher_share: float | None = None
     gaussian_reference: bool | None = None
     seed: int | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -26,6 +26,7 @@ log = logging.getLogger("aqlm_c")
 
 # Ranks of linears, given for each what it has in common with those of the same H.
 Spread = Callable[[Mapping[str, tuple[str, ...]]], Mapping[str, int]]
+Weigh = Callable[[str, int, torch.Tensor], torch.Tensor]
 
 
 def alone(linears: Mapping[str, tuple[str, ...]]) -> Mapping[str, int]:
@@ -53,11 +54,14 @@ class HessianSums:
     Linears that are given the same tensor (q, k and v; gate and up) share a sum; that is seen while the
     block runs, whatever the model's type. Linears whose names differ in a number alone are one kind, of several
     experts: one that saw fewer tokens than it has inputs is given the H of all its kind. pools: of kinds of which some
-    are not among `linears`.
+    are not among `linears`. weigh: gives the inputs of (linear, batch, inputs) times the roots of their tokens'
+    weights, [tokens, in].
     """
 
-    def __init__(self, linears: Mapping[str, torch.nn.Linear], pools: Pools = NO_POOLS) -> None:
-        self.linears, self.pools = linears, pools
+    def __init__(
+        self, linears: Mapping[str, torch.nn.Linear], pools: Pools = NO_POOLS, weigh: Weigh | None = None
+    ) -> None:
+        self.linears, self.pools, self.weigh = linears, pools, weigh
         self.leader: dict[str, str] = {}  # linear -> the first linear with the same input
         self.sums: dict[str, Array] = {}  # leader -> float64 [in, in], where its inputs are
         self.tokens: dict[str, int] = {}
@@ -66,6 +70,7 @@ class HessianSums:
         self._seen: dict[str, torch.Tensor] = {}  # leader -> its input in this batch
         self._called: list[str] = []  # in this batch
         self._last: str | None = None  # that every batch calls, once
+        self._batch = 0
 
     def gather(
         self, inputs: Activations, index: int, block: torch.nn.Module, outputs: Activations | None = None
@@ -102,7 +107,7 @@ class HessianSums:
         linears = self.linears.items()
         hooks = [linear.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, linear in linears]
         try:
-            for run in runs:
+            for self._batch, run in enumerate(runs):
                 try:
                     output = run()
                     if outputs is not None:
@@ -237,16 +242,19 @@ class HessianSums:
         sums = arrays.copied(self.sums[leader])
         self.leader[name], self.tokens[name] = name, self.tokens[leader]
         if self._called.count(name) == 1 and leader in self._seen:
-            rows = rows_of(self._seen[leader])
+            rows = self._rows(leader, self._seen[leader])
             own = arrays.zeros(rows, *sums.shape)
             verbs.accumulate_hessian(own, rows)
             sums -= own
             self.tokens[name] -= rows.shape[0]
         self.sums[name] = sums
 
+    def _rows(self, name: str, x: torch.Tensor) -> Array:
+        return rows_of(x if self.weigh is None else self.weigh(name, self._batch, x))
+
     def _add(self, name: str, x: torch.Tensor) -> None:
         started = time.perf_counter()
-        rows = rows_of(x)
+        rows = self._rows(name, x)
         if name not in self.sums:
             self.sums[name] = arrays.zeros(rows, rows.shape[1], rows.shape[1])
             self.tokens[name] = 0

@@ -19,6 +19,7 @@ from ..model.blocks import Blocks, is_close
 from ..model.residence import Residence
 from ..recipe import AqlmConfig
 from .activations import Activations, batch_size_for, capture, capture_block
+from .fisher import TokenWeights, token_weights
 from .hessians import NO_POOLS, HessianSums, Pools, Spread, alone, pool_kinds, run_after
 from .offload import Room
 from .upstream import CrossSums, in_turn
@@ -132,6 +133,11 @@ class Calibration(Protocol):
     def start_originals(self, model: Any, blocks: Blocks, place: str | os.PathLike[str] | Room | None) -> None:
         """The same for `originals`, while nothing is quantized; none where blocks are not `chained`."""
 
+    def weigh(self, model: Any, linears: Mapping[str, torch.nn.Linear]) -> None:
+        """Find what each token weighs for each of the model's linears, while nothing is quantized and where blocks are
+        `chained`: H are of weighted tokens from here on.
+        """
+
     def of_block(
         self,
         index: int,
@@ -186,7 +192,8 @@ class SequenceCalibration:
         self.batch_size_asked = batch_size is not None
         self.inputs: Activations | None = None
         self.originals: Activations | None = None
-        self._target = config.target
+        self._target, self._seed = config.target, config.seed
+        self._weights: TokenWeights | None = None
         self._of_index: Callable[[int], Activations] | None = None  # where blocks are not chained
         self.set_batch_size(batch_size_for(sequences, config.tuning, batch_size, device))
         self._order: torch.Tensor | None = None
@@ -209,6 +216,11 @@ class SequenceCalibration:
         if blocks.chained:
             self.originals = capture(model, blocks, self._ids(), self.batch_size, place)
 
+    def weigh(self, model: Any, linears: Mapping[str, torch.nn.Linear]) -> None:
+        share = self._target.fisher_share
+        found = token_weights(model, linears, self._ids(), self._share.start, share, self._seed)
+        self._weights = TokenWeights(found, self.batch_size)
+
     def _ids(self) -> torch.Tensor:
         """Of this rank's sequences, in their order."""
         return (self.ids if self._order is None else self.ids[self._order])[self._share]
@@ -226,12 +238,13 @@ class SequenceCalibration:
         inputs = self._inputs_of(index)
         kept = inputs.empty() if outputs else None
         try:
-            sums = HessianSums(linears, pools)
+            weigh = None if self._weights is None else self._weights.applied
+            sums = HessianSums(linears, pools, weigh)
             sums.gather(inputs, index, block, kept)
             found = self._inputs(sums, spread, kept)
             corrected = {name: linear for name, linear in linears.items() if self._target.corrects(name)}
             if original is not None and self.originals is not None and corrected:
-                cross = CrossSums(corrected)
+                cross = CrossSums(corrected, weigh)
                 cross.gather(self.originals, original, inputs, index, block)
                 if group().size > 1:
                     cross.collect(found.ranks)
@@ -325,6 +338,9 @@ class DataFree:
         pass
 
     start_originals = start
+
+    def weigh(self, model: Any, linears: Mapping[str, torch.nn.Linear]) -> None:
+        pass
 
     def of_block(
         self,

@@ -19,7 +19,7 @@ from ..core.verbs import Array
 from ..distributed import group
 from ..model.kinds import kind_of
 from .activations import Activations
-from .hessians import rows_of, same_tensor
+from .hessians import Weigh, rows_of, same_tensor
 
 log = logging.getLogger("aqlm_c")
 
@@ -82,16 +82,17 @@ class CrossSums:
     """Sums of (X - X^)^T X^ of some linears of one block, one for each distinct input: X^ is what a linear is given in
     the model quantized so far, X what it is given in the original, for the same tokens.
 
-    A linear that is not given all tokens of a batch, as an expert, has none: the two models may send it others.
+    A linear that is not given all tokens of a batch, as an expert, has none: the two models may send it others. weigh:
+    as in `HessianSums`.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
-        self.linears = linears
+    def __init__(self, linears: Mapping[str, nn.Linear], weigh: Weigh | None = None) -> None:
+        self.linears, self.weigh = linears, weigh
         self.leader: dict[str, str] = {}  # linear -> the first linear with the same input
         self.sums: dict[str, Array] = {}  # leader -> float64 [in, in], where its inputs are
         self.tokens: dict[str, int] = {}
         self.without: set[str] = set()
-        self._in_batch = 0  # tokens
+        self._batch, self._in_batch = 0, 0  # its number, its tokens
         self._truth: dict[str, list[Tensor]] = {}  # of each call in this batch, in the original
         self._seen: dict[str, Tensor] = {}  # in this batch, of the last call
         self._calls: dict[str, int] = {}
@@ -108,7 +109,7 @@ class CrossSums:
         originals.expect(batches)
         inputs.expect(batches)
         for batch in batches:
-            hidden = originals.hidden[batch]
+            self._batch, hidden = batch, originals.hidden[batch]
             self._in_batch = hidden.numel() // hidden.shape[-1]
             kept: list[tuple[Tensor, Tensor]] = []  # input, and its copy: some models write into it
             with watched(twins, functools.partial(self._keep, kept)):
@@ -176,11 +177,14 @@ class CrossSums:
             self.without.add(name)
 
     def _add(self, name: str, truth: Tensor, x: Tensor) -> None:
-        rows, change = rows_of(x), rows_of(truth - x)
+        change = truth - x
+        if self.weigh is not None:
+            change, x = (self.weigh(name, self._batch, part) for part in (change, x))
+        rows = rows_of(x)
         if name not in self.sums:
             self.sums[name] = arrays.zeros(rows, rows.shape[1], rows.shape[1])
             self.tokens[name] = 0
-        verbs.accumulate_product(self.sums[name], change, rows)
+        verbs.accumulate_product(self.sums[name], rows_of(change), rows)
         self.tokens[name] += rows.shape[0]
 
 

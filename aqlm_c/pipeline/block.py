@@ -119,8 +119,9 @@ class BlockStages:
         self.residence, self.plan, self.config = residence, plan, config
         self.calibration, self.phases, self.dtype = calibration, phases, dtype
         self._found: dict[str, QuantizedLayer] = {}  # of the step, by name
-        # Weights of a block that were tuned before they are quantized, float32, by the layer's name.
+        # Weights of a block that were tuned before they are quantized, float32, and as they were, by the layer's name.
         self._masters: dict[str, torch.nn.Parameter] = {}
+        self._untuned: dict[str, torch.Tensor] = {}
         self.most_hessians: int | None = None  # bytes that all H of a step may take together; None: any number
         self.place: Path | Room | None = None  # of activations; None: memory
 
@@ -178,19 +179,23 @@ class BlockStages:
             if self.tunes:
                 self._tune(work)
             self._masters.clear()
+            self._untuned.clear()
 
     def _close_outputs(self, work: _Block) -> None:
         if work.outputs is not None and work.outputs is not self.calibration.originals:
             work.outputs.close()
 
-    def _whole(self) -> contextlib.AbstractContextManager[None]:
-        """What a block needs to run on its inputs."""
-        return contextlib.nullcontext() if self.plan.blocks.chained else self.residence.running()
+    @contextlib.contextmanager
+    def _running(self, block: torch.nn.Module, partly: bool = False) -> Iterator[None]:
+        """A block can run on its inputs. partly: some of its layers are quantized."""
+        whole = contextlib.nullcontext() if self.plan.blocks.chained else self.residence.running()
+        with whole, dense(block, self.dtype) if partly else contextlib.nullcontext():
+            yield
 
     def _turns(self, work: _Block) -> list[list[str]]:
-        linears = {name: self.model.get_submodule(name) for name in work.step.targets}
-        with self.phases("calibrate"), self._whole():
-            return self.calibration.turns(work.index, self.plan.blocks[work.index], linears)
+        block, linears = self.plan.blocks[work.index], {n: self.model.get_submodule(n) for n in work.step.targets}
+        with self.phases("calibrate"), self._running(block):
+            return self.calibration.turns(work.index, block, linears)
 
     def _quantize_groups(self, work: _Block, names: list[str], later: bool) -> None:
         """Quantize layers of a block: all under H of the block as it is, which runs for each group of those whose H fit
@@ -200,21 +205,14 @@ class BlockStages:
         groups = groups_of({name: linear.weight.shape for name, linear in linears.items()}, self.most_hessians)
         pools = NO_POOLS
 
-        def running() -> contextlib.ExitStack:
-            stack = contextlib.ExitStack()
-            stack.enter_context(self._whole())
-            if later:
-                stack.enter_context(dense(block, self.dtype))
-            return stack
-
         if len(groups) > 1:
-            with self.phases("calibrate"), running():
+            with self.phases("calibrate"), self._running(block, later):
                 pools = self.calibration.pools(work.index, block, linears)
         for group_names in groups:
             spread = functools.partial(self._spread, work.step)
             part = {name: linears[name] for name in group_names}
             outputs = self.tunes and work.outputs is None
-            with self.phases("calibrate"), running():
+            with self.phases("calibrate"), self._running(block, later):
                 given = self.calibration.of_block(
                     work.index, block, part, outputs, spread, pools, original=work.original
                 )
@@ -259,6 +257,7 @@ class BlockStages:
         linears = {layer: self.model.get_submodule(layer) for layer in left}
         for layer, linear in linears.items():
             start = self._masters.get(layer, linear.weight).detach()
+            self._untuned.setdefault(layer, start)
             self._masters[layer] = torch.nn.Parameter(start.to(torch.float32, copy=True), requires_grad=False)
         remaining = {layer.removeprefix(f"{name}."): self._masters[layer] for layer in left}
         using = self.residence.using(*ahead)
@@ -371,12 +370,17 @@ class BlockStages:
         return _Solved(layer, solved, report, problem if self.config.tuning.finetune_search else None)
 
     def _weight_of(self, name: str, module: Any, hessian: Any, cross: Array | None) -> tuple[Any, float | None]:
-        """What is quantized of a layer, and how far it was moved for what was quantized before it."""
+        """What is quantized of a layer, and how far it was moved for what was quantized before it: all that it does to
+        the original weight is made up for, of which tuning it has done a part.
+        """
         weight = self._masters.get(name, module.weight)
         if cross is None:
             return weight, None
         target, start = self.config.target, arrays.as_matrix("weight", weight)
-        moved = hessian.corrected(start, cross, target.error_correction, target.error_correction_damp)
+        alpha, untuned = target.error_correction, arrays.as_matrix("weight", self._untuned.get(name, weight))
+        moved = hessian.corrected(untuned, cross, alpha, target.error_correction_damp)
+        if name in self._untuned:
+            moved = moved + (1 - alpha) * (start - untuned)
         H = hessian.like(start).H
         signal = verbs.quantization_error(start, H)
         return moved, verbs.quantization_error(moved - start, H) / signal if signal > 0 else 0.0

@@ -152,12 +152,19 @@ class Work:
         searched = tuning.finetune_search
         epochs = (1 + searched) * tuning.finetune_epochs
         passes = epochs + 2 * held_out if again else 1  # and the errors at the start
+        squares, remaining = sum(n * n for n in self.inputs), self._remaining()
+        turns = len(self.inputs) if config.target.sequential or remaining else 1
+        corrects = bool(config.target.error_correction)
+        calibrate = turns + 2 * turns * corrects + self._follows()
+        again_in_turn = (turns - 1) * (ahead * forward + remaining * epoch)
         phases = {
-            "calibrate": forward,
-            "hessian": _SQUARED * self.tokens * sum(n * n for n in self.inputs) / rates.gemm,
+            "calibrate": (calibrate + _BACKWARD * bool(config.target.fisher_share)) * forward,
+            "hessian": (_SQUARED + 2 * corrects) * self.tokens * squares / rates.gemm,
             "quantize": solve + factors,
             "reference": cubes if config.gaussian_reference else 0.0,
-            "finetune": ahead * passes * forward + epochs * epoch + searched * search if epochs else 0.0,
+            "finetune": ahead * passes * forward + epochs * epoch + searched * search + again_in_turn
+            if epochs
+            else 0.0,
             "propagate": forward,
         }
         return {name: seconds for name, seconds in phases.items() if seconds}
@@ -178,8 +185,9 @@ class Work:
         kept = (1 + tuning_options.finetune_lookahead) * (3 * width * item + self.heads * self.sequence_length * 6)
         # Decoded weights and their gradients, in fp32 and in the model's dtype; what the backward pass keeps.
         tuning = self.weights * (8 + 2 * item) + batch * kept
-        tuning = tuning if tuning_options.finetune_epochs else 0
-        return int(_SLACK * (hessians + self._searched_again() + max(solver, gather, tuning)))
+        tuning = tuning + self._remaining_bytes() if tuning_options.finetune_epochs else 0
+        crosses = self._cross_bytes(sum(n * n for n in self.inputs))
+        return int(_SLACK * (hessians + crosses + self._searched_again() + max(solver, gather, tuning)))
 
     def device_memory(self, most_hessians: int | None = None) -> int:
         """Most bytes of a GPU's memory that this step takes at any one time, blocks that are brought for it among them,
@@ -202,7 +210,12 @@ class Work:
             kept = again + 12 * sum(n * n for n in self.inputs)
         quantize = max(12 * squares + 9 * one, kept + 24 * one + largest, kept + 12 * one + solver)
         tuning = self._tuning() + _IN_FLIGHT * 3 * batch if self.config.tuning.finetune_epochs else 0
-        most = max(8 * squares + 8 * one + gather, quantize, tuning + (kept if again else 0))
+        crosses = self._cross_bytes(squares)
+        if crosses:  # twice the inputs of linears; what a correction is solved for, in fp64, and its factor
+            gather *= 2
+            quantize = max(quantize, kept + 24 * one + 6 * largest)
+        tuning += self._remaining_bytes()
+        most = max(8 * squares + 8 * one + gather, quantize, tuning + (kept if again else 0)) + crosses
         through = self.start_bytes + self.block_bytes + int(_SLACK * gather)  # as the output layer's inputs are found
         return max(self.blocks() + int(_SLACK * most), through) + self.ahead_bytes
 
@@ -227,6 +240,26 @@ class Work:
         losses = (2 if ahead else 1) * 12 * self.hidden_size
         return int(self.weights * 2 * self.itemsize + index + self.batch_tokens() * (kept + losses))
 
+    def _remaining(self) -> int:
+        """Epochs of tuning after each turn of linears."""
+        return self.config.target.tune_remaining if self.config.tuning.finetune_epochs else 0
+
+    def _remaining_bytes(self) -> int:
+        """Bytes of weights that are tuned before they are quantized: their values, changes, gradients and moments, in
+        fp32; and of the block as it was.
+        """
+        return self.weights * (7 * 4 + self.itemsize) if self._remaining() else 0
+
+    def _follows(self) -> bool:
+        """Whether the original's activations are kept too."""
+        target = self.config.target
+        original = target.finetune_target == "original" and self.config.tuning.finetune_epochs > 0
+        return target.error_correction > 0 or original
+
+    def _cross_bytes(self, squares: int) -> int:
+        """Bytes of the sums by which weights are corrected, of so many values, and of their means."""
+        return 12 * squares if self.config.target.error_correction else 0
+
     def _searched_again(self) -> int:
         """Bytes of the weights, in fp32, that are kept to search their codes again after fine-tuning."""
         tuning = self.config.tuning
@@ -242,12 +275,14 @@ class Work:
         return self.block_bytes * (1 + (self.config.tuning.finetune_lookahead if tuned else 0))
 
     def activations(self, again: bool = False) -> int:
-        """Bytes of the activations between blocks: one copy, and for fine-tuning what its outputs should be; and what
-        blocks ahead make of that, unless it is made `again` whenever it is needed.
+        """Bytes of the activations between blocks: one copy, one of the original's where these are followed, and for
+        fine-tuning what its outputs should be; and what blocks ahead make of that, unless it is made `again` whenever
+        it is needed.
         """
         copies = 1
         if self.config.tuning.finetune_epochs:
             copies += 2 if self.config.tuning.finetune_lookahead and not again else 1
+        copies += self._follows()
         return copies * self.tokens * self.hidden_size * self.itemsize
 
     def stored(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ from .placement import Placement
 from .plan import BlockPlan, Plan, make_plan, works_of
 from .progress import Phases, Progress
 from .resume import WorkDir, block_state, fingerprint, restore_block
+
+log = logging.getLogger("aqlm_c")
 
 
 class Pipeline:
@@ -100,9 +103,7 @@ class Pipeline:
             place = self.stages.place = self._place(memory, stack)
             self.stages.most_hessians = agreed(memory.most_hessians)
             stack.enter_context(self.calibration)
-            if self.stages.follows:
-                with self.phases("calibrate"), self.residence.using(self.model):
-                    self.calibration.start_originals(self.model, self.plan.blocks, place)
+            self._see_original(place)
             for number, step in enumerate(self.plan.steps):
                 if step.index == 0:
                     with self.phases("calibrate"), self.residence.using(self.model):
@@ -119,6 +120,22 @@ class Pipeline:
             self.report.diagnoses = diagnose(self.report)
         self.progress.on_finish(self.report)
         return self.report
+
+    def _see_original(self, place: Path | Room | None) -> None:
+        """What is asked of the original model beside its blocks, while nothing is quantized."""
+        blocks, weighs = self.plan.blocks, self.config.target.fisher_share > 0 and self.calibration.tokens > 0
+        if (weighs or self.stages.follows) and not blocks.chained:
+            log.warning(
+                "error_correction, finetune_target, fisher_share: no effect on a model whose blocks are no chain"
+            )
+            return
+        if self.stages.follows:
+            with self.phases("calibrate"), self.residence.using(self.model):
+                self.calibration.start_originals(self.model, blocks, place)
+        if weighs:
+            with self.phases("calibrate"), self.residence.using(self.model, *blocks):
+                names = (name for step in self.plan.steps if step.index is not None for name in step.targets)
+                self.calibration.weigh(self.model, {name: self.model.get_submodule(name) for name in names})
 
     def _step(self, number: int, step: BlockPlan) -> None:
         """Quantize a step, or take it from the work directory; then run on to the next block."""

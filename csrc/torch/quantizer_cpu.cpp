@@ -82,9 +82,9 @@ Tensor correct_weight(const Tensor &weight_in, const Tensor &cross_in, const Ten
     const Tensor cross = floats_of(cross_in, "cross", {in, in}), H = floats_of(H_in, "H", {in, in});
     const Tensor corrected = new_empty(weight, {out, in});
     follow_torch_threads();
-    check_status(aqlm_correct_weight(writable(corrected), data(weight), data(cross), data(H), out, in, alpha,
-                                     relative_damp),
-                 "correct_weight");
+    check_status(
+        aqlm_correct_weight(writable(corrected), data(weight), data(cross), data(H), out, in, alpha, relative_damp),
+        "correct_weight");
     return corrected;
 }
 

@@ -38,6 +38,62 @@ def test_sum_must_be_writable_and_contiguous():
         _core.accumulate_hessian(np.zeros((4, 4)), x)
 
 
+@pytest.mark.parametrize("n,rows,columns", [(1, 4, 3), (100, 97, 200), (2500, 40, 64)])
+def test_product_agrees_with_numpy(isa, n, rows, columns):
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((n, width)).astype(np.float32) for width in (rows, columns))
+    total = np.full((rows, columns), 0.5)
+    _core.accumulate_product(total, x, y)
+    np.testing.assert_allclose(total, x.astype(np.float64).T @ y + 0.5, rtol=2e-6, atol=2e-6 * n**0.5)
+
+
+def inputs_that_change(n=3000, width=72, out=50):
+    """A weight, inputs that it was made for, and those that it gets: float64 [out, in], [n, in], [n, in]."""
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((n, width)) @ rng.standard_normal((width, width))
+    changed = 0.8 * X + rng.standard_normal((n, width)) @ rng.standard_normal((width, width))
+    return rng.standard_normal((out, width)), X, changed
+
+
+def test_a_corrected_weight_makes_up_for_its_inputs(isa):
+    W, X, changed = inputs_that_change()
+    H, C = (changed.T @ changed / len(X)).astype(np.float32), ((X - changed).T @ changed / len(X)).astype(np.float32)
+    for alpha, damp in ((1.0, 0.0), (0.3, 0.02)):
+        found = _core.correct_weight(W.astype(np.float32), C, H, alpha, damp)
+        truth = reference.correct_weight(W, C, H, alpha, damp)
+        np.testing.assert_allclose(found, truth, rtol=1e-4, atol=1e-5 * np.abs(truth).max())
+    best = np.linalg.lstsq(changed, X @ W.T, rcond=None)[0].T
+    found = _core.correct_weight(W.astype(np.float32), C, H, 1.0, 0.0)
+    np.testing.assert_allclose(found, best, rtol=1e-3, atol=1e-4 * np.abs(best).max())
+    np.testing.assert_array_equal(_core.correct_weight(W.astype(np.float32), C, H, 0.0, 0.0), W.astype(np.float32))
+
+
+def test_corrections_have_the_same_bits_on_every_isa_and_thread_count(every_isa):
+    W, X, changed = (array.astype(np.float32) for array in inputs_that_change())
+
+    def run():
+        H, C = np.zeros((72, 72)), np.zeros((72, 72))
+        _core.accumulate_hessian(H, changed)
+        _core.accumulate_product(C, X - changed, changed)
+        return H, C, _core.correct_weight(W, C.astype(np.float32), H.astype(np.float32), 0.5, 0.01)
+
+    assert every_isa(run)
+
+
+def test_refusals_of_corrections():
+    W, H, x = np.ones((3, 8), np.float32), np.eye(8, dtype=np.float32), np.ones((2, 8), np.float32)
+    for call, message in [
+        (lambda: _core.correct_weight(W, H, -H, 1.0, 0.0), "correct_weight: H is not positive definite"),
+        (lambda: _core.correct_weight(W, H[:4], H, 1.0, 0.0), r"cross: got shape \(4, 8\), expected \(8, 8\)"),
+        (lambda: _core.correct_weight(W, H, H, 1.0, -1.0), "relative_damp: got -1.0, expected a number >= 0"),
+        (lambda: _core.accumulate_product(np.zeros((8, 4)), x, x), r"sum: got shape \(8, 4\), expected \(8, 8\)"),
+        (lambda: _core.accumulate_product(np.zeros((8, 8)), x, x[:1]), r"y: got shape \(1, 8\), expected \(2, "),
+        (lambda: _core.accumulate_product(np.zeros((8, 16))[:, ::2], x, x), "sum: got a read-only or strided array"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 @pytest.mark.parametrize("g", [4, 8, 16, 32])
 def test_factor_agrees_with_numpy(g):
     _, H = layers.random_layer(1, 160, seed=g)

@@ -157,6 +157,35 @@ def test_accumulate_hessian(dtype, inp):
     assert torch.equal(sums, sums.T)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("inp", [96, 260, 33])
+def test_accumulate_product(dtype, inp):
+    x, y = torch.randn(2, 9000, inp, generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
+    y = y[:, 1:]
+    x[:, 1] *= 100
+    sums = torch.zeros(inp, inp - 1, dtype=torch.float64, device="cuda")
+    for rows, columns in zip(x.split(4000), y.split(4000), strict=True):
+        verbs.accumulate_product(sums, rows.cuda(), columns.cuda())
+    sizes = [matrix.double().square().sum(0).sqrt() for matrix in (x, y)]
+    truth = x.double().T @ y.double()
+    assert ((sums.cpu() - truth) / (sizes[0][:, None] * sizes[1])).abs().max() < 4e-5
+
+
+@pytest.mark.parametrize("out,inp", [(50, 96), (300, 264), (7, 33), (1536, 576)])
+def test_correct_weight(out, inp):
+    W, H = random_layer(out, inp)
+    cross = (H @ np.random.default_rng(0).standard_normal((inp, inp), dtype=np.float32)).T / inp**0.5
+    truth = _core.correct_weight(W, np.ascontiguousarray(cross), H, 0.5, 1e-2)
+    found = verbs.correct_weight(*cuda(W, cross, H), 0.5, 1e-2)
+    again = verbs.correct_weight(*cuda(W, cross, H), 0.5, 1e-2)
+    np.testing.assert_allclose(found.cpu().numpy(), truth, rtol=1e-4, atol=1e-4 * np.abs(truth - W).max())
+    assert torch.equal(found, again)
+    with pytest.raises(ValueError, match=r"correct_weight: .*positive"):
+        verbs.correct_weight(*cuda(W, cross, -H), 0.5, 1e-2)
+    with pytest.raises(ValueError, match="cross: got a tensor elsewhere"):
+        verbs.correct_weight(cuda(W), torch.from_numpy(cross), cuda(H), 0.5, 1e-2)
+
+
 @pytest.mark.parametrize("inp,g", [(96, 4), (264, 8), (576, 16), (544, 32)])
 def test_factor_hessian(inp, g):
     _, H = random_layer(4, inp)

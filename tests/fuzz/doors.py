@@ -76,6 +76,8 @@ def arguments(rng):
     verbs = {
         "residual_kmeans": take("weight", "scales", **shape, init_max_iter=3, tolerance=1e-3, seed=1),
         "accumulate_hessian": {"sum": np.zeros((width, width)), "x": x},
+        "accumulate_product": {"sum": np.zeros((width, width)), "x": x, "y": x[::-1].copy()},
+        "correct_weight": take("weight", "H", cross=common["H"][::-1].copy(), alpha=0.5, relative_damp=0.01),
         "factor_hessian": take("H", in_group_size=g, relative_damp=0.01),
         "search_sweep": take("codes", "weight", "H", "codebooks", "scales", seed=3, **search),
         "search_ldl": take("weight", order=gen.permutation(J).astype(np.int32), feedback=feedback, metric=metric)

@@ -52,6 +52,11 @@ def test_same_bits_as_core(shape, threads):
     _core.accumulate_hessian(totals[0], X)
     assert OPS.accumulate_hessian(totals[1], torch.from_numpy(X)) is None
     assert np.array_equal(totals[0], totals[1].numpy())
+    crosses = np.zeros((inp, inp - 1)), torch.zeros(inp, inp - 1, dtype=torch.float64)
+    _core.accumulate_product(crosses[0], X, np.ascontiguousarray(X[:, 1:]))
+    assert OPS.accumulate_product(crosses[1], torch.from_numpy(X), torch.from_numpy(X)[:, 1:]) is None
+    assert np.array_equal(crosses[0], crosses[1].numpy())
+    same("correct_weight", W, (H[::-1] / 8).copy(), H, 0.5, 1e-2)
 
     same("residual_kmeans", W, scales, K, B, g, column_weight=np.diag(H).copy())
     codes, codebooks = same("residual_kmeans", W, scales, K, B, g, 10, 1e-4, 3)
@@ -129,6 +134,11 @@ NAN, F64 = float("nan"), torch.float64
         ("factor_hessian", {"H": numbers(3, 32)}, "H: got shape [3, 32], expected a square matrix"),
         ("factor_hessian", {"relative_damp": -1.0}, "relative_damp: got -1, expected a number >= 0"),
         ("factor_hessian", {"H": numbers(32, 32)}, "factor_hessian: H is not positive definite"),
+        ("correct_weight", {"cross": numbers(8, 8)}, "cross: got shape [8, 8], expected [32, 32]"),
+        ("correct_weight", {"relative_damp": -1.0}, "relative_damp: got -1, expected a number >= 0"),
+        ("correct_weight", {"H": numbers(32, 32, fill=-1.0)}, "correct_weight: H is not positive definite"),
+        ("accumulate_product", {"y": numbers(3, 32)}, "y: got shape [3, 32], expected [5, any]"),
+        ("accumulate_product", {"sum": numbers(64, 32, dtype=F64)[::2]}, "sum: got a strided tensor"),
         ("accumulate_hessian", {"sum": numbers(64, 32, dtype=F64)[::2]}, "sum: got a strided tensor"),
         ("accumulate_hessian", {"sum": numbers(32, 32)}, "sum: got dtype float32, expected float64"),
         ("update_codebooks", {"cg_steps": -1}, "cg_steps: got -1, expected at least 0"),
@@ -153,7 +163,8 @@ def test_errors(verb, change, message):
     arguments |= {"metric": torch.eye(8).repeat(4, 1, 1), "num_codebooks": 2, "nbits_per_codebook": 4, "cg_steps": 1}
     arguments |= {"in_group_size": 8, "relative_damp": 0.0, "moments": numbers(2, 260, dtype=F64), "steps": 1}
     arguments |= {"learning_rate": 1e-3, "eigenvalues": numbers(3, dtype=F64, fill=1.0), "rate": 1.0}
-    arguments |= {"sum": numbers(32, 32, dtype=F64), "x": numbers(5, 32)}
+    arguments |= {"sum": numbers(32, 32, dtype=F64), "x": numbers(5, 32), "y": numbers(5, 32)}
+    arguments |= {"cross": numbers(32, 32), "alpha": 1.0}
     arguments |= change
     if arguments["codes"] is None:
         arguments["codes"] = numbers(4, 4, 1, dtype=torch.uint16)
@@ -173,7 +184,7 @@ def test_the_schemas_are_the_signatures_of_core():
     stub = ast.parse((Path(aqlm_c.__file__).parent / "_core.pyi").read_text())
     functions = {node.name: node.args for node in stub.body if isinstance(node, ast.FunctionDef)}
     verbs = [name for name in functions if hasattr(OPS, name) and name not in ("decode_rows", "matmul")]
-    assert len(verbs) == 12
+    assert len(verbs) == 14
     for verb in verbs:
         arguments = getattr(OPS, verb).default._schema.arguments
         assert [a.name for a in arguments] == [a.arg for a in functions[verb].args], verb

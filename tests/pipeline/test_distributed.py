@@ -48,7 +48,7 @@ def the_one_line(end, rank):
     return line
 
 
-@pytest.mark.parametrize("name", ["tuned", "tied", "experts", "without data"])
+@pytest.mark.parametrize("name", ["tuned", "tied", "experts", "corrected", "without data"])
 def test_the_bits_do_not_depend_on_the_number_of_ranks(runs, name):
     by_size = runs["same_bits"][name]
     (alone,) = by_size["1"]

@@ -84,6 +84,8 @@ MODELS = {
     "tuned": {**TUNED, "finetune_search": 1, "rules": {"lm_head": "2x5g8", "embed_tokens": "2x4g4"}},
     "tied": {**TUNED, "rules": {"embed_tokens": "2x4g8"}},
     "experts": TUNED,
+    "corrected": {**TUNED, "error_correction": 0.5, "tune_remaining": 1, "finetune_target": "original"}
+    | {"tune_remaining_learning_rate": 1e-4, "fisher_share": 0.3, "rules": {"embed_tokens": "2x4g4"}},
 }
 
 

@@ -90,6 +90,12 @@ def factor_hessian(H, g, relative_damp):
     return np.array(order), feedback, np.array([block @ block.T for block in blocks])
 
 
+def correct_weight(W, C, H, alpha, relative_damp):
+    """W + alpha W C (H + damp)^-1."""
+    damped = H.astype(np.float64) + relative_damp * np.diag(H).mean(dtype=np.float64) * np.eye(len(H))
+    return W + alpha * W.astype(np.float64) @ C.astype(np.float64) @ np.linalg.inv(damped)
+
+
 def gaussian_reference(eigenvalues, rate):
     low, high = 0.0, float(eigenvalues.max())
     for _ in range(200):

@@ -78,8 +78,8 @@ aqlm_status aqlm_accumulate_product(double *sum, const float *x, const float *y,
                                     int64_t columns) {
     if (n < 0 || rows < 1 || columns < 1) return AQLM_BAD_ARGUMENT;
     for (int64_t done = 0; done < n; done += CHUNK) {
-        product_job job = {sum,     x + done * rows, y + done * columns, aqlm_min(CHUNK, n - done), rows,
-                           columns, {AQLM_OK}};
+        product_job job = {sum,  x + done * rows, y + done * columns, aqlm_min(CHUNK, n - done),
+                           rows, columns,         {AQLM_OK}};
         aqlm_parallel(0, (rows + PANEL - 1) / PANEL, 1, product_panels, &job);
         aqlm_status status = aqlm_get_status(&job.status);
         if (status) return status;
@@ -262,8 +262,7 @@ static void correct_rows(int64_t begin, int64_t end, void *ctx) {
                 for (int64_t j = 0; j < i; j++) to[j] -= row[j] * value;
             }
         }
-        for (int64_t i = 0; i < rows * in; i++)
-            job->corrected[o0 * in + i] = (float)(weight[i] + job->alpha * z[i]);
+        for (int64_t i = 0; i < rows * in; i++) job->corrected[o0 * in + i] = (float)(weight[i] + job->alpha * z[i]);
     }
     free(product);
     free(z);
