@@ -218,8 +218,8 @@ class Bench:
         model, found = (self.tuned if self.args.study == "tokens" else self.quantized)(point, seed)
         row = {"point": point, "seed": seed, **found, "scores": scores(model, self.original, self.texts, self.args)}
         del model
-        gc.collect()
         if self.args.device == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
         return row
 

@@ -534,12 +534,12 @@ def test_random_checkpoint(monkeypatch, tmp_path):
     assert 0.15 < rows.log().std() < 0.6 and columns.max() > 4 * columns.median()
 
 
+TUNING = [f"--set-tuning={option}" for option in ("batch_size=2", "pv_fraction=0.5", "pv_learning_rate=0.3")]
 ABLATIONS = {
     "samples": ["--points", "2", "4"],
     "domain": ["--text", "prose=prose.txt", "--text", "code=code.txt"],
     "beam": ["--points", "0", "2"],
-    "tokens": ["--points", "0.0001", "0.0001+pv", "--tuning", "code.txt", "--set-tuning", "batch_size=2"]
-    + ["--set-tuning", "pv_fraction=0.5", "--set-tuning", "pv_learning_rate=0.3"],
+    "tokens": ["--points", "0.0001", "0.0001+pv", "--tuning", "code.txt", *TUNING],
     "format": ["--points", "2x4g8", "1x8g8"],
 }
 
