@@ -532,3 +532,175 @@ def test_random_checkpoint(monkeypatch, tmp_path):
     rows = weight.square().mean(1).sqrt() * weight.shape[1] ** 0.5
     columns = weight.square().mean(0).sqrt()
     assert 0.15 < rows.log().std() < 0.6 and columns.max() > 4 * columns.median()
+
+
+TUNING = [f"--set-tuning={option}" for option in ("batch_size=2", "pv_fraction=0.5", "pv_learning_rate=0.3")]
+ABLATIONS = {
+    "samples": ["--points", "2", "4"],
+    "domain": ["--text", "prose=prose.txt", "--text", "code=code.txt"],
+    "beam": ["--points", "0", "2"],
+    "tokens": ["--points", "0.0001", "0.0001+pv", "--tuning", "code.txt", *TUNING],
+    "format": ["--points", "2x4g8", "1x8g8"],
+}
+
+
+@pytest.fixture
+def ablation(monkeypatch, tmp_path):
+    """Runs a study of benchmarks/ablation.py on a tiny model, of two points and two seeds; gives its JSON."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import ablation
+
+    tiny_llama(vocab_size=BYTES, num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "prose.txt").write_text("A text of some length, to calibrate and to evaluate on. " * 30)
+    (tmp_path / "code.txt").write_text("def f(x):\n    return x + 1\n\n" * 60)
+
+    def run(study, *options, out="out"):
+        arguments = [study, "--model", tmp_path / "model", "--data-dir", tmp_path, "--out", tmp_path / out]
+        arguments += ["--sequence-length", 16, "--samples", 3, "--window", 16, "--windows", 4, "--seeds", 0, 1]
+        arguments += ["--threads", 1, *ABLATIONS[study]]
+        if study != "domain":
+            arguments += ["--calibration", "prose.txt", "--evaluate", "prose=prose.txt", "--evaluate", "code=code.txt"]
+        for option in ("ldl_passes=1", "max_sweeps=1", "init_max_iter=2", "finetune_epochs=0"):
+            arguments += ["--set", option]
+        if study != "format":
+            arguments += ["--scheme", "2x4g8"]
+        monkeypatch.setattr(sys, "argv", ["ablation", *map(str, [*arguments, *options])])
+        ablation.main()
+        return json.loads((tmp_path / out / f"{study}.json").read_text())
+
+    run.module = ablation
+    return run
+
+
+@pytest.mark.parametrize("study", ABLATIONS)
+def test_ablation(ablation, study, tmp_path, capsys):
+    written = ablation(study)
+    rows = written["rows"]
+    points = ["prose", "code"] if study == "domain" else ABLATIONS[study][1:3]
+    assert [(row["point"], row["seed"]) for row in rows] == [(point, seed) for point in points for seed in (0, 1)]
+    for row in rows:
+        assert row["seconds"] > 0 and list(row["scores"]) == ["prose", "code"]
+        for score in row["scores"].values():
+            assert 1 < score["perplexity"] < 1e6 and score["kl"] >= 0 and 0 <= score["top1"] <= 1
+    if study == "tokens":
+        assert [row["groups changed"] > 0 for row in rows] == [False, False, True, True]
+        assert all(row["tokens"] == row["steps"] * 2 * 16 > 64 for row in rows)
+    assert written["conclusion"].endswith(".") and written["conclusion"] in capsys.readouterr().out
+    assert (tmp_path / "out" / f"{study}.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / f"{study}.svg").read_text().lstrip().startswith("<?xml")
+    assert str(tmp_path) not in json.dumps(written)
+
+
+@pytest.fixture
+def unplotted(ablation, monkeypatch):
+    """`ablation` without plots, which take longer than tiny trials."""
+    import _study_plot
+
+    monkeypatch.setattr(_study_plot, "plot", lambda *_: [])
+    return ablation
+
+
+def test_a_killed_ablation_goes_on(unplotted, tmp_path, monkeypatch):
+    """Rows stay as they were, byte for byte; what a kill left of a line is gone; other settings are refused."""
+    once, made, file = unplotted.module.Bench.row, [], tmp_path / "out" / "samples.jsonl"
+
+    def row(self, point, seed):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append((point, seed))
+        return once(self, point, seed)
+
+    monkeypatch.setattr(unplotted.module.Bench, "row", row)
+    with pytest.raises(KeyboardInterrupt):
+        unplotted("samples")
+    before = file.read_bytes()
+    assert before.count(b"\n") == 4
+    file.write_bytes(before + b'{"point": "4", "se')
+    made.clear()
+    written = unplotted("samples")
+    assert made == [("4", 1)] and file.read_bytes().startswith(before) and len(written["rows"]) == 4
+    after = file.read_bytes()
+    made.clear()
+    assert unplotted("samples", "--plot")["conclusion"] == unplotted("samples")["conclusion"]
+    with pytest.raises(SystemExit) as raised:
+        unplotted("samples", "--preset", "best")
+    assert 'got samples.jsonl of other settings: preset "fast" (here "best"), expected' in str(raised.value)
+    assert not made and file.read_bytes() == after
+
+
+def test_two_processes_share_an_ablation(unplotted, tmp_path, capsys):
+    """Which trials are whose does not depend on when each starts; a file is written by one at a time."""
+    import _study
+
+    trials = [(str(point), seed) for seed in (0, 1) for point in range(3)]
+    rows = [{"point": point, "seed": seed} for point, seed in trials]
+    parts = [_study.share(trials, rows[:1], [*rows[:1], *rows[2:3]], index, 2) for index in (0, 1)]
+    assert parts == [[trials[1], trials[3], trials[5]], [trials[4]]]
+    first = unplotted("beam", "--index", "1", "--of", "2")
+    assert [(row["point"], row["seed"]) for row in first["rows"]] == [("2", 0), ("2", 1)]
+    assert "2 trials are missing yet" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "out" / "beam.1.jsonl").read_text().splitlines()[0])
+    writer = _study.Writer(tmp_path / "out" / "beam.0.jsonl", settings)
+    with pytest.raises(SystemExit, match="which another run writes, expected --index of --of"):
+        unplotted("beam", "--index", "0", "--of", "2")
+    writer.close()
+    assert len(unplotted("beam", "--index", "0", "--of", "2")["rows"]) == 4
+
+
+def made_up(point, values):
+    scores = {"text": {"kl": 0.0, "top1": 0.0, "original_perplexity": 1.0}}
+    return [
+        {"point": point, "seed": seed, "seconds": 1.0, "scores": {"text": {**scores["text"], "perplexity": value}}}
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_conclusions_are_not_of_noise(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import _study
+
+    rows = [*made_up("8", [20, 22, 24]), *made_up("16", [10.1, 11, 12]), *made_up("32", [10, 11.1, 12])]
+    said = _study.conclusion("samples", rows)
+    assert said.startswith("From 8 to 32 sequences perplexity falls by 49.8% ± 0.26; no change beyond 16 exceeds")
+    noise = _study.conclusion("samples", [*made_up("8", [10, 12, 11]), *made_up("16", [11, 11, 11])])
+    assert "falls" not in noise and "rises" not in noise and "no more than twice its spread" in noise
+    single = _study.conclusion("samples", [*made_up("8", [20]), *made_up("16", [10])])
+    assert "nothing is claimed" in single and "%" not in single
+
+
+def test_the_end_of_a_text_is_not_calibrated_on(ablation):
+    torch = pytest.importorskip("torch")
+    args = argparse.Namespace(text={"a": "a.txt"}, window=10, windows=3, sequence_length=8)
+    stream = torch.arange(200)
+    ablation.module.read, kept = lambda *_: (stream, None), ablation.module.read
+    try:
+        pool, text = ablation.module.split("a", None, args)
+    finally:
+        ablation.module.read = kept
+    assert text.stream.tolist() == list(range(170, 200)) and text.windows == 3
+    assert int(pool.sources["a"].max()) < 170 - 7
+    drawn = [pool.draw(count, 3).tolist() for count in (4, 9)]
+    assert drawn[1][:4] == drawn[0] and pool.draw(4, 4).tolist() != drawn[0]
+    with pytest.raises(ValueError, match="a: got 20 sequences, expected 21"):
+        pool.draw(21, 0)
+
+
+@pytest.mark.parametrize(
+    ("study", "options", "named"),
+    [
+        ("samples", ["--points", "0"], "--points: got 0, expected 1, 2, ..."),
+        ("domain", ["--points", "web"], "--points: got web, expected a NAME of --text"),
+        ("tokens", ["--points", "x+pv"], "--points: got x+pv, expected N or N+pv"),
+        ("beam", ["--points", "65"], "beam_size: got 65"),
+        ("format", ["--points", "2y8"], "scheme: got '2y8'"),
+        ("samples", ["--text", "prose=prose.txt"], "--text: got 1 of them, expected two or more of domain"),
+        ("beam", ["--index", "2", "--of", "2"], "--index: got 2, expected 0 to 1"),
+        ("samples", ["--points", "999"], "prose.txt: got 105 sequences, expected 999"),
+    ],
+)
+def test_ablation_names_what_is_wrong(ablation, tmp_path, capsys, study, options, named):
+    with pytest.raises(SystemExit) as raised:
+        ablation(study, *options)
+    assert named in f"{raised.value}{capsys.readouterr().err}"
+    assert not (tmp_path / "out").exists()
