@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..core.runtime import deterministic
 from ..distributed import group
 from ..model.probe import input_device
 from .hessians import same_tensor
@@ -58,7 +58,7 @@ def token_weights(
     sums: dict[str, Tensor] = {}
     leaders: dict[str, str] = {}
     n, length = sequences.shape
-    with _gradients_from(model), _deterministic():
+    with _gradients_from(model), deterministic():
         for number, ids in enumerate(sequences.to(input_device(model))):
             generator = torch.Generator(ids.device).manual_seed(seed + 7919 * (first + number))
             for name, square in _squares(model, linears, leaders, ids, generator).items():
@@ -126,19 +126,3 @@ def _gradients_from(model: Any) -> Iterator[None]:
         handle.remove()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in asked)
-
-
-@contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """The same bits every time, on one kind of device: a run that goes on sees the weights that it began with."""
-    memory: Any = torch.utils.deterministic  # what is filled with NaN need not be
-    asked, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*deterministic")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(asked, warn_only=warned)
-        memory.fill_uninitialized_memory = filled

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import _core
 from ..errors import device_name, one_line, wrong
@@ -128,3 +129,21 @@ def check_kernels(device: torch.device) -> None:
             f"device: got {str(device)!r}, expected cpu: aqlm_c was built without its kernels for GPUs; build it again "
             "where nvcc is found (CUDA_HOME)"
         )
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """The same bits in every run on one kind of device, of torch's attention on a GPU too."""
+    import torch
+
+    memory: Any = torch.utils.deterministic  # what is filled with NaN need not be
+    asked, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(asked, warn_only=warned)
+        memory.fill_uninitialized_memory = filled

@@ -12,7 +12,6 @@ import dataclasses
 import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config import FinetuneOptions
+from ..core.runtime import deterministic
 from ..distributed import group
 from ..model.logits import SplitModel
 from ..report.finetune import FinetuneReport
@@ -116,7 +116,7 @@ class Distiller:
         Raises ValueError for a loss that is not finite before the first step.
         """
         started = time.perf_counter()
-        with self.student.running(), _deterministic():
+        with self.student.running(), deterministic():
             if state is None:
                 self._look()
             else:
@@ -308,19 +308,3 @@ def _sum(parts: Iterator[Tensor]) -> Tensor:
     for part in parts:
         total += part
     return total
-
-
-@contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """The same bits in every run, of torch's attention on a GPU too."""
-    memory: Any = torch.utils.deterministic  # what is filled with NaN need not be
-    asked, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*deterministic")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(asked, warn_only=warned)
-        memory.fill_uninitialized_memory = filled
