@@ -36,6 +36,7 @@ _WORK = datetime.timedelta(days=30)  # one rank quantizes while the others wait;
 _BEAT, _SILENCE = 1.0, 30.0  # seconds between two signs of life; after so many without one a rank is lost
 _LEAVE = 5.0  # seconds in which a process that failed ends by itself
 _LINE = 4096  # bytes of a message
+_PIECE = 1 << 22  # numbers of a sum that one rank sends another at once
 _SHOWN = 6  # differences in an error
 
 
@@ -149,22 +150,24 @@ class _Group(Group):
         if own is not None and own.dtype != self._torch.float64:
             raise TypeError(f"part: got {own.dtype}, expected float64")
         if self.rank != root:
-            if own is not None:
-                self._call(self._of.send, own.contiguous(), root)
+            for piece in () if own is None else own.contiguous().view(-1).split(_PIECE):
+                self._call(self._of.send, piece, root)
             return None
-        total: torch.Tensor | None = None
-        for rank in ranks:
-            one = own
-            if rank != root:
-                one = self._torch.as_tensor(place())
-                self._call(self._of.recv, one, rank)
-            assert one is not None, "it is one of the ranks that have a part"
-            if total is None:
-                total = one.clone() if rank == root else one
-            else:
-                total += one
-        assert total is not None, "some rank has a part"
-        return total.numpy() if isinstance(place(), np.ndarray) else total
+        assert ranks, "some rank has a part"
+        found = place()
+        total = self._torch.as_tensor(found)
+        received = total.new_empty(min(_PIECE, total.numel()))
+        for at in range(0, total.numel(), _PIECE):
+            piece = total.view(-1)[at : at + _PIECE]
+            for n, rank in enumerate(ranks):
+                one = received[: piece.numel()]
+                if rank == root:
+                    assert own is not None, "it is one of the ranks that have a part"
+                    one = own.reshape(-1)[at : at + _PIECE]
+                else:
+                    self._call(self._of.recv, one, rank)
+                (piece.add_ if n else piece.copy_)(one)
+        return found
 
     def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
         padded = rows.new_zeros((max(counts), rows.shape[1]))

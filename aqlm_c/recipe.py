@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "finetune_lookahead": 3,
     },
 }
-PRESETS["tuned"] = {**PRESETS["best"], "tune": {"pv": True}}
+PRESETS["tuned"] = {"tune": {"pv": True}}
 
 
 def quantizer_options(preset: str) -> dict[str, Any]:

@@ -282,8 +282,11 @@ def _quiet() -> Iterator[None]:
 def local_task(name: str, items: Sequence[Item]) -> Any:
     """The harness's task object for items of ours."""
     import datasets
+    import pyarrow
 
-    rows = [item._asdict() for item in items]
+    # Without a fingerprint `datasets` pickles the table for one, which fails with some pairs of pyarrow and pandas.
+    table = pyarrow.Table.from_pylist([item._asdict() for item in items])
+    rows = datasets.Dataset(table, fingerprint=f"aqlm_c-{name}")
     several = items[0].choices is not None
     metrics = [
         {"metric": metric, "aggregation": "perplexity" if word else "mean", "higher_is_better": not word}
@@ -292,7 +295,7 @@ def local_task(name: str, items: Sequence[Item]) -> Any:
     ]
     config = {
         "task": name,
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+        "custom_dataset": lambda **_: {"test": rows},
         "test_split": "test",
         "output_type": "multiple_choice" if several else "loglikelihood",
         "doc_to_text": lambda row: row["text"],

@@ -15,7 +15,6 @@
 #include "core/runtime/isa.h"
 #include "core/runtime/memory.h"
 #include "core/runtime/parallel.h"
-#include "core/runtime/rng.h"
 
 #include <assert.h>
 #include <float.h>
@@ -473,23 +472,6 @@ static void permute_groups(int64_t begin, int64_t end, void *ctx) {
             for (int64_t j = 0; j < J; j++) memcpy(to + j * g, row + p->order[j] * g, (size_t)g * sizeof *to);
             memcpy(p->metric + (i * g + d) * g, to + i * g, (size_t)g * sizeof *to);
         }
-}
-
-/* 0..n-1 in a random order */
-static void shuffle(int32_t *order, int64_t n, aqlm_rng *rng) {
-    for (int64_t i = 0; i < n; i++) order[i] = (int32_t)i;
-    for (int64_t i = n - 1; i > 0; i--) {
-        const int64_t pick = aqlm_rng_below(rng, i + 1);
-        const int32_t t = order[i];
-        order[i] = order[pick];
-        order[pick] = t;
-    }
-}
-
-void aqlm_sweep_order(int32_t *order, int64_t groups, int64_t num_codebooks, uint64_t seed) {
-    aqlm_rng rng = aqlm_rng_seed(seed);
-    shuffle(order, groups, &rng);
-    for (int64_t i = 0; i < groups; i++) shuffle(order + groups + i * num_codebooks, num_codebooks, &rng);
 }
 
 aqlm_status aqlm_search_sweep(uint16_t *codes, const aqlm_search *s, const float *H) {
