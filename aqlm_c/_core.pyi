@@ -121,8 +121,7 @@ def buffer_step(
 
     first, second: the moments [out, in], in place; float32 without `scales`. With scales [2, ceil(out in / 256)] int8
     and uint8: of each 256 values in order first = +-(scales[0] byte)^4 and second = (scales[1] byte)^8, the nearest
-    roots, but no second moment above 0 becomes 0. first is None for beta1 = 0. All arrays are zeros before step 1. Overlapping
-    arrays are not for this.
+    roots, but no second moment above 0 becomes 0. first is None for beta1 = 0. All arrays are zeros before step 1.
     """
 
 def quantization_error(

@@ -71,8 +71,8 @@ def test_bytes_agree_with_numpy(isa, shape, beta1):
 
 
 def test_bytes_are_near_floats():
-    """After 100 steps by gradients whose sizes differ by e^2 (one standard deviation) the buffer is off by 6% of its way
-    at most, in the root mean square (seeds 0 to 2: 5.1% to 5.9%)."""
+    """After 100 steps by gradients whose sizes differ by e^2 (one standard deviation) the buffer is off by 6% of its
+    way at most, in the root mean square (seeds 0 to 2: 5.1% to 5.9%)."""
     start = np.random.default_rng(9).standard_normal((64, 256)).astype(np.float32)
     for beta1 in (0.5, 0.0):
         exact, near = (run((64, 256), 100, of_bytes, beta1)[0] for of_bytes in (False, True))
