@@ -68,11 +68,13 @@ class Buffer:
 class Buffers:
     """Those of `weights`, of which `own` has this rank's, by their places. dtype: of gradients on their way.
 
-    A step is `begin`, gradients in any order by `give`, and `finish`; all ranks handle them in the same order.
+    A step is `begin`, gradients in any order by `give`, and `finish`; all ranks handle them in the same order. The rank
+    that has a buffer also finds what a gradient comes to for codebooks and scales: sums over ranks are then those that
+    one process makes of as many passes, to the same bits.
     """
 
     def __init__(self, weights: Sequence[TunedWeight], options: FinetuneOptions, dtype: torch.dtype) -> None:
-        self._shapes = [(weight.codes.device, weight.shape) for weight in weights]
+        self._weights = list(weights)
         self._dtype, self._options = dtype, options
         self.owner = owners([weight.codes.numel() for weight in weights], group().size)
         self.own = {
@@ -84,7 +86,7 @@ class Buffers:
 
     def begin(self, number: int, divisor: float, rate: float) -> None:
         """Before the first gradient of step `number`, from 1 on, whose gradients are sums over `divisor` positions."""
-        self._step, self._next = (number, divisor, rate), len(self._shapes) - 1
+        self._step, self._next = (number, divisor, rate), len(self._weights) - 1
 
     def give(self, place: int, gradient: Tensor) -> None:
         """All of this rank's gradient to a weight; the last weights' come first, as backward makes them."""
@@ -95,24 +97,26 @@ class Buffers:
     def finish(self) -> None:
         """No other gradients come: those that are missing are zero, as of experts that no token went to."""
         while self._next >= 0:
-            device, shape = self._shapes[self._next]
-            gradient = self._waiting.pop(self._next, None)
-            self._take(torch.zeros(shape, dtype=self._dtype, device=device) if gradient is None else gradient)
+            weight, gradient = self._weights[self._next], self._waiting.pop(self._next, None)
+            if gradient is None:
+                gradient = torch.zeros(weight.shape, dtype=self._dtype, device=weight.codes.device)
+            self._take(gradient)
 
     def _take(self, gradient: Tensor) -> None:
         place, self._next = self._next, self._next - 1
         ranks = group()
         total = gradient if ranks.size == 1 else ranks.sum_on(gradient.to(self._dtype), self.owner[place])
         if total is not None:
+            self._weights[place].spread(total)
             number, divisor, rate = self._step
             self.own[place].step(number, total, divisor, rate)
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """The tensors of all buffers by name, on the first rank, to which the others send theirs; {} on these."""
         ranks, found = group(), {}
-        for place, (device, shape) in enumerate(self._shapes):
-            root = self.owner[place]
-            for name, kind, size in _tensors_of(shape, self._options):
+        for place, weight in enumerate(self._weights):
+            root, device = self.owner[place], weight.codes.device
+            for name, kind, size in _tensors_of(weight.shape, self._options):
                 own = self.own[place].tensors[name] if place in self.own else None
                 if not ranks.first and own is None:
                     continue

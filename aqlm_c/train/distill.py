@@ -181,13 +181,14 @@ class Distiller:
         for batch in self._own(numbers):
             loss += self._pass(batch, gradient=True)
         self._keep_up(numbers)
-        self.student.settle()
+        if self.codes is not None:
+            self.codes.settle()
         loss = self._sum_over_ranks(loss)
         self.student.together.settle(positions)
         for part, run in zip(self.optimizer.param_groups, self.student.together.runs, strict=True):
             part["lr"] = run.rate * rate
         if self.codes is not None:
-            self.codes.settle()
+            self.codes.leave()
         self.optimizer.step()
         self.student.update()
         if self.codes is not None:

@@ -114,10 +114,7 @@ class CodeTuning:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """All gradients are there, of which `Student.settle` has made use: buffers make their steps and none are left.
-
-        Codebooks and scales make theirs afterwards.
-        """
+        """All gradients are there: those of codebooks and scales are found, and buffers make their steps."""
         for place, weight in reversed(list(enumerate(self.weights))):
             weight.end_pass()
             if weight.gradient is not None:
@@ -126,6 +123,10 @@ class CodeTuning:
         for weight in self.weights:
             if weight.gradient is not None:
                 weight.gradient.zero_()
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Buffers that do not follow: before codebooks and scales make their steps."""
         for weight, offset in self._own() if not self.options.pv_follow else ():
             offset.add_(weight.decoded(torch.float32))
 

@@ -28,9 +28,9 @@ class TunedWeight:
     """The weight of a quantized layer.
 
     names: in the model, of the layers that have it; two where embeddings are tied. codebooks, scales: its values now,
-    float32. trained: whether it has gradients. gradient: to the weight, [out, in] float32, where that is asked for;
-    else what it comes to is in those of codebooks and scales. on_gradient: is given the gradient of a pass, if it is
-    set, once all uses of the weight have added to it.
+    float32. trained: whether it has gradients: to codebooks and scales, unless gradients to the weight itself are asked
+    for, of which `spread` is then to be called. gradient: their sum, [out, in] float32; or on_gradient: is given that
+    of a pass, once all uses of the weight have added to it.
     """
 
     def __init__(self, name: str, layer: QuantizedLayer, trained: bool) -> None:
@@ -71,9 +71,9 @@ class TunedWeight:
         self._uses -= 1
         if self.gradient is not None:
             self.gradient.add_(gradient)
-            return
-        self._spread(gradient)
-        if self.on_gradient is not None:
+        elif self.on_gradient is None:
+            self.spread(gradient)
+        else:
             self._part = gradient if self._part is None else self._part + gradient
             if self._uses == 0:
                 self.end_pass()
@@ -83,11 +83,6 @@ class TunedWeight:
         part, self._part, self._uses = self._part, None, 0
         if part is not None and self.on_gradient is not None:
             self.on_gradient(part)
-
-    def settle(self) -> None:
-        """Add what the gradient to the weight comes to, to those of codebooks and scales."""
-        if self.gradient is not None:
-            self._spread(self.gradient)
 
     def own_codes(self) -> None:
         """Codes that change: other ones than the layer's, which has them when the tuning is over."""
@@ -118,7 +113,8 @@ class TunedWeight:
     def is_of(self, layer: QuantizedLayer) -> bool:
         return self.layer.codes is layer.codes
 
-    def _spread(self, gradient: Tensor) -> None:
+    def spread(self, gradient: Tensor) -> None:
+        """Add what a gradient to the weight comes to, to those of codebooks and scales."""
         for total, part in zip(
             self.gradients, self.decoder.gradients(gradient, self.codebooks, self.scales), strict=True
         ):
@@ -247,10 +243,6 @@ class Student:
             layer.output_dtype = None
         for weight in self._trained:
             weight.layer.codes.copy_(weight.codes)
-
-    def settle(self) -> None:
-        for weight in self._trained:
-            weight.settle()
 
 
 def _ask(model: nn.Module, asked: Sequence[nn.Parameter]) -> None:
