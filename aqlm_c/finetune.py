@@ -126,10 +126,12 @@ def _tune(
         blocks = []
         if expected.checkpointing:
             blocks = [model.get_submodule(name) for name in names or find_blocks(original)[1].names]
-        facts = facts_of(model, sequences, {**dataclasses.asdict(options), "micro_batch_size": expected.micro})
-        facts["original"] = {"weights": facts_of(original, sequences, {})["model"]["weights"]}
-        facts["options"]["device"] = kind_of_device(device)
-        store, state = _open(stack, work_dir, facts)
+        store, state = None, None
+        if work_dir is not None or group().size > 1:  # else nothing asks for the hashes of two models
+            facts = facts_of(model, sequences, {**dataclasses.asdict(options), "micro_batch_size": expected.micro})
+            facts["original"] = {"weights": facts_of(original, sequences, {})["model"]["weights"]}
+            facts["options"]["device"] = kind_of_device(device)
+            store, state = _open(stack, work_dir, facts)
         if state is not None:
             progress.on_resumed_step(state[1]["step"])
         stack.enter_context(teacher.open())
