@@ -498,6 +498,68 @@ def test_steps_that_are_replayed_on_a_gpu_are_those_that_are_launched(monkeypatc
         assert torch.equal(tensor, launched.state_dict()[name]), name
 
 
+class Places:
+    """Progress that notes where the original's first block is at each step."""
+
+    def __init__(self, original):
+        self.weight, self.found = original.model.layers[0].mlp.up_proj, []
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+    def on_step(self, step, steps):
+        self.found.append(self.weight.weight.device.type)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_an_original_that_is_kept_leaves_the_gpu():
+    pair = [one.cuda() for one in models()]
+    found = []
+    for cache in ("none", "memory"):
+        model = copy.deepcopy(pair[0])
+        places = Places(pair[1])
+        options = {**OPTIONS, **PV, "pv_states": "8bit", "micro_batch_size": 8, "cache_teacher": cache, "steps": 6}
+        report = finetune_model(model, pair[1], SEQUENCES, options, progress=places)
+        found.append((set(places.found), pair[1].model.layers[0].mlp.up_proj.weight.device.type, report))
+    assert [one[:2] for one in found] == [({"cuda"}, "cuda"), ({"cpu"}, "cuda")]
+    losses = [[entry["held_out"] for entry in one[2].history] for one in found]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("states", ["float32", "8bit"])
+def test_a_gpu_goes_on_to_the_same_bits(states, tmp_path):
+    """From a state in the middle; with gradients that are taken at once or summed."""
+    pair = [one.cuda() for one in models()]
+    for micro in (8, 4):
+        options = {**OPTIONS, **PV, "pv_states": states, "micro_batch_size": micro, "steps": 10, "save_interval": 6}
+        whole, again = copy.deepcopy(pair[0]), copy.deepcopy(pair[0])
+        report = finetune_model(whole, pair[1], SEQUENCES, options, work_dir=tmp_path / str(micro))
+        finetune_model(again, pair[1], SEQUENCES, options, work_dir=tmp_path / str(micro))
+        assert report.changed and report.held_out_after < report.held_out_before
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(tensor, again.state_dict()[name]), (micro, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_two_gpus_have_the_losses_of_one(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "finetune_model.py"
+    given = ["--device", "cuda", "--shape", "tiny", "--steps", "6", "--batch-size", "8", "--sequence-length", "64"]
+    given += ["--pv", "--set", "micro_batch_size=4", "--set", "pv_learning_rate=0.3", "--set", "most_held_out=4"]
+    found = []
+    for size in (1, 2):
+        path = tmp_path / f"{size}.json"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), str(script), *given]
+        subprocess.run([*launch, "--shard-original", "--json", str(path)], check=True)
+        found.append(json.loads(path.read_text()))
+    losses = [[entry["held_out"] for entry in one["history"]] for one in found]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[0][-1] < losses[0][0]
+    assert [one["rows"][0]["ranks"] for one in found] == [1, 2] and found[0]["history"][-1]["changed"] > 0
+
+
 if __name__ == "__main__":
     import torch._dynamo  # by Adam: the forks then need not
     import torch.distributed.fsdp
