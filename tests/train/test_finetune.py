@@ -22,13 +22,16 @@ from aqlm_c.config import FinetuneOptions
 from aqlm_c.nn.linear import QuantizedLinear
 from aqlm_c.pipeline.resume import sha256_of
 from aqlm_c.recipe import AqlmConfig
+from aqlm_c.train import cost
 from aqlm_c.train import pv as pv_module
 from aqlm_c.train import student as student_module
+from aqlm_c.train import teacher as teacher_module
 from aqlm_c.train.buffers import Buffer, bytes_of, owners
 from aqlm_c.train.distill import Order, rate_of
 from aqlm_c.train.pv import CodeTuning
 from aqlm_c.train.sampling import sample_sequences
 from aqlm_c.train.student import Student
+from aqlm_c.train.teacher import moved_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -434,6 +437,49 @@ def test_moments_of_8_bits():
     assert sizes == [12, 6 + 2 / 64] and bytes_of(FinetuneOptions(pv_states="8bit", pv_beta1=0)) == 5 + 1 / 64
     buffer = Buffer(torch.ones(16, 32), FinetuneOptions(pv_states="8bit"))
     assert sum(tensor.nbytes for tensor in buffer.tensors.values()) == sizes[1] * 16 * 32
+
+
+def test_moments_are_as_memory_likes(monkeypatch, tmp_path):
+    """Few bytes are free, and then many: a run that goes on keeps what it was begun with."""
+    options = {**PV, "steps": 5, "save_interval": 3, "gradient_checkpointing": "never"}
+    found = [tuned(**options)]
+    with monkeypatch.context() as patch:
+        patch.setattr(cost, "available_memory", lambda: 2**20)
+        found.append(tuned(**options, work_dir=tmp_path))
+    found.append(tuned(**options, work_dir=tmp_path))
+    assert [report.options["pv_states"] for _, report in found] == ["float32", "8bit", "8bit"]
+    states = [sha256_of(sorted(model.state_dict().items())) for model, _ in found]
+    assert states[1] == states[2]
+    with pytest.raises(ValueError, match=r"holds another run .*pv_states"):
+        tuned(**options, pv_states="float32", work_dir=tmp_path)
+
+
+def test_what_is_estimated(monkeypatch):
+    """Buffers, moments and gradients as they are kept; what of the original comes and goes."""
+    model, original = models()
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    n, codes = (
+        sum(size) for size in zip(*((w.in_features * w.out_features, w.codes.nbytes) for w in layers), strict=True)
+    )
+
+    def needed(moved=0, **more):
+        options = FinetuneOptions(**{**OPTIONS, "gradient_checkpointing": "never", "pv": True, **more})
+        return cost.estimate(model, SEQUENCES, options, torch.device("cpu"), moved).bytes
+
+    plain = needed(pv=False)
+    assert needed(pv_states="float32") - plain == 16 * n + 4 * codes  # with the sum of two passes
+    assert needed(pv_states="8bit") - plain == int((10 + 2 / 64) * n) + codes
+    assert needed(pv_states="8bit", pv_beta1=0.0) - plain == int((9 + 1 / 64) * n) + codes
+    whole = needed(pv=False, micro_batch_size=8)
+    assert needed(pv_states="float32", micro_batch_size=8) - whole == 12 * n + 4 * codes
+    blocks = ["model.layers.0", "model.layers.1"]
+    of_blocks = sum(p.nbytes for name in blocks for p in original.get_submodule(name).parameters())
+    assert moved_bytes(original, blocks, False, False) == 0 and moved_bytes(original, blocks, False, True) == -of_blocks
+    all_bytes = sum(p.nbytes for p in original.parameters())
+    monkeypatch.setattr(teacher_module, "group", lambda: type("Two", (), {"size": 2}))
+    assert moved_bytes(original, blocks, True, True) == all_bytes - of_blocks
+    assert moved_bytes(original, blocks, True, False) == all_bytes  # half of two, and one while it runs
+    assert needed(moved=-1000, pv=False) == plain - 1000
 
 
 @pytest.mark.parametrize("checkpointing", ["never", "always"])
