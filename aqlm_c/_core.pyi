@@ -105,6 +105,25 @@ def update_adam(
     steps_before. Returns new codebooks, scales and moments.
     """
 
+def buffer_step(
+    buffer: _F32,
+    gradient: _F32,
+    first: _F32 | NDArray[np.int8] | None,
+    second: _F32 | NDArray[np.uint8],
+    scales: _F32 | None,
+    divisor: float,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    step: int,
+) -> None:
+    """Step number `step`, from 1 on, of Adam (eps 1e-12) for buffer [out, in], in place, by gradient / divisor.
+
+    first, second: the moments [out, in], in place; float32 without `scales`. With scales [2, ceil(out in / 256)] int8
+    and uint8: of each 256 values in order first = +-(scales[0] byte)^4 and second = (scales[1] byte)^8, the nearest
+    roots, but no second moment above 0 becomes 0. first is None for beta1 = 0. All arrays are zeros before step 1.
+    """
+
 def quantization_error(
     weight: _F32, H: _F32, codes: _Codes | None = None, codebooks: _F32 | None = None, scales: _F32 | None = None
 ) -> float:

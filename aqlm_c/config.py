@@ -16,6 +16,7 @@ BOS = ("auto", "always", "never")  # no words that YAML reads as true or false
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHECKPOINTING = ("auto", "always", "never")
 SCHEDULES = ("cosine", "linear", "constant")
+PV_STATES = ("auto", "float32", "8bit")
 TEACHER_CACHES = ("none", "memory", "disk")
 TARGETS = ("own", "original")
 
@@ -209,7 +210,8 @@ class FinetuneOptions:
     never. save_interval: steps between two states in the work directory. embeddings: train a quantized input embedding
     and output layer too. gradient_checkpointing: whether a block runs again for its gradients, one of `CHECKPOINTING`;
     "auto": where memory asks for it. cache_teacher: keep the original's last hidden states, one of `TEACHER_CACHES`,
-    and do not run it again in later epochs. seed: of the order of the sequences.
+    and do not run it again: it leaves the device then. shard_original: of several ranks each has a share of each of the
+    original's blocks (torch's FSDP2), which is whole while it runs. seed: of the order of the sequences.
 
     pv: change codes too. pv_learning_rate: of the buffers, relative to the rms of the layer's weights (the paper's own
     code: 1e-2 not relative to it, 3e-3 with a trust ratio). pv_beta1, pv_beta2: of their Adam (paper: 0, 0.95).
@@ -217,7 +219,9 @@ class FinetuneOptions:
     changes of a layer's weight, as a share of its norm (paper: 0.01 or none); 0: no limit. pv_beam_size: as `beam_size`
     of `AqlmOptions` (paper: 5; 0 is exact for two codebooks). pv_start: step from which codes change. pv_interval:
     steps between two changes. pv_follow: whether buffers move with what codebook and scale steps do to the weight.
-    pv_undo: whether changes since the last look are undone where that lowers the held-out loss.
+    pv_undo: whether changes since the last look are undone where that lowers the held-out loss. pv_states: how
+    the moments of the buffers' Adam are kept, one of `PV_STATES`; "8bit" makes indexes of codes anew where they are
+    used too, and keeps codes of earlier looks in host memory; "auto": float32 unless memory asks for 8bit.
 
     Raises ValueError naming the field, its value and what was expected.
     """
@@ -240,6 +244,7 @@ class FinetuneOptions:
     embeddings: bool = False
     gradient_checkpointing: str = "auto"
     cache_teacher: str = "none"
+    shard_original: bool = False
     pv: bool = False
     pv_learning_rate: float = 2e-2
     pv_beta1: float = 0.5
@@ -251,6 +256,7 @@ class FinetuneOptions:
     pv_interval: int = 1
     pv_follow: bool = True
     pv_undo: bool = True
+    pv_states: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -269,10 +275,11 @@ class FinetuneOptions:
         for name in ("scale_rate", "final_rate", "pv_fraction", "pv_trust_ratio"):
             number_between(name, getattr(self, name), 0, 1)
         words = {"schedule": SCHEDULES, "gradient_checkpointing": CHECKPOINTING, "cache_teacher": TEACHER_CACHES}
+        words["pv_states"] = PV_STATES
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise wrong(name, getattr(self, name), f"one of {', '.join(known)}")
-        for name in ("embeddings", "pv", "pv_follow", "pv_undo"):
+        for name in ("embeddings", "shard_original", "pv", "pv_follow", "pv_undo"):
             if not isinstance(getattr(self, name), bool):
                 raise wrong(name, getattr(self, name), "true or false")
 

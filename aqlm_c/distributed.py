@@ -75,6 +75,16 @@ class Group:
         """
         return part
 
+    def sum_on(self, tensor: torch.Tensor, root: int) -> torch.Tensor | None:
+        """The float32 sum, on rank `root` alone, of tensors of one shape and dtype, added in the order of the ranks."""
+        return tensor
+
+    def copy_from(self, tensors: Sequence[torch.Tensor], root: int) -> None:
+        """Write the values of rank `root` into the contiguous tensors of the others, of the same shapes and dtypes."""
+
+    def move(self, tensor: torch.Tensor, source: int, target: int) -> None:
+        """Write the values of rank `source` into the contiguous tensor of rank `target`; only these two call this."""
+
     def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
         """The rows [counts[rank], n] of all ranks, on each of them."""
         return [rows]
@@ -138,8 +148,8 @@ class _Group(Group):
                 tensor = sent[name].detach().contiguous()
             else:
                 tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=place)
-            if tensor.numel():  # as bytes: no transport has 16-bit integers
-                self._call(self._of.broadcast, tensor.view(-1).view(torch.uint8), root)
+            if tensor.numel():
+                self._call(self._of.broadcast, _bytes(tensor), root)
             found[name] = tensor.numpy() if kind == "numpy" else tensor
         return found
 
@@ -168,6 +178,29 @@ class _Group(Group):
                     self._call(self._of.recv, one, rank)
                 (piece.add_ if n else piece.copy_)(one)
         return found
+
+    def sum_on(self, tensor: torch.Tensor, root: int) -> torch.Tensor | None:
+        own = tensor.contiguous()
+        if self.rank != root:
+            self._call(self._of.send, _bytes(own), root)
+            return None
+        total: torch.Tensor | None = None
+        for rank in range(self.size):
+            one = own if rank == root else self._torch.empty_like(own)
+            if rank != root:
+                self._call(self._of.recv, _bytes(one), rank)
+            total = one.to(self._torch.float32, copy=True) if total is None else total.add_(one)
+        return total
+
+    def copy_from(self, tensors: Sequence[torch.Tensor], root: int) -> None:
+        for tensor in tensors:
+            self._call(self._of.broadcast, _bytes(tensor), root)
+
+    def move(self, tensor: torch.Tensor, source: int, target: int) -> None:
+        if self.rank == source:
+            self._call(self._of.send, _bytes(tensor), target)
+        else:
+            self._call(self._of.recv, _bytes(tensor), source)
 
     def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
         padded = rows.new_zeros((max(counts), rows.shape[1]))
@@ -199,6 +232,13 @@ class _Group(Group):
         except RuntimeError as error:
             self.watch.wait(_LEAVE)
             raise OSError(f"ranks: rank {self.rank} of {self.size}: {one_line(error)}") from error
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory: no transport has all dtypes."""
+    import torch
+
+    return tensor.detach().view(-1).view(torch.uint8)
 
 
 _group = Group()

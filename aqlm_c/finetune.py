@@ -27,14 +27,14 @@ from .model.blocks import find_blocks
 from .model.logits import SplitModel
 from .pipeline.placement import Placement
 from .pipeline.progress import FinetuneProgress
-from .pipeline.resume import WorkDir, facts_of
+from .pipeline.resume import WorkDir, begun_states, facts_of
 from .recipe import options_of
 from .report.finetune import FinetuneReport
 from .train.cost import estimate
 from .train.distill import Distiller
 from .train.sampling import sample_sequences
 from .train.student import Student
-from .train.teacher import Teacher
+from .train.teacher import Teacher, moved_bytes, sharded
 from .versions import versions
 
 __all__ = ["FinetuneOptions", "FinetuneProgress", "FinetuneRun", "finetune_directory", "finetune_model"]
@@ -74,14 +74,19 @@ def finetune_model(
     sequences = texts.check_sequences(model, sequences, TuningOptions())
     texts.check_token_ids("sequences", sequences, original)
     place, homes = Placement(device).find(model), [next(one.parameters()).device for one in (model, original)]
+    places = [place, torch.device("cpu") if _is_sharded(chosen) else place]
     training = [module for one in (model, original) for module in one.modules() if module.training]
     with contextlib.ExitStack() as stack:
         stack.enter_context(working_on(place, None))
-        for one, home in zip((model, original), homes, strict=True):
+        for one, home, there in zip((model, original), homes, places, strict=True):
             stack.callback(one.to, home)
-            one.eval().to(place)
+            one.eval().to(there)
         stack.callback(_train, training)
         return _tune(model, original, sequences, chosen, progress, work_dir)
+
+
+def _is_sharded(options: FinetuneOptions) -> bool:
+    return options.shard_original and group().size > 1
 
 
 def _train(modules: Sequence[torch.nn.Module]) -> None:
@@ -98,25 +103,35 @@ def _tune(
     work_dir: str | os.PathLike[str] | None,
 ) -> FinetuneReport:
     device = next(model.parameters()).device
-    expected = estimate(model, original, sequences, options, device)
+    shared, kept = _is_sharded(options), options.cache_teacher != "none"
+    names = find_blocks(original)[1].names if shared or kept else []
+    if options.pv_states == "auto" and work_dir is not None:
+        begun = group().broadcast(begun_states(work_dir) if group().first else None)
+        options = dataclasses.replace(options, pv_states=begun or "auto")
+    expected = estimate(model, sequences, options, device, moved_bytes(original, names, shared, kept))
+    options = dataclasses.replace(options, pv_states=expected.states)
     progress.on_estimate(expected)
-    output, teacher = SplitModel(model, whole=False), Teacher(original, sequences, options.cache_teacher)
-    if output.vocabulary != teacher.output.vocabulary:
-        raise ValueError(
-            f"original: got a vocabulary of {teacher.output.vocabulary}, expected {output.vocabulary}, as the "
-            "quantized model has"
-        )
-    blocks = []
-    if expected.checkpointing:
-        blocks = [model.get_submodule(name) for name in find_blocks(original)[1].names]
     asked = [parameter for parameter in original.parameters() if parameter.requires_grad]
     original.requires_grad_(False)
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: [parameter.requires_grad_() for parameter in asked])
-        facts = facts_of(model, sequences, {**dataclasses.asdict(options), "micro_batch_size": expected.micro})
-        facts["original"] = {"weights": facts_of(original, sequences, {})["model"]["weights"]}
-        facts["options"]["device"] = kind_of_device(device)
-        store, state = _open(stack, work_dir, facts)
+        running = sharded(original, names, device) if shared else original
+        output = SplitModel(model, whole=False)
+        teacher = Teacher(running, sequences, options.cache_teacher, names, shared)
+        if output.vocabulary != teacher.output.vocabulary:
+            raise ValueError(
+                f"original: got a vocabulary of {teacher.output.vocabulary}, expected {output.vocabulary}, as the "
+                "quantized model has"
+            )
+        blocks = []
+        if expected.checkpointing:
+            blocks = [model.get_submodule(name) for name in names or find_blocks(original)[1].names]
+        store, state = None, None
+        if work_dir is not None or group().size > 1:  # else nothing asks for the hashes of two models
+            facts = facts_of(model, sequences, {**dataclasses.asdict(options), "micro_batch_size": expected.micro})
+            facts["original"] = {"weights": facts_of(original, sequences, {})["model"]["weights"]}
+            facts["options"]["device"] = kind_of_device(device)
+            store, state = _open(stack, work_dir, facts)
         if state is not None:
             progress.on_resumed_step(state[1]["step"])
         stack.enter_context(teacher.open())
@@ -280,7 +295,7 @@ def finetune_directory(run: FinetuneRun, progress: Any = None) -> FinetuneReport
     model, tokenizer, source = load_model(run.quantized, "auto", str(place))
     if not source.quantized:
         raise ValueError(f"QUANTIZED: got {run.quantized!r}, expected a model with AQLM layers")
-    original, _, origin = load_model(run.original, "auto", str(place))
+    original, _, origin = load_model(run.original, "auto", "cpu" if _is_sharded(run.options) else str(place))
     sequences = tuning_sequences(run, original, tokenizer, progress)
     data = texts.provenance(run.data, sequences, texts.common_start(sequences, tokenizer) if tokenizer else None)
     report = finetune_model(model, original, sequences, run.options, progress=progress, work_dir=run.work_dir)

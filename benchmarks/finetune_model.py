@@ -6,6 +6,11 @@
 
 The quantized model is --quantized DIR or, without it, made first by `quantize_model` (of --calibration text), whose
 time is told apart. --both tunes it twice from there, without codes and with them (PV-Tuning), on the same sequences.
+--shape 8b: a model of Llama-3.1-8B's shape instead, of random codes and nearby weights (--blocks N: the first N of its
+blocks), which takes --steps of random tokens: seconds a step, tokens per second, memory; also by several ranks:
+
+    torchrun --nproc-per-node 2 benchmarks/finetune_model.py --device cuda --shape 8b --pv --steps 8 --shard-original
+
 Perplexity is of windows of 2,048 tokens: of all of each --text, and of the first --windows. --phases tells where a
 step's time goes: kernels of a profiled step, and what indexing the codes anew takes.
 """
@@ -20,7 +25,9 @@ from typing import Any
 
 import _bench
 import _device
+import _tuning_shape
 import torch
+from random_checkpoint import SHAPES
 
 from aqlm_c.config import FinetuneOptions
 from aqlm_c.core.runtime import set_threads
@@ -115,6 +122,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="the original")
     parser.add_argument("--quantized", metavar="DIR")
+    parser.add_argument("--shape", choices=list(SHAPES), help="of random weights, instead of a model")
+    parser.add_argument("--blocks", type=int, help="with --shape: so many, if not all")
+    parser.add_argument("--shard-original", action="store_true", help="with --shape: over the ranks")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--scheme", default="2x8g8")
     parser.add_argument("--preset", choices=list(PRESETS), default="balanced")
@@ -147,6 +157,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     set_threads(args.threads)
+    if args.shape:
+        return _tuning_shape.run(args)
     common = {"steps": args.steps, "batch_size": args.batch_size, "seed": args.seed}
     options = options_of(FinetuneOptions, {**common, **dict(parse_pair("--set", text) for text in args.set)})
     original, tokenizer, _ = load_model(args.model, "auto", args.device)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import distributed
-from ..config import BOS, CHECKPOINTING, DTYPES, TEACHER_CACHES, FinetuneOptions
+from ..config import BOS, CHECKPOINTING, DTYPES, PV_STATES, TEACHER_CACHES, FinetuneOptions
 from ..errors import int_between, printable, wrong
 from ..files import JsonFile
 from ..format import Rules
@@ -210,7 +210,7 @@ def quantize(
 _OF_TUNING = (  # parameters of `finetune` that are fields of FinetuneOptions
     *("steps", "batch_size", "micro_batch_size", "learning_rate", "held_out", "evaluation_interval", "patience"),
     *("embeddings", "gradient_checkpointing", "cache_teacher", "pv", "pv_learning_rate", "pv_fraction"),
-    *("pv_trust_ratio", "seed"),
+    *("pv_trust_ratio", "pv_states", "seed"),
 )
 
 
@@ -250,6 +250,9 @@ def finetune(
     pv_learning_rate: Annotated[float | None, _optional("Of its buffers. \\[default: 0.02]")] = None,
     pv_fraction: Annotated[float | None, _optional("Of groups encoded again a step. \\[default: 0.01]")] = None,
     pv_trust_ratio: Annotated[float | None, _optional("Most change of a weight a step. \\[default: 0.01]")] = None,
+    pv_states: Annotated[
+        str | None, _optional("Moments of its Adam; auto: as memory likes.", metavar="|".join(PV_STATES))
+    ] = None,
     set_: Annotated[
         list[str] | None, _optional("Any other option of tuning; repeatable.", "--set", metavar="NAME=VALUE")
     ] = None,

@@ -161,6 +161,24 @@ def update_adam(
     return _library(weight).update_adam(*state, weight, H, codes, steps, learning_rate, steps_before)
 
 
+def buffer_step(
+    buffer: Array,
+    gradient: Array,
+    moments: tuple[Array | None, Array, Array | None],
+    divisor: float,
+    learning_rate: float,
+    betas: tuple[float, float],
+    step: int,
+) -> None:
+    """Step number `step`, from 1 on, of Adam for a buffer [out, in] of PV-Tuning (arXiv 2405.14852), in place.
+
+    gradient: [out, in], of tensors also float16 or bfloat16; it is divided by `divisor`. moments: first, second and
+    scales, in place, zeros before step 1: float32 [out, in] twice and None, or int8, uint8 and float32 [2, ceil(out in
+    / 256)]; the first is None for a beta1 of 0. eps is 1e-12.
+    """
+    _library(buffer).buffer_step(buffer, gradient, *moments, divisor, learning_rate, *betas, step)
+
+
 def quantization_error(
     weight: Array, H: Array, codes: Array | None = None, codebooks: Array | None = None, scales: Array | None = None
 ) -> float:

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
+from ..config import PV_STATES
 from ..core import runtime
 from ..errors import one_line, shown
 from ..files import irregular
@@ -318,14 +319,24 @@ class WorkDir:
 
 def begun_batch_size(path: str | os.PathLike[str]) -> int | None:
     """The batch size of the run that a directory holds; None where it holds none that can be read."""
+    size = _begun(path, "batch_size")
+    return size if type(size) is int and size > 0 else None
+
+
+def begun_states(path: str | os.PathLike[str]) -> str | None:
+    """The same of the moments of a tuning run's buffers, one of `config.PV_STATES`."""
+    states = _begun(path, "pv_states")
+    return states if states in PV_STATES else None
+
+
+def _begun(path: str | os.PathLike[str], option: str) -> Any:
     file = Path(path) / _FINGERPRINT
     if irregular(file):
         return None
     try:
-        size = json.loads(file.read_bytes())["options"]["batch_size"]
+        return json.loads(file.read_bytes())["options"][option]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):  # `WorkDir.open` says what is wrong
         return None
-    return size if type(size) is int and size > 0 else None
 
 
 def block_state(block: torch.nn.Module, quantized_only: bool = False) -> dict[str, torch.Tensor]:

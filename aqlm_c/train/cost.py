@@ -17,8 +17,9 @@ from ..model.logits import slice_bytes
 from ..nn.embedding import QuantizedEmbedding
 from ..nn.linear import QuantizedLayer
 from ..units import binary_size, duration, fastest
+from .buffers import bytes_of
 
-_PV_BYTES = 16  # a weight: its gradient, the buffer's distance and two moments, float32
+_KEPT_CODES = 3  # copies: of the last look, of the best, and of those that are tried against them
 _LOGITS = 7  # of the size of a slice's logits in float32, for both models
 _PER_FEATURE = 2.5  # values that are kept for gradients, over features of the inputs and outputs of linears
 _WORDS = 1.3  # time of a pass over that of its products
@@ -26,18 +27,22 @@ _WORDS = 1.3  # time of a pass over that of its products
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes on the device, seconds, and how they come about."""
+    """Bytes on the device, seconds, and how they come about. states: of PV-Tuning, `FinetuneOptions.pv_states` but
+    never "auto".
+    """
 
     bytes: int
     seconds: float
     micro: int
     checkpointing: bool
     limit: int | None
+    states: str = "float32"
 
     def describe(self) -> str:
         """For people."""
         how = "with gradient checkpointing" if self.checkpointing else "without gradient checkpointing"
         free = "" if self.limit is None else f" of {binary_size(self.limit)} free"
+        how += ", moments of 8 bits" if self.states == "8bit" else ""
         return (
             f"about {duration(self.seconds)} at most, {binary_size(self.bytes)}{free}: "
             f"{self.micro} sequences in a pass, {how}"
@@ -47,10 +52,12 @@ class Estimate:
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """Of a model: weights of its quantized linears and of its other matrices that multiply, features in and out of
-    the linears, vocabulary and width of hidden states, blocks, bytes of a value.
+    the linears, vocabulary and width of hidden states, blocks, bytes of a value and of all codes, how many codes.
     """
 
     quantized: int
+    code_bytes: int
+    codes: int
     multiplied: int
     features: int
     width: int
@@ -68,6 +75,8 @@ class Sizes:
         config = model.config.get_text_config()
         return cls(
             quantized=sum(out * n for out, n in shapes),
+            code_bytes=sum(layer.codes.nbytes for layer in layers),
+            codes=sum(layer.codes.numel() for layer in layers),
             multiplied=sum(out * n for out, n in shapes) + sum(weight.numel() for weight in dense),
             features=sum(out + n for out, n in shapes),
             width=width,
@@ -83,10 +92,10 @@ def _shape(layer: QuantizedLayer) -> tuple[int, int]:
 
 
 def estimate(
-    model: Any, original: Any, sequences: torch.Tensor, options: FinetuneOptions, device: torch.device
+    model: Any, sequences: torch.Tensor, options: FinetuneOptions, device: torch.device, teacher_bytes: int = 0
 ) -> Estimate:
-    """Of a run on `device`, where both models are. Raises ValueError, naming batch_size, for fewer sequences in a step
-    than ranks.
+    """Of a run on `device`, where both models are but for `teacher_bytes` of the original, which come or, if negative,
+    go. Raises ValueError, naming batch_size, for fewer sequences in a step than ranks.
     """
     ranks, length = group().size, sequences.shape[1]
     if options.batch_size < ranks:
@@ -95,25 +104,41 @@ def estimate(
     most = 16384 if device.type == "cuda" else 2048
     micro = min(options.micro_batch_size or max(1, most // length), -(-options.batch_size // ranks))
     free = free_device_memory(device) if device.type == "cuda" else available_memory()
-    fixed = sizes.quantized * _PV_BYTES if options.pv else 0
-    fixed += _LOGITS * slice_bytes(device)
+    free = min(frees) if (frees := [one for one in group().gather(free) if one is not None]) else None
+    fixed = _LOGITS * slice_bytes(device) + teacher_bytes
     if device.type == "cpu" and options.cache_teacher == "memory":
         fixed += sequences.numel() * sizes.width * sizes.itemsize
 
-    def needed(checkpointing: bool) -> int:
+    def needed(checkpointing: bool, states: str) -> int:
         share = 1 / sizes.layers if checkpointing else 1.0
         kept = sizes.features * _PER_FEATURE * share + sizes.width * sizes.layers
-        return int(fixed + sizes.itemsize * (sizes.quantized * share + micro * length * kept))
+        tuned = dataclasses.replace(options, pv_states=states)
+        codes = _code_bytes(sizes, tuned, micro * ranks >= options.batch_size, device)
+        return int(fixed + codes + sizes.itemsize * (sizes.quantized * share + micro * length * kept))
 
+    states = "float32" if options.pv_states == "auto" else options.pv_states
+    if options.pv and options.pv_states == "auto" and free is not None:
+        small = needed(options.gradient_checkpointing != "never", "float32") > 0.8 * free
+        states = "8bit" if small else "float32"
     checkpointing = options.gradient_checkpointing == "always"
     if options.gradient_checkpointing == "auto":
-        checkpointing = free is not None and needed(False) > 0.8 * free
+        checkpointing = free is not None and needed(False, states) > 0.8 * free
     passes = (5 if checkpointing else 4) * options.steps * options.batch_size / ranks
     looks = options.steps / options.evaluation_interval + 1
     passes += 2 * looks * min(options.most_held_out, options.held_out * len(sequences)) / ranks
     flop = 2.0 * passes * length * (sizes.multiplied + sizes.vocabulary * sizes.width)
     seconds = _WORDS * flop / _speed(model.dtype, device)
-    return Estimate(needed(checkpointing), seconds, micro, checkpointing, free)
+    return Estimate(needed(checkpointing, states), seconds, micro, checkpointing, free, states)
+
+
+def _code_bytes(sizes: Sizes, options: FinetuneOptions, at_once: bool, device: torch.device) -> int:
+    """Of the index of codes and, where these are trained, of their copies, and of buffers and gradients."""
+    lean = options.pv and options.pv_states == "8bit"
+    index = 4 * sizes.codes if device.type == "cuda" and not lean else 0
+    if not options.pv:
+        return index
+    buffers = sizes.quantized * (bytes_of(options) / group().size + (0 if at_once else 4))
+    return int(index + buffers) + sizes.code_bytes * (1 if lean else 1 + _KEPT_CODES)
 
 
 def _speed(dtype: torch.dtype, device: torch.device) -> float:

@@ -25,7 +25,8 @@ from ..model.logits import SplitModel
 from ..report.finetune import FinetuneReport
 from .block import held_out_batches
 from .output import sliced_kl
-from .pv import Changes, CodeTuning, load_moments
+from .pv import Changes, CodeTuning
+from .relative import load_moments
 from .student import Student
 from .teacher import Teacher
 
@@ -97,7 +98,8 @@ class Distiller:
         self.codes: CodeTuning | None = None
         if options.pv:
             blocks = [w for w in student.weights if w.trained and not {*w.names} & {*student.embeddings.names}]
-            self.codes = CodeTuning(blocks, options)
+            at_once = micro * group().size >= options.batch_size
+            self.codes = CodeTuning(blocks, options, output.dtype or torch.float32, at_once)
         self.report = FinetuneReport(
             options=dataclasses.asdict(options),
             sequences=n,
@@ -116,20 +118,24 @@ class Distiller:
         Raises ValueError for a loss that is not finite before the first step.
         """
         started = time.perf_counter()
+        saves = any(group().gather(save is not None))  # one rank does, of what all have
         with self.student.running(), deterministic():
+            if state is not None:
+                self._load(*state)
+            self.teacher.fill(self._asked_for())
             if state is None:
                 self._look()
-            else:
-                self._load(*state)
             while self.step < self.options.steps and not self._is_over():
                 self._step()
                 ends = self.step == self.options.steps
                 if ends or self.step % self.options.evaluation_interval == 0:
                     self.report.seconds = self._seconds + time.perf_counter() - started
                     self._look()
-                if save is not None and not ends and self.step % self.options.save_interval == 0:
+                if saves and not ends and self.step % self.options.save_interval == 0:
                     self.report.seconds = self._seconds + time.perf_counter() - started
-                    save(*self._state())
+                    state = self._state()
+                    if save is not None:
+                        save(*state)
             self._restore()
         self.student.store()
         assert self.best is not None
@@ -149,27 +155,46 @@ class Distiller:
         for first in range(begin, end, self.micro):
             yield numbers[first : min(end, first + self.micro)]
 
+    def _keep_up(self, numbers: list[int]) -> None:
+        """Where all ranks run the teacher, those that have fewer of these sequences go on as long as the others."""
+        ranks = group()
+        if ranks.size == 1 or not self.teacher.is_run:
+            return
+        n, size = len(numbers), ranks.size
+        passes = [-(-(n * (rank + 1) // size - n * rank // size) // self.micro) for rank in range(size)]
+        self.teacher.keep_up(max(passes) - passes[ranks.rank])
+
+    def _asked_for(self) -> list[int]:
+        """The sequences of all passes of this rank from now on."""
+        found = {number for batch in self._own(self.held_out) for number in batch}
+        for step in range(self.step, self.options.steps):
+            found.update(*self._own(self.order.of_step(step, self.options.batch_size)))
+        return sorted(found)
+
     def _step(self) -> None:
         numbers = self.order.of_step(self.step, self.options.batch_size)
+        positions = len(numbers) * self.sequences.shape[1]
+        rate = rate_of(self.step, self.options)
+        if self.codes is not None:
+            self.codes.begin(self.step + 1, positions, rate)
         loss = torch.zeros((), dtype=torch.float64, device=self.student.together.change.device)
         for batch in self._own(numbers):
             loss += self._pass(batch, gradient=True)
-        self.student.settle()
+        self._keep_up(numbers)
+        if self.codes is not None:
+            self.codes.settle()
         loss = self._sum_over_ranks(loss)
-        positions = len(numbers) * self.sequences.shape[1]
-        rate = rate_of(self.step, self.options)
         self.student.together.settle(positions)
         for part, run in zip(self.optimizer.param_groups, self.student.together.runs, strict=True):
             part["lr"] = run.rate * rate
         if self.codes is not None:
-            self.codes.settle(positions)
             self.codes.leave()
         self.optimizer.step()
         self.student.update()
         if self.codes is not None:
             options = self.options
             changes = self.step >= options.pv_start and self.step % options.pv_interval == 0
-            self.codes.step(rate, changes)
+            self.codes.step(changes)
         self.step += 1
         self._losses.append(loss / positions)
         self.progress.on_step(self.step, self.options.steps)
@@ -184,15 +209,13 @@ class Distiller:
             return sliced_kl(self.output, self.teacher.output, self.output.hidden(ids), targets, gradient)
 
     def _sum_over_ranks(self, loss: Tensor) -> Tensor:
-        """Add the gradients and the losses of all ranks, in their order."""
+        """Add the losses of all ranks and the gradients, but those of buffers, in their order."""
         ranks = group()
         if ranks.size == 1:
             return loss
-        gradients = [self.student.together.gradient]
-        gradients += [weight.gradient for weight in (self.codes.weights if self.codes else ())]  # type: ignore[misc]
-        for gradient in gradients:
-            parts = ranks.gather_rows(gradient.view(1, -1), [1] * ranks.size)
-            gradient.view(-1).copy_(_sum(part[0] for part in parts))
+        gradient = self.student.together.gradient
+        parts = ranks.gather_rows(gradient.view(1, -1), [1] * ranks.size)
+        gradient.view(-1).copy_(_sum(part[0] for part in parts))
         return _sum(part[0, 0] for part in ranks.gather_rows(loss.view(1, 1), [1] * ranks.size))
 
     @torch.no_grad()
@@ -204,6 +227,7 @@ class Distiller:
         for batch in self._own(self.held_out):
             found[done] = self._pass(batch, gradient=False)
             done += 1
+        self._keep_up(self.held_out)
         self.student.update()
         ranks = group()
         counts = [done] if ranks.size == 1 else ranks.gather(done)
@@ -233,7 +257,7 @@ class Distiller:
             self.report.held_out_before = loss
         self.since_best += 1
         if self.best is None or loss < self.best.loss:
-            codes = self.codes.codes() if self.codes else []
+            codes = self.codes.looked_at if self.codes else []  # those of now
             self.best, self.since_best = Best(loss, self.step, self.student.together.change.clone(), codes), 0
         elif not math.isfinite(loss):
             log.warning("NaN or Inf in tuning, which ends here")
@@ -257,14 +281,14 @@ class Distiller:
         self.student.together.change.copy_(self.best.change)
         if self.codes is not None:
             self.report.changed = sum(
-                int((weight.layer.codes != codes).any(-1).sum())
+                int((weight.layer.codes != codes.to(weight.codes.device)).any(-1).sum())
                 for weight, codes in zip(self.codes.weights, self.best.codes, strict=True)
             )
             self.codes.take(self.best.codes)
         self.student.update()
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and facts from which `_load` goes on."""
+        """Tensors and facts from which `_load` goes on; all of them on the first rank."""
         assert self.best is not None
         tensors = {"change": self.student.together.change, "best": self.best.change}
         for i, part in enumerate(self.optimizer.param_groups):
@@ -295,7 +319,7 @@ class Distiller:
             count = range(len(self.codes.weights))
             self.codes.take([tensors[f"codes.{i}"].to(device) for i in count])
             self.codes.changes = Changes(**facts["changes"])
-            codes = [tensors[f"best.{i}"].to(device) for i in count]
+            codes = [tensors[f"best.{i}"].to(kept.device) for i, kept in enumerate(self.codes.looked_at)]
         self.step, self.since_best, self._last = facts["step"], facts["since_best"], facts["last"]
         self.best = Best(facts["best_loss"], facts["best_step"], tensors["best"].to(device, copy=True), codes)
         self.report = FinetuneReport.from_dict(facts["report"])

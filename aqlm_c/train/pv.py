@@ -13,18 +13,18 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import AqlmOptions, FinetuneOptions
 from ..core import verbs
+from ..distributed import group
 from ..errors import one_line
 from ..methods.aqlm import search_options
 from ..nn import ops
+from .buffers import Buffers
 from .student import TunedWeight
 
 log = logging.getLogger("aqlm_c")
-
-_EPS = 1e-12  # of Adam: gradients to single weights are small
 
 
 @dataclasses.dataclass
@@ -64,17 +64,23 @@ class _Replayed:
 
 
 class CodeTuning:
-    """Codes of `weights` in training; their gradients are gathered in `TunedWeight.gradient`.
+    """Codes of `weights` in training. dtype: of activations. at_once: each step has one pass on each rank, so that a
+    buffer makes its step as soon as the gradient is there; else gradients are summed in `TunedWeight.gradient`.
 
-    Raises ValueError naming a layer whose codes cannot be searched.
+    Of several ranks the one that has a layer's buffer encodes its groups and sends the codes to the others. Raises
+    ValueError naming a layer whose codes cannot be searched.
     """
 
-    def __init__(self, weights: Sequence[TunedWeight], options: FinetuneOptions) -> None:
-        self.weights, self.options = list(weights), options
-        self.offsets: list[nn.Parameter] = []  # B - Wq [out, in]
+    def __init__(
+        self,
+        weights: Sequence[TunedWeight],
+        options: FinetuneOptions,
+        dtype: torch.dtype = torch.float32,
+        at_once: bool = False,
+    ) -> None:
+        self.weights, self.options, self._lean = list(weights), options, options.pv_states == "8bit"
         self._search: list[tuple[int, bool]] = []
-        self._rates: list[float] = []
-        for weight in self.weights:
+        for place, weight in enumerate(self.weights):
             format = weight.layer.format
             if format.out_group_size != 1:
                 raise ValueError(
@@ -82,56 +88,70 @@ class CodeTuning:
                 )
             self._search.append(search_options(format, AqlmOptions(beam_size=options.pv_beam_size)))
             weight.own_codes()
-            dense = weight.decoded(torch.float32)
-            self._rates.append(options.pv_learning_rate * float(dense.square().mean().sqrt()))
-            weight.gradient = torch.zeros_like(dense)
-            self.offsets.append(nn.Parameter(torch.zeros_like(dense)))
-            self.offsets[-1].grad = weight.gradient
-        groups = [{"params": [offset], "lr": rate} for offset, rate in zip(self.offsets, self._rates, strict=True)]
-        betas = (options.pv_beta1, options.pv_beta2)
-        fused = bool(groups) and self.offsets[0].device.type == "cuda"
-        self.optimizer = torch.optim.Adam(groups, betas=betas, eps=_EPS, fused=fused or None)
+            if self._lean:
+                weight.decoder.forget_index()
+            if at_once:
+                weight.on_gradient = self._giving(place)
+            else:
+                weight.gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.codes.device)
+        self.buffers = Buffers(self.weights, options, dtype if at_once else torch.float32)
         self.looked_at = self.codes()
-        self.refused = 0  # codes that were undone
+        self.refused = 0  # codes that were undone, of this rank's layers
         device = weights[0].codes.device if weights else torch.device("cpu")
         self._changed, self._groups = torch.zeros((), dtype=torch.int64, device=device), 0
-        self._encode_all = _Replayed(self._encode_each, device)
+        self._encode_all: Callable[[], None] = self._encode_each
+        if not self._lean:  # where launches count, and a graph's own memory does not
+            self._encode_all = _Replayed(self._encode_each, device)
 
-    def settle(self, divisor: float) -> None:
-        """Divide the gradients, of which `Student.settle` has made use, by what they are sums over."""
+    def _giving(self, place: int) -> Callable[[Tensor], None]:
+        return lambda gradient: self.buffers.give(place, gradient)
+
+    def begin(self, number: int, divisor: float, rate: float) -> None:
+        """Before the passes of step `number`, from 1 on, whose gradients are sums over `divisor` positions; rate: of
+        the schedule.
+        """
+        self.buffers.begin(number, divisor, rate)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """All gradients are there: those of codebooks and scales are found, and buffers make their steps."""
+        for place, weight in reversed(list(enumerate(self.weights))):
+            weight.end_pass()
+            if weight.gradient is not None:
+                self.buffers.give(place, weight.gradient)
+        self.buffers.finish()
         for weight in self.weights:
-            assert weight.gradient is not None
-            weight.gradient.div_(divisor)
+            if weight.gradient is not None:
+                weight.gradient.zero_()
 
     @torch.no_grad()
     def leave(self) -> None:
-        """Buffers that do not follow: before codebooks and scales change."""
-        for weight, offset in zip(self.weights, self.offsets, strict=True):
-            if not self.options.pv_follow:
-                offset.add_(weight.decoded(torch.float32))
+        """Buffers that do not follow: before codebooks and scales make their steps."""
+        for weight, offset in self._own() if not self.options.pv_follow else ():
+            offset.add_(weight.decoded(torch.float32))
 
     @torch.no_grad()
-    def step(self, rate: float, changes: bool) -> None:
-        """A step of Adam for the buffers and, if `changes`, of codes towards them; then no gradients are left.
-
-        rate: of the schedule. Codebooks and scales have made theirs.
-        """
-        if not self.options.pv_follow:
-            for weight, offset in zip(self.weights, self.offsets, strict=True):
-                offset.sub_(weight.decoded(torch.float32))
-        for group, own in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = own * rate
-        self.optimizer.step()
+    def step(self, changes: bool) -> None:
+        """A step of codes towards buffers, if `changes`. Codebooks and scales have made theirs."""
+        for weight, offset in self._own() if not self.options.pv_follow else ():
+            offset.sub_(weight.decoded(torch.float32))
         self._groups += sum(weight.codes.shape[0] * weight.codes.shape[1] for weight in self.weights)
-        if changes:
-            self._encode_all()
-        for weight in self.weights:
-            assert weight.gradient is not None
-            weight.gradient.zero_()
+        if not changes:
+            return
+        self._encode_all()
+        if group().size > 1:
+            for place, weight in enumerate(self.weights):
+                group().copy_from([weight.codes], self.buffers.owner[place])
+                if place not in self.buffers.own:
+                    weight.decoder.index_anew()
+
+    def _own(self) -> list[tuple[TunedWeight, Tensor]]:
+        """This rank's weights and their buffers."""
+        return [(self.weights[place], own.offset) for place, own in self.buffers.own.items()]
 
     def _encode_each(self) -> None:
-        for weight, offset, search in zip(self.weights, self.offsets, self._search, strict=True):
-            self._encode(weight, offset.detach(), search)
+        for place, own in self.buffers.own.items():
+            self._encode(self.weights[place], own.offset, self._search[place])
 
     def _encode(self, weight: TunedWeight, offset: Tensor, search: tuple[int, bool]) -> None:
         """Encode the groups that are farthest from the buffer."""
@@ -167,17 +187,17 @@ class CodeTuning:
 
     def codes(self) -> list[Tensor]:
         """A copy of all."""
-        return [weight.codes.clone() for weight in self.weights]
+        return [weight.codes.to("cpu" if self._lean else weight.codes.device, copy=True) for weight in self.weights]
 
     @property
     def changes(self) -> Changes:
-        """Since the last look."""
-        return Changes(int(self._changed), self._groups)
+        """Since the last look, on all ranks."""
+        return Changes(sum(group().gather(int(self._changed))), self._groups)
 
     @changes.setter
     def changes(self, changes: Changes) -> None:
         self._groups = changes.groups
-        self._changed.fill_(changes.changed)
+        self._changed.fill_(changes.changed if group().first else 0)
 
     def look(self) -> None:
         """Codes are found good: they are what `undo` goes back to."""
@@ -191,32 +211,28 @@ class CodeTuning:
         return codes
 
     @torch.no_grad()
-    def forget(self, codes: Iterable[Tensor]) -> None:
+    def forget(self, codes: Sequence[Tensor]) -> None:
         """The buffers of groups whose codes were undone, `codes` being what these were, start anew at the weight."""
-        for weight, offset, undone in zip(self.weights, self.offsets, codes, strict=True):
-            same = (weight.codes == undone).all(-1, keepdim=True)
-            offset.view(*same.shape[:2], -1).mul_(same)
+        for place, own in self.buffers.own.items():
+            weight = self.weights[place]
+            same = (weight.codes == codes[place].to(weight.codes.device)).all(-1, keepdim=True)
+            own.offset.view(*same.shape[:2], -1).mul_(same)
             self.refused += int(same.numel() - same.sum())
 
-    def take(self, codes: Sequence[Tensor]) -> None:
+    def take(self, codes: Iterable[Tensor]) -> None:
         for weight, one in zip(self.weights, codes, strict=True):
             weight.set_codes(one)
 
     def state(self) -> dict[str, Tensor]:
-        """What goes on from one process to another."""
-        found = {}
-        for i, offset in enumerate(self.offsets):
-            found[f"pv.{i}.offset"] = offset.detach()
-            found |= {f"pv.{i}.{name}": value for name, value in self.optimizer.state[offset].items()}
-            found[f"pv.{i}.looked_at"] = self.looked_at[i]
-        return found
+        """What goes on from one process to another, on the first rank, to which the others send their share."""
+        found = self.buffers.state("pv")
+        return found | {f"pv.{place}.looked_at": codes for place, codes in enumerate(self.looked_at)}
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        for i, offset in enumerate(self.offsets):
-            offset.copy_(state[f"pv.{i}.offset"])
-            load_moments(self.optimizer, offset, f"pv.{i}.", state)
-        self.looked_at = [state[f"pv.{i}.looked_at"].to(weight.codes.device) for i, weight in enumerate(self.weights)]
+        """Of the state of any number of ranks."""
+        self.buffers.load("pv", state)
+        kept = [codes.device for codes in self.looked_at]
+        self.looked_at = [state[f"pv.{place}.looked_at"].to(device) for place, device in enumerate(kept)]
 
 
 def _within(squares: Tensor, most: Tensor) -> Tensor:
@@ -226,14 +242,3 @@ def _within(squares: Tensor, most: Tensor) -> Tensor:
     kept = torch.empty_like(order, dtype=torch.bool)
     kept[order] = shares.long().cumsum(0) <= 2**40  # of integers: sums of floats have no fixed order on a GPU
     return kept
-
-
-def load_moments(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, prefix: str, state: Mapping[str, Tensor]
-) -> None:
-    """The state of Adam for a parameter, of tensors by name; step stays where Adam has it."""
-    for name in ("step", "exp_avg", "exp_avg_sq"):
-        value = state.get(prefix + name)
-        if value is not None:
-            on_cpu = name == "step" and not optimizer.param_groups[0].get("fused")
-            optimizer.state[parameter][name] = value.clone() if on_cpu else value.to(parameter.device, copy=True)

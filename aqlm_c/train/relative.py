@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,12 +53,16 @@ class Decoder:
     def __init__(self, layer: QuantizedLayer, codes: Tensor, dtype: torch.dtype) -> None:
         self.codes, self.dtype = codes, dtype
         self._format = layer.codebooks.float(), layer.scales.float()
-        self.index = ops.index_codes(codes, *self._format)
+        self.index: Tensor | None = ops.index_codes(codes, *self._format)
 
     def index_anew(self) -> None:
         """Where codes are others now."""
-        if self.index.numel():
+        if self.index is not None and self.index.numel():
             self.index.copy_(ops.index_codes(self.codes, *self._format))
+
+    def forget_index(self) -> None:
+        """Index the codes for each use from now on: it takes as much memory as four codes of 8 bits."""
+        self.index = None
 
     def __call__(self, codebooks: Tensor, scales: Tensor) -> Tensor:
         if self.dtype.itemsize > 4:
@@ -68,7 +72,8 @@ class Decoder:
     def gradients(self, grad_rows: Tensor, codebooks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """Those to codebooks and scales from the gradient to the weight, [out, in]."""
         grad_rows = grad_rows.float() if grad_rows.dtype.itemsize > 4 else grad_rows
-        return ops.decode_rows_backward(grad_rows, self.codes, codebooks, scales, self.index)
+        index = ops.index_codes(self.codes, *self._format) if self.index is None else self.index
+        return ops.decode_rows_backward(grad_rows, self.codes, codebooks, scales, index)
 
 
 class Run(NamedTuple):
@@ -122,3 +127,14 @@ class Together:
     def _parts(self, flat: Tensor) -> list[Tensor]:
         parts = flat.split([shape.numel() for shape in self._shapes])
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, prefix: str, state: Mapping[str, Tensor]
+) -> None:
+    """The state of Adam for a parameter, of tensors by name; step stays where Adam has it."""
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        value = state.get(prefix + name)
+        if value is not None:
+            on_cpu = name == "step" and not optimizer.param_groups[0].get("fused")
+            optimizer.state[parameter][name] = value.clone() if on_cpu else value.to(parameter.device, copy=True)

@@ -28,8 +28,9 @@ class TunedWeight:
     """The weight of a quantized layer.
 
     names: in the model, of the layers that have it; two where embeddings are tied. codebooks, scales: its values now,
-    float32. trained: whether it has gradients. gradient: to the weight, [out, in] float32, where that is asked for;
-    else what it comes to is in those of codebooks and scales.
+    float32. trained: whether it has gradients: to codebooks and scales, unless gradients to the weight itself are asked
+    for, of which `spread` is then to be called. gradient: their sum, [out, in] float32; or on_gradient: is given that
+    of a pass, once all uses of the weight have added to it.
     """
 
     def __init__(self, name: str, layer: QuantizedLayer, trained: bool) -> None:
@@ -38,15 +39,25 @@ class TunedWeight:
         self.decoder = Decoder(layer, self.codes, torch.float32)
         self.codebooks, self.scales = layer.codebooks.detach().float(), layer.scales.detach().float()
         self.gradient: Tensor | None = None
+        self.on_gradient: Callable[[Tensor], None] | None = None
         self.gradients: tuple[Tensor, Tensor] = (self.codebooks, self.scales)  # `Student` gives it places of its own
         self._anchor = torch.zeros(0, device=self.codes.device, requires_grad=True)
         self._held: Tensor | None = None
+        self._uses = 0
+        self._part: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]"""
+        rows, groups, _ = self.codes.shape
+        return rows * self.layer.out_group_size, groups * self.layer.in_group_size
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
         """[out, in], decoded."""
         if self._held is not None:
             return self._held
         if self.trained and torch.is_grad_enabled():
+            self._uses += not _again.runs
             return _Decoded.apply(self._anchor, self, dtype)
         return self.decoded(dtype)
 
@@ -57,15 +68,21 @@ class TunedWeight:
 
     def receive(self, gradient: Tensor) -> None:
         """Add a gradient to the weight to those that there are."""
+        self._uses -= 1
         if self.gradient is not None:
             self.gradient.add_(gradient)
+        elif self.on_gradient is None:
+            self.spread(gradient)
         else:
-            self._spread(gradient)
+            self._part = gradient if self._part is None else self._part + gradient
+            if self._uses == 0:
+                self.end_pass()
 
-    def settle(self) -> None:
-        """Add what the gradient to the weight comes to, to those of codebooks and scales."""
-        if self.gradient is not None:
-            self._spread(self.gradient)
+    def end_pass(self) -> None:
+        """Give on the gradient that there is, though uses are missing: they had no part in the loss."""
+        part, self._part, self._uses = self._part, None, 0
+        if part is not None and self.on_gradient is not None:
+            self.on_gradient(part)
 
     def own_codes(self) -> None:
         """Codes that change: other ones than the layer's, which has them when the tuning is over."""
@@ -96,7 +113,8 @@ class TunedWeight:
     def is_of(self, layer: QuantizedLayer) -> bool:
         return self.layer.codes is layer.codes
 
-    def _spread(self, gradient: Tensor) -> None:
+    def spread(self, gradient: Tensor) -> None:
+        """Add what a gradient to the weight comes to, to those of codebooks and scales."""
         for total, part in zip(
             self.gradients, self.decoder.gradients(gradient, self.codebooks, self.scales), strict=True
         ):
@@ -226,10 +244,6 @@ class Student:
         for weight in self._trained:
             weight.layer.codes.copy_(weight.codes)
 
-    def settle(self) -> None:
-        for weight in self._trained:
-            weight.settle()
-
 
 def _ask(model: nn.Module, asked: Sequence[nn.Parameter]) -> None:
     model.requires_grad_(False)
@@ -259,6 +273,26 @@ def _checkpointed(block: nn.Module) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return run(*args, **kwargs)
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _contexts}
+        return checkpoint(run, *args, **options, **kwargs)
 
     return forward
+
+
+class _Again:
+    """Around what is run again for its gradients: uses of weights in it were counted before."""
+
+    runs = False
+
+    def __enter__(self) -> None:
+        self.runs = True
+
+    def __exit__(self, *exception: object) -> None:
+        self.runs = False
+
+
+_again = _Again()
+
+
+def _contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+    return contextlib.nullcontext(), _again

@@ -77,6 +77,25 @@ aqlm_status aqlm_update_adam(float *codebooks, float *scales, double *moments /*
                              const float *weight, const float *H, const uint16_t *codes, const aqlm_shape *shape,
                              int64_t steps, double learning_rate, int64_t steps_before);
 
+/* A step of Adam for a buffer of PV-Tuning (arXiv 2405.14852), gradients and moments in one pass: with t = step, from 1
+ * on, first = beta1 first + (1 - beta1) G, second = beta2 second + (1 - beta2) G^2, G = gradient / divisor, buffer -=
+ * learning_rate first / (1 - beta1^t) / (sqrt(second / (1 - beta2^t)) + AQLM_BUFFER_EPS). Moments are float, or bytes
+ * where there are scales: of AQLM_MOMENTS_BLOCK values that follow each other first = scale byte (signed), second =
+ * (scale byte)^4. No first moments are kept for beta1 = 0: first is NULL then. */
+#define AQLM_BUFFER_EPS 1e-12 /* gradients to single weights are small */
+#define AQLM_MOMENTS_BLOCK 256
+typedef struct aqlm_buffer_moments {
+    void *first, *second; /* [n] float; or int8, and uint8 */
+    float *scales;        /* [2, blocks]: of the first and of the second, or NULL */
+} aqlm_buffer_moments;
+typedef struct aqlm_buffer_options {
+    double divisor, learning_rate, beta1, beta2;
+    int64_t step;
+} aqlm_buffer_options;
+aqlm_status aqlm_buffer_step(float *buffer /* [n] */, const aqlm_buffer_moments *moments,
+                             const void *gradient /* [n] */, aqlm_dtype gradient_dtype, int64_t n,
+                             const aqlm_buffer_options *options);
+
 /* *error = tr(D H D^T), D = W - Wq; codes NULL means Wq = 0. */
 aqlm_status aqlm_quantization_error(double *error, const float *weight, const float *H, const uint16_t *codes,
                                     const float *codebooks, const float *scales, const aqlm_shape *shape);

@@ -91,6 +91,11 @@ cudaError_t aqlm_cuda_update_scales(float *scales, const float *weight, const fl
 cudaError_t aqlm_cuda_update_adam(float *codebooks, float *scales, double *moments, const float *weight, const float *H,
                                   const uint16_t *codes, const aqlm_shape *shape, int64_t steps, double learning_rate,
                                   int64_t steps_before, void *workspace, cudaStream_t stream);
+/* aqlm_buffer_step, to the same bits; all pointers, those in `moments` too, are 16-byte aligned. */
+cudaError_t aqlm_cuda_buffer_step(float *buffer, const aqlm_buffer_moments *moments, const void *gradient,
+                                  aqlm_dtype gradient_dtype, int64_t n, const aqlm_buffer_options *options,
+                                  cudaStream_t stream);
+
 /* error: a device pointer */
 cudaError_t aqlm_cuda_quantization_error(double *error, const float *weight, const float *H, const uint16_t *codes,
                                          const float *codebooks, const float *scales, const aqlm_shape *shape,

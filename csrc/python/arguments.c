@@ -21,6 +21,7 @@ static const char *type_name(int type) {
     case NPY_UINT16: return "uint16";
     case NPY_INT32: return "int32";
     case NPY_INT16: return "int16";
+    case NPY_UINT8: return "uint8";
     default: return "int8";
     }
 }

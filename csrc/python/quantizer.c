@@ -52,6 +52,15 @@ static PyObject *residual_kmeans(PyObject *self, PyObject *args, PyObject *kwarg
     return raise_status(status, "residual_kmeans");
 }
 
+/* An array that is written into as it lies. New reference or NULL. */
+static PyArrayObject *target_of(PyObject *object, const char *name, int type, int ndim, npy_intp *dims) {
+    PyArrayObject *array = array_of(object, name, type, ndim, dims);
+    if (!array || ((PyObject *)array == object && PyArray_ISWRITEABLE(array))) return array;
+    PyErr_Format(PyExc_ValueError, "%s: got a read-only or strided array, expected one to write into", name);
+    Py_DECREF((PyObject *)array);
+    return NULL;
+}
+
 static PyObject *accumulate_hessian(PyObject *self, PyObject *args, PyObject *kwargs) {
     (void)self;
     KEYWORDS("sum", "x");
@@ -61,12 +70,7 @@ static PyObject *accumulate_hessian(PyObject *self, PyObject *args, PyObject *kw
     PyArrayObject *rows = array_of(x, "x", NPY_FLOAT, 2, dims);
     if (!rows) return NULL;
     npy_intp square[2] = {dims[1], dims[1]};
-    PyArrayObject *total = array_of(sum, "sum", NPY_DOUBLE, 2, square);
-    if (total && ((PyObject *)total != sum || !PyArray_ISWRITEABLE(total))) {
-        PyErr_SetString(PyExc_ValueError, "sum: got a read-only or strided array, expected one to write into");
-        Py_DECREF((PyObject *)total);
-        total = NULL;
-    }
+    PyArrayObject *total = target_of(sum, "sum", NPY_DOUBLE, 2, square);
     aqlm_status status = AQLM_OK;
     if (total) UNLOCKED(aqlm_accumulate_hessian(data(total), data(rows), dims[0], dims[1]));
     Py_DECREF((PyObject *)rows);
@@ -87,12 +91,7 @@ static PyObject *accumulate_product(PyObject *self, PyObject *args, PyObject *kw
     npy_intp y_dims[2] = {x_dims[0], -1};
     PyArrayObject *y = array_of(right, "y", NPY_FLOAT, 2, y_dims), *total = NULL;
     npy_intp dims[2] = {x_dims[1], y_dims[1]};
-    if (y) total = array_of(sum, "sum", NPY_DOUBLE, 2, dims);
-    if (total && ((PyObject *)total != sum || !PyArray_ISWRITEABLE(total))) {
-        PyErr_SetString(PyExc_ValueError, "sum: got a read-only or strided array, expected one to write into");
-        Py_DECREF((PyObject *)total);
-        total = NULL;
-    }
+    if (y) total = target_of(sum, "sum", NPY_DOUBLE, 2, dims);
     aqlm_status status = AQLM_OK;
     if (total) UNLOCKED(aqlm_accumulate_product(data(total), data(x), data(y), x_dims[0], dims[0], dims[1]));
     Py_DECREF((PyObject *)x);
@@ -282,6 +281,52 @@ static PyObject *update_adam(PyObject *self, PyObject *args, PyObject *kwargs) {
     return raise_status(status, "update_adam");
 }
 
+static bool check_buffer_options(const aqlm_buffer_options *o, bool keeps_first) {
+    const double shares[] = {o->beta1, o->beta2}, others[] = {o->divisor, o->learning_rate};
+    const char *names[] = {"beta1", "beta2", "divisor", "learning_rate"};
+    for (int i = 0; i < 2; i++) {
+        if (!check_not_negative(shares[i], names[i]) || !check_not_negative(others[i], names[2 + i])) return false;
+        if (shares[i] >= 1.0) {
+            PyErr_Format(PyExc_ValueError, "%s: got a number >= 1, expected one in [0, 1)", names[i]);
+            return false;
+        }
+    }
+    if (o->divisor == 0.0) PyErr_SetString(PyExc_ValueError, "divisor: got 0, expected a number > 0");
+    else if (o->step < 1) PyErr_Format(PyExc_ValueError, "step: got %lld, expected at least 1", (long long)o->step);
+    else if (o->beta1 > 0.0 && !keeps_first)
+        PyErr_SetString(PyExc_ValueError, "first: got None, expected an array for a beta1 above 0");
+    return !PyErr_Occurred();
+}
+
+static PyObject *buffer_step(PyObject *self, PyObject *args, PyObject *kwargs) {
+    (void)self;
+    KEYWORDS("buffer", "gradient", "first", "second", "scales", "divisor", "learning_rate", "beta1", "beta2", "step");
+    PyObject *buffer, *gradient, *first, *second, *scales;
+    double divisor, rate, beta1, beta2;
+    long long step;
+    if (!PARSE("OOOOOddddL", &buffer, &gradient, &first, &second, &scales, &divisor, &rate, &beta1, &beta2, &step))
+        return NULL;
+    const aqlm_buffer_options options = {divisor, rate, beta1, beta2, step};
+    const bool keeps_first = first != Py_None, bytes = scales != Py_None;
+    if (!check_buffer_options(&options, keeps_first)) return NULL;
+    npy_intp dims[2] = {-1, -1};
+    PyArrayObject *b = target_of(buffer, "buffer", NPY_FLOAT, 2, dims), *g = NULL, *m = NULL, *v = NULL, *s = NULL;
+    const npy_intp n = b ? PyArray_SIZE(b) : 0;
+    npy_intp scale_dims[2] = {2, (n + AQLM_MOMENTS_BLOCK - 1) / AQLM_MOMENTS_BLOCK};
+    bool valid = b && (g = array_of(gradient, "gradient", NPY_FLOAT, 2, dims));
+    if (valid && keeps_first) valid = (m = target_of(first, "first", bytes ? NPY_INT8 : NPY_FLOAT, 2, dims));
+    valid = valid && (v = target_of(second, "second", bytes ? NPY_UINT8 : NPY_FLOAT, 2, dims));
+    if (valid && bytes) valid = (s = target_of(scales, "scales", NPY_FLOAT, 2, scale_dims));
+    const aqlm_buffer_moments moments = {data(m), data(v), data(s)};
+    aqlm_status status = AQLM_OK;
+    if (valid) UNLOCKED(aqlm_buffer_step(data(b), &moments, data(g), AQLM_F32, n, &options));
+    PyArrayObject *all[] = {b, g, m, v, s};
+    for (int i = 0; i < 5; i++) Py_XDECREF((PyObject *)all[i]);
+    if (!valid) return NULL;
+    if (status) return raise_status(status, "buffer_step");
+    Py_RETURN_NONE;
+}
+
 static PyObject *quantization_error(PyObject *self, PyObject *args, PyObject *kwargs) {
     (void)self;
     KEYWORDS("weight", "H", "codes", "codebooks", "scales");
@@ -337,6 +382,9 @@ PyMethodDef quantizer_methods[] = {
     VERB(update_scales, "update_scales(scales, weight, H, codes, codebooks) -> scales"),
     VERB(update_adam, "update_adam(codebooks, scales, moments, weight, H, codes, steps, learning_rate, steps_before=0) "
                       "-> (codebooks, scales, moments)"),
+    VERB(buffer_step,
+         "buffer_step(buffer, gradient, first, second, scales, divisor, learning_rate, beta1, beta2, step): "
+         "a step of Adam, in place"),
     VERB(quantization_error, "quantization_error(weight, H, codes=None, codebooks=None, scales=None) -> tr(D H D^T)"),
     VERB(gaussian_reference, "gaussian_reference(eigenvalues, rate) -> relative error"),
     {NULL, NULL, 0, NULL},

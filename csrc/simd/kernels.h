@@ -368,6 +368,72 @@ static void gather_sums(float *sums, const aqlm_entries *from, const void *codes
                     from->g, from->size);
 }
 
+/* No word is needed here: the compiler vectorises these loops, whose operations are all rounded correctly. */
+ALWAYS_INLINE void adam_each(float *restrict x, float *restrict first, float *restrict second,
+                             const float *restrict gradient, int64_t n, const aqlm_adam *a, const bool keeps_first) {
+    const aqlm_adam b = *a;
+    for (int64_t i = 0; i < n; i++) {
+        const float g = gradient[i] / b.divisor, m = keeps_first ? first[i] + (g - first[i]) * b.rest1 : g;
+        const float v = second[i] * b.beta2 + g * g * b.rest2;
+        if (keeps_first) first[i] = m;
+        second[i] = v;
+        x[i] -= b.rate * (m / (sqrtf(v) / b.root + b.eps));
+    }
+}
+
+static void adam(float *x, float *first, float *second, const float *gradient, int64_t n, const aqlm_adam *a) {
+    if (first) adam_each(x, first, second, gradient, n, a, true);
+    else adam_each(x, second, second, gradient, n, a, false);
+}
+
+static void load_first(float *first, const int8_t *bytes, float scale, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        const float root = (float)bytes[i] * scale;
+        first[i] = root * fabsf(root) * (root * root);
+    }
+}
+
+static void load_second(float *second, const uint8_t *bytes, float scale, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        const float root = (float)bytes[i] * scale, square = root * root;
+        second[i] = square * square * (square * square);
+    }
+}
+
+/* The largest of n numbers that are not negative, compared as integers: NaN, which is above all, is not lost. */
+static inline float largest(const float *x, int64_t n) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t magnitude = aqlm_bits_of(x[i]) & 0x7fffffff;
+        most = magnitude > most ? magnitude : most;
+    }
+    return aqlm_float_of(most);
+}
+
+static float store_first(int8_t *bytes, const float *first, int64_t n) {
+    float root[AQLM_MOMENTS];
+    for (int64_t i = 0; i < n; i++) root[i] = sqrtf(sqrtf(fabsf(first[i])));
+    const float scale = largest(root, n) / 127.0f, divisor = scale == 0.0f ? 1.0f : scale;
+    for (int64_t i = 0; i < n; i++) {
+        float q = root[i] / divisor;
+        q = first[i] < 0.0f ? -q : q;
+        bytes[i] = (int8_t)(uint8_t)aqlm_bits_of(q + AQLM_ROUND);
+    }
+    return scale;
+}
+
+static float store_second(uint8_t *bytes, const float *second, int64_t n) {
+    float root[AQLM_MOMENTS];
+    for (int64_t i = 0; i < n; i++) root[i] = sqrtf(sqrtf(sqrtf(second[i])));
+    const float scale = largest(root, n) / 255.0f, divisor = scale == 0.0f ? 1.0f : scale;
+    for (int64_t i = 0; i < n; i++) {
+        float q = root[i] / divisor;
+        q = q > 1.0f || root[i] == 0.0f ? q : 1.0f;
+        bytes[i] = (uint8_t)aqlm_bits_of(q + AQLM_ROUND);
+    }
+    return scale;
+}
+
 #ifndef AQLM_OWN_TABLES
 /* In the words of tables_*.h: transpose_16 transposes 16 x 16 bytes; add_products adds x[0] c[e, 0] + x[1] c[e, 1] to
  * sum e < 256; finish_plane changes a plane of a table into what sum_planes looks up: sums[p][o] = sum_t plane p of
@@ -469,4 +535,9 @@ const aqlm_kernels AQLM_TABLE = {
     .make_tables = make_tables,
     .make_short_tables = make_short_tables,
     .table_sums = table_sums,
+    .adam = adam,
+    .load_first = load_first,
+    .load_second = load_second,
+    .store_first = store_first,
+    .store_second = store_second,
 };

@@ -18,7 +18,8 @@ enum {
     AQLM_PANEL = 64,          /* outputs looked up together */
     AQLM_PLANE = 256,         /* bytes of a plane of a table */
     AQLM_TABLE_SHIFT = 15,    /* from products of integers to entries of a table of 2 planes */
-    AQLM_GATHER = 32          /* inputs that gather_sums takes at once */
+    AQLM_GATHER = 32,         /* inputs that gather_sums takes at once */
+    AQLM_MOMENTS = 256        /* moments of 8 bits that share a scale */
 };
 
 static inline uint32_t aqlm_bits_of(float x) {
@@ -81,6 +82,12 @@ typedef struct aqlm_pair {
     float worth;        /* only a pair cheaper than this need be found */
 } aqlm_pair;
 
+/* A step of Adam: gradients are divided by `divisor`; rest = 1 - beta; rate and root hold the corrections of the bias.
+ */
+typedef struct aqlm_adam {
+    float divisor, rest1, beta2, rest2, rate, root, eps;
+} aqlm_adam;
+
 typedef struct aqlm_kernels {
     const char *name;
     int64_t tile_rows, tile_cols; /* of gemm_tile */
@@ -139,6 +146,17 @@ typedef struct aqlm_kernels {
      * tables [rows, AQLM_TABLE_BLOCK, planes, AQLM_PLANE]; y must have space for outputs rounded up to 64. */
     void (*table_sums)(float *y, int64_t ldy, const aqlm_codes_block *block, const uint8_t *tables, const float *scales,
                        int64_t rows, int planes);
+
+    /* A step for n values x: first += rest1 (gradient - first), second = beta2 second + rest2 gradient^2,
+     * x -= rate first / (sqrt(second) / root + eps). first NULL: the gradient itself. */
+    void (*adam)(float *x, float *first, float *second, const float *gradient, int64_t n, const aqlm_adam *a);
+
+    /* Moments of bytes, for n <= AQLM_MOMENTS: first = +-(scale byte)^4, second = (scale byte)^8; and back: the nearest
+     * of these roots, with the scale at which the largest just fits; of second moments none but zero becomes zero. */
+    void (*load_first)(float *first, const int8_t *bytes, float scale, int64_t n);
+    void (*load_second)(float *second, const uint8_t *bytes, float scale, int64_t n);
+    float (*store_first)(int8_t *bytes, const float *first, int64_t n);
+    float (*store_second)(uint8_t *bytes, const float *second, int64_t n);
 } aqlm_kernels;
 
 extern const aqlm_kernels aqlm_kernels_scalar;

@@ -63,14 +63,14 @@ inline const char *name_of(ScalarType type) {
     }
 }
 
-inline aqlm_dtype dtype_of(const Tensor &t, const char *name) {
+template <class Error = std::runtime_error> inline aqlm_dtype dtype_of(const Tensor &t, const char *name) {
     switch (t.scalar_type()) {
     case ScalarType::Float: return AQLM_F32;
     case ScalarType::Half: return AQLM_F16;
     case ScalarType::BFloat16: return AQLM_BF16;
     default: break;
     }
-    check(false, name, ": got dtype ", name_of(t.scalar_type()), ", expected float32, float16 or bfloat16");
+    check<Error>(false, name, ": got dtype ", name_of(t.scalar_type()), ", expected float32, float16 or bfloat16");
     return AQLM_F32;
 }
 

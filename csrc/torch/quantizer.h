@@ -138,6 +138,50 @@ inline void check_adam(int64_t steps, double learning_rate, int64_t steps_before
     check_value(steps_before >= 0, "steps_before: got ", steps_before, ", expected a number >= 0");
 }
 
+/* What buffer_step is given, checked; moments and buffer are written into as they lie. */
+template <Tensor (*Dense)(const Tensor &)> struct BufferOf {
+    Tensor buffer, gradient, second;
+    Optional first, scales;
+    aqlm_dtype dtype;
+    aqlm_buffer_options options;
+
+    BufferOf(const Tensor &buffer_in, const Tensor &gradient_in, const Optional &first_in, const Tensor &second_in,
+             const Optional &scales_in, const aqlm_buffer_options &options_in)
+        : buffer(target(buffer_in, "buffer", ScalarType::Float, {-1, -1})), gradient(gradient_in), second(second_in),
+          first(first_in), scales(scales_in), dtype(dtype_of<std::invalid_argument>(gradient_in, "gradient")),
+          options(options_in) {
+        const int64_t out = buffer.size(0), in = buffer.size(1);
+        check_fits(gradient_in, "gradient", {out, in});
+        gradient = Dense(gradient_in);
+        if (first) target(*first, "first", scales ? ScalarType::Char : ScalarType::Float, {out, in});
+        target(second, "second", scales ? ScalarType::Byte : ScalarType::Float, {out, in});
+        if (scales)
+            target(*scales, "scales", ScalarType::Float, {2, (out * in + AQLM_MOMENTS_BLOCK - 1) / AQLM_MOMENTS_BLOCK});
+        for (const auto &[value, name] : {std::pair{options.beta1, "beta1"}, {options.beta2, "beta2"}})
+            check_value(value >= 0.0 && value < 1.0, name, ": got ", value, ", expected a number in [0, 1)");
+        check_value(options.divisor > 0.0, "divisor: got ", options.divisor, ", expected a number > 0");
+        check_not_negative(options.learning_rate, "learning_rate");
+        check_value(options.step >= 1, "step: got ", options.step, ", expected at least 1");
+        check_value(options.beta1 == 0.0 || first, "first: got None, expected a tensor for a beta1 above 0");
+    }
+
+    aqlm_buffer_moments moments() const {
+        return {first ? first->mutable_data_ptr() : nullptr, second.mutable_data_ptr(),
+                scales ? writable(*scales) : nullptr};
+    }
+
+  private:
+    static const Tensor &target(const Tensor &t, const char *name, ScalarType type,
+                                std::initializer_list<int64_t> sizes) {
+        check_value(t.scalar_type() == type, name, ": got dtype ", name_of(t.scalar_type()), ", expected ",
+                    name_of(type));
+        check_fits(t, name, sizes);
+        check_value(t.is_contiguous() && Dense(t).const_data_ptr() == t.const_data_ptr(), name,
+                    ": got a strided tensor, expected one to write into");
+        return t;
+    }
+};
+
 inline void check_state(const Optional &codes, const Optional &codebooks, const Optional &scales) {
     check_value(!codes || codebooks, "codebooks: got None, expected a tensor beside codes");
     check_value(!codes || scales, "scales: got None, expected a tensor beside codes");

@@ -168,6 +168,18 @@ std::tuple<Tensor, Tensor, Tensor> update_adam(const Tensor &codebooks, const Te
     return {c, s, m};
 }
 
+void buffer_step(const Tensor &buffer, const Tensor &gradient, const Optional &first, const Tensor &second,
+                 const Optional &scales, double divisor, double learning_rate, double beta1, double beta2,
+                 int64_t step) {
+    const BufferOf<as_contiguous> b(buffer, gradient, first, second, scales,
+                                    {divisor, learning_rate, beta1, beta2, step});
+    const aqlm_buffer_moments moments = b.moments();
+    follow_torch_threads();
+    check_status(aqlm_buffer_step(writable(b.buffer), &moments, b.gradient.const_data_ptr(), b.dtype, b.buffer.numel(),
+                                  &b.options),
+                 "buffer_step");
+}
+
 Tensor quantization_error(const Tensor &weight, const Tensor &H, const Optional &codes, const Optional &codebooks,
                           const Optional &scales) {
     check_state(codes, codebooks, scales);
@@ -248,6 +260,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aqlm_c, m) {
     m.def("update_scales(Tensor scales, Tensor weight, Tensor H, Tensor codes, Tensor codebooks) -> Tensor");
     m.def("update_adam(Tensor codebooks, Tensor scales, Tensor moments, Tensor weight, Tensor H, Tensor codes, "
           "int steps, float learning_rate, int steps_before=0) -> (Tensor, Tensor, Tensor)");
+    m.def("buffer_step(Tensor(a!) buffer, Tensor gradient, Tensor(b!)? first, Tensor(c!) second, Tensor(d!)? scales, "
+          "float divisor, float learning_rate, float beta1, float beta2, int step) -> ()");
     m.def("quantization_error(Tensor weight, Tensor H, Tensor? codes=None, Tensor? codebooks=None, "
           "Tensor? scales=None) -> Tensor");
     m.def("gaussian_reference(Tensor eigenvalues, float rate) -> Tensor");
@@ -266,6 +280,7 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CPU, m) {
     m.impl("update_codebooks", TORCH_BOX(&answering<&update_codebooks>::call));
     m.impl("update_scales", TORCH_BOX(&answering<&update_scales>::call));
     m.impl("update_adam", TORCH_BOX(&answering<&update_adam>::call));
+    m.impl("buffer_step", TORCH_BOX(&answering<&buffer_step>::call));
     m.impl("quantization_error", TORCH_BOX(&answering<&quantization_error>::call));
     m.impl("gaussian_reference", TORCH_BOX(&answering<&gaussian_reference>::call));
     m.impl("pack_codes", TORCH_BOX(&answering<&pack_codes>::call));

@@ -277,6 +277,22 @@ std::tuple<Tensor, Tensor, Tensor> update_adam(const Tensor &codebooks, const Te
     return {c, s, m};
 }
 
+void buffer_step(const Tensor &buffer, const Tensor &gradient, const Optional &first, const Tensor &second,
+                 const Optional &scales, double divisor, double learning_rate, double beta1, double beta2,
+                 int64_t step) {
+    const BufferOf<ready> b(buffer, gradient, first, second, scales, {divisor, learning_rate, beta1, beta2, step});
+    const int32_t device = b.buffer.get_device_index();
+    check_place(b.gradient, "gradient", device);
+    if (first) check_place(*first, "first", device);
+    check_place(second, "second", device);
+    if (scales) check_place(*scales, "scales", device);
+    const OnDevice on(device);
+    const aqlm_buffer_moments moments = b.moments();
+    check(aqlm_cuda_buffer_step(writable(b.buffer), &moments, b.gradient.const_data_ptr(), b.dtype, b.buffer.numel(),
+                                &b.options, on.stream),
+          "buffer_step");
+}
+
 Tensor quantization_error(const Tensor &weight, const Tensor &H, const Optional &codes, const Optional &codebooks,
                           const Optional &scales) {
     check_state(codes, codebooks, scales);
@@ -339,6 +355,7 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CUDA, m) {
     m.impl("update_codebooks", TORCH_BOX(&update_codebooks));
     m.impl("update_scales", TORCH_BOX(&update_scales));
     m.impl("update_adam", TORCH_BOX(&update_adam));
+    m.impl("buffer_step", TORCH_BOX(&buffer_step));
     m.impl("quantization_error", TORCH_BOX(&quantization_error));
     m.impl("pack_codes", TORCH_BOX(&pack_codes));
     m.impl("unpack_codes", TORCH_BOX(&unpack_codes));

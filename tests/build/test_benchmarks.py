@@ -534,6 +534,40 @@ def test_random_checkpoint(monkeypatch, tmp_path):
     assert 0.15 < rows.log().std() < 0.6 and columns.max() > 4 * columns.median()
 
 
+def test_tuning_a_shape(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import finetune_model
+
+    arguments = ["--shape", "tiny", "--blocks", 2, "--steps", 4, "--batch-size", 4, "--sequence-length", 16, "--pv"]
+    arguments += ["--set", "pv_states=8bit", "--set", "pv_learning_rate=0.3", "--json", tmp_path / "found.json"]
+    monkeypatch.setattr(sys, "argv", ["finetune_model", *map(str, arguments)])
+    finetune_model.main()
+    written = json.loads((tmp_path / "found.json").read_text())
+    (row,) = written["rows"]
+    assert (row["blocks"], row["ranks"], row["moments"], row["tokens a step"]) == (2, 1, "8bit", 64)
+    assert len(written["seconds"]) == 4 and row["tokens/s"] == pytest.approx(64 / row["seconds a step"])
+    assert 0 < row["KL"] < row["KL before"] and written["history"][-1]["changed"] > 0 and row["device GB"] is None
+    assert "step 4: " in capsys.readouterr().out and str(tmp_path) not in (tmp_path / "found.json").read_text()
+
+
+def test_buffer_step(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import buffer_step
+    import torch
+
+    arguments = ["--shape", "48x64", "--cache", "1e5", "--least", "0.01", "--json", tmp_path / "found.json"]
+    monkeypatch.setattr(sys, "argv", ["buffer_step", *map(str, arguments), "--threads", str(torch.get_num_threads())])
+    buffer_step.main()
+    rows = {row["contender"]: row for row in json.loads((tmp_path / "found.json").read_text())["rows"]}
+    assert list(rows) == ["ours, float32", "ours, 8 bits", "torch, foreach", "torch, fused"]
+    assert [row["bytes a weight"] for row in rows.values()] == [26, 14.0625, 28, 28]
+    assert all(row["ms"] > 0 and row["% of read"] > 0 for row in rows.values())
+    assert 0 < rows["ours, float32"]["error"] < 1e-4 < rows["ours, 8 bits"]["error"] < 0.05
+    monkeypatch.setattr(buffer_step.Ours, "step", lambda self, number=2: self.buffer.add_(1))
+    with pytest.raises(SystemExit, match=r"ours, float32: got an error of .* expected less: not timed"):
+        buffer_step.main()
+
+
 TUNING = [f"--set-tuning={option}" for option in ("batch_size=2", "pv_fraction=0.5", "pv_learning_rate=0.3")]
 ABLATIONS = {
     "samples": ["--points", "2", "4"],

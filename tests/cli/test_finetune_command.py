@@ -33,7 +33,20 @@ def run(*arguments):
 
 def test_what_is_written(models, tmp_path, capsys):
     given = [models / "quantized", models / "model", tmp_path / "out", *TUNE, "--set", "learning_rate=0.02"]
-    assert run("finetune", *given, "--pv", "--work-dir", tmp_path / "work", "--json", tmp_path / "report.json") == 0
+    assert (
+        run(
+            "finetune",
+            *given,
+            "--pv",
+            "--pv-states",
+            "8bit",
+            "--work-dir",
+            tmp_path / "work",
+            "--json",
+            tmp_path / "report.json",
+        )
+        == 0
+    )
     shown = capsys.readouterr()
     assert "estimate: about" in shown.err and "step 8: training KL" in shown.err and "held-out KL" in shown.out
     report, before = (
@@ -42,6 +55,7 @@ def test_what_is_written(models, tmp_path, capsys):
     tuned = report.pop("finetune")
     assert json.loads((tmp_path / "report.json").read_text()) == tuned
     assert tuned["held_out_after"] < tuned["held_out_before"] and tuned["options"]["pv"] is True
+    assert tuned["options"]["pv_states"] == "8bit" and "moments of 8 bits" in shown.err
     assert tuned["original"] == str(models / "model") and tuned["tokens"] == 8 * 4 * 32 and tuned["data"]["input_ids"]
     assert {**report, "sizes": None} == {**before, "sizes": None}
     card = (tmp_path / "out" / "README.md").read_text()

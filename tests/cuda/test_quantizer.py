@@ -136,6 +136,31 @@ def test_updates_and_error(shape):
         np.testing.assert_allclose(ours.cpu().numpy(), theirs, atol=2e-3 * size)
 
 
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("of_bytes", [False, True])
+@pytest.mark.parametrize("beta1", [0.0, 0.5])
+@pytest.mark.parametrize("shape", [(1, 5), (3, 85), (16, 16), (130, 264)], ids=str)
+def test_buffer_steps_have_the_bits_of_a_cpu(shape, beta1, of_bytes, kind):
+    generator = torch.Generator().manual_seed(0)
+    count = -(-shape[0] * shape[1] // 256)
+    dtypes = (torch.int8, torch.uint8) if of_bytes else (torch.float32, torch.float32)
+    state = [torch.randn(shape, generator=generator), *(torch.zeros(shape, dtype=dtype) for dtype in dtypes)]
+    state.append(torch.zeros(2, count) if of_bytes else None)
+    if beta1 == 0:
+        state[1] = None
+    there = [None if one is None else one.cuda() for one in state]
+    for step in range(1, 6):
+        sizes = torch.randn(shape, generator=generator).mul_(2).exp_()
+        gradient = (1e-3 * sizes * torch.randn(shape, generator=generator)).to(getattr(torch, kind))
+        for buffer, *moments in (state, there):
+            given = gradient.to(buffer.device)
+            verbs.buffer_step(buffer, given, tuple(moments), 7.0, 1e-2, (beta1, 0.95), step)
+    for ours, theirs in zip(there, state, strict=True):
+        assert ours is theirs is None or torch.equal(ours.cpu(), theirs)
+    with pytest.raises(ValueError, match="second: got a tensor elsewhere, expected it on cuda:0 as the others"):
+        verbs.buffer_step(there[0], gradient.cuda(), (*there[1:2], state[2], there[3]), 7.0, 1e-2, (beta1, 0.95), 1)
+
+
 def test_an_entry_without_members_stays():
     W, H, scales, codes, codebooks = layer(40, 96, 2, 6, 8)
     codes[codes == 7] = 0

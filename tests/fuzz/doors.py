@@ -73,6 +73,12 @@ def arguments(rng):
     metric = np.stack([np.eye(g, dtype=np.float32)] * J)
     feedback = np.triu(gen.standard_normal((width, width), dtype=np.float32), 1)
     shape = {"num_codebooks": K, "nbits_per_codebook": B, "in_group_size": g}
+    of_bytes = rng.random() < 0.5
+    moments = {
+        "first": np.zeros((out, width), np.int8 if of_bytes else np.float32),
+        "second": np.zeros((out, width), np.uint8 if of_bytes else np.float32),
+        "scales": np.zeros((2, -(-out * width // 256)), np.float32) if of_bytes else None,
+    }
     verbs = {
         "residual_kmeans": take("weight", "scales", **shape, init_max_iter=3, tolerance=1e-3, seed=1),
         "accumulate_hessian": {"sum": np.zeros((width, width)), "x": x},
@@ -86,6 +92,8 @@ def arguments(rng):
         "update_scales": take("scales", "weight", "H", "codes", "codebooks"),
         "update_adam": take("codebooks", "scales", moments=np.zeros((2, size)))
         | take("weight", "H", "codes", steps=2, learning_rate=1e-3, steps_before=1),
+        "buffer_step": {"buffer": common["weight"].copy(), "gradient": common["weight"], **moments}
+        | {"divisor": 2.0, "learning_rate": 1e-2, "beta1": 0.5, "beta2": 0.95, "step": 3},
         "quantization_error": take("weight", "H", "codes", "codebooks", "scales"),
         "gaussian_reference": {"eigenvalues": gen.uniform(0, 1, width), "rate": 2.0},
         "decode_rows": stored,

@@ -75,6 +75,40 @@ def test_same_bits_as_core(shape, threads):
     same("unpack_codes", same("pack_codes", codes, B), B)
 
 
+@pytest.mark.parametrize("of_bytes", [False, True])
+def test_buffer_steps_have_the_bits_of_core(of_bytes, threads):
+    generator = np.random.default_rng(0)
+    kinds = (np.int8, np.uint8) if of_bytes else (np.float32, np.float32)
+    given = [generator.standard_normal((130, 96)).astype(np.float32), *(np.zeros((130, 96), kind) for kind in kinds)]
+    given.append(np.zeros((2, 49), np.float32) if of_bytes else None)
+    tensors = [None if one is None else torch.from_numpy(one.copy()) for one in given]
+    for step in (1, 2, 3):
+        gradient = torch.from_numpy(generator.standard_normal((130, 96)).astype(np.float32)).bfloat16()
+        buffer, *moments = given
+        _core.buffer_step(buffer, gradient.float().numpy(), *moments, 3.0, 1e-2, 0.5, 0.95, step)
+        buffer, *moments = tensors
+        assert OPS.buffer_step(buffer, gradient.T.contiguous().T, *moments, 3.0, 1e-2, 0.5, 0.95, step) is None
+    for array, tensor in zip(given, tensors, strict=True):
+        assert array is None or array.tobytes() == tensor.numpy().tobytes()
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.5])
+def test_buffer_steps_are_those_of_torchs_adam(beta1):
+    """Up to last bits: of each of 20 steps at most one in a million of its size."""
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.randn(48, 264, generator=generator)
+    theirs = torch.nn.Parameter(ours.clone())
+    optimizer = torch.optim.Adam([theirs], lr=1e-2, betas=(beta1, 0.95), eps=1e-12)
+    first, second = (torch.zeros_like(ours) for _ in range(2))
+    for step in range(1, 21):
+        gradient = 1e-4 * torch.randn(48, 264, generator=generator) * torch.rand(264, generator=generator)
+        theirs.grad = gradient / 16
+        optimizer.step()
+        OPS.buffer_step(ours, gradient, first, second, None, 16.0, 1e-2, beta1, 0.95, step)
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6, atol=2e-7)
+    torch.testing.assert_close(second, optimizer.state[theirs]["exp_avg_sq"], rtol=1e-5, atol=0)
+
+
 def test_strided_arguments_are_copied_and_none_is_changed():
     W, H = map(torch.from_numpy, random_layer(24, 64))
     state = [torch.from_numpy(x) for x in random_state(24, 64, 2, 4, 8)]
@@ -145,6 +179,18 @@ NAN, F64 = float("nan"), torch.float64
         ("update_adam", {"steps": -1}, "steps: got -1, expected a number >= 0"),
         ("update_adam", {"learning_rate": NAN}, "learning_rate: got nan, expected a number >= 0"),
         ("update_adam", {"moments": numbers(2, 3, dtype=F64)}, "moments: got shape [2, 3], expected [2, 260]"),
+        ("buffer_step", {"step": 0}, "step: got 0, expected at least 1"),
+        ("buffer_step", {"beta2": 1.0}, "beta2: got 1, expected a number in [0, 1)"),
+        ("buffer_step", {"divisor": NAN}, "divisor: got nan, expected a number > 0"),
+        (
+            "buffer_step",
+            {"first": None, "scales": None, "second": numbers(4, 32)},
+            "first: got None, expected a tensor for a beta1 above 0",
+        ),
+        ("buffer_step", {"second": numbers(4, 32)}, "second: got dtype float32, expected uint8"),
+        ("buffer_step", {"scales": numbers(2, 3)}, "scales: got shape [2, 3], expected [2, 1]"),
+        ("buffer_step", {"buffer": numbers(8, 32)[::2]}, "buffer: got a strided tensor, expected one to write into"),
+        ("buffer_step", {"gradient": numbers(4, 32, dtype=F64)}, "gradient: got dtype float64, expected float32"),
         ("quantization_error", {"scales": None}, "scales: got None, expected a tensor beside codes"),
         ("gaussian_reference", {"eigenvalues": numbers(0, dtype=F64)}, "eigenvalues: got none, expected at least one"),
         ("gaussian_reference", {"rate": -1.0}, "rate: got -1, expected a number >= 0"),
@@ -165,6 +211,10 @@ def test_errors(verb, change, message):
     arguments |= {"learning_rate": 1e-3, "eigenvalues": numbers(3, dtype=F64, fill=1.0), "rate": 1.0}
     arguments |= {"sum": numbers(32, 32, dtype=F64), "x": numbers(5, 32), "y": numbers(5, 32)}
     arguments |= {"cross": numbers(32, 32), "alpha": 1.0}
+    if verb == "buffer_step":
+        arguments |= {"buffer": numbers(4, 32), "gradient": numbers(4, 32), "first": numbers(4, 32, dtype=torch.int8)}
+        arguments |= {"second": numbers(4, 32, dtype=torch.uint8), "scales": numbers(2, 1), "divisor": 1.0}
+        arguments |= {"beta1": 0.5, "beta2": 0.95, "step": 1}
     arguments |= change
     if arguments["codes"] is None:
         arguments["codes"] = numbers(4, 4, 1, dtype=torch.uint16)
@@ -184,7 +234,7 @@ def test_the_schemas_are_the_signatures_of_core():
     stub = ast.parse((Path(aqlm_c.__file__).parent / "_core.pyi").read_text())
     functions = {node.name: node.args for node in stub.body if isinstance(node, ast.FunctionDef)}
     verbs = [name for name in functions if hasattr(OPS, name) and name not in ("decode_rows", "matmul")]
-    assert len(verbs) == 14
+    assert len(verbs) == 15
     for verb in verbs:
         arguments = getattr(OPS, verb).default._schema.arguments
         assert [a.name for a in arguments] == [a.arg for a in functions[verb].args], verb

@@ -281,3 +281,24 @@ def update_adam(codebooks, scales, moments, W, H, codes, steps, learning_rate, s
         move = learning_rate * gradient / (np.sqrt(most / (1 - 0.95**step)) + 1e-8)
         codebooks, scales = codebooks - move[:-out].reshape(K, E, g), scales - move[-out:]
     return codebooks, scales, np.array([moment, most])
+
+
+def buffer_step(buffer, gradient, first, second, divisor, learning_rate, beta1, beta2, step):
+    """(buffer, first, second) after step number `step` of Adam with eps 1e-12."""
+    gradient = gradient / divisor
+    first, second = beta1 * first + (1 - beta1) * gradient, beta2 * second + (1 - beta2) * gradient**2
+    size = np.sqrt(second / (1 - beta2**step)) + 1e-12
+    return buffer - learning_rate * first / (1 - beta1**step) / size, first, second
+
+
+def blocks_of_moments(moments, power, levels, least=0):
+    """What is left of moments in blocks of 256 bytes that share a scale: (scale byte)^power with the moment's sign, the
+    byte at least `least` but for 0."""
+    flat = moments.ravel()
+    kept = np.empty_like(flat)
+    for at in range(0, flat.size, 256):
+        roots = np.abs(flat[at : at + 256]) ** (1 / power)
+        scale = roots.max() / levels or 1
+        bytes_ = np.where(roots > 0, np.maximum(np.rint(roots / scale), least), 0)
+        kept[at : at + 256] = np.sign(flat[at : at + 256]) * (scale * bytes_) ** power
+    return kept.reshape(moments.shape)

@@ -22,12 +22,16 @@ from aqlm_c.config import FinetuneOptions
 from aqlm_c.nn.linear import QuantizedLinear
 from aqlm_c.pipeline.resume import sha256_of
 from aqlm_c.recipe import AqlmConfig
+from aqlm_c.train import cost
 from aqlm_c.train import pv as pv_module
 from aqlm_c.train import student as student_module
+from aqlm_c.train import teacher as teacher_module
+from aqlm_c.train.buffers import Buffer, bytes_of, owners
 from aqlm_c.train.distill import Order, rate_of
 from aqlm_c.train.pv import CodeTuning
 from aqlm_c.train.sampling import sample_sequences
 from aqlm_c.train.student import Student
+from aqlm_c.train.teacher import moved_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,7 +122,7 @@ def test_quantized_embeddings_are_trained_only_if_asked(tied):
         rules = {"embed_tokens": "2x4g4", "lm_head": "2x4g4"}
         quantize_model(model, None, AqlmConfig.from_scheme("2x6g8", **FAST, rules=rules))
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        _, report = tuned((model, original), embeddings=embeddings, **PV, steps=12)
+        _, report = tuned((model, original), embeddings=embeddings, **PV, steps=12, seed=2)
         assert report.held_out_after < report.held_out_before
         found[embeddings] = report.held_out_after
         for name, tensor in model.state_dict().items():
@@ -182,33 +186,30 @@ def test_weights_of_one_block_are_decoded_at_a_time(monkeypatch):
 def test_buffers_follow_codebooks_and_changes_stay_small():
     student = Student(models()[0], FinetuneOptions(**OPTIONS, **PV))
     weights = [weight for weight in student.weights if weight.trained]
-    tuning = CodeTuning(weights, FinetuneOptions(**{**OPTIONS, **PV, "pv_trust_ratio": 0.2}))
+    options = FinetuneOptions(**{**OPTIONS, **PV, "pv_trust_ratio": 0.2, "pv_states": "float32"})
+    tuning = CodeTuning(weights, options)
     generator = torch.Generator().manual_seed(0)
-    for weight in weights:
-        weight.gradient.copy_(torch.randn(weight.gradient.shape, generator=generator))
     dense = [weight.decoded(torch.float32) for weight in weights]
-    for offset, weight in zip(tuning.offsets, dense, strict=True):
-        offset.data.copy_(0.5 * weight.std() * torch.randn(weight.shape, generator=generator))
-    goals = [weight + offset.detach() for weight, offset in zip(dense, tuning.offsets, strict=True)]
-    tuning.step(0.0, changes=True)
+    offsets = [tuning.buffers.own[place].offset for place in range(len(weights))]
+    for offset, weight in zip(offsets, dense, strict=True):
+        offset.copy_(0.5 * weight.std() * torch.randn(weight.shape, generator=generator))
+    goals = [weight + offset for weight, offset in zip(dense, offsets, strict=True)]
+    tuning.step(changes=True)
     made = tuning.changes
     assert 0 < made.changed < 0.05 * made.groups
-    for before, goal, weight, offset in zip(dense, goals, weights, tuning.offsets, strict=True):
+    for before, goal, weight, offset in zip(dense, goals, weights, offsets, strict=True):
         now = weight.decoded(torch.float32)
         assert (now - before).norm() <= 0.2 * before.norm() * (1 + 1e-5)
-        torch.testing.assert_close(now + offset.detach(), goal)  # the buffer itself stays
+        torch.testing.assert_close(now + offset, goal)  # the buffer itself stays
         assert ((now - goal).view(-1, 8).norm(dim=1) <= (before - goal).view(-1, 8).norm(dim=1) + 1e-5).all()
-        assert not weight.gradient.any()
     codes = tuning.codes()
     undone = tuning.undo()
     tuning.forget(undone)
     assert tuning.refused == made.changed
-    for weight, before, old, offset in zip(weights, dense, codes, tuning.offsets, strict=True):
+    for weight, before, old, offset in zip(weights, dense, codes, offsets, strict=True):
         assert torch.equal(weight.decoded(torch.float32), before)
         same = (weight.codes == old).all(-1)
-        assert (
-            not offset.detach().view(*same.shape, 8)[~same].any() and offset.detach().view(*same.shape, 8)[same].any()
-        )
+        assert not offset.view(*same.shape, 8)[~same].any() and offset.view(*same.shape, 8)[same].any()
 
 
 def test_codes_that_make_it_worse_are_undone():
@@ -258,6 +259,8 @@ def test_schedule_and_order():
         ("schedule", "step"): r"schedule: got 'step', expected one of cosine, linear, constant",
         ("cache_teacher", "gpu"): r"cache_teacher: got 'gpu', expected one of none, memory, disk",
         ("pv", 1): r"pv: got 1, expected true or false",
+        ("pv_states", "4bit"): r"pv_states: got '4bit', expected one of auto, float32, 8bit",
+        ("shard_original", 2): r"shard_original: got 2, expected true or false",
         ("step", 1): r"unknown option 'step': did you mean 'steps'",
     }.items(),
 )
@@ -309,7 +312,7 @@ def facts(model, report):
 def killed(folder):
     """Runs that are killed in one of their steps, and go on."""
     found = {}
-    for name, more in (("continuous", {}), ("codes too", PV)):
+    for name, more in (("continuous", {}), ("codes too", PV), ("8 bits", {**PV, "pv_states": "8bit"})):
         found[name] = [facts(*tuned(**LIKE, **more))]
         for step in KILLED_AT:
             work = folder / f"{name}-{step}"
@@ -322,16 +325,47 @@ def killed(folder):
     return found
 
 
+RUNS = {
+    "continuous": {},
+    "codes too": PV,
+    "in parts": {**PV, "micro_batch_size": 2},
+    "8 bits": {**PV, "pv_states": "8bit"},
+    "8 bits in parts": {**PV, "pv_states": "8bit", "micro_batch_size": 2, "pv_follow": False},
+    "original in shards": {**PV, "shard_original": True, "batch_size": 7, "gradient_checkpointing": "always"},
+    "original in shards, kept": {**PV, "shard_original": True, "cache_teacher": "memory"},
+    "experts": {**PV, "shard_original": True},
+}
+
+
 def curve(folder, size):
     """Runs of one of `size` ranks, which leaves its looks and what it has."""
     torch.set_num_threads(1)
+    buffers, plain = [], pv_module.Buffers.__init__
+
+    def counted(self, *arguments):
+        plain(self, *arguments)
+        buffers.append(sum(tensor.nbytes for own in self.own.values() for tensor in own.tensors.values()))
+
+    pv_module.Buffers.__init__ = counted
     with distributed.started() as group:
-        found = [facts(*tuned(**more, steps=12, evaluation_interval=4, micro_batch_size=2)) for more in ({}, PV)]
+        found = {}
+        for name, more in RUNS.items():
+            pair = models("experts") if name == "experts" else models()
+            dense = [parameter.clone() for parameter in pair[1].parameters()]
+            more = {"micro_batch_size": 4, "save_interval": 5, **more}
+            work = folder / f"{size}-{name}" if name == "8 bits" else None
+            found[name] = facts(*tuned(pair, work_dir=work, **more, steps=12, evaluation_interval=4))
+            found[name]["buffers"] = buffers.pop() if buffers else 0
+            found[name]["kept"] = all(map(torch.equal, dense, pair[1].parameters()))
+            if size == 1 and work:  # from the state that two ranks have left
+                assert (folder / f"2-{name}" / "state.safetensors").exists()
+                again = facts(*tuned(work_dir=folder / f"2-{name}", **more, steps=12, evaluation_interval=4))
+                found[name]["again"] = again
         (folder / f"{size}-{group.rank}.json").write_text(json.dumps(found))
 
 
 def two_ranks(folder):
-    for size in (1, 2):
+    for size in (2, 1):
         ends = ranks(size, curve, folder, size)
         assert ends["codes"] == [0] * size, ends
     return [json.loads((folder / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")]
@@ -362,20 +396,113 @@ def forked(begun):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("name", ["continuous", "codes too"])
+@pytest.mark.parametrize("name", ["continuous", "codes too", "8 bits"])
 def test_a_killed_run_goes_on_to_the_same_bits(forked, name):
     whole, *resumed = forked["killed"][name]
     assert len(resumed) == len(KILLED_AT) and all(one == whole for one in resumed)
-    assert any(entry.get("changed") for entry in whole["history"]) == (name == "codes too")
+    assert any(entry.get("changed") for entry in whole["history"]) == (name != "continuous")
 
 
 @pytest.mark.skipif(not (hasattr(os, "fork") and GLOO), reason="needs fork and gloo")
-def test_two_ranks_have_the_losses_of_one(forked):
-    one, *two = forked["ranks"]
-    assert two[0] == two[1] and all(run["ranks"] == 2 for run in two[0])
-    for tolerance, ours, alone in zip((1e-3, 2e-2), two[0], one, strict=True):  # other last bits choose other codes
-        for here, there in zip(ours["history"], alone["history"], strict=True):
-            assert here["held_out"] == pytest.approx(there["held_out"], rel=tolerance)
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_have_the_losses_of_one(forked, name):
+    """To the same bits where their passes are those of one process; else other last bits choose other codes."""
+    one, first, second = (run[name] for run in forked["ranks"])
+    assert first["ranks"] == second["ranks"] == 2 and one["kept"] and first["kept"] and second["kept"]
+    assert first["state"] == second["state"] and first["history"] == second["history"]
+    held_out = [[entry["held_out"] for entry in run["history"]] for run in (one, first)]
+    same = "batch_size" not in RUNS[name] and RUNS[name].get("micro_batch_size", 4) == 4
+    assert held_out[1] == pytest.approx(held_out[0], rel=1e-3 if same else 2e-2)
+    if same:
+        assert first["state"] == one["state"]
+    if name != "continuous":
+        assert any(entry["changed"] for entry in first["history"])
+        assert one["buffers"] == first["buffers"] + second["buffers"]
+        assert 0.4 < first["buffers"] / one["buffers"] < 0.6
+    if "again" in one:
+        assert one["again"] == {name: one[name] for name in one["again"]}
+
+
+def test_buffers_are_shared_out():
+    assert owners([5, 1, 3, 3, 2], 2) == [0, 1, 1, 1, 0] and owners([1, 1, 1], 4) == [0, 1, 2]
+    assert owners([4, 4], 1) == [0, 0] and owners([], 2) == []
+
+
+def test_moments_of_8_bits():
+    """Losses are those of float32 but for a few percent of what tuning brings, buffers take 6/12 of the memory."""
+    float32, small = (tuned(**PV, pv_states=states)[1] for states in ("float32", "8bit"))
+    assert small.changed and small.held_out_after < 0.9 * small.held_out_before
+    assert small.held_out_after == pytest.approx(float32.held_out_after, rel=0.05)
+    sizes = [bytes_of(FinetuneOptions(pv_states=states)) for states in ("float32", "8bit")]
+    assert sizes == [12, 6 + 2 / 64] and bytes_of(FinetuneOptions(pv_states="8bit", pv_beta1=0)) == 5 + 1 / 64
+    buffer = Buffer(torch.ones(16, 32), FinetuneOptions(pv_states="8bit"))
+    assert sum(tensor.nbytes for tensor in buffer.tensors.values()) == sizes[1] * 16 * 32
+
+
+def test_moments_are_as_memory_likes(monkeypatch, tmp_path):
+    """Few bytes are free, and then many: a run that goes on keeps what it was begun with."""
+    options = {**PV, "steps": 5, "save_interval": 3, "gradient_checkpointing": "never"}
+    found = [tuned(**options)]
+    with monkeypatch.context() as patch:
+        patch.setattr(cost, "available_memory", lambda: 2**20)
+        found.append(tuned(**options, work_dir=tmp_path))
+    found.append(tuned(**options, work_dir=tmp_path))
+    assert [report.options["pv_states"] for _, report in found] == ["float32", "8bit", "8bit"]
+    states = [sha256_of(sorted(model.state_dict().items())) for model, _ in found]
+    assert states[1] == states[2]
+    with pytest.raises(ValueError, match=r"holds another run .*pv_states"):
+        tuned(**options, pv_states="float32", work_dir=tmp_path)
+
+
+def test_what_is_estimated(monkeypatch):
+    """Buffers, moments and gradients as they are kept; what of the original comes and goes."""
+    model, original = models()
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    n, codes = (
+        sum(size) for size in zip(*((w.in_features * w.out_features, w.codes.nbytes) for w in layers), strict=True)
+    )
+
+    def needed(moved=0, **more):
+        options = FinetuneOptions(**{**OPTIONS, "gradient_checkpointing": "never", "pv": True, **more})
+        return cost.estimate(model, SEQUENCES, options, torch.device("cpu"), moved).bytes
+
+    plain = needed(pv=False)
+    assert needed(pv_states="float32") - plain == 16 * n + 4 * codes  # with the sum of two passes
+    assert needed(pv_states="8bit") - plain == int((10 + 2 / 64) * n) + codes
+    assert needed(pv_states="8bit", pv_beta1=0.0) - plain == int((9 + 1 / 64) * n) + codes
+    whole = needed(pv=False, micro_batch_size=8)
+    assert needed(pv_states="float32", micro_batch_size=8) - whole == 12 * n + 4 * codes
+    blocks = ["model.layers.0", "model.layers.1"]
+    of_blocks = sum(p.nbytes for name in blocks for p in original.get_submodule(name).parameters())
+    assert moved_bytes(original, blocks, False, False) == 0 and moved_bytes(original, blocks, False, True) == -of_blocks
+    all_bytes = sum(p.nbytes for p in original.parameters())
+    monkeypatch.setattr(teacher_module, "group", lambda: type("Two", (), {"size": 2}))
+    assert moved_bytes(original, blocks, True, True) == all_bytes - of_blocks
+    assert moved_bytes(original, blocks, True, False) == all_bytes  # half of two, and one while it runs
+    assert needed(moved=-1000, pv=False) == plain - 1000
+
+
+@pytest.mark.parametrize("checkpointing", ["never", "always"])
+def test_gradients_of_one_pass_are_taken_at_once(checkpointing):
+    """The same bits as from a sum of one gradient, though a weight is used twice in the pass or not at all."""
+    found = []
+    for at_once in (True, False):
+        for name in ("llama", "experts"):
+            model, original = models(name)
+            if name == "llama":  # a layer that runs again
+                model.model.layers[1].mlp.up_proj = model.model.layers[1].mlp.gate_proj
+            options = {**PV, "gradient_checkpointing": checkpointing, "micro_batch_size": 8}
+            with pytest.MonkeyPatch.context() as patch:
+                plain = CodeTuning.__init__
+
+                def summed(self, weights, options, dtype, once, plain=plain, wanted=at_once):
+                    assert once
+                    plain(self, weights, options, dtype, wanted)
+
+                patch.setattr(CodeTuning, "__init__", summed)
+                tuned((model, original), **options, steps=4, batch_size=8)
+            found.append(sha256_of(sorted(model.state_dict().items())))
+    assert found[:2] == found[2:]
 
 
 def test_a_damaged_state_is_not_used(tmp_path, caplog):
@@ -417,12 +544,75 @@ def test_steps_that_are_replayed_on_a_gpu_are_those_that_are_launched(monkeypatc
         assert torch.equal(tensor, launched.state_dict()[name]), name
 
 
+class Places:
+    """Progress that notes where the original's first block is at each step."""
+
+    def __init__(self, original):
+        self.weight, self.found = original.model.layers[0].mlp.up_proj, []
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+    def on_step(self, step, steps):
+        self.found.append(self.weight.weight.device.type)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_an_original_that_is_kept_leaves_the_gpu():
+    pair = [one.cuda() for one in models()]
+    found = []
+    for cache in ("none", "memory"):
+        model = copy.deepcopy(pair[0])
+        places = Places(pair[1])
+        options = {**OPTIONS, **PV, "pv_states": "8bit", "micro_batch_size": 8, "cache_teacher": cache, "steps": 6}
+        report = finetune_model(model, pair[1], SEQUENCES, options, progress=places)
+        found.append((set(places.found), pair[1].model.layers[0].mlp.up_proj.weight.device.type, report))
+    assert [one[:2] for one in found] == [({"cuda"}, "cuda"), ({"cpu"}, "cuda")]
+    losses = [[entry["held_out"] for entry in one[2].history] for one in found]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("states", ["float32", "8bit"])
+def test_a_gpu_goes_on_to_the_same_bits(states, tmp_path):
+    """From a state in the middle; with gradients that are taken at once or summed."""
+    pair = [one.cuda() for one in models()]
+    for micro in (8, 4):
+        options = {**OPTIONS, **PV, "pv_states": states, "micro_batch_size": micro, "steps": 10, "save_interval": 6}
+        whole, again = copy.deepcopy(pair[0]), copy.deepcopy(pair[0])
+        report = finetune_model(whole, pair[1], SEQUENCES, options, work_dir=tmp_path / str(micro))
+        finetune_model(again, pair[1], SEQUENCES, options, work_dir=tmp_path / str(micro))
+        assert report.changed and report.held_out_after < report.held_out_before
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(tensor, again.state_dict()[name]), (micro, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_two_gpus_have_the_losses_of_one(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "finetune_model.py"
+    given = ["--device", "cuda", "--shape", "tiny", "--steps", "6", "--batch-size", "8", "--sequence-length", "64"]
+    given += ["--pv", "--set", "micro_batch_size=4", "--set", "pv_learning_rate=0.3", "--set", "most_held_out=4"]
+    found = []
+    for size in (1, 2):
+        path = tmp_path / f"{size}.json"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), str(script), *given]
+        subprocess.run([*launch, "--shard-original", "--json", str(path)], check=True)
+        found.append(json.loads(path.read_text()))
+    losses = [[entry["held_out"] for entry in one["history"]] for one in found]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[0][-1] < losses[0][0]
+    assert [one["rows"][0]["ranks"] for one in found] == [1, 2] and found[0]["history"][-1]["changed"] > 0
+
+
 if __name__ == "__main__":
     import torch._dynamo  # by Adam: the forks then need not
+    import torch.distributed.fsdp
 
     torch.set_num_threads(1)
     _core.set_num_threads(1)
-    models()  # the forks have it
+    models(), models("experts")  # the forks have them
     folder = Path(sys.argv[1])
     found = {"killed": killed(folder), "ranks": two_ranks(folder) if GLOO else None}
     (folder / "found.json").write_text(json.dumps(found))
