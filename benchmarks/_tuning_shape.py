@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(args.seed)
         sequences = torch.randint(model.config.vocab_size, (count, args.sequence_length), generator=generator)
         peak, times = _device.Peak(args.device), Times(args.device)
-        report = finetune_model(model, original, sequences, chosen, progress=times, device=device)
+        report = finetune_model(model, original, sequences, chosen, progress=times, device=device.type)
         peaks = ranks.gather([peak.gigabytes(), report.peak_device_memory_bytes * 1e-9])
         timed = times.steps[WARM:] or times.steps
         seconds = statistics.median(timed)
