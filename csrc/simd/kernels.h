@@ -383,7 +383,7 @@ ALWAYS_INLINE void adam_each(float *restrict x, float *restrict first, float *re
 
 static void adam(float *x, float *first, float *second, const float *gradient, int64_t n, const aqlm_adam *a) {
     if (first) adam_each(x, first, second, gradient, n, a, true);
-    else adam_each(x, second, second, gradient, n, a, false);
+    else adam_each(x, NULL, second, gradient, n, a, false);
 }
 
 static void load_first(float *first, const int8_t *bytes, float scale, int64_t n) {

@@ -171,8 +171,7 @@ template <Tensor (*Dense)(const Tensor &)> struct BufferOf {
     }
 
   private:
-    static const Tensor &target(const Tensor &t, const char *name, ScalarType type,
-                                std::initializer_list<int64_t> sizes) {
+    static Tensor target(const Tensor &t, const char *name, ScalarType type, std::initializer_list<int64_t> sizes) {
         check_value(t.scalar_type() == type, name, ": got dtype ", name_of(t.scalar_type()), ", expected ",
                     name_of(type));
         check_fits(t, name, sizes);
