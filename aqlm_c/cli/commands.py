@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import distributed
-from ..config import BOS, CHECKPOINTING, DTYPES, TEACHER_CACHES, FinetuneOptions
+from ..config import BOS, CHECKPOINTING, DTYPES, TEACHER_CACHES, CalibrationOptions, FinetuneOptions
 from ..errors import int_between, printable, wrong
 from ..files import JsonFile
 from ..format import Rules
@@ -160,6 +160,14 @@ def quantize(
         list[str] | None,
         _optional("Any other option of the solver or fine-tuning; repeatable.", "--set", metavar="NAME=VALUE"),
     ] = None,
+    statistics: Annotated[
+        str | None,
+        _optional(
+            "H that aqlm-c hessians wrote, in place of calibration passes; blocks are then fine-tuned with "
+            "--finetune-epochs alone, on --data.",
+            metavar="FILE",
+        ),
+    ] = None,
     work_dir: Annotated[
         str | None, _optional("Keep finished blocks there: the same command then goes on from them.", metavar="FOLDER")
     ] = None,
@@ -205,6 +213,49 @@ def quantize(
             show(report)
         with output:
             output.write(report.to_dict())
+
+
+@app.command()
+def hessians(
+    model: Model,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="File to write, .safetensors.", show_default=False)],
+    data: Data = None,
+    samples: Annotated[int, typer.Option(help="Sequences, spread evenly over the data.")] = 64,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = 1024,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Draw them at random, not from the start.")] = False,
+    bos: Annotated[str, typer.Option(help="Begin each with the tokenizer's BOS token.", metavar=_BOS)] = "auto",
+    seed: Annotated[int, typer.Option(help="Of --shuffle.")] = 0,
+    layers: Annotated[
+        str | None, _optional("Only of layers whose name matches; else of the output layer too.", metavar="REGEX")
+    ] = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    batch_size: Annotated[int | None, _optional("Sequences in one forward pass at most.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    json: Json = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Gather H = X^T X of the inputs of MODEL's linears, as it is, for quantize --statistics OUT.
+
+    Runs that share OUT, with other schemes or methods, calibrate no more. OUT is of one model in one dtype, and of the
+    tokens that it was gathered on.
+    """
+    check_threads(threads)
+    output = _output(json)
+    prepare(threads)
+
+    from ..statistics import StatisticsRun
+
+    drawn = CalibrationOptions(samples, sequence_length, shuffle, bos)
+    place: dict[str, Any] = {"threads": threads, "device": device, "batch_size": batch_size, "overwrite": overwrite}
+    work = StatisticsRun(model, out, _check_data(data), drawn, seed, layers, **place)
+    with Display(quiet, verbose) as display:
+        found = work.run(display)
+    if not quiet:
+        print(printable(found.describe()))
+    with output:
+        output.write(found.facts)
 
 
 _OF_TUNING = (  # parameters of `finetune` that are fields of FinetuneOptions

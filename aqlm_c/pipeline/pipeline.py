@@ -13,6 +13,7 @@ import torch
 
 from ..calibrate.offload import Room
 from ..calibrate.sources import Calibration, SequenceCalibration
+from ..calibrate.statistics import StoredHessians, TunedStoredHessians
 from ..core import runtime
 from ..core.runtime import free_device_memory, kind_of_device, peak_device_memory, working_on
 from ..distributed import group
@@ -206,6 +207,8 @@ class Pipeline:
     def _fingerprint(self) -> dict[str, Any]:
         ids = self.calibration.ids if isinstance(self.calibration, SequenceCalibration) else torch.zeros(0, 0)
         options = {"batch_size": self.calibration.batch_size, "device": kind_of_device(self.residence.device)}
+        if isinstance(self.calibration, (StoredHessians, TunedStoredHessians)):
+            options["statistics"] = self.calibration.statistics.digest
         return fingerprint(self.model, ids, self.config, self.layers, self.residence.done, **options)
 
     def _fit_batch_size(self) -> None:

@@ -30,6 +30,7 @@ LAYERS = [
     {"hf"},
     {"tasks"},
     {"evaluate", "generate", "inspection"},
+    {"statistics"},
     {"quantize", "finetune"},
     {"run"},
     {"doctor", "execute"},
