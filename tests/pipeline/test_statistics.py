@@ -148,23 +148,14 @@ def test_nothing_is_left_of_a_file_that_could_not_be_finished(tmp_path):
 def test_the_command_line_goes_from_model_to_file_to_model(tmp_path, capsys):
     tiny_llama(torch.bfloat16, vocab_size=BYTES).save_pretrained(tmp_path / "m")
     byte_tokenizer().save_pretrained(tmp_path / "m")
-    drawn = ["--samples", 4, "--sequence-length", 32]
+    drawn = ["--sequence-length", 32, "--samples", 4]
     assert main_in_time("hessians", tmp_path / "m", tmp_path / "h.safetensors", *drawn) == 0
     assert "H of 15 linears, 9 tensors" in capsys.readouterr().out
     assert main_in_time("hessians", tmp_path / "m", tmp_path / "h.safetensors", *drawn) == 2
     assert "--overwrite" in capsys.readouterr().err
-    base = [
-        "quantize",
-        tmp_path / "m",
-        tmp_path / "q",
-        "--scheme",
-        "2x4g8",
-        "--preset",
-        "fast",
-        "--overwrite",
-        "--quiet",
-    ]
-    assert main_in_time(*base, "--statistics", tmp_path / "h.safetensors") == 0
+    options = ["--scheme", "2x4g8", "--preset", "fast", "--overwrite", "--quiet"]
+    base = ["quantize", tmp_path / "m", tmp_path / "q", *options, "--statistics", tmp_path / "h.safetensors"]
+    assert main_in_time(*base) == 0
     report = json.loads((tmp_path / "q" / "report.json").read_text())
     assert report["blocks"] == [] and report["tokens"] == 128 and report["data"]["input_ids"]
     replayed = RunConfig.from_file(tmp_path / "q" / "run.yaml", out=str(tmp_path / "r"))
@@ -173,9 +164,7 @@ def test_the_command_line_goes_from_model_to_file_to_model(tmp_path, capsys):
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in "qr")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     bundled = ["--data", "pydoc_data.topics"]
-    assert (
-        main_in_time(*base, "--statistics", tmp_path / "h.safetensors", *bundled, *drawn, "--finetune-epochs", 1) == 0
-    )
+    assert main_in_time(*base, *bundled, *drawn, "--finetune-epochs", 1) == 0
     assert len(json.loads((tmp_path / "q" / "report.json").read_text())["blocks"]) == 2
-    assert main_in_time(*base, *bundled, *drawn[2:], "--samples", 5) == 2
+    assert main_in_time(*base, *bundled, *drawn[:3], 5) == 2
     assert "expected H of these calibration tokens" in capsys.readouterr().err
