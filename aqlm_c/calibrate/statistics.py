@@ -103,15 +103,16 @@ class StatisticsWriter:
 
 
 class Statistics:
-    """A file of `collect_hessians`.
+    """A file of `collect_hessians`. store: a directory in which runs keep what they find of single layers, and take it
+    from where nothing has changed that it depends on (`pipeline.reuse`).
 
     facts: "schema", "model" (class, dtype, weights: a SHA-256), "data" (input_ids: SHA-256 of the token ids, sequences,
     sequence_length, and where known sources and bos), "layers" (by the linear's name its tensor and tokens), "date",
     "versions". Raises ValueError naming the file where it is none.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path: str | os.PathLike[str], store: str | os.PathLike[str] | None = None) -> None:
+        self.path, self.store = os.fspath(path), store
         if kind := irregular(self.path):
             raise self._wrong(f"is {kind}")
         try:

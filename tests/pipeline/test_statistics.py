@@ -136,6 +136,28 @@ def test_experts_have_theirs(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(codes(stored).values(), codes(calibrated).values(), strict=True))
 
 
+def test_layers_that_do_not_change_are_taken_from_the_store(file, tmp_path, caplog):
+    statistics, found = Statistics(file, tmp_path / "layers"), []
+    for rules in (None, {"down_proj": "2x4g8"}, None):
+        model = tiny_llama()
+        report = quantize_model(model, None, CONFIG.replace(rules=rules), statistics=statistics)
+        fresh = tiny_llama()
+        assert [layer.to_dict() | {"seconds": 0} for layer in report.layers] == [
+            layer.to_dict() | {"seconds": 0}
+            for layer in quantize_model(fresh, None, CONFIG.replace(rules=rules), statistics=file).layers
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+        found.append(len(list((tmp_path / "layers").iterdir())))
+    assert found == [14, 16, 16]
+    for other in ({"seed": 1}, {"ldl_passes": 2}):
+        quantize_model(tiny_llama(), None, CONFIG.replace(**other), statistics=statistics)
+    assert len(list((tmp_path / "layers").iterdir())) == 44
+    for path in (tmp_path / "layers").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    assert len(quantize_model(tiny_llama(), None, CONFIG, statistics=statistics).layers) == 14
+    assert caplog.text.count("damaged") == 14
+
+
 def test_nothing_is_left_of_a_file_that_could_not_be_finished(tmp_path):
     model = tiny_llama()
     with torch.no_grad():
