@@ -306,7 +306,7 @@ class RunConfig:
         with what has another default for each solver. Raises ValueError naming
         the file and what is wrong in it, OSError if it cannot be read.
         """
-        fields = _read_yaml(Path(path))
+        fields = read_yaml(Path(path))
         try:
             cls.from_fields(fields)
         except ValueError as error:
@@ -443,7 +443,8 @@ def _typed(name: str, kind: str, value: Any) -> Any:
     raise wrong(name, value, _MEANS[kinds[0]])
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ValueError naming the file, as config, for anything else or too much."""
     yaml = require("yaml")
     loader = yaml.SafeLoader
     try:

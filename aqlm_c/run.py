@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import FinetuneOptions
 from .distributed import device_of_rank, group
@@ -16,6 +16,7 @@ from .recipe import Resolved, RunConfig, options_of, yaml_text
 from .report.report import QuantizationReport
 
 if TYPE_CHECKING:
+    from .calibrate.statistics import Statistics
     from .hf.models import ModelSource
 
 
@@ -23,14 +24,29 @@ _OF_A_RANK = {"model", "out", "data", "statistics", "work_dir", "threads", "memo
 _OF_A_RANK |= {"overwrite"}  # what may be another there
 
 
+class Shared(NamedTuple):
+    """What a run need not make itself, since others made it. sequences: token ids [n, length] of the calibration, None
+    where nothing is to run on them. data: `io.data.provenance` of them. statistics: the open file of
+    `config.statistics`.
+    """
+
+    sequences: Any
+    data: dict[str, Any]
+    statistics: Statistics | None = None
+
+
 def run(
-    config: RunConfig, progress: Any = None, loaded: tuple[Any, Any, ModelSource] | None = None
+    config: RunConfig,
+    progress: Any = None,
+    loaded: tuple[Any, Any, ModelSource] | None = None,
+    shared: Shared | None = None,
 ) -> QuantizationReport:
     """Quantize `config.model` and save it as the directory `config.out`, with run.yaml and report.json.
 
     run.yaml is the resolved configuration, which `from_file` reads; report.json is the report with that
     configuration, hashes of the data and versions. `progress`: see `Progress`. `loaded` is what
-    `load_model` returned for `config.model`, if that is done already; its model is quantized in place.
+    `load_model` returned for `config.model`, if that is done already; its model is quantized in place. shared: what
+    others made of the data of `config`.
     Raises ValueError for what is wrong in the configuration, model or data, before the work starts where that
     can be seen; OSError where a file cannot be written. `out` is then as it was. Of several
     ranks (`distributed`) all do the work, and the first alone writes.
@@ -52,7 +68,7 @@ def run(
         progress.on_phase("load")
         loaded = load_model(config.model, "auto", "cpu", True)
     model, tokenizer, origin = loaded
-    sequences, data = _read_data(config, resolved, sources, tokenizer)
+    sequences, data = shared[:2] if shared else _read_data(config, resolved, sources, tokenizer)
     if tokenizer is not None and group().first:
         check_tokenizer(tokenizer, config.out)
     seconds = time.perf_counter() - started
@@ -62,7 +78,7 @@ def run(
         progress=progress,
         batch_size=config.batch_size,
         work_dir=config.work_dir,
-        statistics=config.statistics,
+        statistics=shared.statistics if shared else config.statistics,
         memory_limit=config.memory_limit,
         device=config.device,
         device_memory_limit=config.device_memory_limit,

@@ -19,6 +19,7 @@ from ..recipe import PRESETS, RunConfig, options_of, parse_option, parse_pair, p
 from ..run import run
 from ..tasks import TASKS
 from ..versions import __version__
+from .board import run_sweep
 from .display import Display, check_threads, prepare, show
 
 log = logging.getLogger("aqlm_c")
@@ -446,6 +447,59 @@ def evaluate(
     for model in models if record else ():
         rows = [row for row in result.results if row["model"] == model]
         record_perplexity(model, {_described(row): _recorded(row) for row in rows})
+
+
+@app.command()
+def sweep(
+    context: typer.Context,
+    space: Annotated[
+        Path, typer.Argument(metavar="SPACE.yaml", help="What to try: docs/sweeps.md.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of rows, tables and best.yaml.", show_default=False)],
+    workers: Annotated[
+        int | None, _optional("Processes on this machine. \\[default: one a GPU, else one]", metavar="N")
+    ] = None,
+    index: Annotated[
+        int | None, _optional("Be worker I of N, of an array job; a grid in files is divided.", metavar="I")
+    ] = None,
+    of: Annotated[int | None, _optional("With --index.", metavar="N")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many trials, how long and how large.")] = False,
+    worker: Annotated[int | None, typer.Option(hidden=True)] = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    json: Json = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Quantize a model by every choice of SPACE.yaml, evaluate each, and keep a row of it.
+
+    The same command goes on with the trials that are missing, also after it was killed. Exit code 1 where trials are
+    missing in the end, since workers ended.
+    """
+    check_threads(threads)
+    output = _output(json)
+
+    from ..sweep.space import Space
+
+    chosen = Space.from_file(space)
+    prepare(threads)
+    context.obj.kept = f"rows are kept in {out}, the same command goes on from there"
+    place: dict[str, Any] = {"device": device, "threads": threads}
+    if dry_run:
+        from ..sweep.estimate import estimate
+
+        expected = estimate(chosen, out, workers or 1, **place)
+        print(*map(printable, expected.lines()), sep="\n")
+        with output:
+            output.write(expected.to_dict())
+        return 0
+    result = run_sweep(chosen, out, (workers, index, of, worker), place, quiet, verbose)
+    if not quiet:
+        show(result)
+        print(*map(printable, result.files), sep="\n")
+    with output:
+        output.write(result.to_dict())
+    return 0 if result.complete or index is not None or worker is not None else 1
 
 
 @app.command()

@@ -220,6 +220,15 @@ class Pipeline:
         size = fitting_batch_size(limit, works, free, calibration.batch_size)
         calibration.set_batch_size(min(group().gather(size)))
 
+    def expected(self) -> dict[str, float]:
+        """Seconds by phase that the run will take here, before any of its work; reading of weights is no phase."""
+        rates = Rates.measure(self.config, str(self.stages.dtype).removeprefix("torch."), self.residence.device)
+        found: dict[str, float] = {}
+        for work in self._works():
+            for phase, seconds in work.seconds(rates).items():
+                found[phase] = found.get(phase, 0.0) + seconds
+        return found
+
     def _works(self) -> list[Work]:
         """The work of each step, for estimates."""
         calibration, config = self.calibration, self.config

@@ -78,8 +78,9 @@ class LayerStore:
                 tensors = {part: stored.get_tensor(part).clone().to(device) for part in _PARTS}
                 facts = json.loads(stored.metadata()["aqlm_c"])
             report = LayerReport.from_dict(facts["report"])
-            parts = (arrays.of_tensor(tensors[part]) for part in _PARTS)
-            weight = QuantizedWeight(*parts, facts["dtype"], facts["relative_error"], {}, [])
+            codes, codebooks, scales = (arrays.of_tensor(tensors[part]) for part in _PARTS)
+            found = facts["relative_error"]
+            weight = QuantizedWeight(codes, codebooks, scales, facts["dtype"], found, {}, [])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             log.warning("%s: damaged (%s), the layer is quantized again", path, one_line(error))
             return None

@@ -33,6 +33,7 @@ LAYERS = [
     {"statistics"},
     {"quantize", "finetune"},
     {"run"},
+    {"sweep"},
     {"doctor", "execute"},
     {"cli"},
     {"demo", "__main__"},

@@ -352,7 +352,8 @@ def test_errors():
 def test_without_torch(tmp_path):
     """cuda_check.cu, which is also what compute-sanitizer runs."""
     program = tmp_path / "cuda_check"
-    kernels = [*sorted((ROOT / "csrc/cuda").rglob("*.cu")), ROOT / "csrc/core/runtime/rng.c"]
+    core = [ROOT / "csrc/core" / name for name in ("quantizer/working.c", "runtime/rng.c", "runtime/shape.c")]
+    kernels = [*sorted((ROOT / "csrc/cuda").rglob("*.cu")), *core]
     flags = ["-std=c++17", "-O3", "-arch=native", "--threads=0", f"-I{ROOT / 'csrc'}"]
     subprocess.run(["nvcc", *flags, ROOT / "tests/cuda/cuda_check.cu", *kernels, "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True)

@@ -475,23 +475,6 @@ static void permute_groups(int64_t begin, int64_t end, void *ctx) {
         }
 }
 
-/* 0..n-1 in a random order */
-static void shuffle(int32_t *order, int64_t n, aqlm_rng *rng) {
-    for (int64_t i = 0; i < n; i++) order[i] = (int32_t)i;
-    for (int64_t i = n - 1; i > 0; i--) {
-        const int64_t pick = aqlm_rng_below(rng, i + 1);
-        const int32_t t = order[i];
-        order[i] = order[pick];
-        order[pick] = t;
-    }
-}
-
-void aqlm_sweep_order(int32_t *order, int64_t groups, int64_t num_codebooks, uint64_t seed) {
-    aqlm_rng rng = aqlm_rng_seed(seed);
-    shuffle(order, groups, &rng);
-    for (int64_t i = 0; i < groups; i++) shuffle(order + groups + i * num_codebooks, num_codebooks, &rng);
-}
-
 aqlm_status aqlm_search_sweep(uint16_t *codes, const aqlm_search *s, const float *H) {
     aqlm_search given = *s;
     aqlm_status status = resolve(&given);

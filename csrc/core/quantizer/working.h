@@ -18,8 +18,7 @@ aqlm_status aqlm_check_working_codes(const uint16_t *codes, const aqlm_shape *sh
 void aqlm_decode_working(float *q, const uint16_t *codes, const float *codebooks, const aqlm_shape *shape,
                          int64_t begin, int64_t end);
 
-/* order[groups], then of each group the order of its codebooks [num_codebooks], of a sweep with this seed (search.c).
- */
+/* order[groups], then of each group the order of its codebooks [num_codebooks], of a sweep with this seed. */
 void aqlm_sweep_order(int32_t *order, int64_t groups, int64_t num_codebooks, uint64_t seed);
 
 #ifdef __cplusplus
