@@ -393,8 +393,9 @@ def has_room(split: SplitModel, cuts: Sequence[torch.Tensor]) -> bool:
 def windows_of(
     model: Any, input_ids: torch.Tensor, sequence_length: int, windows: int | None, bos_token: int | None
 ) -> torch.Tensor:
-    """The windows [n, sequence_length] of a stream of token ids, checked, but for the model's positions. bos_token: that
-    each begins with; ValueError as `perplexity`.
+    """The windows [n, sequence_length] of a stream of token ids, checked, but for the model's positions.
+
+    Arguments and ValueError as of `perplexity`.
     """
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, expected a transformers model, as load_model gives it")

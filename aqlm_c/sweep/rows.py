@@ -11,7 +11,7 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import require, wrong
 from ..report.tables import make_table
@@ -25,33 +25,45 @@ _SHOWN = 20  # rows of the table
 
 
 class RowFile:
-    """Adds rows to the end of a file, a JSON line each, on disk before `add` returns; one process at a time.
+    """Adds rows to the end of a file, a JSON line each, on disk before `add` returns; one process at a time, from the
+    first row on.
 
     What a killed process began to write after the last whole line is cut off. Raises ValueError where another process
     has the file.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")  # noqa: SIM115  (open as long as the worker)
+        self._path = path
+        self._file: BinaryIO | None = None
+
+    def open(self) -> BinaryIO:
+        """Take the file now."""
+        if self._file is not None:
+            return self._file
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = file = open(self._path, "a+b")  # noqa: SIM115  (open as long as the worker)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._file.close()
-            raise wrong("out", path.name, "rows that no other process writes: another --index") from None
-        self._file.seek(0)
-        data = self._file.read()
-        self._file.truncate(data.rfind(b"\n") + 1)
+            self.close()
+            raise wrong("out", self._path.name, "rows that no other process writes: another --index") from None
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        return file
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add a row; ValueError for NaN, OSError on a full disk, for one."""
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        data = json.dumps(row, allow_nan=False).encode() + b"\n"
+        file = self.open()
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
     def close(self) -> None:
         """Give the file free."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def __enter__(self) -> RowFile:
         return self

@@ -71,6 +71,7 @@ class FileStore:
 
     def trials(self) -> Iterator[Trial]:
         """Those of the grid without a row."""
+        self._file.open()
         while True:
             waiting, done = 0, {row["key"] for row in self.rows()}
             for number, point in self._points:
@@ -202,6 +203,7 @@ class StudyStore:
 
     def trials(self) -> Iterator[Trial]:
         """Those of the queue, and of the sampler as long as there are not enough."""
+        self._file.open()
         while True:
             self._take_from_the_dead()
             alive = self._alive()
