@@ -19,6 +19,7 @@ from .space import Point, Range, Space, digest_of, key_of, masked
 
 log = logging.getLogger("aqlm_c")
 
+_OPENED = 4  # times that a storage is tried
 _GIVEN_UP = "its worker ended without an answer, {} times"
 
 
@@ -169,20 +170,25 @@ class StudyStore:
     def _open(self, out: Path) -> Any:
         optuna, space = self._optuna, self.space
         where = space.storage or f"journal:{out / 'study.journal'}"
-        try:
-            storage = storage_of(optuna, where)
-            study = optuna.create_study(
-                storage=storage,
-                study_name=space.study,
-                directions=["minimize"] * len(space.objectives),
-                sampler=self._sampler(),
-                load_if_exists=True,
-            )
-        except ImportError:
-            raise
-        except Exception as error:  # of the database's driver, of many types
-            text = f"{type(error).__name__}: {error}"
-            raise wrong("storage", masked(where), f"one that can be opened: {_without_password(where, text)}") from None
+        for attempt in range(_OPENED):
+            try:
+                study = optuna.create_study(
+                    storage=storage_of(optuna, where),
+                    study_name=space.study,
+                    directions=["minimize"] * len(space.objectives),
+                    sampler=self._sampler(),
+                    load_if_exists=True,
+                )
+                break
+            except (ImportError, OSError):
+                raise
+            except Exception as error:  # of the database's driver, of many types
+                if isinstance(error, ValueError) and str(error).startswith("storage: "):
+                    raise
+                if attempt + 1 == _OPENED:
+                    text = _without_password(where, f"{type(error).__name__}: {error}")
+                    raise wrong("storage", masked(where), f"one that can be opened: {text}") from None
+                time.sleep(0.5 * (attempt + 1))  # another worker may be making the same tables
         settings = {**space.settings(), "objectives": list(space.objectives)}
         known = study.user_attrs.get("settings")
         if known is None:

@@ -205,6 +205,7 @@ def _gpus(device: str) -> int:
 
 def _run_workers(space: Space, out: Path, count: int, like: Worker, on_rows: OnRows | None) -> None:
     """Run processes until all have ended; ValueError with what one said where none did any work."""
+    open_store(space, out, "reader").close()  # says what is wrong, and makes a database's tables
     replaced(out / "space.yaml", yaml_text(space.original).encode())
     logs = out / "logs"
     logs.mkdir(exist_ok=True)

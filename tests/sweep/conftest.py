@@ -6,6 +6,8 @@ import pwd
 import shutil
 import socket
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,22 +52,20 @@ def write(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
+def postgres():
     """The URL of an empty database of a server that runs as long as the tests."""
     pytest.importorskip("psycopg", reason="psycopg is not installed")
     found = shutil.which("pg_ctl") or next(iter(sorted(glob.glob("/usr/lib/postgresql/*/bin/pg_ctl"))), None)
     if found is None:
         pytest.skip("no PostgreSQL server is installed (pg_ctl)")
     programs, user = os.path.dirname(found), None
-    folder = tmp_path_factory.mktemp("postgres")
+    folder = Path(tempfile.mkdtemp(prefix="aqlm_c-postgres-"))  # pytest's own folders are its user's alone
     if os.getuid() == 0:  # as whom no server runs
         try:
             user = pwd.getpwnam("postgres").pw_name
         except KeyError:
             pytest.skip("a PostgreSQL server does not run as root, and there is no user postgres")
         shutil.chown(folder, user)
-        for parent in folder.parents[:3]:
-            parent.chmod(parent.stat().st_mode | 0o011)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -82,3 +82,4 @@ def postgres(tmp_path_factory):
         yield f"postgresql://aqlm@127.0.0.1:{port}/postgres"
     finally:
         call("pg_ctl", "-D", data, "-m", "immediate", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
