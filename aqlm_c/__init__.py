@@ -20,7 +20,7 @@ _HOMES = {
     "quantize_linear": "quantize",
     "quantize_model": "quantize",
     "collect_hessians": "statistics",
-    "sweep": "sweep.study",
+    "sweep": "sweeps.study",
     "finetune_model": "finetune",
     "FinetuneOptions": "config",
     "FinetuneReport": "report.finetune",
@@ -66,7 +66,7 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from .report.layers import LayerReport as LayerReport
     from .report.report import QuantizationReport as QuantizationReport
     from .statistics import collect_hessians as collect_hessians
-    from .sweep.study import sweep as sweep
+    from .sweeps.study import sweep as sweep
     from .weights import Hessian as Hessian
     from .weights import QuantizedWeight as QuantizedWeight
     from .weights import quantize_weight as quantize_weight

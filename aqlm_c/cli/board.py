@@ -16,15 +16,15 @@ from ..units import duration
 from .display import LogLines
 
 if TYPE_CHECKING:
-    from ..sweep.space import Space
-    from ..sweep.study import SweepResult
+    from ..sweeps.space import Space
+    from ..sweeps.study import SweepResult
 
 _Who = tuple["int | None", "int | None", "int | None", "int | None"]
 
 
 def run_sweep(space: Space, out: Path, who: _Who, place: dict[str, Any], quiet: bool, verbose: bool) -> SweepResult:
     """`sweep` with a `Board`. who: workers, index, of, worker, as on the command line; place: device and threads."""
-    from ..sweep.study import Worker, sweep
+    from ..sweeps.study import Worker, sweep
 
     workers, index, of, number = who
     own = None
@@ -75,7 +75,7 @@ class Board:
                     self._console.print(escape(printable(_line(row))))
 
     def _render(self) -> Any:
-        from ..sweep.rows import table
+        from ..sweeps.rows import table
 
         spent = duration(time.monotonic() - self._started)
         rows = [dict(row) for row in self._rows]

@@ -479,14 +479,14 @@ def sweep(
     check_threads(threads)
     output = _output(json)
 
-    from ..sweep.space import Space
+    from ..sweeps.space import Space
 
     chosen = Space.from_file(space)
     prepare(threads)
     context.obj.kept = f"rows are kept in {out}, the same command goes on from there"
     place: dict[str, Any] = {"device": device, "threads": threads}
     if dry_run:
-        from ..sweep.estimate import estimate
+        from ..sweeps.estimate import estimate
 
         expected = estimate(chosen, out, workers or 1, **place)
         print(*map(printable, expected.lines()), sep="\n")
@@ -500,6 +500,53 @@ def sweep(
     with output:
         output.write(result.to_dict())
     return 0 if result.complete or index is not None or worker is not None else 1
+
+
+@app.command()
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL|SWEEP...", help="Models, and folders of aqlm-c sweep; one or several.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for JSON, HTML, SVG and PNG.", show_default=False)],
+    against: Annotated[str | None, _optional("The original that models are compared with.", metavar="ORIGINAL")] = None,
+    data: Data = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    windows: Annotated[int | None, _optional("Only the first N windows.", metavar="N")] = None,
+    bos: Annotated[str, typer.Option(help="As in evaluate.", metavar=_BOS)] = "auto",
+    tasks: Annotated[str | None, _optional("Zero-shot tasks, by commas.", metavar="NAMES")] = None,
+    task_data: Annotated[str | None, _optional("Folder of their .jsonl files.", metavar="DIR")] = None,
+    limit: Annotated[int | None, _optional("Only N items of each task.", metavar="N")] = None,
+    family: Annotated[
+        str | None, _optional("Tell effective sizes by the line of an unquantized family.", metavar="llama-2|FILE")
+    ] = None,
+    title: Annotated[str, typer.Option(help="Of table and page.")] = "Comparison",
+    threads: Threads = None,
+    device: Device = "cpu",
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Put models, and the trials of sweeps, into one table: bits, bytes, perplexity, KL, tasks, effective size.
+
+    DIR gets compare.json, compare.png, compare.svg and compare.html, a page that needs no other file.
+    """
+    sources = _check_data(data)
+    prepare(threads)
+
+    from ..compare import compare as compare_all
+    from ..compare import write_comparison
+
+    names = tuple(name.strip() for name in tasks.split(",")) if tasks is not None else ()
+    options: dict[str, Any] = {"sequence_length": sequence_length, "windows": windows, "bos": bos, "device": device}
+    options |= {"tasks": names, "task_data": task_data, "limit": limit}
+    with Display(quiet, verbose) as display:
+        found = compare_all(models, against, data=sources, family=family, title=title, progress=display, **options)
+    written = write_comparison(found, out)
+    if not quiet:
+        show(found)
+        print(*(printable(str(path)) for path in written), sep="\n")
 
 
 @app.command()

@@ -6,8 +6,8 @@ import json
 import pytest
 import yaml
 
-from aqlm_c.sweep.rows import averaged, best_of, flat, mark_pareto
-from aqlm_c.sweep.space import Range, Space, key_of
+from aqlm_c.sweeps.rows import averaged, best_of, flat, mark_pareto
+from aqlm_c.sweeps.space import Range, Space, key_of
 
 
 def test_lists_are_a_grid(fields):
@@ -86,7 +86,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
 def test_every_option_of_a_sweep_is_in_the_documentation(fields):
     from pathlib import Path
 
-    from aqlm_c.sweep import space
+    from aqlm_c.sweeps import space
 
     text = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text()
     assert [name for name in space._KEYS if f"`{name}`" not in text] == []

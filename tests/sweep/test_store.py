@@ -10,15 +10,15 @@ import time
 
 import pytest
 
-from aqlm_c.sweep.rows import COMPLETE, RowFile, read_rows
-from aqlm_c.sweep.space import Space
-from aqlm_c.sweep.store import masked, open_store
+from aqlm_c.sweeps.rows import COMPLETE, RowFile, read_rows
+from aqlm_c.sweeps.space import Space
+from aqlm_c.sweeps.store import masked, open_store
 
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from aqlm_c.sweep.space import Space
-from aqlm_c.sweep.store import open_store
+from aqlm_c.sweeps.space import Space
+from aqlm_c.sweeps.store import open_store
 store = open_store(Space.from_file(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
 for number, trial in enumerate(store.trials()):
     if number == int(sys.argv[4]):

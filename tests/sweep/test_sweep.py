@@ -1,4 +1,4 @@
-"""A whole sweep on a tiny model: rows, what is shared, several workers, one of which is killed, and the command line."""
+"""A whole sweep on a tiny model: rows, what is shared, two workers of which one is killed, and the command line."""
 
 import csv
 import json
@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 import aqlm_c
 from aqlm_c.recipe import RunConfig
 from aqlm_c.run import run
-from aqlm_c.sweep import worker
-from aqlm_c.sweep.rows import read_rows
-from aqlm_c.sweep.space import Space
-from aqlm_c.sweep.study import sweep
+from aqlm_c.sweeps import worker
+from aqlm_c.sweeps.rows import read_rows
+from aqlm_c.sweeps.space import Space
+from aqlm_c.sweeps.study import sweep
 
 
 def tensors(path):
