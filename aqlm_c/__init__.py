@@ -19,6 +19,8 @@ _HOMES = {
     "QuantizedLinear": "nn.linear",
     "quantize_linear": "quantize",
     "quantize_model": "quantize",
+    "collect_hessians": "statistics",
+    "sweep": "sweeps.study",
     "finetune_model": "finetune",
     "FinetuneOptions": "config",
     "FinetuneReport": "report.finetune",
@@ -63,6 +65,8 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from .report.finetune import FinetuneReport as FinetuneReport
     from .report.layers import LayerReport as LayerReport
     from .report.report import QuantizationReport as QuantizationReport
+    from .statistics import collect_hessians as collect_hessians
+    from .sweeps.study import sweep as sweep
     from .weights import Hessian as Hessian
     from .weights import QuantizedWeight as QuantizedWeight
     from .weights import quantize_weight as quantize_weight

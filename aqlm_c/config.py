@@ -168,6 +168,14 @@ class TargetOptions:
         skip = self.error_correction_skip
         return self.error_correction > 0 and not (skip and pattern_of("error_correction_skip", skip).found_in(name))
 
+    def check_without_inputs(self) -> None:
+        """Raise ValueError for an option that needs inputs as they are in the quantized model: `statistics` are of the
+        original's alone.
+        """
+        for name in ("sequential", "error_correction", "tune_remaining", "fisher_share"):
+            if getattr(self, name):
+                raise wrong(name, getattr(self, name), "none with statistics, which are of the original model's inputs")
+
     def changed(self) -> dict[str, Any]:
         """The fields that have not their default, by name."""
         found = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}

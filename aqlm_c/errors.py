@@ -10,6 +10,8 @@ INSTALL = "pip install 'aqlm-c[hf]'"
 # Packages that no extra of ours brings, or not that one.
 _CURES = {"matplotlib": "pip install 'aqlm-c[plot]'", "pandas": "pip install pandas", "peft": "pip install peft"}
 _CURES["lm_eval"] = "pip install 'aqlm-c[eval]'"
+_CURES |= dict.fromkeys(("optuna", "psycopg", "psycopg2", "sqlalchemy"), "pip install 'aqlm-c[sweep]'")
+_CURES["pyarrow"] = "pip install pyarrow"
 _SHOWN = 300  # characters of a value in a message
 _LINE = 2000  # of a message
 _MOST_INT = 2**31 - 1

@@ -76,7 +76,7 @@ def perplexity(
     for a text shorter than what was asked for, for windows longer than the model has positions, for a token id that the
     model does not know and for a loss that is not finite or beyond 700.
     """
-    cuts = _windows(model, input_ids, sequence_length, windows, bos_token)
+    cuts = windows_of(model, input_ids, sequence_length, windows, bos_token)
     check_length("sequence_length", sequence_length, model)
     started = time.perf_counter()
     split, losses = SplitModel(model.eval()), []
@@ -136,7 +136,7 @@ def divergence(
     windows' differences. Logits are computed and compared some positions at a time. Raises ValueError as `perplexity`,
     for vocabularies of different sizes and for a KL that is not finite.
     """
-    cuts = _windows(model, input_ids, sequence_length, windows, bos_token)
+    cuts = windows_of(model, input_ids, sequence_length, windows, bos_token)
     check_length("sequence_length", sequence_length, model)
     started = time.perf_counter()
     split, other = SplitModel(model.eval()), original if isinstance(original, Recorded) else _Live(original)
@@ -270,7 +270,7 @@ class _Work:
         expected = tokenizers[original]
         size = _logits_on_disk(original)
         for name in names:
-            _check_same(name, tokenizers[name], original, expected)
+            check_same_words(name, tokenizers[name], original, expected)
             own = _logits_on_disk(name)
             if None not in (own, size) and own != size:
                 raise ValueError(f"against: got {original!r} with {size} logits, expected {own} as {name!r} has")
@@ -310,7 +310,7 @@ class _Work:
                 check_length("sequence_length", self.options.sequence_length, network)
             self.run_tasks(name, network, tokenizer, result)
             split = SplitModel(network)
-            if split.is_split and texts and _fits(split, cuts):
+            if split.is_split and texts and has_room(split, cuts):
                 for text, windows in zip(texts, cuts, strict=True):
                     self.progress.on_phase(f"{name} on {text.source}")
                     text.original = Recorded(split, windows, self.progress.on_window)
@@ -322,7 +322,7 @@ class _Work:
 
     def _cuts(self, network: Any, text: _Text) -> torch.Tensor:
         with _named(text.source):
-            return _windows(network, text.input_ids, self.options.sequence_length, self.options.windows, text.start)
+            return windows_of(network, text.input_ids, self.options.sequence_length, self.options.windows, text.start)
 
     def model(self, name: str, sources: Sequence[str], texts: list[_Text] | None, result: Evaluation) -> None:
         """Rows of one model, added to `result`."""
@@ -357,7 +357,7 @@ def _named(source: str) -> Iterator[None]:
         raise ValueError(f"data: got {source!r}: {error}") from error
 
 
-def _check_same(name: str, tokenizer: Any, original: str, expected: Any) -> None:
+def check_same_words(name: str, tokenizer: Any, original: str, expected: Any) -> None:
     """Raise ValueError unless two tokenizers have the same words under the same numbers."""
     words, others = tokenizer.get_vocab(), expected.get_vocab()
     if words == others:
@@ -382,7 +382,7 @@ def _logits_on_disk(name: str) -> int | None:
 
 
 @torch.no_grad()
-def _fits(split: SplitModel, cuts: Sequence[torch.Tensor]) -> bool:
+def has_room(split: SplitModel, cuts: Sequence[torch.Tensor]) -> bool:
     """Whether the hidden states of all these windows fit into memory beside the models."""
     state = split.hidden(cuts[0][0, :2])
     tokens = sum(windows.numel() for windows in cuts)
@@ -390,10 +390,13 @@ def _fits(split: SplitModel, cuts: Sequence[torch.Tensor]) -> bool:
     return free is None or tokens * state[0].numel() * state.element_size() <= _ROOM * free
 
 
-def _windows(
+def windows_of(
     model: Any, input_ids: torch.Tensor, sequence_length: int, windows: int | None, bos_token: int | None
 ) -> torch.Tensor:
-    """The windows [n, sequence_length] of a stream, checked, but for the model's positions."""
+    """The windows [n, sequence_length] of a stream of token ids, checked, but for the model's positions.
+
+    Arguments and ValueError as of `perplexity`.
+    """
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, expected a transformers model, as load_model gives it")
     stream = as_token_ids("input_ids", input_ids, "token ids [n], as token_stream gives them").reshape(-1)

@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
     raise missing(error) from error
 
 from .calibrate.sources import DataFree, SequenceCalibration
+from .calibrate.statistics import StoredHessians, TunedStoredHessians
 from .core.hessian import Hessian
 from .core.verbs import Array
 from .distributed import group
@@ -26,6 +27,7 @@ from .pipeline.progress import Progress
 from .pipeline.resume import begun_batch_size
 from .recipe import AqlmConfig
 from .report.report import QuantizationReport
+from .statistics import Statistics, statistics_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -64,6 +66,7 @@ def quantize_model(
     progress: Any = None,
     batch_size: int | None = None,
     work_dir: str | os.PathLike[str] | None = None,
+    statistics: str | os.PathLike[str] | Statistics | None = None,
     **placement: Unpack[Placing],
 ) -> QuantizationReport:
     """Quantize the linears in the decoder blocks of a transformers model, in place, block by block.
@@ -76,7 +79,10 @@ def quantize_model(
     `aqlm_c.hf.AqlmConfig` without a dataset. `layers` is a regular expression: only linears whose name it finds.
     `progress`: see `Progress`. `batch_size`: sequences in one forward pass at most; fine-tuning takes no more than
     `finetune_batch_size` and half of them all. `work_dir`: a directory that keeps each finished block; the same call
-    with the same directory goes on after the last of them (`pipeline.resume`). `device`: "cpu", "cuda", "cuda:N" or
+    with the same directory goes on after the last of them (`pipeline.resume`). `statistics`: a file of
+    `collect_hessians`, whose H take the place of those of `sequences`: no layer is then calibrated on what was
+    quantized before it; with sequences, which must be those of the file, blocks are fine-tuned on them, without them
+    nothing is. `device`: "cpu", "cuda", "cuda:N" or
     "auto"; without it a model is quantized where it is. Blocks of a model that is elsewhere are brought there one after
     another, and come back quantized, so that the device need not hold it; nor need the memory of the host, where the
     model was loaded from safetensors files. `memory_limit`, `device_memory_limit`: bytes, or text such as "8GiB";
@@ -86,8 +92,9 @@ def quantize_model(
     Raises ValueError, before any work, for a model with adapters or whose quantized checkpoint would not load again
     (`hf.quantizer.check_loads`), for token ids that are too few or outside the vocabulary, for a format that does not
     fit a layer or cannot be searched yet, for NaN or Inf in any parameter, for a `work_dir` of another run or device,
-    for a `device` that is not there, and a limit of memory that is too small; and later, naming the layer, for NaN or
-    Inf in activations. Raises OSError if `work_dir` cannot be written; what is finished in it stays usable.
+    for a `device` that is not there, for `statistics` of another model, dtype or tokens, and a limit of memory that is
+    too small; and later, naming the layer, for NaN or Inf in activations. Raises OSError if `work_dir` cannot be
+    written; what is finished in it stays usable.
     """
     from .hf.peft import check_no_adapters
     from .hf.quantizer import attach, check_loads
@@ -100,18 +107,28 @@ def quantize_model(
     check_no_adapters(model)
     placed = Placement(**placement)
     device = placed.find(model)
-    calibration: DataFree | SequenceCalibration = DataFree(device)
     if sequences is not None:
+        sequences = check_sequences(model, sequences, config.tuning)
         if batch_size is None and work_dir is not None:  # which another number of ranks may have begun
             batch_size = group().broadcast(begun_batch_size(work_dir) if group().first else None)
-        calibration = SequenceCalibration(check_sequences(model, sequences, config.tuning), config, batch_size, device)
     elif work_dir is not None:
         raise ValueError(
             f"work_dir: got {str(work_dir)!r} without sequences, expected None: nothing is kept without data"
         )
+    calibration: DataFree | SequenceCalibration
+    found = None if statistics is None else statistics_of(statistics, model, sequences, config)
+    if sequences is None:
+        config = config if found is None else config.replace(finetune_epochs=0)
+        calibration = DataFree(device) if found is None else StoredHessians(found, device)
+    elif found is None:
+        calibration = SequenceCalibration(sequences, config, batch_size, device)
+    else:
+        calibration = TunedStoredHessians(found, sequences, config, batch_size, device)
     options = {"layers": layers, "progress": progress, "work_dir": work_dir, "placement": placed}
     pipeline = Pipeline(model, config, calibration, **options)
     check_loads(model, pipeline.plan.targets(), pipeline.config)
     report = pipeline.run()
+    if found is not None:
+        report.tokens, report.sequences = found.tokens, found.sequences
     attach(model, pipeline.config)
     return report

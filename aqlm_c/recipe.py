@@ -206,7 +206,9 @@ class RunConfig:
     "8GiB". device: that quantizes, "cpu", "cuda", "cuda:N" or "auto", which is the first GPU that our kernels can use,
     else the CPU. device_memory_limit: of its memory. batch_size: sequences in one forward pass at most, if not as many
     as memory likes. overwrite: replace `out` if it is a model. tune: tune the whole model against the original at the
-    end, on the same sources: options of `FinetuneOptions` by name; None: not at all. samples, sequence_length, shuffle,
+    end, on the same sources: options of `FinetuneOptions` by name; None: not at all. statistics: file of H that
+    `aqlm-c hessians` wrote; nothing is calibrated then, and blocks are fine-tuned only where finetune_epochs is given,
+    on the data that the file is of. samples, sequence_length, shuffle,
     bos: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`; beam_size to relative_damp: see
     `AqlmOptions`; finetune_*: see `TuningOptions`; sequential to fisher_share: see `TargetOptions`.
     options: by name, those of a method that has others.
@@ -233,6 +235,7 @@ class RunConfig:
     device: str = "auto"
     device_memory_limit: int | str | None = None
     tune: dict[str, Any] | None = None
+    statistics: str | None = None
     rules: dict[str, str] | None = None
     embeddings: str | None = None
     solver: str | None = None
@@ -303,7 +306,7 @@ class RunConfig:
         with what has another default for each solver. Raises ValueError naming
         the file and what is wrong in it, OSError if it cannot be read.
         """
-        fields = _read_yaml(Path(path))
+        fields = read_yaml(Path(path))
         try:
             cls.from_fields(fields)
         except ValueError as error:
@@ -330,7 +333,11 @@ class RunConfig:
         known = {*_names(kind), *_names(TuningOptions), *_names(TargetOptions)}
         chosen = {name: value for name, value in preset.items() if name in known}
         chosen |= {name: value for name, value in {**given, **self.options}.items() if value is not None}
+        if self.statistics and self.finetune_epochs is None:  # which no preset asks for here
+            chosen["finetune_epochs"] = 0
         config = AqlmConfig.from_scheme(self.scheme, **chosen)
+        if self.statistics:
+            config.target.check_without_inputs()
         calibration = self._calibration()
         fields |= dataclasses.asdict(calibration)
         fields["gaussian_reference"] = config.gaussian_reference
@@ -436,7 +443,8 @@ def _typed(name: str, kind: str, value: Any) -> Any:
     raise wrong(name, value, _MEANS[kinds[0]])
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ValueError naming the file, as config, for anything else or too much."""
     yaml = require("yaml")
     loader = yaml.SafeLoader
     try:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import FinetuneOptions
 from .distributed import device_of_rank, group
@@ -16,21 +16,37 @@ from .recipe import Resolved, RunConfig, options_of, yaml_text
 from .report.report import QuantizationReport
 
 if TYPE_CHECKING:
+    from .calibrate.statistics import Statistics
     from .hf.models import ModelSource
 
 
-_OF_A_RANK = {"model", "out", "data", "work_dir", "threads", "memory_limit", "device_memory_limit"}
+_OF_A_RANK = {"model", "out", "data", "statistics", "work_dir", "threads", "memory_limit", "device_memory_limit"}
 _OF_A_RANK |= {"overwrite"}  # what may be another there
 
 
+class Shared(NamedTuple):
+    """What a run need not make itself, since others made it. sequences: token ids [n, length] of the calibration, None
+    where nothing is to run on them. data: `io.data.provenance` of them. statistics: the open file of
+    `config.statistics`.
+    """
+
+    sequences: Any
+    data: dict[str, Any]
+    statistics: Statistics | None = None
+
+
 def run(
-    config: RunConfig, progress: Any = None, loaded: tuple[Any, Any, ModelSource] | None = None
+    config: RunConfig,
+    progress: Any = None,
+    loaded: tuple[Any, Any, ModelSource] | None = None,
+    shared: Shared | None = None,
 ) -> QuantizationReport:
     """Quantize `config.model` and save it as the directory `config.out`, with run.yaml and report.json.
 
     run.yaml is the resolved configuration, which `from_file` reads; report.json is the report with that
     configuration, hashes of the data and versions. `progress`: see `Progress`. `loaded` is what
-    `load_model` returned for `config.model`, if that is done already; its model is quantized in place.
+    `load_model` returned for `config.model`, if that is done already; its model is quantized in place. shared: what
+    others made of the data of `config`.
     Raises ValueError for what is wrong in the configuration, model or data, before the work starts where that
     can be seen; OSError where a file cannot be written. `out` is then as it was. Of several
     ranks (`distributed`) all do the work, and the first alone writes.
@@ -41,7 +57,6 @@ def run(
     from .core.runtime import check_kernels, set_threads
     from .hf.models import load_model
     from .io.checkpoint import check_tokenizer
-    from .io.data import common_start, load_sequences, provenance
     from .pipeline.progress import Progress
     from .quantize import quantize_model
 
@@ -53,10 +68,7 @@ def run(
         progress.on_phase("load")
         loaded = load_model(config.model, "auto", "cpu", True)
     model, tokenizer, origin = loaded
-    drawn, seed = resolved.calibration, resolved.config.seed
-    options = (drawn.samples, drawn.sequence_length, drawn.shuffle, seed, drawn.bos)
-    sequences = load_sequences(sources, tokenizer, *options)
-    data = provenance(sources, sequences, common_start(sequences, tokenizer))  # as it was read: the work may take days
+    sequences, data = shared[:2] if shared else _read_data(config, resolved, sources, tokenizer)
     if tokenizer is not None and group().first:
         check_tokenizer(tokenizer, config.out)
     seconds = time.perf_counter() - started
@@ -66,6 +78,7 @@ def run(
         progress=progress,
         batch_size=config.batch_size,
         work_dir=config.work_dir,
+        statistics=shared.statistics if shared else config.statistics,
         memory_limit=config.memory_limit,
         device=config.device,
         device_memory_limit=config.device_memory_limit,
@@ -90,8 +103,11 @@ def _check(config: RunConfig, resolved: Resolved) -> list[str]:
     from .io.data import BUNDLED, check_source
 
     sources = config.data or [BUNDLED]
+    if config.statistics and not config.data and not resolved.config.tuning.finetune_epochs:
+        sources = []  # the file says what it is of
     needed = {
         "MODEL": config.model,
+        "STATISTICS": config.statistics or "",
         "WORK_DIR": config.work_dir or "",
         **{f"DATA {n}": name for n, name in enumerate(sources, 1)},
     }
@@ -102,6 +118,27 @@ def _check(config: RunConfig, resolved: Resolved) -> list[str]:
     for source in sources:
         check_source(source)
     return sources
+
+
+def _read_data(config: RunConfig, resolved: Resolved, sources: list[str], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+    """The calibration sequences, None where nothing is to run on them, and what a report keeps of the data, as it was
+    read: the work may take days.
+    """
+    from .calibrate.statistics import Statistics
+    from .io.data import common_start, load_sequences, provenance
+
+    statistics = Statistics(config.statistics) if config.statistics else None
+    if statistics is not None and not sources:
+        return None, dict(statistics.facts["data"])
+    drawn, seed = resolved.calibration, resolved.config.seed
+    options = (drawn.samples, drawn.sequence_length, drawn.shuffle, seed, drawn.bos)
+    sequences: Any = load_sequences(sources, tokenizer, *options)
+    data = provenance(sources, sequences, common_start(sequences, tokenizer))
+    if statistics is not None:
+        statistics.check_tokens(data["input_ids"])
+        if not resolved.config.tuning.finetune_epochs:
+            sequences = None
+    return sequences, data
 
 
 def _tune(config: RunConfig, report: QuantizationReport, loaded: tuple[Any, Any, ModelSource], progress: Any) -> None:
@@ -156,7 +193,7 @@ def _save(
 def _comments(report: QuantizationReport) -> str:
     lines = [
         ", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        *(f"SHA-256 of {source}: {digest}" for source, digest in report.data["sources"].items() if digest),
+        *(f"SHA-256 of {source}: {digest}" for source, digest in report.data.get("sources", {}).items() if digest),
         f"SHA-256 of the calibration tokens: {report.data['input_ids']}",
     ]
     return "".join(f"# {' '.join(line.split())}\n" for line in lines)

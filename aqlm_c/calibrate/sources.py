@@ -235,7 +235,7 @@ class SequenceCalibration:
         pools: Pools = NO_POOLS,
         original: torch.nn.Module | None = None,
     ) -> LayerInputs:
-        inputs = self._inputs_of(index)
+        inputs = self.inputs_of(index)
         kept = inputs.empty() if outputs else None
         try:
             weigh = None if self._weights is None else self._weights.applied
@@ -256,9 +256,9 @@ class SequenceCalibration:
             raise
 
     def pools(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> Pools:
-        return pool_kinds(linears, self._inputs_of(index), index, block)
+        return pool_kinds(linears, self.inputs_of(index), index, block)
 
-    def _inputs_of(self, index: int) -> Activations:
+    def inputs_of(self, index: int) -> Activations:
         """Those of block number `index`."""
         assert self.inputs is not None, "start comes first"
         if self._of_index is not None:
@@ -280,7 +280,7 @@ class SequenceCalibration:
             self.inputs.advance(index, block)
 
     def turns(self, index: int, block: torch.nn.Module, linears: Mapping[str, torch.nn.Linear]) -> list[list[str]]:
-        return in_turn(self._inputs_of(index), index, block, linears)
+        return in_turn(self.inputs_of(index), index, block, linears)
 
     def follow(self, index: int, original: torch.nn.Module, outputs: Activations | None = None) -> None:
         if self.originals is not None and outputs is not None:

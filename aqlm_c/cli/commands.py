@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import distributed
-from ..config import BOS, CHECKPOINTING, DTYPES, PV_STATES, TEACHER_CACHES, FinetuneOptions
+from ..config import BOS, CHECKPOINTING, DTYPES, PV_STATES, TEACHER_CACHES, CalibrationOptions, FinetuneOptions
 from ..errors import int_between, printable, wrong
 from ..files import JsonFile
 from ..format import Rules
@@ -19,6 +19,7 @@ from ..recipe import PRESETS, RunConfig, options_of, parse_option, parse_pair, p
 from ..run import run
 from ..tasks import TASKS
 from ..versions import __version__
+from .board import run_sweep
 from .display import Display, check_threads, prepare, show
 
 log = logging.getLogger("aqlm_c")
@@ -160,6 +161,14 @@ def quantize(
         list[str] | None,
         _optional("Any other option of the solver or fine-tuning; repeatable.", "--set", metavar="NAME=VALUE"),
     ] = None,
+    statistics: Annotated[
+        str | None,
+        _optional(
+            "H that aqlm-c hessians wrote, in place of calibration passes; blocks are then fine-tuned with "
+            "--finetune-epochs alone, on --data.",
+            metavar="FILE",
+        ),
+    ] = None,
     work_dir: Annotated[
         str | None, _optional("Keep finished blocks there: the same command then goes on from them.", metavar="FOLDER")
     ] = None,
@@ -205,6 +214,49 @@ def quantize(
             show(report)
         with output:
             output.write(report.to_dict())
+
+
+@app.command()
+def hessians(
+    model: Model,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="File to write, .safetensors.", show_default=False)],
+    data: Data = None,
+    samples: Annotated[int, typer.Option(help="Sequences, spread evenly over the data.")] = 64,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = 1024,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Draw them at random, not from the start.")] = False,
+    bos: Annotated[str, typer.Option(help="Begin each with the tokenizer's BOS token.", metavar=_BOS)] = "auto",
+    seed: Annotated[int, typer.Option(help="Of --shuffle.")] = 0,
+    layers: Annotated[
+        str | None, _optional("Only of layers whose name matches; else of the output layer too.", metavar="REGEX")
+    ] = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    batch_size: Annotated[int | None, _optional("Sequences in one forward pass at most.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    json: Json = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Gather H = X^T X of the inputs of MODEL's linears, as it is, for quantize --statistics OUT.
+
+    Runs that share OUT, with other schemes or methods, calibrate no more. OUT is of one model in one dtype, and of the
+    tokens that it was gathered on.
+    """
+    check_threads(threads)
+    output = _output(json)
+    prepare(threads)
+
+    from ..statistics import StatisticsRun
+
+    drawn = CalibrationOptions(samples, sequence_length, shuffle, bos)
+    place: dict[str, Any] = {"threads": threads, "device": device, "batch_size": batch_size, "overwrite": overwrite}
+    work = StatisticsRun(model, out, _check_data(data), drawn, seed, layers, **place)
+    with Display(quiet, verbose) as display:
+        found = work.run(display)
+    if not quiet:
+        print(printable(found.describe()))
+    with output:
+        output.write(found.facts)
 
 
 _OF_TUNING = (  # parameters of `finetune` that are fields of FinetuneOptions
@@ -398,6 +450,106 @@ def evaluate(
     for model in models if record else ():
         rows = [row for row in result.results if row["model"] == model]
         record_perplexity(model, {_described(row): _recorded(row) for row in rows})
+
+
+@app.command()
+def sweep(
+    context: typer.Context,
+    space: Annotated[
+        Path, typer.Argument(metavar="SPACE.yaml", help="What to try: docs/sweeps.md.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of rows, tables and best.yaml.", show_default=False)],
+    workers: Annotated[
+        int | None, _optional("Processes on this machine. \\[default: one a GPU, else one]", metavar="N")
+    ] = None,
+    index: Annotated[
+        int | None, _optional("Be worker I of N, of an array job; a grid in files is divided.", metavar="I")
+    ] = None,
+    of: Annotated[int | None, _optional("With --index.", metavar="N")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many trials, how long and how large.")] = False,
+    worker: Annotated[int | None, typer.Option(hidden=True)] = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    json: Json = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> int:
+    """Quantize a model by every choice of SPACE.yaml, evaluate each, and keep a row of it.
+
+    The same command goes on with the trials that are missing, also after it was killed. Exit code 1 where trials are
+    missing in the end, since workers ended.
+    """
+    check_threads(threads)
+    output = _output(json)
+
+    from ..sweeps.space import Space
+
+    chosen = Space.from_file(space)
+    prepare(threads)
+    context.obj.kept = f"rows are kept in {out}, the same command goes on from there"
+    place: dict[str, Any] = {"device": device, "threads": threads}
+    if dry_run:
+        from ..sweeps.estimate import estimate
+
+        expected = estimate(chosen, out, workers or 1, **place)
+        print(*map(printable, expected.lines()), sep="\n")
+        with output:
+            output.write(expected.to_dict())
+        return 0
+    result = run_sweep(chosen, out, (workers, index, of, worker), place, quiet, verbose)
+    if not quiet:
+        show(result)
+        print(*map(printable, result.files), sep="\n")
+    with output:
+        output.write(result.to_dict())
+    return 0 if result.complete or index is not None or worker is not None else 1
+
+
+@app.command()
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL|SWEEP...", help="Models, and folders of aqlm-c sweep; one or several.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for JSON, HTML, SVG and PNG.", show_default=False)],
+    against: Annotated[str | None, _optional("The original that models are compared with.", metavar="ORIGINAL")] = None,
+    data: Data = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    windows: Annotated[int | None, _optional("Only the first N windows.", metavar="N")] = None,
+    bos: Annotated[str, typer.Option(help="As in evaluate.", metavar=_BOS)] = "auto",
+    tasks: Annotated[str | None, _optional("Zero-shot tasks, by commas.", metavar="NAMES")] = None,
+    task_data: Annotated[str | None, _optional("Folder of their .jsonl files.", metavar="DIR")] = None,
+    limit: Annotated[int | None, _optional("Only N items of each task.", metavar="N")] = None,
+    family: Annotated[
+        str | None, _optional("Tell effective sizes by the line of an unquantized family.", metavar="llama-2|FILE")
+    ] = None,
+    title: Annotated[str, typer.Option(help="Of table and page.")] = "Comparison",
+    threads: Threads = None,
+    device: Device = "cpu",
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Put models, and the trials of sweeps, into one table: bits, bytes, perplexity, KL, tasks, effective size.
+
+    DIR gets compare.json, compare.png, compare.svg and compare.html, a page that needs no other file.
+    """
+    sources = _check_data(data)
+    prepare(threads)
+
+    from ..compare import compare as compare_all
+    from ..compare import write_comparison
+
+    names = tuple(name.strip() for name in tasks.split(",")) if tasks is not None else ()
+    options: dict[str, Any] = {"sequence_length": sequence_length, "windows": windows, "bos": bos, "device": device}
+    options |= {"tasks": names, "task_data": task_data, "limit": limit}
+    with Display(quiet, verbose) as display:
+        found = compare_all(models, against, data=sources, family=family, title=title, progress=display, **options)
+    written = write_comparison(found, out)
+    if not quiet:
+        show(found)
+        print(*(printable(str(path)) for path in written), sep="\n")
 
 
 @app.command()

@@ -42,8 +42,7 @@ class Display:
         plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False} if self._notebook else {}
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, **plain)
         self._quiet = quiet
-        level = logging.DEBUG if verbose else logging.WARNING
-        self._log = _LogLines(self._console, logging.CRITICAL if silent else level)
+        self._log = LogLines.attached(self._console, verbose, silent)
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -63,18 +62,13 @@ class Display:
         self._started = 0.0
 
     def __enter__(self) -> Display:
-        logger = logging.getLogger("aqlm_c")
-        self._level = logger.level
-        logger.setLevel(min(self._log.level, self._level or logging.WARNING))
-        logger.addHandler(self._log)
+        self._log.__enter__()
         self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
-        logger = logging.getLogger("aqlm_c")
-        logger.removeHandler(self._log)
-        logger.setLevel(self._level)
+        self._log.__exit__()
 
     def on_estimate(self, estimate: Any) -> None:
         self._print(f"estimate: {escape(estimate.describe())}")
@@ -159,12 +153,30 @@ class Display:
             self._console.print(printable(line))
 
 
-class _LogLines(logging.Handler):
-    """Log records as lines of a console, above its bars."""
+class LogLines(logging.Handler):
+    """Log records of "aqlm_c" as lines of a console, above its bars, while it is open: a context manager."""
+
+    @classmethod
+    def attached(cls, console: Console, verbose: bool, silent: bool = False) -> LogLines:
+        """Of warnings; verbose: of all; silent: of none."""
+        level = logging.DEBUG if verbose else logging.WARNING
+        return cls(console, logging.CRITICAL if silent else level)
 
     def __init__(self, console: Console, level: int) -> None:
         super().__init__(level)
         self._console = console
+
+    def __enter__(self) -> LogLines:
+        logger = logging.getLogger("aqlm_c")
+        self._before = logger.level
+        logger.setLevel(min(self.level, self._before or logging.WARNING))
+        logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logger = logging.getLogger("aqlm_c")
+        logger.removeHandler(self)
+        logger.setLevel(self._before)
 
     def emit(self, record: logging.LogRecord) -> None:
         self._console.print(escape(printable(f"{record.levelname.lower()}: {self.format(record)}")))

@@ -234,12 +234,17 @@ def provenance(sources: Sequence[str], input_ids: torch.Tensor, start: str | Non
     """What a report keeps of the data: SHA-256 of each source and of the token ids (int64, little-endian), and the
     token that all sequences begin with, if one was put there.
     """
-    ids = input_ids.numpy().astype("<i8", copy=False)
     return {
         **({} if start is None else {"bos": start}),
         "sources": {source: sha256(source) for source in (list(sources) or [BUNDLED])},
-        "input_ids": hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest(),
+        "input_ids": tokens_digest(input_ids),
     }
+
+
+def tokens_digest(input_ids: torch.Tensor) -> str:
+    """SHA-256, in hex, of token ids as int64, little-endian."""
+    ids = input_ids.cpu().numpy().astype("<i8", copy=False)
+    return hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest()
 
 
 def _is_token_file(source: str) -> bool:

@@ -38,6 +38,7 @@ from .estimate import Rates, groups_of
 from .plan import BlockPlan, Plan
 from .progress import Phases
 from .resume import sha256_of
+from .reuse import LayerStore
 from .spread import spread_layers
 
 log = logging.getLogger("aqlm_c")
@@ -124,6 +125,7 @@ class BlockStages:
         self._untuned: dict[str, torch.Tensor] = {}
         self.most_hessians: int | None = None  # bytes that all H of a step may take together; None: any number
         self.place: Path | Room | None = None  # of activations; None: memory
+        self.store = LayerStore.of(calibration, config, residence.device)
 
     def quantize(self, step: BlockPlan) -> Reports:
         """Quantize and tune a step; the reports of its layers and, after fine-tuning, of the block."""
@@ -354,6 +356,11 @@ class BlockStages:
 
     def _quantize_layer(self, name: str, format: Format, given: LayerInputs) -> _Solved:
         module, config = self.model.get_submodule(name), self._config_of(name, format)
+        if self.store is not None:
+            path = self.store.path(name, str(disk_dtype(module.weight)), format, config)
+            if kept := self.store.load(path, module.weight.device):
+                layer = quantized_class(module).from_quantized_weight(kept[0], module, disk_dtype(module.weight))
+                return _Solved(layer, *kept, None)
         with self.phases("quantize"):
             started = time.perf_counter()
             hessian = given.hessians.pop(name)
@@ -367,6 +374,8 @@ class BlockStages:
             report = layer_report(problem, solved, seconds, self.config.gaussian_reference)
         report.tokens, report.embedding = given.tokens.get(name), name in self.plan.embeddings.names
         report.correction = correction
+        if self.store is not None:
+            self.store.save(path, solved, report.to_dict())
         return _Solved(layer, solved, report, problem if self.config.tuning.finetune_search else None)
 
     def _weight_of(self, name: str, module: Any, hessian: Any, cross: Array | None) -> tuple[Any, float | None]:

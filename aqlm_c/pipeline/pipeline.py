@@ -13,6 +13,7 @@ import torch
 
 from ..calibrate.offload import Room
 from ..calibrate.sources import Calibration, SequenceCalibration
+from ..calibrate.statistics import StoredHessians, TunedStoredHessians
 from ..core import runtime
 from ..core.runtime import free_device_memory, kind_of_device, peak_device_memory, working_on
 from ..distributed import group
@@ -206,6 +207,8 @@ class Pipeline:
     def _fingerprint(self) -> dict[str, Any]:
         ids = self.calibration.ids if isinstance(self.calibration, SequenceCalibration) else torch.zeros(0, 0)
         options = {"batch_size": self.calibration.batch_size, "device": kind_of_device(self.residence.device)}
+        if isinstance(self.calibration, (StoredHessians, TunedStoredHessians)):
+            options["statistics"] = self.calibration.statistics.digest
         return fingerprint(self.model, ids, self.config, self.layers, self.residence.done, **options)
 
     def _fit_batch_size(self) -> None:
@@ -216,6 +219,15 @@ class Pipeline:
         limit, free, works = self.placement.limits[1], free_device_memory(device), self._works()
         size = fitting_batch_size(limit, works, free, calibration.batch_size)
         calibration.set_batch_size(min(group().gather(size)))
+
+    def expected(self) -> dict[str, float]:
+        """Seconds by phase that the run will take here, before any of its work; reading of weights is no phase."""
+        rates = Rates.measure(self.config, str(self.stages.dtype).removeprefix("torch."), self.residence.device)
+        found: dict[str, float] = {}
+        for work in self._works():
+            for phase, seconds in work.seconds(rates).items():
+                found[phase] = found.get(phase, 0.0) + seconds
+        return found
 
     def _works(self) -> list[Work]:
         """The work of each step, for estimates."""

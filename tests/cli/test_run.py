@@ -181,6 +181,7 @@ def test_out_holds_what_reproduces_it(model_dir, tmp_path):
     assert resolved.keys() >= set(FIELDS) - {
         "options",
         "tune",
+        "statistics",
         "layers",
         "work_dir",
         "memory_limit",
