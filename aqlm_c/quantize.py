@@ -44,9 +44,9 @@ def quantize_linear(
     `hessian` is H = X^T X / n_tokens [in, in] over its calibration inputs; pass one `Hessian` for all
     linears with the same input. `config`: also the text of a scheme, such as "2x8g8". Codebooks and scales are rounded
     to `dtype`, a 16-bit float: the layer's own if not given, and float16 for a float32 layer. Returns the layer, which
-    takes over the bias, and the weight with its error; a method that makes no AQLM checkpoint gives a torch.nn.Linear with
-    the weight that its codes decode to. Raises ValueError for a format that does not fit the layer and
-    for NaN or Inf.
+    takes over the bias, and the weight with its error; a method that makes no AQLM checkpoint gives a torch.nn.Linear
+    with the weight that its codes decode to. Raises ValueError for a format that does not fit the layer and for NaN or
+    Inf.
     """
     if not isinstance(linear, torch.nn.Linear):
         raise ValueError(f"linear: got {type(linear).__name__}, expected a torch.nn.Linear")
@@ -83,7 +83,8 @@ def quantize_model(
     model was loaded from safetensors files. `memory_limit`, `device_memory_limit`: bytes, or text such as "8GiB";
     activations are kept on the device, what it does not hold beside its work in host memory, and what that does not
     hold on disk. The layers of a method that makes no AQLM checkpoint (docs/methods.md) stay dense, with the weights
-    that its codes decode to, and nothing is fine-tuned. The model is left in evaluation mode, where it was, and can be saved with `save_quantized`.
+    that its codes decode to, and nothing is fine-tuned; such a model is saved by its own `save_pretrained`. The model
+    is left in evaluation mode, where it was, and can be saved with `save_quantized`.
 
     Raises ValueError, before any work, for a model with adapters or whose quantized checkpoint would not load again
     (`hf.quantizer.check_loads`), for token ids that are too few or outside the vocabulary, for a format that does not

@@ -87,9 +87,9 @@ class AqlmConfig:
 
     @classmethod
     def from_scheme(cls, scheme: str, **options: Any) -> AqlmConfig:
-        """The config of a scheme string (`Format.parse`) and any options by name: rules, solver (or method), the method's,
-        those of `TuningOptions` and `TargetOptions`, seed. None is the default. Raises ValueError for a name that is no
-        option.
+        """The config of a scheme string (`Format.parse`) and any options by name: rules, solver (also: method), the
+        method's, those of `TuningOptions` and `TargetOptions`, seed. None is the default. Raises ValueError for a name
+        that is no option.
         """
         return cls.from_dict({**Format.parse(scheme).to_dict(), **options})
 

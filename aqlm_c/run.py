@@ -163,8 +163,8 @@ def _dense_text(report: QuantizationReport, resolved: Resolved) -> str:
     if not resolved.config.is_dense:
         return ""
     return (
-        f"Saved as dense weights, which any program loads: the values that the codes of {resolved.config.solver} decode "
-        f"to. A file of these codes would take {megabytes(report.stored_bytes)}."
+        "Saved as dense weights, which any program loads: the values that the codes of "
+        f"{resolved.config.solver} decode to. A file of these codes would take {megabytes(report.stored_bytes)}."
     )
 
 

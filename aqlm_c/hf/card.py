@@ -122,9 +122,9 @@ def _decoded(report: Mapping[str, Any]) -> list[str]:
 
 def _decoded_format(report: Mapping[str, Any]) -> Iterator[str]:
     yield (
-        f"Dense weights. Codes would take {report['bits_per_weight']:.3f} bits per weight of the quantized layers in the "
-        f"blocks, scales and tables included, and {report['effective_bits']:.3f} bits per parameter of the whole model, "
-        "dense tensors among them.\n"
+        f"Dense weights. Codes would take {report['bits_per_weight']:.3f} bits per weight of the quantized layers in "
+        f"the blocks, scales and tables included, and {report['effective_bits']:.3f} bits per parameter of the whole "
+        "model, dense tensors among them.\n"
     )
     if report.get("note"):
         yield f"{report['note']}\n"

@@ -190,13 +190,10 @@ class CodesMethod:
         format.check_layer(name, *shape)
 
 
-class DenseMethod:
-    """What methods share whose results are dense weights: none has codes to tune or to search again."""
+class UntunedMethod:
+    """What methods share whose results nothing tunes nor searches again."""
 
     tunable = False
-
-    def is_dense(self, options: Any) -> bool:
-        return True
 
     def search_again(self, problem: LayerProblem, quantized: QuantizedWeight, options: Any) -> Array | None:
         return None
@@ -206,6 +203,13 @@ class DenseMethod:
 
     def seconds_per_group(self, format: Format, options: Any, like: Array | None = None) -> float:
         return 0.0
+
+
+class DenseMethod(UntunedMethod):
+    """What methods share whose results are dense weights."""
+
+    def is_dense(self, options: Any) -> bool:
+        return True
 
 
 def whole_bits(format: Format, most: int = 8) -> int:

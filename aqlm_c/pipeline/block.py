@@ -428,7 +428,9 @@ def same_everywhere(
 def layer_report(
     problem: LayerProblem, quantized: Result, bits_per_weight: float, seconds: float, reference: bool = True
 ) -> LayerReport:
-    """The layer's error at so many true bits, with `reference` beside that of Gaussian weights under the same H by reverse water-filling."""
+    """The layer's error at so many true bits, with `reference` beside that of Gaussian weights under the same H by
+    reverse water-filling.
+    """
     out_features, in_features = problem.shape
     code_rate, true_rate = gaussian_references(problem, bits_per_weight) if reference else (None, None)
     return LayerReport(

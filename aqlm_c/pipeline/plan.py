@@ -214,7 +214,7 @@ def _check(model: Any, plan: Plan, config: AqlmConfig, layers: str | None, reaso
 
 
 def _check_shapes(model: Any, targets: Mapping[str, Format], config: AqlmConfig) -> None:
-    """Raise ValueError naming every layer that its format or the method does not fit, and the rule that leaves them dense."""
+    """Raise ValueError naming every layer that format or method do not fit, and the rule that leaves them dense."""
     unfit: dict[str, ValueError] = {}
     method = get_method(config.solver)
     for name, format in targets.items():

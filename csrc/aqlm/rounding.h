@@ -1,5 +1,5 @@
-/* rounding.h: the steps of methods other than AQLM (core/rounding): weights to a grid or a lattice's codebook with error
- * feedback (GPTQ, arXiv 2210.17323; LDLQ, QuIP, 2307.13304), and transforms after which they are incoherent. */
+/* rounding.h: the steps of methods other than AQLM (core/rounding): weights to a grid or a lattice's codebook with
+ * error feedback (GPTQ, arXiv 2210.17323; LDLQ, QuIP, 2307.13304), and transforms after which they are incoherent. */
 #ifndef AQLM_ROUNDING_H
 #define AQLM_ROUNDING_H
 
@@ -25,9 +25,9 @@ typedef enum aqlm_grid {
 } aqlm_grid;
 
 typedef struct aqlm_columns {
-    const float *weight;    /* [out, in] */
-    const int32_t *order;   /* [in], a permutation */
-    const float *feedback;  /* [in, in], or NULL: each column by itself */
+    const float *weight;                                 /* [out, in] */
+    const int32_t *order;                                /* [in], a permutation */
+    const float *feedback;                               /* [in, in], or NULL: each column by itself */
     int64_t out_features, in_features, group_size, bits; /* group_size divides in_features; bits in 1..8 */
     aqlm_grid grid;
     bool at_start; /* grids are found from a group's columns when the first of them comes up, else from the weight */
@@ -43,7 +43,8 @@ aqlm_status aqlm_round_columns(uint8_t *codes /* [out, in] */, float *scales /* 
  * patterns of magnitudes. The sign of coordinate 7 makes the sum of the shifted half-integers even.
  *
  * `fitted`: the magnitudes of each kind of pattern and the shift are the means of the standard normal numbers that
- * they stand for (Lloyd's fixed point with E8P's signs), which lowers the squared error of these from .0916 to .0888. */
+ * they stand for (Lloyd's fixed point with E8P's signs), which lowers the squared error of these from .0916 to .0888.
+ */
 
 /* vectors[n, 8] of codes[n]. */
 void aqlm_e8p_decode(float *vectors, const uint16_t *codes, int64_t n, bool fitted);

@@ -1,5 +1,6 @@
 /* module.c: the NumPy binding, `aqlm_c._core`: arrays in, aqlm.h called with the GIL released, arrays out.
- * Limited API (abi3, Python 3.10 on). Functions: quantizer.c, product.c, rounding.c; here: settings, and what an import does. */
+ * Limited API (abi3, Python 3.10 on). Functions: quantizer.c, product.c, rounding.c; here: settings, and what an import
+ * does. */
 #define AQLM_IMPORTS_NUMPY
 #include "python/arguments.h"
 #include "python/settings.h"

@@ -132,8 +132,8 @@ static PyObject *round_lattice(PyObject *self, PyObject *args, PyObject *kwargs)
     if (!fill_rounded(&r, weight, order, feedback, 8)) return NULL;
     npy_intp groups[3] = {r.dims[0], r.dims[1] / 8, second ? 2 : 1};
     PyArrayObject *decoded = new_array(NPY_FLOAT, 2, r.dims), *codes = new_array(NPY_UINT16, 3, groups);
-    const aqlm_lattice lattice = {data(r.weight), data(r.order),  data(r.feedback), r.dims[0],
-                                  r.dims[1],      second,         (float)scale,     (float)residual,   fitted != 0};
+    const aqlm_lattice lattice = {data(r.weight), data(r.order), data(r.feedback), r.dims[0],  r.dims[1],
+                                  second,         (float)scale,  (float)residual,  fitted != 0};
     aqlm_status status = AQLM_NO_MEMORY;
     if (decoded && codes) UNLOCKED(aqlm_round_lattice(data(decoded), data(codes), &lattice));
     release_rounded(&r);
@@ -232,7 +232,8 @@ static PyObject *rotate(PyObject *self, PyObject *args, PyObject *kwargs) {
     PyArrayObject *left = array_of(left_object, "left", NPY_FLOAT, 2, p), *right = NULL, *x = NULL, *y = NULL;
     if (left) right = array_of(right_object, "right", NPY_FLOAT, 2, q);
     npy_intp dims[2] = {-1, p[0] * q[0]};
-    if (right && (p[0] != p[1] || q[0] != q[1])) PyErr_SetString(PyExc_ValueError, "left, right: expected square matrices");
+    if (right && (p[0] != p[1] || q[0] != q[1]))
+        PyErr_SetString(PyExc_ValueError, "left, right: expected square matrices");
     else if (right) x = array_of(object, "x", NPY_FLOAT, 2, dims);
     if (x) y = new_array(NPY_FLOAT, 2, dims);
     aqlm_status status = AQLM_NO_MEMORY;
@@ -248,8 +249,8 @@ PyMethodDef rounding_methods[] = {
     VERB(factor_columns, "factor_columns(H, sorted, relative_damp) -> (order, feedback)"),
     VERB(round_columns, "round_columns(weight, order, feedback, bits, group_size, symmetric=False, at_start=False, "
                         "scales=None, zeros=None) -> (codes, scales, zeros)"),
-    VERB(round_lattice,
-         "round_lattice(weight, order, feedback, scale, second=0, residual_scale=1.0, fitted=False) -> (decoded, codes)"),
+    VERB(round_lattice, "round_lattice(weight, order, feedback, scale, second=0, residual_scale=1.0, fitted=False) -> "
+                        "(decoded, codes)"),
     VERB(e8p_decode, "e8p_decode(codes, fitted=False) -> vectors"),
     VERB(e8p_nearest, "e8p_nearest(x, fitted=False) -> codes"),
     {"e8_short", e8_short, METH_NOARGS, "e8_short() -> vectors"},

@@ -6,7 +6,7 @@
 
 #include <math.h>
 
-enum { SHRINKS = 32 };      /* grids that are tried: extents from the whole one */
+enum { SHRINKS = 32 };        /* grids that are tried: extents from the whole one */
 #define SHRINK (1.0f / 40.0f) /* down in steps of this */
 
 typedef struct columns {
@@ -78,7 +78,6 @@ static void round_column(void *ctx, int64_t row, int64_t first, const float *tar
     all->codes[row * c->in_features + column] = (uint8_t)code;
     values[0] = scale * (code - zero);
 }
-
 
 static void find_grids(int64_t begin, int64_t end, void *ctx) {
     const columns *all = ctx;

@@ -18,9 +18,7 @@ static bool is_prime(int64_t n) {
 }
 
 /* Paley's first construction has order q + 1, q = 3 mod 4; the second 2 (q + 1), q = 1 mod 4. */
-static bool is_known(int64_t odd) {
-    return 4 * odd <= MOST_PALEY && (is_prime(4 * odd - 1) || is_prime(2 * odd - 1));
-}
+static bool is_known(int64_t odd) { return 4 * odd <= MOST_PALEY && (is_prime(4 * odd - 1) || is_prime(2 * odd - 1)); }
 
 /* odd as a product of few m with a matrix of order 4 m each; their number, or -1. */
 static int split(int64_t odd, int twos, int64_t *factors, int most) {

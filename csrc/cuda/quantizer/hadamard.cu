@@ -105,7 +105,7 @@ extern "C" cudaError_t aqlm_cuda_hadamard(float *y, const float *x, int64_t rows
         const float *from = to;
         to = to == y ? other : y;
         factor_kernel<<<blocks_of(count), THREADS, 0, stream>>>(to, from, signs, count, static_cast<int>(p), stride,
-                                                               inverse, f == n_factors - 1 ? scale : 1.0f);
+                                                                inverse, f == n_factors - 1 ? scale : 1.0f);
         error = cudaGetLastError();
         signs += p * p;
         stride *= p;
