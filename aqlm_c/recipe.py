@@ -174,7 +174,7 @@ class AqlmConfig:
 
     def without_tuning(self) -> AqlmConfig:
         """The config without block fine-tuning where the method gives nothing that it may train; else itself."""
-        if get_method(self.solver).tunable or not self.tuning.finetune_epochs:
+        if (get_method(self.solver).tunable and not self.is_dense) or not self.tuning.finetune_epochs:
             return self
         return self.replace(finetune_epochs=0)
 
@@ -351,7 +351,7 @@ class RunConfig:
         known = {*_names(kind), *_names(TuningOptions), *_names(TargetOptions)}
         chosen = {name: value for name, value in preset.items() if name in known}
         chosen |= {name: value for name, value in {**given, **self.options}.items() if value is not None}
-        config = AqlmConfig.from_scheme(self.scheme, **chosen)
+        config = AqlmConfig.from_scheme(self.scheme, **chosen).without_tuning()
         calibration = self._calibration()
         fields |= dataclasses.asdict(calibration)
         fields["gaussian_reference"] = config.gaussian_reference

@@ -138,7 +138,7 @@ class Method(Protocol):
     """
 
     options_type: type[Any]
-    tunable: bool  # whether block fine-tuning may train what it gives
+    tunable: bool  # whether block fine-tuning may train codebooks and scales that it gives
 
     def is_dense(self, options: Any) -> bool:
         """Whether results are `DenseWeight`, no AQLM checkpoint."""
