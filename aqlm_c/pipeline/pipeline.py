@@ -113,7 +113,8 @@ class Pipeline:
                 self._step(number, step)
                 estimator.finish_block(number, self.phases.seconds, alike=step.index is not None)
                 self.progress.on_estimate(estimator.estimate())
-        self.report.parameters, self.report.stored_bytes = stored_size(self.model, self._decoded_bits())
+            # While experts are apart, so that each dense one is counted by its name.
+            self.report.parameters, self.report.stored_bytes = stored_size(self.model, self._decoded_bits())
         self.report.peak_memory_bytes = peak_memory()
         self.report.peak_device_memory_bytes = peak_device_memory(self.residence.device)
         if self.calibration.tokens:

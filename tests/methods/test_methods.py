@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from command import main_in_time
 from layers import random_layer
-from tiny import BYTES, byte_tokenizer, random_tokens, tiny_llama
+from tiny import BYTES, byte_tokenizer, random_model, random_tokens, tiny_llama
 from transformers import AutoModelForCausalLM
 
 import aqlm_c.hf
@@ -297,6 +297,29 @@ def test_without_data_and_one_linear():
     layer, solved = aqlm_c.quantize_linear(linear, np.eye(64, dtype=np.float32), config_of("gptq", "4x8g8"))
     assert type(layer) is torch.nn.Linear and layer.bias is linear.bias and layer.weight is not linear.weight
     np.testing.assert_array_equal(layer.weight.detach(), solved.decode())
+
+
+def test_experts_are_joined_again(tmp_path):
+    from transformers import MixtralConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 96, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = random_model(MixtralConfig(**sizes))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = quantize_model(model, random_tokens(8, 16), config_of("gptq", "4x8g8", embeddings="dense"))
+    assert len(report.layers) == 2 * (4 + 3 * 4) and list(before) == list(model.state_dict())
+    changed = [name for name, tensor in model.state_dict().items() if (tensor != before[name]).any()]
+    assert len(changed) == 2 * (4 + 2) and report.effective_bits < 16
+    model.save_pretrained(tmp_path)
+    ids = random_tokens(1, 8)
+    np.testing.assert_array_equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits.detach(), model(ids).logits.detach()
+    )
+
+
+def test_not_on_the_fly():
+    with pytest.raises(ValueError, match="solver: got 'gptq', expected one that makes AQLM codes"):
+        aqlm_c.hf.AqlmConfig(scheme="2x8g8", method="gptq")
 
 
 def test_a_dense_result_cannot_be_tuned(tmp_path):
