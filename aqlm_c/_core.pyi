@@ -132,6 +132,72 @@ def quantization_error(
 def gaussian_reference(eigenvalues: _F64, rate: float) -> float:
     """Relative error of ideal coding of Gaussian weights at `rate` bits per weight, under an H of these eigenvalues."""
 
+def factor_columns(H: _F32, sorted: bool, relative_damp: float) -> tuple[NDArray[np.int32], _F32]:
+    """Order [in] and feedback [in, in], in it, of single columns (GPTQ, LDLQ); as factor_hessian gives them of groups.
+
+    sorted: largest diagonal first, else as they are.
+    """
+
+def round_columns(
+    weight: _F32,
+    order: NDArray[np.int32],
+    feedback: _F32 | None,
+    bits: int,
+    group_size: int,
+    symmetric: bool = False,
+    at_start: bool = False,
+    scales: _F32 | None = None,
+    zeros: _F32 | None = None,
+) -> tuple[NDArray[np.uint8], _F32, _F32]:
+    """Each column of weight [out, in], in `order`, to the nearest of its grid scale (c - zero), c in 0..2^bits - 1.
+
+    feedback of factor_columns, in which errors reach later columns; None: none do. Grids, one for each row of
+    group_size columns, are those of least squared error among such as shrink from the group's extent: symmetric ones,
+    or with a zero that is a code. at_start: found from the group's weights with the errors so far, where the group lies
+    within 128 columns of an unsorted order. scales, zeros [out, in / group_size]: grids that are given.
+    Returns codes [out, in], scales, zeros.
+    """
+
+def round_lattice(
+    weight: _F32,
+    order: NDArray[np.int32],
+    feedback: _F32 | None,
+    scale: float,
+    second: int = 0,
+    residual_scale: float = 1.0,
+    fitted: bool = False,
+) -> tuple[_F32, _Codes]:
+    """Groups of 8 columns of weight [out, in], in `order`, to the nearest of scale E8P (QuIP#, arXiv 2402.04396).
+
+    order [in / 8] and feedback of factor_hessian. second: bits per weight of a second codebook, times scale
+    residual_scale, for what is left: 2 (E8P), 1 (256 short vectors of E8) or 0. fitted: the first is the fitted E8P.
+    Returns the decoded weight and codes [out, in / 8, 1 or 2].
+    """
+
+def e8p_decode(codes: NDArray[np.uint16], fitted: bool = False) -> _F32:
+    """The vectors [n, 8] of E8P with these codes [n]: patterns of magnitudes, signs, a shift by 1/4.
+
+    fitted: magnitudes and the shift are moved to where they stand best for standard normal numbers.
+    """
+
+def e8p_nearest(x: _F32, fitted: bool = False) -> NDArray[np.uint16]:
+    """The codes [n] of the vectors of E8P that are nearest to x [n, 8]."""
+
+def e8_short() -> _F32:
+    """256 short vectors of E8, [256, 8]: 0, the 240 of norm 2, 15 of norm 4."""
+
+def hadamard_order(n: int, /) -> int:
+    """The largest divisor of n of which a Hadamard matrix is known: of a power of two and Paley's of orders 4 m."""
+
+def hadamard(x: _F32, inverse: bool = False) -> _F32:
+    """x H^T / sqrt(order) of each run of order = hadamard_order(n) values of the rows of x [rows, n]; inverse: x H."""
+
+def random_orthogonal(n: int, seed: int) -> _F32:
+    """A random orthogonal matrix [n, n], n up to 4096, the same on every machine."""
+
+def rotate(x: _F32, left: _F32, right: _F32) -> _F32:
+    """left^T X right of each row of x [rows, p q] as X [p, q], for left [p, p] and right [q, q]."""
+
 def decode_rows(codes: NDArray[np.int8 | np.int16], codebooks: _F32, scales: _F32) -> _F32:
     """W [out, in] of a stored weight: codes [out/og, J, K] (int8 for B <= 8, else int16), codebooks [K, E, og, g]."""
 

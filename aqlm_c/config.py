@@ -93,6 +93,41 @@ class PaperOptions(AqlmOptions):
 
 
 @dataclasses.dataclass(frozen=True)
+class KmeansOptions(MethodOptions):
+    """Options of k-means alone. init_max_iter: at most this many rounds per codebook.
+
+    Raises ValueError naming the field, its value and what was expected.
+    """
+
+    fixed: ClassVar[frozenset[str]] = frozenset({"init_max_iter"})
+
+    init_max_iter: int = 100
+
+    def __post_init__(self) -> None:
+        int_between("init_max_iter", self.init_max_iter, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdditiveOptions(KmeansOptions):
+    """Options of additive quantization without H: those of `AqlmOptions` that it has.
+
+    Raises ValueError naming the field, its value and what was expected.
+    """
+
+    beam_size: int = 0
+    relative_mse_tolerance: float = 0.003
+    max_sweeps: int = 12
+    cg_steps: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        int_between("beam_size", self.beam_size, 0, 64)
+        share("relative_mse_tolerance", self.relative_mse_tolerance, zero=True)
+        int_between("max_sweeps", self.max_sweeps, 0)
+        int_between("cg_steps", self.cg_steps, 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class TuningOptions:
     """Options of block fine-tuning (arXiv 2401.06118, section 3.4).
 

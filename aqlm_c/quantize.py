@@ -18,7 +18,7 @@ from .core.hessian import Hessian
 from .core.verbs import Array
 from .distributed import group
 from .io.data import check_sequences
-from .methods.base import QuantizedWeight
+from .methods.base import Result
 from .nn.linear import QuantizedLinear
 from .pipeline.block import quantize_module
 from .pipeline.pipeline import Pipeline
@@ -40,20 +40,21 @@ def quantize_linear(
     hessian: Hessian | Array,
     config: AqlmConfig | str,
     dtype: torch.dtype | None = None,
-) -> tuple[QuantizedLinear, QuantizedWeight]:
+) -> tuple[QuantizedLinear | torch.nn.Linear, Result]:
     """Quantize one linear layer under H (arXiv 2401.06118, section 3).
 
     `hessian` is H = X^T X / n_tokens [in, in] over its calibration inputs; pass one `Hessian` for all
     linears with the same input. `config`: also the text of a scheme, such as "2x8g8". Codebooks and scales are rounded
     to `dtype`, a 16-bit float: the layer's own if not given, and float16 for a float32 layer. Returns the layer, which
-    takes over the bias, and the weight with its error. Raises ValueError for a format that does not fit the layer and
-    for NaN or Inf.
+    takes over the bias, and the weight with its error; a method that makes no AQLM checkpoint gives a torch.nn.Linear
+    with the weight that its codes decode to. Raises ValueError for a format that does not fit the layer and for NaN or
+    Inf.
     """
     if not isinstance(linear, torch.nn.Linear):
         raise ValueError(f"linear: got {type(linear).__name__}, expected a torch.nn.Linear")
     config = AqlmConfig.of(config)
     layer, solved, _ = quantize_module("weight", linear, hessian, config.format, config, dtype)
-    assert isinstance(layer, QuantizedLinear)
+    assert isinstance(layer, (QuantizedLinear, torch.nn.Linear))
     return layer, solved
 
 
@@ -87,7 +88,9 @@ def quantize_model(
     another, and come back quantized, so that the device need not hold it; nor need the memory of the host, where the
     model was loaded from safetensors files. `memory_limit`, `device_memory_limit`: bytes, or text such as "8GiB";
     activations are kept on the device, what it does not hold beside its work in host memory, and what that does not
-    hold on disk. The model is left in evaluation mode, where it was, and can be saved with `save_quantized`.
+    hold on disk. The layers of a method that makes no AQLM checkpoint (docs/methods.md) stay dense, with the weights
+    that its codes decode to, and nothing is fine-tuned; such a model is saved by its own `save_pretrained`. The model
+    is left in evaluation mode, where it was, and can be saved with `save_quantized`.
 
     Raises ValueError, before any work, for a model with adapters or whose quantized checkpoint would not load again
     (`hf.quantizer.check_loads`), for token ids that are too few or outside the vocabulary, for a format that does not
@@ -126,6 +129,8 @@ def quantize_model(
         calibration = TunedStoredHessians(found, sequences, config, batch_size, device)
     options = {"layers": layers, "progress": progress, "work_dir": work_dir, "placement": placed}
     pipeline = Pipeline(model, config, calibration, **options)
+    if config.is_dense:  # any transformers loads it
+        return pipeline.run()
     check_loads(model, pipeline.plan.targets(), pipeline.config)
     report = pipeline.run()
     if found is not None:

@@ -18,7 +18,7 @@ from .errors import device_name, int_between, is_text, require, wrong
 from .files import read_text
 from .format import AUTO, DENSE, Format, Rules
 from .format import FIELDS as FORMAT_FIELDS
-from .methods import DEFAULT, METHODS, get_method
+from .methods import DEFAULT, METHODS, get_method, method_name
 from .units import parse_size
 
 _MOST_YAML, _MOST_VALUES, _MOST_DEPTH = 2**20, 20_000, 200  # of a file of options: bytes, values, brackets
@@ -75,6 +75,7 @@ class AqlmConfig:
                 Format.parse(self.embeddings)
             except ValueError as error:
                 raise wrong("embeddings", self.embeddings, f"{AUTO!r}, {DENSE!r} or a scheme: {error}") from None
+        object.__setattr__(self, "solver", method_name(self.solver))
         kind = get_method(self.solver).options_type
         if self.options is None:
             object.__setattr__(self, "options", kind())
@@ -86,15 +87,16 @@ class AqlmConfig:
 
     @classmethod
     def from_scheme(cls, scheme: str, **options: Any) -> AqlmConfig:
-        """The config of a scheme string (`Format.parse`) and any options by name: rules, solver, the method's,
-        those of `TuningOptions` and `TargetOptions`, seed. None is the default. Raises ValueError for a name that is no
-        option.
+        """The config of a scheme string (`Format.parse`) and any options by name: rules, solver (also: method), the
+        method's, those of `TuningOptions` and `TargetOptions`, seed. None is the default. Raises ValueError for a name
+        that is no option.
         """
         return cls.from_dict({**Format.parse(scheme).to_dict(), **options})
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> AqlmConfig:
         """The config with these fields, as `to_dict` gives them; raises ValueError for a name that is not a field."""
+        fields = named_solver(fields)
         given = {name: value for name, value in fields.items() if value is not None}
         solver = given.get("solver", DEFAULT)
         kind = get_method(solver).options_type
@@ -165,6 +167,17 @@ class AqlmConfig:
         """The format as a string, such as "2x8g8"."""
         return self.format.scheme
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the method's results are dense weights, no AQLM checkpoint."""
+        return get_method(self.solver).is_dense(self.options)
+
+    def without_tuning(self) -> AqlmConfig:
+        """The config without block fine-tuning where the method gives nothing that it may train; else itself."""
+        if (get_method(self.solver).tunable and not self.is_dense) or not self.tuning.finetune_epochs:
+            return self
+        return self.replace(finetune_epochs=0)
+
     def format_for(self, name: str) -> Format | None:
         """The format of the layer `name`, by the rules or else the common one; None if it stays dense."""
         return self.rules.format_for(name, self.format)
@@ -174,6 +187,13 @@ class AqlmConfig:
         own = [] if self.embeddings in (AUTO, DENSE) else [Format.parse(self.embeddings)]
         for format in (*self.rules.formats(), *own, self.format):
             get_method(self.solver).check(format, self.options)
+
+
+def named_solver(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` with `method`, the other name of `solver`, by that one; ValueError where both are given."""
+    if fields.get("method") is not None and fields.get("solver") is not None:
+        raise wrong("method", fields["method"], "no solver beside it: they are one option")
+    return {"solver" if name == "method" else name: value for name, value in fields.items()}
 
 
 def _names(kind: type) -> list[str]:
@@ -290,6 +310,7 @@ class RunConfig:
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> RunConfig:
         """The run of these fields by name, also of options that only one method has; ValueError for an unknown one."""
+        fields = named_solver(fields)
         own = {name: value for name, value in fields.items() if name in FIELDS}
         others = {name: value for name, value in fields.items() if name not in FIELDS}
         types = option_types() if others else {}
@@ -306,7 +327,7 @@ class RunConfig:
         with what has another default for each solver. Raises ValueError naming
         the file and what is wrong in it, OSError if it cannot be read.
         """
-        fields = read_yaml(Path(path))
+        explicit, fields = named_solver(explicit), named_solver(read_yaml(Path(path)))
         try:
             cls.from_fields(fields)
         except ValueError as error:
@@ -335,7 +356,7 @@ class RunConfig:
         chosen |= {name: value for name, value in {**given, **self.options}.items() if value is not None}
         if self.statistics and self.finetune_epochs is None:  # which no preset asks for here
             chosen["finetune_epochs"] = 0
-        config = AqlmConfig.from_scheme(self.scheme, **chosen)
+        config = AqlmConfig.from_scheme(self.scheme, **chosen).without_tuning()
         if self.statistics:
             config.target.check_without_inputs()
         calibration = self._calibration()

@@ -14,6 +14,7 @@ from .errors import wrong
 from .files import peak_memory
 from .recipe import Resolved, RunConfig, options_of, yaml_text
 from .report.report import QuantizationReport
+from .units import megabytes
 
 if TYPE_CHECKING:
     from .calibrate.statistics import Statistics
@@ -99,6 +100,8 @@ def run(
 def _check(config: RunConfig, resolved: Resolved) -> list[str]:
     """Raise for what can be seen to be wrong before the work; the sources of the data."""
     resolved.config.check_searchable()
+    if config.tune is not None and resolved.config.is_dense:
+        raise wrong("tune", config.tune, f"none: solver={resolved.config.solver!r} makes no AQLM checkpoint to tune")
     from .io.checkpoint import check_output
     from .io.data import BUNDLED, check_source
 
@@ -175,7 +178,9 @@ def _save(
 
     def files(directory: Path) -> Mapping[str, str]:
         report.sizes = saved_sizes(model, directory)
-        report.note = " ".join(filter(None, (report.note, unread_text(model, directory))))
+        report.note = " ".join(
+            filter(None, (report.note, _dense_text(report, resolved), unread_text(model, directory)))
+        )
         if origin.total_bytes:
             report.sizes["original_bytes"] = origin.total_bytes
             report.sizes["original_embedding_bytes"] = origin.embedding_bytes
@@ -188,6 +193,16 @@ def _save(
         }
 
     write_quantized(model, tokenizer, config.out, overwrite=config.overwrite, extra_files=files)
+
+
+def _dense_text(report: QuantizationReport, resolved: Resolved) -> str:
+    """What a checkpoint of dense weights is, as a sentence; "" for one of codes."""
+    if not resolved.config.is_dense:
+        return ""
+    return (
+        "Saved as dense weights, which any program loads: the values that the codes of "
+        f"{resolved.config.solver} decode to. A file of these codes would take {megabytes(report.stored_bytes)}."
+    )
 
 
 def _comments(report: QuantizationReport) -> str:

@@ -11,7 +11,7 @@ from .core.hessian import Hessian
 from .errors import wrong
 from .format import Format
 from .methods import get_method
-from .methods.base import LayerProblem, QuantizedWeight, zero_weight
+from .methods.base import DenseWeight, LayerProblem, QuantizedWeight, Result, zero_weight
 from .recipe import AqlmConfig
 
 __all__ = ["Hessian", "QuantizedWeight", "layer_problem", "quantize_weight", "solve"]
@@ -19,14 +19,14 @@ __all__ = ["Hessian", "QuantizedWeight", "layer_problem", "quantize_weight", "so
 log = logging.getLogger("aqlm_c")
 
 
-def quantize_weight(weight: Any, H: Any, config: AqlmConfig | str, *, dtype: str = "float16") -> QuantizedWeight:
+def quantize_weight(weight: Any, H: Any, config: AqlmConfig | str, *, dtype: str = "float16") -> Result:
     """Find codes, codebooks and scales that minimise tr((W - Wq) H (W - Wq)^T) (AQLM, arXiv 2401.06118, section 3).
 
     weight: [out, in], an array or tensor of any float dtype; what lies on a GPU is quantized there. H, wherever it
     lies: [in, in] = X^T X / n_tokens over the layer's inputs, or a `Hessian`, which keeps what is derived from it for
     layers that share an input. dtype: the 16-bit float (or "float32") whose values codebooks and scales are restricted
-    to. How is said by the method that `config.solver` names: see `AqlmMethod`, `PaperMethod`, `RoundToNearest`. config:
-    also the text of a scheme, such as "2x8g8".
+    to. How is said by the method that `config.solver` names (docs/methods.md). config: also the text of a scheme, such
+    as "2x8g8". Methods that make no AQLM checkpoint give a `DenseWeight`, of values of `dtype`.
 
     The result depends on the seed and not on the number of threads or the instruction set.
 
@@ -51,7 +51,7 @@ def layer_problem(
             f"H: got shape {tuple(hessian.H.shape)}, expected ({W.shape[1]}, {W.shape[1]}) for this weight"
         )
     get_method(config.solver).check(format, config.options)
-    format.check_layer(name, *W.shape)
+    get_method(config.solver).check_layer(name, (W.shape[0], W.shape[1]), format, config.options)
     grid.check_range(W, dtype)
     exponent = grid.weight_exponent(W)
     problem = LayerProblem(name, arrays.scaled(W, -exponent), hessian, format, dtype, config.seed, exponent)
@@ -61,8 +61,12 @@ def layer_problem(
     return problem
 
 
-def solve(problem: LayerProblem, config: AqlmConfig) -> QuantizedWeight:
+def solve(problem: LayerProblem, config: AqlmConfig) -> Result:
     """The quantized weight, by the method of `config`; one of zeros needs none."""
-    if not arrays.largest(problem.weight):
+    method = get_method(config.solver)
+    if arrays.largest(problem.weight):
+        return method.quantize(problem, config.options)
+    if not method.is_dense(config.options):
         return zero_weight(problem)
-    return get_method(config.solver).quantize(problem, config.options)
+    bits = method.bits_per_weight(problem.format, problem.shape, config.options)
+    return DenseWeight(problem.weight, problem.dtype, bits, 0.0, {}, [("zero", 0.0)])

@@ -19,6 +19,7 @@
 
 #include "aqlm/product.h"
 #include "aqlm/quantizer.h"
+#include "aqlm/rounding.h"
 #include "aqlm/runtime.h"
 #include "aqlm/shape.h"
 #include "aqlm/status.h"

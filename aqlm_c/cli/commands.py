@@ -132,7 +132,13 @@ def quantize(
     ] = None,
     solver: Annotated[
         str | None,
-        _optional("paper: the reference recipe; rtn: round to nearest. \\[default: ldl]", metavar="|".join(METHODS)),
+        _optional(
+            "The method (docs/methods.md): ldl (or aqlm), AQLM as here; paper (aqlm_paper): the reference recipe; rtn: "
+            "round to nearest. \\[default: ldl]",
+            "--method",
+            "--solver",
+            metavar="|".join(METHODS),
+        ),
     ] = None,
     beam_size: Annotated[int | None, _optional("Beam of the code search; 0: exact pairs where they fit.")] = None,
     relative_mse_tolerance: Annotated[

@@ -151,6 +151,11 @@ def wait_for(array: Array) -> None:
         synchronize(array.device)
 
 
+def transposed(matrix: Array) -> Array:
+    """Contiguous."""
+    return np.ascontiguousarray(matrix.T) if isinstance(matrix, np.ndarray) else matrix.T.contiguous()
+
+
 def to_float(array: Array) -> Array:
     """In float32."""
     return array.astype(np.float32) if isinstance(array, np.ndarray) else array.float()

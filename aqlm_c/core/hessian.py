@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from . import arrays, grid, verbs
+from . import arrays, grid, rounding, verbs
 from .verbs import Array
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Hessian:
         self.exponent = grid.hessian_exponent(self.H)
         self.H = arrays.scaled(self.H, -self.exponent)
         self._damped: dict[float, Array] = {}
+        self._derived: dict[tuple[Any, ...], Any] = {}
         self._factors: dict[tuple[int, float], tuple[Array, Array, Array]] = {}
 
     @classmethod
@@ -64,6 +65,23 @@ class Hessian:
         if key not in self._factors:
             self._factors[key] = self._factor(in_group_size, self.damped(relative_damp))
         return self._factors[key]
+
+    def factor_columns(self, ordered: bool, relative_damp: float) -> tuple[np.ndarray, np.ndarray]:
+        """(order int32 [in], feedback float32 [in, in]) of single columns of `damped`, largest diagonal first if
+        `ordered`; in CPU memory, wherever H is.
+        """
+
+        def compute() -> tuple[np.ndarray, np.ndarray]:
+            H = arrays.to_numpy(self.damped(relative_damp))
+            return self._damping_more(lambda more: rounding.factor_columns(H, ordered, more))
+
+        return self.derived(("columns", ordered, relative_damp), compute)
+
+    def derived(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
+        """What `compute` gives, once for all layers that share this H; `key` says what it is."""
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]
 
     def _factor(self, in_group_size: int, H: Array) -> tuple[Array, Array, Array]:
         return self._damping_more(lambda more: verbs.factor_hessian(H, in_group_size, more))

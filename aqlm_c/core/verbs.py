@@ -135,6 +135,14 @@ def encode_groups(
     return found.view(n, -1)
 
 
+def hadamard(x: Array, inverse: bool = False) -> Array:
+    """x H^T / sqrt(order) of each run of `order` values of the rows of x [rows, n]; x H / sqrt(order) if `inverse`.
+
+    H is a Hadamard matrix of the largest order that divides n and is known (`rounding.hadamard_order`).
+    """
+    return _library(x).hadamard(x, inverse)
+
+
 def update_codebooks(codebooks: Array, weight: Array, H: Array, codes: Array, scales: Array, cg_steps: int) -> Array:
     """Codebooks [K, E, g] after cg_steps conjugate-gradient steps towards the least-squares ones."""
     return _library(weight).update_codebooks(codebooks, weight, H, codes, scales, cg_steps)

@@ -53,10 +53,11 @@ def model_card(
     of the data, that of the quantized model or (original, quantized). What is not known is left out.
     Raises ValueError if the model has no quantized layer.
     """
-    schemes = _schemes(model)
-    if not schemes:
-        raise ValueError("model: got no quantized layer, expected a quantized model")
     report = report or {}
+    schemes = _schemes(model)
+    decoded = [] if schemes else _decoded(report)
+    if not (schemes or decoded):
+        raise ValueError("model: got no quantized layer, expected a quantized model")
     original = str(report.get("model") or model.config.name_or_path or type(model).__name__)
     source = Path(source_directory or original)
     inherited = {name: value for name, value in _front_matter(source).items() if name in _LICENSE}
@@ -72,22 +73,16 @@ def model_card(
         datasets=[name for source in data if (name := _dataset(source)) and _HUB_NAME.fullmatch(name)] or None,
         library_name="transformers",
         pipeline_tag="image-text-to-text" if of_images else "text-generation",
-        tags=["aqlm", "aqlm_c", "quantized"],
+        tags=["aqlm", "aqlm_c", "quantized"] if schemes else ["aqlm_c", "quantized"],
         **inherited,
     )
     title = original if on_hub else Path(original).name
+    link = f"[{title}](https://huggingface.co/{title})" if on_hub else title
     parts = [
         f"---\n{front.to_yaml()}\n---\n",
-        f"# {title}, quantized to {' and '.join(schemes)}\n",
-        f"{f'[{title}](https://huggingface.co/{title})' if on_hub else title} in codes of "
-        "[AQLM](https://arxiv.org/abs/2401.06118), made with aqlm_c.\n",
-        "## Use\n",
-        f"```sh\npip install torch  # 2.11 or newer, first\n{INSTALL}\n```\n",
-        f"```python\n{_USE.replace(_AUTO, auto)}```\n",
-        "Programs that know nothing of aqlm_c run with it as `aqlm-c exec -- COMMAND`, such as "
-        "`aqlm-c exec -- transformers serve`.\n",
+        *(_of_codes(link, title, schemes, auto) if schemes else _of_decoded(link, title, decoded, auto)),
         "## Format\n",
-        *_format(model, schemes, report),
+        *(_format(model, schemes, report) if schemes else _decoded_format(report)),
         *_run(report),
         *_calibration(report, data),
         *_perplexities(perplexity or _figures(report.get("perplexity"))),
@@ -95,6 +90,44 @@ def model_card(
         _licence(inherited, license is not None) + "\n",
     ]
     return "\n".join(parts)
+
+
+def _of_codes(link: str, title: str, schemes: list[str], auto: str) -> Iterator[str]:
+    """Title and use of a checkpoint of AQLM codes."""
+    yield f"# {title}, quantized to {' and '.join(schemes)}\n"
+    yield f"{link} in codes of [AQLM](https://arxiv.org/abs/2401.06118), made with aqlm_c.\n"
+    yield "## Use\n"
+    yield f"```sh\npip install torch  # 2.11 or newer, first\n{INSTALL}\n```\n"
+    yield f"```python\n{_USE.replace(_AUTO, auto)}```\n"
+    yield (
+        "Programs that know nothing of aqlm_c run with it as `aqlm-c exec -- COMMAND`, such as "
+        "`aqlm-c exec -- transformers serve`.\n"
+    )
+
+
+def _of_decoded(link: str, title: str, decoded: list[str], auto: str) -> Iterator[str]:
+    """Title and use of a checkpoint of the dense weights that the codes of a method decode to."""
+    method = decoded[0]
+    yield f"# {title}, by {method}\n"
+    yield f"{link} with the weights to which the codes of {method} decode, made with aqlm_c.\n"
+    yield "## Use\n"
+    use = "\n".join(line for line in _USE.splitlines() if "aqlm_c" not in line)
+    yield f"```python\n{use.strip().replace(_AUTO, auto)}\n```\n"
+
+
+def _decoded(report: Mapping[str, Any]) -> list[str]:
+    """Of a report: the name of the method whose dense weights a model has, and no name where it has codes."""
+    return [str(report.get("config", {}).get("solver", "?"))] if report.get("layers") else []
+
+
+def _decoded_format(report: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"Dense weights. Codes would take {report['bits_per_weight']:.3f} bits per weight of the quantized layers in "
+        f"the blocks, scales and tables included, and {report['effective_bits']:.3f} bits per parameter of the whole "
+        "model, dense tensors among them.\n"
+    )
+    if report.get("note"):
+        yield f"{report['note']}\n"
 
 
 def push_to_hub(

@@ -52,11 +52,13 @@ class OnTheFly:
         tokenizer: Any = None,
         **options: Any,
     ) -> None:
-        known = {"dataset", "tokenizer", *FIELDS, *option_types()} - _NOT_HERE
+        known = {"dataset", "tokenizer", "method", *FIELDS, *option_types()} - _NOT_HERE
         check_names(options, dict.fromkeys(sorted(known)))
         run = RunConfig.from_fields({"model": "-", "out": "-", "scheme": scheme, **options}).resolve()
         self.config, self._calibration, self._run = run
         self.config.check_searchable()
+        if self.config.is_dense:
+            raise wrong("solver", self.config.solver, "one that makes AQLM codes; quantize_model runs this one")
         self._device: str | None = options.get("device")  # else where the model is
         self.tokenizer = tokenizer
         self._start: str | None = None  # of all sequences, once they are drawn

@@ -12,7 +12,7 @@ from ..core import arrays, verbs
 from ..core.verbs import Array
 from ..format import Format
 from ..units import fastest
-from .base import Cost, LayerProblem, QuantizedWeight
+from .base import CodesMethod, Cost, LayerProblem, QuantizedWeight
 from .state import SolverState, check_searchable
 
 # Codes hold the codebooks back: given the codes, a codebook is optimal, and given the codebooks, so are the
@@ -32,7 +32,7 @@ _PAIR_BEAM = 4  # of a search whose beam_size is 0
 _SWEEPS = 0.6  # of max_sweeps that are made before relative_mse_tolerance ends them
 
 
-class AqlmMethod:
+class AqlmMethod(CodesMethod):
     """Residual k-means (AQLM, section 3.1), then `ldl_passes` passes of sequential error feedback over groups and up to
     `max_sweeps` coordinate sweeps (section 3.2), each followed by conjugate gradients for the codebooks and
     closed-form scales.

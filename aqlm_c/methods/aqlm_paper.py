@@ -10,13 +10,13 @@ from ..core import arrays, verbs
 from ..core.verbs import Array
 from ..format import Format
 from .aqlm import alternating_cost, seconds_per_group, sweep_again
-from .base import Cost, LayerProblem, QuantizedWeight
+from .base import CodesMethod, Cost, LayerProblem, QuantizedWeight
 from .state import SolverState, check_searchable
 
 _ROUNDS = 100  # at most; relative_mse_tolerance ends them
 
 
-class PaperMethod:
+class PaperMethod(CodesMethod):
     """The reference's recipe under H itself: scales are the rows' norms, k-means is plain; then `adam_steps` of Adam on
     codebooks and scales and one sweep of beam search alternate, at most 100 times, until a round lowers the error by
     less than `relative_mse_tolerance` of itself. The best state is kept.

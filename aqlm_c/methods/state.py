@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from ..config import AqlmOptions
+from ..config import AqlmOptions, KmeansOptions
 from ..core import arrays, grid, verbs
 from ..core.verbs import Array
 from ..format import Format
@@ -34,7 +34,7 @@ class SolverState:
 
     def start(
         self,
-        options: AqlmOptions,
+        options: AqlmOptions | KmeansOptions,
         scales: Array,
         points: Array,
         sizes: Array,
@@ -42,13 +42,17 @@ class SolverState:
         column_weight: Array | None,
     ) -> None:
         """Residual k-means of `points` [out, in] / `sizes` [out], whose codes stand for the weight under `scales`."""
-        self.scales = scales
-        self.codes, self.codebooks = self.timed(
+        codes, codebooks = self.timed(
             *("kmeans", verbs.residual_kmeans, points, sizes, self.problem.format),
             *(options.init_max_iter, tolerance, self.problem.seed, column_weight),
         )
-        self.error = self._error(self.codes, self.codebooks, self.scales)
-        self.history.append(("kmeans", self.error))
+        self.begin("kmeans", codes, codebooks, scales)
+
+    def begin(self, step: str, codes: Array, codebooks: Array, scales: Array) -> None:
+        """Take these three, whatever their error."""
+        self.codes, self.codebooks, self.scales = codes, codebooks, scales
+        self.error = self._error(codes, codebooks, scales)
+        self.history.append((step, self.error))
 
     def fit(self, step: str, codes: Array, start: Array, cg_steps: int) -> bool:
         """Fit codebooks, from `start`, and scales to `codes`; keep the three if that is the best state yet."""

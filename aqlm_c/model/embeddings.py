@@ -154,11 +154,15 @@ def search_config(config: AqlmConfig, format: Format) -> AqlmConfig:
     return dataclasses.replace(config, options=config.options.few_passes(format))
 
 
-def tie(model: Any, embeddings: Embeddings) -> None:
-    """Give the output layer the codes, codebooks and scales of the quantized input embedding, for good.
+def tie(model: Any, embeddings: Embeddings, dense: bool = False) -> None:
+    """Give the output layer the codes, codebooks and scales of the quantized input embedding, for good; its weight,
+    where that is `dense`.
 
     Raises ValueError for a transformers that can tie nothing but weights.
     """
+    if dense:
+        model.get_submodule(embeddings.output).weight = model.get_submodule(embeddings.input).weight
+        return
     if not _ties_parts(model):
         raise ValueError("rules: quantizing tied embeddings needs transformers 5 or newer; leave them out")
     head = model.get_submodule(embeddings.output)

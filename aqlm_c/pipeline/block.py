@@ -24,10 +24,11 @@ from ..distributed import group
 from ..format import Format
 from ..io.checkpoint import quantized_linears
 from ..methods import get_method
-from ..methods.base import LayerProblem, QuantizedWeight, gaussian_references
+from ..methods.base import DenseWeight, LayerProblem, QuantizedWeight, Result, gaussian_references
 from ..model.blocks import is_norm_or_bias
 from ..model.embeddings import search_config
 from ..model.residence import Residence
+from ..nn.dense import with_weight
 from ..nn.embedding import quantized_class
 from ..nn.linear import QuantizedLayer
 from ..recipe import AqlmConfig
@@ -54,16 +55,25 @@ def quantize_module(
     config: AqlmConfig,
     dtype: torch.dtype | None = None,
     weight: Any = None,
-) -> tuple[QuantizedLayer, QuantizedWeight, LayerProblem]:
-    """The quantized layer for the place of a dense one, its weight, and the problem that it solves.
+) -> tuple[torch.nn.Module, Result, LayerProblem]:
+    """The quantized layer for the place of a dense one, its weight, and the problem that it solves. The layer of a
+    method whose results are dense is dense too, with the weight that it decodes to.
 
-    dtype: of codebooks and scales; None: `disk_dtype`. weight: what is quantized, if not the module's.
+    dtype: of codebooks and scales; None: `disk_dtype`, of a dense weight the module's own. weight: what is quantized,
+    if not the module's.
     """
-    dtype = dtype or disk_dtype(module.weight)
+    dtype = dtype or (module.weight.dtype if config.is_dense else disk_dtype(module.weight))
     weight = module.weight if weight is None else weight
     problem = layer_problem(name, weight, hessian, format, config, str(dtype).removeprefix("torch."))
     solved = solve(problem, config)
-    return quantized_class(module).from_quantized_weight(solved, module, dtype), solved, problem
+    return placed(module, solved, dtype), solved, problem
+
+
+def placed(module: torch.nn.Linear | torch.nn.Embedding, solved: Result, dtype: torch.dtype) -> torch.nn.Module:
+    """The layer of a solved weight for the place of the dense `module`; dtype: of what is stored."""
+    if isinstance(solved, DenseWeight):
+        return with_weight(module, torch.as_tensor(solved.weight).to(dtype))
+    return quantized_class(module).from_quantized_weight(solved, module, dtype)
 
 
 def disk_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -79,8 +89,8 @@ def disk_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 class _Solved(NamedTuple):
-    layer: QuantizedLayer
-    weight: QuantizedWeight
+    layer: torch.nn.Module
+    weight: Result
     report: LayerReport
     problem: LayerProblem | None  # if its codes will be searched again
 
@@ -119,7 +129,7 @@ class BlockStages:
         self.model: Any = residence.model
         self.residence, self.plan, self.config = residence, plan, config
         self.calibration, self.phases, self.dtype = calibration, phases, dtype
-        self._found: dict[str, QuantizedLayer] = {}  # of the step, by name
+        self._found: dict[str, torch.nn.Module] = {}  # of the step, by name
         # Weights of a block that were tuned before they are quantized, float32, and as they were, by the layer's name.
         self._masters: dict[str, torch.nn.Parameter] = {}
         self._untuned: dict[str, torch.Tensor] = {}
@@ -337,22 +347,27 @@ class BlockStages:
             self.model.set_submodule(name, layer)
         self._found.clear()
 
-    def _keep(self, name: str, layer: QuantizedLayer, report: LayerReport, reports: Reports) -> None:
+    def _keep(self, name: str, layer: torch.nn.Module, report: LayerReport, reports: Reports) -> None:
         self._found[name] = layer
         reports["layers"].append(report.to_dict())
         self.phases.progress.on_layer(report)
 
-    def _shared(self, name: str, found: _Solved | None, rank: int) -> tuple[QuantizedLayer, LayerReport]:
+    def _shared(self, name: str, found: _Solved | None, rank: int) -> tuple[torch.nn.Module, LayerReport]:
         """The quantized layer and its report, which `rank` has found, on every rank."""
         module = self.model.get_submodule(name)
-        dtype = disk_dtype(module.weight)
+        dtype = module.weight.dtype if self.config.is_dense else disk_dtype(module.weight)
         report = LayerReport.from_dict(group().broadcast(found and found.report.to_dict(), rank))
         tensors = group().broadcast_arrays(found and found.weight.tensors(), rank, module.weight.device)
         if found is not None:
             return found.layer, report
-        codes, books, scales = (tensors[part] for part in ("codes", "codebooks", "scales"))
-        solved = QuantizedWeight(codes, books, scales, str(dtype).removeprefix("torch."), 0.0, {}, [])
-        return quantized_class(module).from_quantized_weight(solved, module, dtype), report
+        name_of_dtype = str(dtype).removeprefix("torch.")
+        solved: Result
+        if self.config.is_dense:
+            solved = DenseWeight(tensors["weight"], name_of_dtype, report.bits_per_weight, 0.0, {}, [])
+        else:
+            codes, books, scales = (tensors[part] for part in ("codes", "codebooks", "scales"))
+            solved = QuantizedWeight(codes, books, scales, name_of_dtype, 0.0, {}, [])
+        return placed(module, solved, dtype), report
 
     def _quantize_layer(self, name: str, format: Format, given: LayerInputs) -> _Solved:
         module, config = self.model.get_submodule(name), self._config_of(name, format)
@@ -371,7 +386,8 @@ class BlockStages:
                 raise ValueError(f"{name}: {error}") from error
             seconds = time.perf_counter() - started
         with self.phases("reference"):
-            report = layer_report(problem, solved, seconds, self.config.gaussian_reference)
+            bits = get_method(config.solver).bits_per_weight(format, problem.shape, config.options)
+            report = layer_report(problem, solved, bits, seconds, self.config.gaussian_reference)
         report.tokens, report.embedding = given.tokens.get(name), name in self.plan.embeddings.names
         report.correction = correction
         if self.store is not None:
@@ -419,11 +435,13 @@ def same_everywhere(
 
 
 def layer_report(
-    problem: LayerProblem, quantized: QuantizedWeight, seconds: float, reference: bool = True
+    problem: LayerProblem, quantized: Result, bits_per_weight: float, seconds: float, reference: bool = True
 ) -> LayerReport:
-    """The layer's error, with `reference` beside that of Gaussian weights under the same H by reverse water-filling."""
+    """The layer's error at so many true bits, with `reference` beside that of Gaussian weights under the same H by
+    reverse water-filling.
+    """
     out_features, in_features = problem.shape
-    code_rate, true_rate = gaussian_references(problem) if reference else (None, None)
+    code_rate, true_rate = gaussian_references(problem, bits_per_weight) if reference else (None, None)
     return LayerReport(
         name=problem.name,
         out_features=out_features,
@@ -432,7 +450,7 @@ def layer_report(
         relative_error=quantized.relative_error,
         gaussian_code_rate=code_rate,
         gaussian_true_rate=true_rate,
-        bits_per_weight=problem.format.bits_per_weight(out_features, in_features),
+        bits_per_weight=bits_per_weight,
         seconds=seconds,
     )
 

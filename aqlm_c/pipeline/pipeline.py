@@ -59,7 +59,7 @@ class Pipeline:
         self.placement = placement or Placement()
         self.phases = Phases(self.progress)
         self.residence = Residence(model, self.placement.find(model))
-        self.plan = self._make_plan(config)
+        self.plan = self._make_plan(config.without_tuning())
         self.config = self.plan.config
         self._fit_batch_size()
         dtype = model.dtype  # before its first parameters are codebooks
@@ -114,7 +114,8 @@ class Pipeline:
                 self._step(number, step)
                 estimator.finish_block(number, self.phases.seconds, alike=step.index is not None)
                 self.progress.on_estimate(estimator.estimate())
-        self.report.parameters, self.report.stored_bytes = stored_size(self.model)
+            # While experts are apart, so that each dense one is counted by its name.
+            self.report.parameters, self.report.stored_bytes = stored_size(self.model, self._decoded_bits())
         self.report.peak_memory_bytes = peak_memory()
         self.report.peak_device_memory_bytes = peak_device_memory(self.residence.device)
         if self.calibration.tokens:
@@ -155,10 +156,10 @@ class Pipeline:
             if reports is None:
                 reports = self.stages.quantize(step)
                 if self.store is not None:
-                    state = block_state(module, quantized_only=step.index is None) if step.targets else {}
+                    state = block_state(module, self._replaced(step), step.index is None) if step.targets else {}
                     self.store.save_block(number, state, {**reports, "ranks": group().size})
             if step.index is None and self.plan.embeddings.tied:
-                tie(self.model, self.plan.embeddings)
+                tie(self.model, self.plan.embeddings, self.config.is_dense)
             if step.index is not None and self.calibration.inputs is not None and number + 1 < len(self.plan.steps):
                 self._read_ahead(step.index, 1)
                 with self.phases("propagate"), dense(module, self.stages.dtype):
@@ -166,6 +167,16 @@ class Pipeline:
         layers, blocks = block_reports(reports)
         self.report.layers += layers
         self.report.blocks += blocks
+
+    def _replaced(self, step: BlockPlan) -> list[str]:
+        """Names, in the module of a step, of the layers whose dense weights are results of the method."""
+        start = 0 if step.index is None else len(step.name) + 1
+        return [name[start:] for name in step.targets] if self.config.is_dense else []
+
+    def _decoded_bits(self) -> dict[str, float]:
+        """Bits per weight of the layers that are stored as what they decode to, by name."""
+        layers = self.report.layers if self.config.is_dense else []
+        return {layer.name: layer.bits_per_weight for layer in layers}
 
     def _place(self, memory: MemoryPlan, stack: contextlib.ExitStack) -> Path | Room | None:
         """Where activations are kept."""

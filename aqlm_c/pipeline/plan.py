@@ -12,6 +12,7 @@ import torch
 
 from ..errors import wrong
 from ..format import DENSE, Format
+from ..methods import get_method
 from ..model import experts
 from ..model.blocks import Blocks, find_blocks, quantizable_linears, routers
 from ..model.embeddings import Embeddings, find_embeddings, search_config, with_rules
@@ -205,19 +206,20 @@ def _check(model: Any, plan: Plan, config: AqlmConfig, layers: str | None, reaso
         raise ValueError(
             f"layers: got {layers!r}{rules}, which leave no linear layer, expected names such as 'mlp.up_proj'"
         )
-    _check_shapes(model, targets)
+    _check_shapes(model, targets, config)
     for name in targets:
         module = model.get_submodule(name)
         if isinstance(module, torch.nn.Embedding):
             QuantizedEmbedding.check(name, module)
 
 
-def _check_shapes(model: Any, targets: Mapping[str, Format]) -> None:
-    """Raise ValueError naming every layer that its format does not fit, and the rule that leaves them dense."""
+def _check_shapes(model: Any, targets: Mapping[str, Format], config: AqlmConfig) -> None:
+    """Raise ValueError naming every layer that format or method do not fit, and the rule that leaves them dense."""
     unfit: dict[str, ValueError] = {}
+    method = get_method(config.solver)
     for name, format in targets.items():
         try:
-            format.check_layer(name, *model.get_submodule(name).weight.shape)
+            method.check_layer(name, tuple(model.get_submodule(name).weight.shape), format, config.options)
         except ValueError as error:
             unfit[name] = error
     if not unfit:

@@ -339,11 +339,14 @@ def _begun(path: str | os.PathLike[str], option: str) -> Any:
         return None
 
 
-def block_state(block: torch.nn.Module, quantized_only: bool = False) -> dict[str, torch.Tensor]:
-    """What quantization changes in a block, for `WorkDir.save_block`: the tensors of its quantized layers and, unless
-    `quantized_only`, norms and biases, by their name in the block; they are the block's own, no copies.
+def block_state(
+    block: torch.nn.Module, replaced: Iterable[str] = (), quantized_only: bool = False
+) -> dict[str, torch.Tensor]:
+    """What quantization changes in a block, for `WorkDir.save_block`: the tensors of its quantized layers, of the dense
+    ones that it `replaced` and, unless `quantized_only`, norms and biases, by their name in the block; they are the
+    block's own, no copies.
     """
-    quantized = tuple(f"{name}." for name, _ in quantized_linears(block))
+    quantized = tuple(f"{name}." for name in (*(name for name, _ in quantized_linears(block)), *replaced))
     named = block.named_parameters()
     return {
         name: p.detach()

@@ -108,6 +108,13 @@ cudaError_t aqlm_cuda_pack_codes(void *stored, const uint16_t *codes, int64_t n,
 cudaError_t aqlm_cuda_unpack_codes(uint16_t *codes, const void *stored, int64_t n, int64_t nbits_per_codebook,
                                    uint64_t *where, cudaStream_t stream);
 
+/* ---- transforms */
+
+/* aqlm_hadamard (aqlm/rounding.h). */
+size_t aqlm_cuda_hadamard_workspace(int64_t rows, int64_t n);
+cudaError_t aqlm_cuda_hadamard(float *y, const float *x, int64_t rows, int64_t n, bool inverse, void *workspace,
+                               cudaStream_t stream);
+
 /* square[in, in] = x^T x of floats x [n, in] */
 cudaError_t aqlm_cuda_square(float *square, const float *x, int64_t n, int64_t in_features, cudaStream_t stream);
 

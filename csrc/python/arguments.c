@@ -19,6 +19,7 @@ static const char *type_name(int type) {
     case NPY_FLOAT: return "float32";
     case NPY_DOUBLE: return "float64";
     case NPY_UINT16: return "uint16";
+    case NPY_UINT8: return "uint8";
     case NPY_INT32: return "int32";
     case NPY_INT16: return "int16";
     case NPY_UINT8: return "uint8";

@@ -57,7 +57,7 @@ typedef struct layer {
 bool fill_layer(layer *l, PyObject *weight, PyObject *H, PyObject *codes, PyObject *codebooks, PyObject *scales);
 void release_layer(layer *l);
 
-/* The functions of quantizer.c and product.c. */
-extern PyMethodDef quantizer_methods[], product_methods[];
+/* The functions of quantizer.c, product.c and rounding.c. */
+extern PyMethodDef quantizer_methods[], product_methods[], rounding_methods[];
 
 #endif

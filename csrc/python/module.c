@@ -1,5 +1,6 @@
 /* module.c: the NumPy binding, `aqlm_c._core`: arrays in, aqlm.h called with the GIL released, arrays out.
- * Limited API (abi3, Python 3.10 on). Functions: quantizer.c, product.c; here: settings, and what an import does. */
+ * Limited API (abi3, Python 3.10 on). Functions: quantizer.c, product.c, rounding.c; here: settings, and what an import
+ * does. */
 #define AQLM_IMPORTS_NUMPY
 #include "python/arguments.h"
 #include "python/settings.h"
@@ -39,7 +40,7 @@ static int poll_signals(void) {
 
 static int module_exec(PyObject *module) {
     if (PyArray_ImportNumPyAPI() < 0 || !find_main_thread() || PyModule_AddFunctions(module, quantizer_methods) ||
-        PyModule_AddFunctions(module, product_methods))
+        PyModule_AddFunctions(module, product_methods) || PyModule_AddFunctions(module, rounding_methods))
         return -1;
     aqlm_set_poll(poll_signals);
     const char *wish = getenv("AQLM_C_ISA");

@@ -202,6 +202,15 @@ Tensor gaussian_reference(const Tensor &eigenvalues_in, double rate) {
     return error;
 }
 
+Tensor hadamard(const Tensor &x_in, bool inverse) {
+    const Tensor x = floats_of(x_in, "x", {-1, -1});
+    check_value(x.size(0) > 0 && x.size(1) > 0, "x: got shape ", shape_of(x), ", expected values");
+    const Tensor y = new_empty(x, {x.size(0), x.size(1)});
+    follow_torch_threads();
+    check_status(aqlm_hadamard(writable(y), data(x), x.size(0), x.size(1), inverse), "hadamard");
+    return y;
+}
+
 /* Working codes to the disk layout or back, by `convert`, which says where it met a code outside first..last. */
 template <class Convert>
 Tensor convert_codes(const Tensor &codes_in, int64_t bits, bool packs, const Convert &convert) {
@@ -265,6 +274,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aqlm_c, m) {
     m.def("quantization_error(Tensor weight, Tensor H, Tensor? codes=None, Tensor? codebooks=None, "
           "Tensor? scales=None) -> Tensor");
     m.def("gaussian_reference(Tensor eigenvalues, float rate) -> Tensor");
+    m.def("hadamard(Tensor x, bool inverse=False) -> Tensor");
     m.def("pack_codes(Tensor codes, int nbits_per_codebook) -> Tensor");
     m.def("unpack_codes(Tensor codes, int nbits_per_codebook) -> Tensor");
 }
@@ -283,6 +293,7 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CPU, m) {
     m.impl("buffer_step", TORCH_BOX(&answering<&buffer_step>::call));
     m.impl("quantization_error", TORCH_BOX(&answering<&quantization_error>::call));
     m.impl("gaussian_reference", TORCH_BOX(&answering<&gaussian_reference>::call));
+    m.impl("hadamard", TORCH_BOX(&answering<&hadamard>::call));
     m.impl("pack_codes", TORCH_BOX(&answering<&pack_codes>::call));
     m.impl("unpack_codes", TORCH_BOX(&answering<&unpack_codes>::call));
 }

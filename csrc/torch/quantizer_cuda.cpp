@@ -334,6 +334,18 @@ Tensor convert_codes(const Tensor &codes_in, int64_t bits, bool packs) {
     return converted;
 }
 
+Tensor hadamard(const Tensor &x_in, bool inverse) {
+    const Tensor x = Layer::floats("x", x_in, {-1, -1});
+    const int64_t rows = x.size(0), n = x.size(1);
+    check_value(rows > 0 && n > 0, "x: got shape ", shape_of(x), ", expected values");
+    const OnDevice on(x.get_device_index());
+    const Tensor y = new_empty(x, {rows, n});
+    const Tensor workspace = workspace_of(x, aqlm_cuda_hadamard_workspace(rows, n));
+    check(aqlm_cuda_hadamard(writable(y), data(x), rows, n, inverse, workspace.mutable_data_ptr(), on.stream),
+          "hadamard");
+    return y;
+}
+
 Tensor pack_codes(const Tensor &codes, int64_t nbits_per_codebook) {
     return convert_codes(codes, nbits_per_codebook, true);
 }
@@ -357,6 +369,7 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CUDA, m) {
     m.impl("update_adam", TORCH_BOX(&update_adam));
     m.impl("buffer_step", TORCH_BOX(&buffer_step));
     m.impl("quantization_error", TORCH_BOX(&quantization_error));
+    m.impl("hadamard", TORCH_BOX(&hadamard));
     m.impl("pack_codes", TORCH_BOX(&pack_codes));
     m.impl("unpack_codes", TORCH_BOX(&unpack_codes));
 }

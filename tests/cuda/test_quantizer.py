@@ -291,3 +291,27 @@ def test_quantize_weight_agrees_with_the_cpu(solver, scheme, out, inp):
     D = W.astype(np.float64) - on_gpu.decode().cpu().numpy()
     signal = np.einsum("oi,ij,oj", W, H, W, optimize=True)
     assert np.einsum("oi,ij,oj", D, H, D, optimize=True) / signal == pytest.approx(on_gpu.relative_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("n", [8, 12, 64, 192, 576, 1536, 4096, 11008, 13824, 28672, 49152, 131072])
+def test_hadamard_has_the_bits_of_the_cpu(n):
+    x = np.random.default_rng(0).standard_normal((5, n)).astype(np.float32)
+    on_gpu = torch.from_numpy(x).cuda()
+    for inverse in (False, True):
+        found = verbs.hadamard(on_gpu, inverse)
+        np.testing.assert_array_equal(found.cpu().numpy(), _core.hadamard(x, inverse))
+    torch.testing.assert_close(verbs.hadamard(verbs.hadamard(on_gpu), True), on_gpu, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="x: got dtype"):
+        verbs.hadamard(on_gpu.double())
+
+
+@pytest.mark.parametrize("solver", ["gptq", "quip", "quip_sharp", "product", "additive"])
+def test_other_methods_on_a_gpu(solver):
+    """The error of the CPU, on the layer's device."""
+    W, H = random_layer(96, 192)
+    config = AqlmConfig.from_scheme("2x8g8", solver=solver)
+    errors = []
+    for convert in (np.asarray, lambda array: torch.from_numpy(array).cuda()):
+        found = quantize_weight(convert(W), convert(H), config)
+        errors.append(found.relative_error)
+    assert found.decode().is_cuda and errors[1] == pytest.approx(errors[0], rel=0.02)

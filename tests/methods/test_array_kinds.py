@@ -1,5 +1,7 @@
 """Every method gives the same bits for NumPy arrays, which go to `_core`, as for tensors, which go to the torch ops."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,13 +12,21 @@ from aqlm_c.core.hessian import Hessian
 from aqlm_c.methods import METHODS, get_method
 from aqlm_c.methods.base import LayerProblem, gaussian_references
 
+OPTIONS = {"ldl_passes": 2, "max_sweeps": 2, "adam_steps": 5}
+SCHEMES = {  # of methods that have not all of them
+    **{name: ["2x8g8", "3x8g8", "4x8g8"] for name in ("gptq", "quip", "quip_sharp")},
+    "kmeans": ["1x6g8", "1x8g4"],
+    "product": ["2x5g8", "4x3g8"],
+}
+CASES = [(solver, scheme) for solver in METHODS for scheme in SCHEMES.get(solver, ["2x5g8", "3x3g8", "1x6g8"])]
+
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("scheme", ["2x5g8", "3x3g8", "1x6g8"])
-@pytest.mark.parametrize("solver", METHODS)
+@pytest.mark.parametrize(("solver", "scheme"), CASES)
 def test_tensors_and_arrays(solver, scheme, dtype):
     W, H = random_layer(40, 64)
-    few = {} if solver == "rtn" else {"ldl_passes": 2, "max_sweeps": 2, "adam_steps": 5}
+    known = {field.name for field in dataclasses.fields(get_method(solver).options_type)}
+    few = {name: value for name, value in OPTIONS.items() if name in known}
     config = AqlmConfig.from_scheme(scheme, solver=solver, **few)
     method, results = get_method(solver), []
     for convert in (np.asarray, torch.from_numpy):

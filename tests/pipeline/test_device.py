@@ -18,7 +18,7 @@ from aqlm_c.calibrate.hessians import HessianSums
 from aqlm_c.calibrate.offload import OffloadedTensors, Room
 from aqlm_c.calibrate.sources import SequenceCalibration
 from aqlm_c.core import arrays
-from aqlm_c.methods import METHODS
+from aqlm_c.methods import METHODS, get_method
 from aqlm_c.model.blocks import find_blocks
 from aqlm_c.model.residence import Residence
 from aqlm_c.pipeline import block as stages
@@ -512,13 +512,16 @@ def test_a_gpu_with_too_little_memory_is_refused(limit):
 @pytest.mark.parametrize("solver", [pytest.param(solver, marks=gpu) for solver in METHODS])
 def test_a_layer_is_quantized_where_it_is(solver):
     linear, X = torch.nn.Linear(128, 96).cuda().bfloat16(), torch.randn(512, 128)
-    H, config = X.T @ X / len(X), AqlmConfig.from_scheme("2x6g8", solver=solver, seed=3)
+    dense = get_method(solver).is_dense(get_method(solver).options_type())
+    scheme = "2x8g8" if dense else {"kmeans": "1x6g8"}.get(solver, "2x6g8")
+    H, config = X.T @ X / len(X), AqlmConfig.from_scheme(scheme, solver=solver, seed=3)
     layer, solved = aqlm_c.quantize_linear(linear, H.numpy(), config)
-    assert {parameter.device.type for parameter in layer.parameters()} == {"cuda"} == {solved.codes.device.type}
+    assert {parameter.device.type for parameter in layer.parameters()} == {"cuda"}
+    assert {tensor.device.type for tensor in solved.tensors().values()} == {"cuda"}
     on_cpu = aqlm_c.quantize_weight(linear.weight.detach().cpu(), H, config, dtype="bfloat16")
     assert solved.relative_error == pytest.approx(on_cpu.relative_error, rel=0.05)
     zero = aqlm_c.quantize_weight(torch.zeros(32, 128, device="cuda"), H.cuda(), config)
-    assert zero.relative_error == 0 and not zero.decode().any() and zero.codes.device.type == "cuda"
+    assert zero.relative_error == 0 and not zero.decode().any() and zero.decode().device.type == "cuda"
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=gpu) for kind in MODELS])

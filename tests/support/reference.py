@@ -302,3 +302,50 @@ def blocks_of_moments(moments, power, levels, least=0):
         bytes_ = np.where(roots > 0, np.maximum(np.rint(roots / scale), least), 0)
         kept[at : at + 256] = np.sign(flat[at : at + 256]) * (scale * bytes_) ** power
     return kept.reshape(moments.shape)
+
+
+# ---- rounding with error feedback, lattices, transforms
+
+
+def gptq(W, H, order, scales, zeros, bits, group_size):
+    """Codes [out, in] as GPTQ's own algorithm finds them (arXiv 2210.17323, algorithm 1): by the inverse of H, whose
+    Cholesky factor says how the later columns make up for the error of each; scales, zeros [out, in / group_size].
+    """
+    W, n = W.astype(np.float64).copy(), len(order)
+    U = np.linalg.cholesky(np.linalg.inv(H.astype(np.float64)[np.ix_(order, order)])).T
+    codes = np.zeros(W.shape, np.uint8)
+    for i, column in enumerate(order):
+        scale, zero = (grid[:, column // group_size].astype(np.float64) for grid in (scales, zeros))
+        codes[:, column] = np.floor(W[:, column] / scale + zero + 0.5).clip(0, 2**bits - 1)
+        error = (W[:, column] - scale * (codes[:, column] - zero)) / U[i, i]
+        for later in range(i + 1, n):
+            W[:, order[later]] -= error * U[i, later]
+    return codes
+
+
+def ldlq(W, order, feedback, width, nearest):
+    """What W [out, in] decodes to by LDLQ in groups of `width` columns (QuIP, arXiv 2307.13304, section 3)."""
+    W, rounded = W.astype(np.float64), np.zeros(W.shape)
+    columns = np.concatenate([np.arange(j * width, (j + 1) * width) for j in order])
+    for first in range(0, len(columns), width):
+        now, done = columns[first : first + width], columns[:first]
+        errors = (W - rounded)[:, done]
+        rounded[:, now] = nearest(W[:, now] + errors @ feedback[:first, first : first + width].astype(np.float64))
+    return rounded
+
+
+def e8p():
+    """All 2^16 vectors of E8P [65536, 8] by code: signs of the first 7, shift, pattern (csrc/aqlm/rounding.h)."""
+    vectors, left = [], 29
+    for magnitudes in itertools.product((0.5, 1.5, 2.5), repeat=8):
+        norm = sum(m * m for m in magnitudes)
+        if norm > 12 or (norm > 10 and (2.5 in magnitudes or not left)):
+            continue
+        left -= norm > 10
+        for code in range(256):
+            signs = [-1 if code >> i & 1 else 1 for i in range(7)]
+            total = sum(s * m for s, m in zip(signs, magnitudes, strict=False))
+            last = magnitudes[7] if (total + magnitudes[7]) % 2 == 0 else -magnitudes[7]
+            shift = 0.25 if code & 128 else -0.25
+            vectors.append([s * m + shift for s, m in zip(signs, magnitudes, strict=False)] + [last + shift])
+    return np.array(vectors)

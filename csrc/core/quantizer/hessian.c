@@ -1,5 +1,6 @@
 /* hessian.c: H from activations, its block factor for error feedback, and the Gaussian reference. */
 #include "aqlm/quantizer.h"
+#include "aqlm/rounding.h"
 #include "core/runtime/gemm.h"
 #include "core/runtime/memory.h"
 #include "core/runtime/parallel.h"
@@ -172,7 +173,7 @@ static void feedback_columns(int64_t begin, int64_t end, void *ctx) {
             for (int64_t k = 0; k < g; k++) {
                 double sum = 0.0;
                 for (int64_t p = aqlm_max(i, k); p < g; p++) sum += r[i * g + p] * r[k * g + p];
-                job->metric[(j * g + i) * g + k] = (float)sum;
+                if (job->metric) job->metric[(j * g + i) * g + k] = (float)sum;
             }
         for (int64_t i = 0; i < n; i++) {
             float *to = job->feedback + i * n + j0;
@@ -188,10 +189,9 @@ static void feedback_columns(int64_t begin, int64_t end, void *ctx) {
     }
 }
 
-aqlm_status aqlm_factor_hessian(int32_t *order, float *feedback, float *metric, const float *H, int64_t in, int64_t g,
-                                double relative_damp) {
-    const aqlm_shape shape = {1, in, 1, 1, g, 1};
-    if (aqlm_check_shape(&shape) || !(relative_damp >= 0.0)) return AQLM_BAD_ARGUMENT;
+/* metric: NULL where none is asked for. */
+static aqlm_status factor(int32_t *order, float *feedback, float *metric, const float *H, int64_t in, int64_t g,
+                          bool sorted, double relative_damp) {
     const int64_t groups = in / g;
     double *a = aqlm_alloc(in * in, sizeof *a), *trace = aqlm_alloc(groups, sizeof *trace);
     aqlm_status status = a && trace ? AQLM_OK : AQLM_NO_MEMORY;
@@ -203,7 +203,9 @@ aqlm_status aqlm_factor_hessian(int32_t *order, float *feedback, float *metric, 
             mean += trace[j] / (double)in;
         }
         if (!(mean > 0.0) || isinf(mean)) status = AQLM_NOT_POSITIVE;
-        sort_groups(order, trace, groups);
+        if (sorted) sort_groups(order, trace, groups);
+        else
+            for (int64_t j = 0; j < groups; j++) order[j] = (int32_t)j;
         /* With groups in reverse, the Cholesky factor of H read backwards is the upper factor R with H = R R^T: metric
          * R_jj R_jj^T, feedback R_ij R_jj^-1. No inverse of H is formed. */
         for (int64_t i = 0; i < in; i++) {
@@ -225,6 +227,19 @@ aqlm_status aqlm_factor_hessian(int32_t *order, float *feedback, float *metric, 
     free(a);
     free(trace);
     return status;
+}
+
+aqlm_status aqlm_factor_hessian(int32_t *order, float *feedback, float *metric, const float *H, int64_t in, int64_t g,
+                                double relative_damp) {
+    const aqlm_shape shape = {1, in, 1, 1, g, 1};
+    if (aqlm_check_shape(&shape) || !(relative_damp >= 0.0)) return AQLM_BAD_ARGUMENT;
+    return factor(order, feedback, metric, H, in, g, true, relative_damp);
+}
+
+aqlm_status aqlm_factor_columns(int32_t *order, float *feedback, const float *H, int64_t in, bool sorted,
+                                double relative_damp) {
+    if (in < 1 || in > INT32_MAX || !(relative_damp >= 0.0)) return AQLM_BAD_ARGUMENT;
+    return factor(order, feedback, NULL, H, in, 1, sorted, relative_damp);
 }
 
 /* ---- correction of the inputs' error ------------------------------------------------------ */
