@@ -58,7 +58,8 @@ class SweepEstimate:
             f"disk: about {megabytes(self.bytes)} of {megabytes(self.free)} free",
         ]
         if self.statistics:
-            once = f"{self.statistics} sets of tokens, {duration(self.statistics_seconds)} each, shared by all trials"
+            sets = "1 set" if self.statistics == 1 else f"{self.statistics} sets"
+            once = f"{sets} of tokens, {duration(self.statistics_seconds)} each, shared by all trials"
             found.insert(2, f"statistics: {once}")
         return found
 
