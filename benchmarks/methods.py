@@ -22,6 +22,7 @@ from quantize_layer import hessians, relative_error, synthetic
 
 from aqlm_c import AqlmConfig
 from aqlm_c.core.hessian import Hessian
+from aqlm_c.format import Format
 from aqlm_c.hf.models import load_model
 from aqlm_c.io.data import BUNDLED, token_stream
 from aqlm_c.methods import get_method
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--synthetic", metavar="OUTxIN")
     parser.add_argument("--methods", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
+    parser.add_argument("--bits", type=float, nargs="+", default=[2, 3, 4], help="of the codes")
     parser.add_argument("--json", nargs="?", const="", metavar="PATH", help="where to (default: benchmarks/results)")
     args = parser.parse_args()
     if args.synthetic and not _bench.shape(args.synthetic):
@@ -87,12 +89,15 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, (weight, H, other) in layers_of(args).items():
         for method, scheme in ((m, s) for m in args.methods for s in SCHEMES[m]):
+            if Format.parse(scheme).code_bits_per_weight() not in args.bits:
+                continue
             decoded, bits, seconds = quantized(weight, H, method, scheme)
             held_out = None if other is None else relative_error(weight, decoded, other)
             row = {"layer": name, "method": method, "scheme": scheme, "bits": bits}
             rows.append(
                 {**row, "error": relative_error(weight, decoded, H), "held-out error": held_out, "seconds": seconds}
             )
+            print(" ".join(map(_bench.text, rows[-1].values())), flush=True)
     _bench.show(f"block {args.block} of {args.model}" if not args.synthetic else args.synthetic, rows)
     if args.json is not None:
         arguments = {**vars(args), "data": [Path(source).name for source in args.data or []]}  # not where they lie

@@ -11,7 +11,7 @@ from ..errors import wrong
 from ..format import Format
 from .base import Cost, DenseMethod, DenseWeight, LayerProblem, dense_result, whole_bits
 from .incoherence import RandomHadamard, rotated, rotated_back, rotated_hessian
-from .quip import SAMPLED, QuipOptions
+from .quip import QuipOptions, sampled_rows
 
 # By bits per weight: the scale and the residual codebook's that lie best for normal numbers of variance 1, and scales
 # that are tried beside it: errors that are fed back make the weights larger.
@@ -61,7 +61,7 @@ class QuipSharp(DenseMethod):
 
         rms = float(np.sqrt(np.square(W, dtype=np.float64).mean()))
         scales = [float(np.float16(rms * _SCALES[bits] * tried)) or rms * tried for tried in _TRIED]
-        sample, H = W[:SAMPLED], arrays.to_numpy(hessian.H)
+        sample, H = sampled_rows(W, problem.seed), arrays.to_numpy(hessian.H)
         errors = [verbs.quantization_error(sample - decoded(sample, scale), H) for scale in scales]
         best = arrays.to_kind(decoded(W, scales[int(np.argmin(errors))]), problem.weight)
         seconds = {"factor": factored - started, "round": time.perf_counter() - factored}
