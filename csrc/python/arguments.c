@@ -22,7 +22,6 @@ static const char *type_name(int type) {
     case NPY_UINT8: return "uint8";
     case NPY_INT32: return "int32";
     case NPY_INT16: return "int16";
-    case NPY_UINT8: return "uint8";
     default: return "int8";
     }
 }
