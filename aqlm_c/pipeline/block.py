@@ -372,10 +372,10 @@ class BlockStages:
     def _quantize_layer(self, name: str, format: Format, given: LayerInputs) -> _Solved:
         module, config = self.model.get_submodule(name), self._config_of(name, format)
         if self.store is not None:
-            path = self.store.path(name, str(disk_dtype(module.weight)), format, config)
+            dtype = module.weight.dtype if config.is_dense else disk_dtype(module.weight)
+            path = self.store.path(name, str(dtype), format, config)
             if kept := self.store.load(path, module.weight.device):
-                layer = quantized_class(module).from_quantized_weight(kept[0], module, disk_dtype(module.weight))
-                return _Solved(layer, *kept, None)
+                return _Solved(placed(module, kept[0], dtype), *kept, None)
         with self.phases("quantize"):
             started = time.perf_counter()
             hessian = given.hessians.pop(name)

@@ -22,14 +22,12 @@ from ..core import arrays
 from ..core.runtime import kind_of_device
 from ..errors import one_line
 from ..format import Format
-from ..methods.base import QuantizedWeight
+from ..methods.base import DenseWeight, QuantizedWeight, Result
 from ..recipe import AqlmConfig
 from ..report.layers import LayerReport
 from ..versions import versions
 
 log = logging.getLogger("aqlm_c")
-
-_PARTS = ("codes", "codebooks", "scales")
 
 
 class LayerStore:
@@ -69,28 +67,24 @@ class LayerStore:
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
         return self.directory / f"{digest}.safetensors"
 
-    def load(self, path: Path, device: torch.device) -> tuple[QuantizedWeight, LayerReport] | None:
+    def load(self, path: Path, device: torch.device) -> tuple[Result, LayerReport] | None:
         """A layer's weight and report; None where there is no file, and, with a warning, where it is damaged."""
         if not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as stored:
-                tensors = {part: stored.get_tensor(part).clone().to(device) for part in _PARTS}
+                tensors = {part: stored.get_tensor(part).clone().to(device) for part in stored.keys()}  # noqa: SIM118
                 facts = json.loads(stored.metadata()["aqlm_c"])
             report = LayerReport.from_dict(facts["report"])
-            codes, codebooks, scales = (arrays.of_tensor(tensors[part]) for part in _PARTS)
-            found = facts["relative_error"]
-            weight = QuantizedWeight(codes, codebooks, scales, facts["dtype"], found, {}, [])
+            weight = _weight(tensors, report, **{name: facts[name] for name in ("dtype", "relative_error")})
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             log.warning("%s: damaged (%s), the layer is quantized again", path, one_line(error))
             return None
         self.found += 1
         return weight, report
 
-    def save(self, path: Path, weight: QuantizedWeight, report: Mapping[str, Any]) -> None:
+    def save(self, path: Path, weight: Result, report: Mapping[str, Any]) -> None:
         """Keep a layer; nothing happens where that cannot be written, but for a warning."""
-        if type(weight) is not QuantizedWeight:
-            return
         temporary = path.with_name(f".{path.stem}.{os.getpid()}.new")
         facts = {"report": dict(report), "dtype": weight.dtype, "relative_error": weight.relative_error}
         tensors = {
@@ -104,3 +98,10 @@ class LayerStore:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _weight(tensors: Mapping[str, torch.Tensor], report: LayerReport, dtype: str, relative_error: float) -> Result:
+    parts = {part: arrays.of_tensor(tensor) for part, tensor in tensors.items()}
+    if "weight" in parts:
+        return DenseWeight(parts["weight"], dtype, report.bits_per_weight, relative_error, {}, [])
+    return QuantizedWeight(parts["codes"], parts["codebooks"], parts["scales"], dtype, relative_error, {}, [])

@@ -158,6 +158,18 @@ def test_layers_that_do_not_change_are_taken_from_the_store(file, tmp_path, capl
     assert caplog.text.count("damaged") == 14
 
 
+def test_dense_weights_of_other_methods_are_taken_from_the_store(file, tmp_path):
+    statistics = Statistics(file, tmp_path / "layers")
+    config = AqlmConfig.from_scheme("2x4g4", method="gptq", group_size=0, embeddings="dense")
+    models = [tiny_llama() for _ in range(3)]
+    reports = [quantize_model(model, None, config, statistics=statistics) for model in models[:2]]
+    quantize_model(models[2], None, config, statistics=file)
+    assert len(list((tmp_path / "layers").iterdir())) == 14
+    assert [layer.to_dict() for layer in reports[0].layers] == [layer.to_dict() for layer in reports[1].layers]
+    for found in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_nothing_is_left_of_a_file_that_could_not_be_finished(tmp_path):
     model = tiny_llama()
     with torch.no_grad():
