@@ -16,7 +16,7 @@ from .incoherence import RandomOrthogonal, rotated, rotated_back, rotated_hessia
 
 # Steps of the grid of 2^b values that lie best for normal numbers of variance 1 (Max, 1960), and those tried beside.
 _STEPS = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 7: 0.0569, 8: 0.0308}
-_TRIED = (0.9, 1.0, 1.1, 1.2, 1.35)
+_TRIED = (0.9, 1.0, 1.1, 1.2, 1.35, 1.6, 2.0, 2.5)
 _SAMPLED = 128  # rows on which scales are tried
 
 

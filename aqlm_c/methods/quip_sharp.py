@@ -17,7 +17,7 @@ from .quip import QuipOptions, sampled_rows
 # that are tried beside it: errors that are fed back make the weights larger.
 _SCALES = {2: 1.0, 3: 1.07, 4: 1.12}
 _RESIDUAL = {2: 1.0, 3: 1 / 2.15, 4: 1 / 3.8}
-_TRIED = (0.9, 0.95, 1.0, 1.05, 1.1, 1.2)
+_TRIED = (0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4, 1.7)
 
 
 class QuipSharp(DenseMethod):
