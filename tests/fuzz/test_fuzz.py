@@ -50,3 +50,12 @@ def test_no_kill_and_no_full_disk_loses_anything():
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["kills"] == 200 and counts["results equal"] > 50
     assert mounts or counts["full disks"] + counts["disks that were not full"] == 20
+
+
+@pytest.mark.slow
+def test_a_kill_on_a_device_changes_no_bit():
+    command = [sys.executable, str(FOLDER / "kill_device.py"), "--quantize", "2", "--finetune", "2", "--hidden", "32"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(found[what]["kills"] == 2 and found[what]["results equal"] >= 2 for what in ("quantize", "finetune"))
