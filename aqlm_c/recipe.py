@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .config import CalibrationOptions, FinetuneOptions, MethodOptions, TargetOptions, TuningOptions
+from .config import CalibrationOptions, FinetuneOptions, MethodOptions, SizeOptions, TargetOptions, TuningOptions
 from .errors import device_name, int_between, is_text, require, wrong
 from .files import read_text
 from .format import AUTO, DENSE, Format, Rules
@@ -189,11 +189,20 @@ def option_types() -> dict[str, str]:
 
 
 class Resolved(NamedTuple):
-    """A run whose every option has a value. fields: all by name, flat, as report.json and run.yaml keep them."""
+    """A run whose every option has a value. fields: all by name, flat, as report.json and run.yaml keep them. size:
+    that schemes are chosen for; None: those of `config` stand.
+    """
 
     config: AqlmConfig
     calibration: CalibrationOptions
     fields: dict[str, Any]
+    size: SizeOptions | None = None
+
+    def with_schemes(self, options: Mapping[str, Any]) -> Resolved:
+        """The run with schemes that were chosen: scheme, rules and embeddings, as `AqlmConfig` has them; no size."""
+        config = self.config.replace(**Format.parse(options["scheme"]).to_dict(), **_without(options, "scheme"))
+        fields = {**_without(self.fields, *SIZE_FIELDS), **options}
+        return self._replace(config=config, fields=fields, size=None)
 
 
 @dataclasses.dataclass
@@ -206,9 +215,10 @@ class RunConfig:
     "8GiB". device: that quantizes, "cpu", "cuda", "cuda:N" or "auto", which is the first GPU that our kernels can use,
     else the CPU. device_memory_limit: of its memory. batch_size: sequences in one forward pass at most, if not as many
     as memory likes. overwrite: replace `out` if it is a model. tune: tune the whole model against the original at the
-    end, on the same sources: options of `FinetuneOptions` by name; None: not at all. samples, sequence_length, shuffle,
-    bos: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`; beam_size to relative_damp: see
-    `AqlmOptions`; finetune_*: see `TuningOptions`; sequential to fisher_share: see `TargetOptions`.
+    end, on the same sources: options of `FinetuneOptions` by name; None: not at all. bits, target_size, candidates:
+    choose a scheme for each layer for a size, see `SizeOptions`; `scheme` has no say then. samples, sequence_length,
+    shuffle, bos: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`; beam_size to
+    relative_damp: see `AqlmOptions`; finetune_*: see `TuningOptions`; sequential to fisher_share: see `TargetOptions`.
     options: by name, those of a method that has others.
 
     Raises ValueError naming the field, its value and what was expected.
@@ -233,6 +243,9 @@ class RunConfig:
     device: str = "auto"
     device_memory_limit: int | str | None = None
     tune: dict[str, Any] | None = None
+    bits: float | None = None
+    target_size: int | str | None = None
+    candidates: list[str] | None = None
     rules: dict[str, str] | None = None
     embeddings: str | None = None
     solver: str | None = None
@@ -283,6 +296,7 @@ class RunConfig:
             options = options_of(FinetuneOptions, self.tune)
             self.tune = {name: getattr(options, name) for name in self.tune}
         self._calibration()
+        self._size()
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> RunConfig:
@@ -335,12 +349,25 @@ class RunConfig:
         fields |= dataclasses.asdict(calibration)
         fields["gaussian_reference"] = config.gaussian_reference
         fields |= dataclasses.asdict(config.target)
-        return Resolved(config, calibration, {**fields, **_without_format(config)})
+        size = self._size()
+        if size is not None:
+            fields |= {"target_size": size.target_size, "candidates": list(size.candidates)}
+        else:
+            fields = _without(fields, *SIZE_FIELDS)
+        return Resolved(config, calibration, {**fields, **_without_format(config)}, size)
 
     def to_yaml(self) -> str:
         """The fields that are set, as text that `from_file` reads."""
         fields = {name: getattr(self, name) for name in FIELDS if name != "options"}
         return yaml_text({**fields, **self.options})
+
+    def _size(self) -> SizeOptions | None:
+        if self.bits is None and self.target_size is None:
+            if self.candidates is not None:
+                raise wrong("candidates", self.candidates, "bits or target_size beside them")
+            return None
+        candidates = SizeOptions.candidates if self.candidates is None else tuple(self.candidates)
+        return SizeOptions(self.bits, self.target_size, candidates)
 
     def _calibration(self) -> CalibrationOptions:
         samples = PRESETS[self.preset].get("samples") if self.samples is None else self.samples
@@ -350,6 +377,7 @@ class RunConfig:
 
 FIELDS: dict[str, str] = {field.name: str(field.type) for field in dataclasses.fields(RunConfig)}
 OPTION_FIELDS = list(FIELDS)[list(FIELDS).index("rules") : -1]  # those of AqlmConfig
+SIZE_FIELDS = ("bits", "target_size", "candidates")
 PRESET_FIELDS = sorted({name for preset in PRESETS.values() for name in preset})
 
 
@@ -360,6 +388,10 @@ def _by_solver() -> set[str]:
         for field in dataclasses.fields(get_method(solver).options_type):
             defaults.setdefault(field.name, set()).add(field.default)
     return {name for name, values in defaults.items() if len(values) > 1}
+
+
+def _without(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def _without_format(config: AqlmConfig) -> dict[str, Any]:
