@@ -101,7 +101,7 @@ def measure(
     if len(parts) > 1:
         log.info("H of all layers do not fit memory: sensitivities are measured in %d parts", len(parts))
     for number, part in enumerate(parts):
-        measured = _Part(part, _hessians(model, sequences, part, embeddings), damp)
+        measured = _Part(part, hessians_of(model, sequences, part, embeddings), damp)
         with deterministic():
             measured.run(model, drawn, seed, _shifted(on_step, number, len(parts), len(drawn)))
         found |= measured.sensitivities(drawn.numel())
@@ -133,7 +133,9 @@ def _parts(modules: Mapping[str, Any], embeddings: Embeddings, room: int) -> Ite
         yield part
 
 
-def _hessians(model: Any, sequences: Tensor, modules: Mapping[str, Any], embeddings: Embeddings) -> dict[str, Hessian]:
+def hessians_of(
+    model: Any, sequences: Tensor, modules: Mapping[str, Any], embeddings: Embeddings
+) -> dict[str, Hessian]:
     """H of each weight in the model as it is; of an input embedding as in its quantization."""
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     tied = embeddings.tied and embeddings.input in modules
