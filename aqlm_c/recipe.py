@@ -189,20 +189,16 @@ def option_types() -> dict[str, str]:
 
 
 class Resolved(NamedTuple):
-    """A run whose every option has a value. fields: all by name, flat, as report.json and run.yaml keep them. size:
-    that schemes are chosen for; None: those of `config` stand.
-    """
+    """A run whose every option has a value. fields: all by name, flat, as report.json and run.yaml keep them."""
 
     config: AqlmConfig
     calibration: CalibrationOptions
     fields: dict[str, Any]
-    size: SizeOptions | None = None
 
     def with_schemes(self, options: Mapping[str, Any]) -> Resolved:
         """The run with schemes that were chosen: scheme, rules and embeddings, as `AqlmConfig` has them; no size."""
         config = self.config.replace(**Format.parse(options["scheme"]).to_dict(), **_without(options, "scheme"))
-        fields = {**_without(self.fields, *SIZE_FIELDS), **options}
-        return self._replace(config=config, fields=fields, size=None)
+        return self._replace(config=config, fields={**self.fields, **dict.fromkeys(SIZE_FIELDS), **options})
 
 
 @dataclasses.dataclass
@@ -296,7 +292,7 @@ class RunConfig:
             options = options_of(FinetuneOptions, self.tune)
             self.tune = {name: getattr(options, name) for name in self.tune}
         self._calibration()
-        self._size()
+        _ = self.size  # which is refused here, before any work
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> RunConfig:
@@ -349,19 +345,16 @@ class RunConfig:
         fields |= dataclasses.asdict(calibration)
         fields["gaussian_reference"] = config.gaussian_reference
         fields |= dataclasses.asdict(config.target)
-        size = self._size()
-        if size is not None:
-            fields |= {"target_size": size.target_size, "candidates": list(size.candidates)}
-        else:
-            fields = _without(fields, *SIZE_FIELDS)
-        return Resolved(config, calibration, {**fields, **_without_format(config)}, size)
+        return Resolved(config, calibration, {**fields, **_without_format(config)})
 
     def to_yaml(self) -> str:
         """The fields that are set, as text that `from_file` reads."""
         fields = {name: getattr(self, name) for name in FIELDS if name != "options"}
         return yaml_text({**fields, **self.options})
 
-    def _size(self) -> SizeOptions | None:
+    @property
+    def size(self) -> SizeOptions | None:
+        """What schemes are chosen for; None: `scheme` and `rules` say them."""
         if self.bits is None and self.target_size is None:
             if self.candidates is not None:
                 raise wrong("candidates", self.candidates, "bits or target_size beside them")

@@ -68,7 +68,7 @@ def run(
         check_tokenizer(tokenizer, config.out)
     seconds = time.perf_counter() - started
     allocation = None
-    if resolved.size is not None:
+    if config.size is not None:
         allocation = _allocate(config, resolved, model, sequences, progress)
         resolved = resolved.with_schemes(allocation.options)
     report = quantize_model(
@@ -84,17 +84,16 @@ def run(
     report.phases = {"load": seconds, **report.phases}
     if allocation is not None:
         report.allocation = allocation.to_dict()
-        report.phases = {"allocate": allocation.seconds, **report.phases}
-        if plot is not None and group().first:
-            allocation.plot(plot)
+        report.phases["allocate"] = allocation.seconds
     if config.tune is not None:
         _tune(config, report, loaded, progress)
-    report.data = data
-    report.model, report.note = origin.name, origin.note
+    report.data, report.model, report.note = data, origin.name, origin.note
     used = {"data": sources, "threads": report.threads, "batch_size": report.plan.get("batch_size")}
     report.config |= resolved.fields | used
     if group().first:
         progress.on_phase("save")
+        if allocation is not None and plot is not None:
+            allocation.plot(plot)
         _save(config, report, loaded, resolved)
     return report
 
@@ -102,12 +101,12 @@ def run(
 def _check(config: RunConfig, resolved: Resolved, plot: str | os.PathLike[str] | None) -> list[str]:
     """Raise for what can be seen to be wrong before the work; the sources of the data."""
     resolved.config.check_searchable()
-    if resolved.size is not None:
+    if config.size is not None:
         from .allocation.choose import check_candidates
 
-        check_candidates(resolved.size, resolved.config)
+        check_candidates(config.size, resolved.config)
     if plot is not None:
-        if resolved.size is None:
+        if config.size is None:
             raise wrong("plot", str(plot), "bits or target_size beside it: it shows where the bits went")
         check_plot(plot)
     from .io.checkpoint import check_output
@@ -133,7 +132,7 @@ def _allocate(config: RunConfig, resolved: Resolved, model: Any, sequences: Any,
     from .allocation.choose import choose_schemes
     from .pipeline.resume import WorkDir, choice_facts
 
-    size = resolved.size
+    size = config.size
     assert size is not None, "schemes are chosen for a size"
 
     def choose() -> dict[str, Any]:

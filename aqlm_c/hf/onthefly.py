@@ -55,7 +55,7 @@ class OnTheFly:
         known = {"dataset", "tokenizer", *FIELDS, *option_types()} - _NOT_HERE
         check_names(options, dict.fromkeys(sorted(known)))
         run = RunConfig.from_fields({"model": "-", "out": "-", "scheme": scheme, **options}).resolve()
-        self.config, self._calibration, self._run = run.config, run.calibration, run.fields
+        self.config, self._calibration, self._run = run
         self.config.check_searchable()
         self._device: str | None = options.get("device")  # else where the model is
         self.tokenizer = tokenizer

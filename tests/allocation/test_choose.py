@@ -258,8 +258,8 @@ def test_yaml_names_the_size(tmp_path):
     path.write_text(config.to_yaml())
     again = RunConfig.from_file(path)
     assert again.to_yaml() == config.to_yaml()
-    assert again.resolve().size == SizeOptions(None, "60MB", ("2x8g8", "dense"))
-    assert RunConfig.from_file(path, target_size=None, bits=2.5).resolve().size.bits == 2.5
+    assert again.size == SizeOptions(None, "60MB", ("2x8g8", "dense"))
+    assert RunConfig.from_file(path, target_size=None, bits=2.5).size.bits == 2.5
     with pytest.raises(ValueError, match=r"bits: got 2.5, expected none beside target_size"):
         RunConfig.from_file(path, bits=2.5)
     with pytest.raises(ValueError, match=r"candidates: got .*bits or target_size beside them"):
