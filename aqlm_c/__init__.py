@@ -21,6 +21,8 @@ _HOMES = {
     "quantize_model": "quantize",
     "collect_hessians": "statistics",
     "sweep": "sweeps.study",
+    "choose_schemes": "allocation.choose",
+    "Allocation": "report.allocation",
     "finetune_model": "finetune",
     "FinetuneOptions": "config",
     "FinetuneReport": "report.finetune",
@@ -43,6 +45,7 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:  # what type checkers and editors read
+    from .allocation.choose import choose_schemes as choose_schemes
     from .config import FinetuneOptions as FinetuneOptions
     from .evaluate import divergence as divergence
     from .evaluate import evaluate_models as evaluate_models
@@ -61,6 +64,7 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from .recipe import PRESETS as PRESETS
     from .recipe import AqlmConfig as AqlmConfig
     from .recipe import RunConfig as RunConfig
+    from .report.allocation import Allocation as Allocation
     from .report.evaluation import Evaluation as Evaluation
     from .report.finetune import FinetuneReport as FinetuneReport
     from .report.layers import LayerReport as LayerReport

@@ -10,7 +10,9 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import int_between, number_between, share, wrong
+from .format import DENSE, Format
 from .patterns import pattern_of
+from .units import parse_size
 
 BOS = ("auto", "always", "never")  # no words that YAML reads as true or false
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -19,11 +21,10 @@ SCHEDULES = ("cosine", "linear", "constant")
 PV_STATES = ("auto", "float32", "8bit")
 TEACHER_CACHES = ("none", "memory", "disk")
 TARGETS = ("own", "original")
+CANDIDATES = ("1x8g8", "2x8g8", "3x8g8", "4x8g8", "6x8g8", DENSE)  # those that products are fastest with
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from .format import Format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +239,49 @@ class CalibrationOptions:
         int_between("sequence_length", self.sequence_length, 2)
         if self.bos not in BOS:
             raise wrong("bos", self.bos, f"one of {', '.join(BOS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeOptions:
+    """The size that schemes are chosen for.
+
+    bits: that are stored per parameter of the whole model, embeddings and what stays dense among them. target_size: of
+    its safetensors files, bytes or text such as "60MB"; one of the two. candidates: schemes to choose from, "dense"
+    being none. samples: sequences whose gradients are measured. together: layers that share an input, and the experts
+    of a block, are given one scheme.
+
+    Raises ValueError naming the field, its value and what was expected.
+    """
+
+    bits: float | None = None
+    target_size: int | str | None = None
+    candidates: tuple[str, ...] = CANDIDATES
+    samples: int = 8
+    together: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.target_size is not None:
+            raise wrong("bits", self.bits, f"none beside target_size={self.target_size!r}")
+        if self.bits is None and self.target_size is None:
+            raise ValueError("bits: missing, expected bits or target_size")
+        if self.bits is not None:
+            number_between("bits", self.bits, 0.01, 32)
+        if self.target_size is not None:
+            object.__setattr__(self, "target_size", parse_size("target_size", self.target_size))
+        if not isinstance(self.candidates, (list, tuple)) or not self.candidates:
+            raise wrong("candidates", self.candidates, "schemes such as 2x8g8, and dense")
+        object.__setattr__(self, "candidates", tuple(dict.fromkeys(self.candidates)))
+        for scheme in self.candidates:
+            if scheme != DENSE:
+                try:
+                    Format.parse(scheme)
+                except ValueError as error:
+                    raise ValueError(f"candidates: {error}, or {DENSE!r}") from None
+        if set(self.candidates) == {DENSE}:
+            raise wrong("candidates", self.candidates, f"a scheme beside {DENSE!r}")
+        int_between("samples", self.samples, 1)
+        if not isinstance(self.together, bool):
+            raise wrong("together", self.together, "true or false")
 
 
 @dataclasses.dataclass(frozen=True)

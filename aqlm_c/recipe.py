@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .config import CalibrationOptions, FinetuneOptions, MethodOptions, TargetOptions, TuningOptions
+from .config import CalibrationOptions, FinetuneOptions, MethodOptions, SizeOptions, TargetOptions, TuningOptions
 from .errors import device_name, int_between, is_text, require, wrong
 from .files import read_text
 from .format import AUTO, DENSE, Format, Rules
@@ -215,6 +215,11 @@ class Resolved(NamedTuple):
     calibration: CalibrationOptions
     fields: dict[str, Any]
 
+    def with_schemes(self, options: Mapping[str, Any]) -> Resolved:
+        """The run with schemes that were chosen: scheme, rules and embeddings, as `AqlmConfig` has them; no size."""
+        config = self.config.replace(**Format.parse(options["scheme"]).to_dict(), **_without(options, "scheme"))
+        return self._replace(config=config, fields={**self.fields, **dict.fromkeys(SIZE_FIELDS), **options})
+
 
 @dataclasses.dataclass
 class RunConfig:
@@ -228,9 +233,10 @@ class RunConfig:
     as memory likes. overwrite: replace `out` if it is a model. tune: tune the whole model against the original at the
     end, on the same sources: options of `FinetuneOptions` by name; None: not at all. statistics: file of H that
     `aqlm-c hessians` wrote; nothing is calibrated then, and blocks are fine-tuned only where finetune_epochs is given,
-    on the data that the file is of. samples, sequence_length, shuffle,
-    bos: see `CalibrationOptions`; rules, embeddings, solver, seed: see `AqlmConfig`; beam_size to relative_damp: see
-    `AqlmOptions`; finetune_*: see `TuningOptions`; sequential to fisher_share: see `TargetOptions`.
+    on the data that the file is of. bits, target_size, candidates: choose a scheme for each layer for a size, see
+    `SizeOptions`; `scheme` has no say then. samples, sequence_length, shuffle, bos: see `CalibrationOptions`; rules,
+    embeddings, solver, seed: see `AqlmConfig`; beam_size to relative_damp: see `AqlmOptions`; finetune_*: see
+    `TuningOptions`; sequential to fisher_share: see `TargetOptions`.
     options: by name, those of a method that has others.
 
     Raises ValueError naming the field, its value and what was expected.
@@ -256,6 +262,9 @@ class RunConfig:
     device_memory_limit: int | str | None = None
     tune: dict[str, Any] | None = None
     statistics: str | None = None
+    bits: float | None = None
+    target_size: int | str | None = None
+    candidates: list[str] | None = None
     rules: dict[str, str] | None = None
     embeddings: str | None = None
     solver: str | None = None
@@ -306,6 +315,7 @@ class RunConfig:
             options = options_of(FinetuneOptions, self.tune)
             self.tune = {name: getattr(options, name) for name in self.tune}
         self._calibration()
+        _ = self.size  # which is refused here, before any work
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> RunConfig:
@@ -370,6 +380,16 @@ class RunConfig:
         fields = {name: getattr(self, name) for name in FIELDS if name != "options"}
         return yaml_text({**fields, **self.options})
 
+    @property
+    def size(self) -> SizeOptions | None:
+        """What schemes are chosen for; None: `scheme` and `rules` say them."""
+        if self.bits is None and self.target_size is None:
+            if self.candidates is not None:
+                raise wrong("candidates", self.candidates, "bits or target_size beside them")
+            return None
+        candidates = SizeOptions.candidates if self.candidates is None else tuple(self.candidates)
+        return SizeOptions(self.bits, self.target_size, candidates)
+
     def _calibration(self) -> CalibrationOptions:
         samples = PRESETS[self.preset].get("samples") if self.samples is None else self.samples
         default = CalibrationOptions.samples
@@ -378,6 +398,7 @@ class RunConfig:
 
 FIELDS: dict[str, str] = {field.name: str(field.type) for field in dataclasses.fields(RunConfig)}
 OPTION_FIELDS = list(FIELDS)[list(FIELDS).index("rules") : -1]  # those of AqlmConfig
+SIZE_FIELDS = ("bits", "target_size", "candidates")
 PRESET_FIELDS = sorted({name for preset in PRESETS.values() for name in preset})
 
 
@@ -388,6 +409,10 @@ def _by_solver() -> set[str]:
         for field in dataclasses.fields(get_method(solver).options_type):
             defaults.setdefault(field.name, set()).add(field.default)
     return {name for name, values in defaults.items() if len(values) > 1}
+
+
+def _without(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def _without_format(config: AqlmConfig) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ from .distributed import device_of_rank, group
 from .errors import wrong
 from .files import peak_memory
 from .recipe import Resolved, RunConfig, options_of, yaml_text
+from .report.allocation import Allocation, check_plot
 from .report.report import QuantizationReport
 from .units import megabytes
 
@@ -41,20 +44,22 @@ def run(
     progress: Any = None,
     loaded: tuple[Any, Any, ModelSource] | None = None,
     shared: Shared | None = None,
+    plot: str | os.PathLike[str] | None = None,
 ) -> QuantizationReport:
     """Quantize `config.model` and save it as the directory `config.out`, with run.yaml and report.json.
 
     run.yaml is the resolved configuration, which `from_file` reads; report.json is the report with that
     configuration, hashes of the data and versions. `progress`: see `Progress`. `loaded` is what
     `load_model` returned for `config.model`, if that is done already; its model is quantized in place. shared: what
-    others made of the data of `config`.
+    others made of the data of `config`. Where schemes are chosen for a size, run.yaml has what was chosen in place of
+    the size; `plot`: a .png, .svg or .pdf file to draw.
     Raises ValueError for what is wrong in the configuration, model or data, before the work starts where that
     can be seen; OSError where a file cannot be written. `out` is then as it was. Of several
     ranks (`distributed`) all do the work, and the first alone writes.
     """
     resolved = config.resolve()
     group().check_same({name: value for name, value in resolved.fields.items() if name not in _OF_A_RANK})
-    sources = _check(config, resolved)
+    sources = _check(config, resolved, plot)
     from .core.runtime import check_kernels, set_threads
     from .hf.models import load_model
     from .io.checkpoint import check_tokenizer
@@ -73,6 +78,10 @@ def run(
     if tokenizer is not None and group().first:
         check_tokenizer(tokenizer, config.out)
     seconds = time.perf_counter() - started
+    allocation = None
+    if config.size is not None:
+        allocation = _allocate(config, resolved, model, sequences, progress)
+        resolved = resolved.with_schemes(allocation.options)
     report = quantize_model(
         *(model, sequences, resolved.config),
         layers=config.layers,
@@ -85,23 +94,41 @@ def run(
         device_memory_limit=config.device_memory_limit,
     )
     report.phases = {"load": seconds, **report.phases}
+    if allocation is not None:
+        report.allocation = allocation.to_dict()
+        report.phases["allocate"] = allocation.seconds
     if config.tune is not None:
         _tune(config, report, loaded, progress)
-    report.data = data
-    report.model, report.note = origin.name, origin.note
+    report.data, report.model, report.note = data, origin.name, origin.note
     used = {"data": sources, "threads": report.threads, "batch_size": report.plan.get("batch_size")}
     report.config |= resolved.fields | used
     if group().first:
         progress.on_phase("save")
+        if allocation is not None and plot is not None:
+            allocation.plot(plot)
         _save(config, report, loaded, resolved)
     return report
 
 
-def _check(config: RunConfig, resolved: Resolved) -> list[str]:
+def _check(config: RunConfig, resolved: Resolved, plot: str | os.PathLike[str] | None) -> list[str]:
     """Raise for what can be seen to be wrong before the work; the sources of the data."""
     resolved.config.check_searchable()
     if config.tune is not None and resolved.config.is_dense:
         raise wrong("tune", config.tune, f"none: solver={resolved.config.solver!r} makes no AQLM checkpoint to tune")
+    if config.size is not None:
+        from .allocation.choose import check_candidates
+
+        if config.statistics:
+            raise wrong(
+                "statistics", config.statistics, "none beside bits or target_size, which need text"
+            )
+        if resolved.config.is_dense:
+            raise wrong("solver", resolved.config.solver, "one that makes AQLM checkpoints, beside bits or target_size")
+        check_candidates(config.size, resolved.config)
+    if plot is not None:
+        if config.size is None:
+            raise wrong("plot", str(plot), "bits or target_size beside it: it shows where the bits went")
+        check_plot(plot)
     from .io.checkpoint import check_output
     from .io.data import BUNDLED, check_source
 
@@ -142,6 +169,33 @@ def _read_data(config: RunConfig, resolved: Resolved, sources: list[str], tokeni
         if not resolved.config.tuning.finetune_epochs:
             sequences = None
     return sequences, data
+
+
+def _allocate(config: RunConfig, resolved: Resolved, model: Any, sequences: Any, progress: Any) -> Allocation:
+    """The schemes that the first rank chooses, or those that it chose when this run began."""
+    from .allocation.choose import choose_schemes
+    from .pipeline.resume import WorkDir, choice_facts
+
+    size = config.size
+    assert size is not None, "schemes are chosen for a size"
+
+    def choose() -> dict[str, Any]:
+        progress.on_phase("allocate")
+        options = {"layers": config.layers, "device": config.device, "progress": progress}
+        return choose_schemes(model, sequences, resolved.config, **options, **dataclasses.asdict(size)).to_dict()
+
+    found = None
+    if group().first:
+        found = (
+            choose()
+            if config.work_dir is None
+            else WorkDir.kept_choice(
+                config.work_dir, choice_facts(model, sequences, resolved.config, config.layers, size), choose
+            )
+        )
+    allocation = Allocation.from_dict(group().broadcast(found))
+    progress.on_allocation(allocation)
+    return allocation
 
 
 def _tune(config: RunConfig, report: QuantizationReport, loaded: tuple[Any, Any, ModelSource], progress: Any) -> None:

@@ -10,7 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from .. import distributed
-from ..config import BOS, CHECKPOINTING, DTYPES, PV_STATES, TEACHER_CACHES, CalibrationOptions, FinetuneOptions
+from ..config import (
+    BOS,
+    CANDIDATES,
+    CHECKPOINTING,
+    DTYPES,
+    PV_STATES,
+    TEACHER_CACHES,
+    CalibrationOptions,
+    FinetuneOptions,
+)
 from ..errors import int_between, printable, wrong
 from ..files import JsonFile
 from ..format import Rules
@@ -84,6 +93,7 @@ _NOT_OF_A_RUN = {
     "json",
     "verbose",
     "quiet",
+    "plot",
 }  # parameters of `quantize` that are no options
 
 
@@ -102,6 +112,18 @@ def quantize(
     ] = None,
     scheme: Annotated[
         str | None, _optional("Codebooks x bits g group size: 2x8g8, 1x16g8, ... \\[default: 2x8g8]")
+    ] = None,
+    bits: Annotated[
+        float | None,
+        _optional("In place of --scheme: a scheme for each layer, for so many bits per parameter of the whole model."),
+    ] = None,
+    target_size: Annotated[str | None, _optional("The same for the size of the model's files.", metavar="SIZE")] = None,
+    candidates: Annotated[
+        list[str] | None,
+        _optional(f"Schemes to choose from, by commas. \\[default: {','.join(CANDIDATES)}]", metavar="SCHEME,..."),
+    ] = None,
+    plot: Annotated[
+        Path | None, _optional("Draw where the bits went: a .png, .svg or .pdf file.", metavar="FILE")
     ] = None,
     data: Data = None,
     samples: Annotated[
@@ -198,6 +220,10 @@ def quantize(
     options = {name: value for name, value in context.params.items() if name not in _NOT_OF_A_RUN}
     explicit = {name: value for name, value in options.items() if value not in (None, [], ())}
     check_threads(threads)
+    if candidates:
+        explicit["candidates"] = [scheme.strip() for text in candidates for scheme in text.split(",")]
+    if scheme is not None and (bits is not None or target_size is not None):
+        raise wrong("--scheme", scheme, "none beside --bits and --target-size, which choose among --candidates")
     explicit |= dict(map(parse_option, set_ or []))
     if rule:
         explicit["rules"] = Rules(list(map(parse_rule, rule))).to_dict()
@@ -214,7 +240,7 @@ def quantize(
         output = _output(json if ranks.first else None)
         prepare(None)
         with Display(quiet, verbose, silent=not ranks.first) as display:
-            report = run(run_config, display)
+            report = run(run_config, display, plot=plot)
         context.obj.kept = f"{run_config.out} is complete"
         if ranks.first and not quiet:
             show(report)

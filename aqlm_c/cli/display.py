@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.segment import Segment
 
 from ..errors import int_between, printable
+from ..report.allocation import Allocation
 from ..report.layers import BlockReport, LayerReport
 from ..report.report import QuantizationReport
 from ..report.tables import db_text, error_text
@@ -79,6 +80,9 @@ class Display:
     def on_plan(self, plan: Any) -> None:
         for line in plan.describe().split("; "):
             self._print(f"plan: {escape(line)}")
+
+    def on_allocation(self, allocation: Allocation) -> None:
+        self._print(f"schemes: {escape(allocation.describe())}")
 
     def on_start(self, n_blocks: int, n_layers: int) -> None:
         self._n_blocks, self._started = n_blocks, time.monotonic()

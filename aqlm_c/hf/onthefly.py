@@ -15,7 +15,7 @@ from ..format import Format
 from ..io.data import check_sequences, check_source, common_start, load_sequences, provenance, source_names
 from ..pipeline.pipeline import Pipeline
 from ..pipeline.placement import Placement
-from ..recipe import FIELDS, AqlmConfig, RunConfig, check_names, option_types
+from ..recipe import FIELDS, SIZE_FIELDS, AqlmConfig, RunConfig, check_names, option_types
 from ..report.report import QuantizationReport
 
 _DATA = (
@@ -28,7 +28,7 @@ _DATA = (
     "memory_limit",
     "device_memory_limit",
 )  # what a data set is for
-_NOT_HERE = {"model", "out", "data", "threads", "overwrite", "options"}
+_NOT_HERE = {"model", "out", "data", "threads", "overwrite", "options", *SIZE_FIELDS}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

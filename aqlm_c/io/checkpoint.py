@@ -389,6 +389,24 @@ def n_bytes(tensor: StoredTensor) -> int:
     return bits // 8 * math.prod(tensor.shape)
 
 
+def stored_bytes(tensors: Mapping[str, tuple[tuple[int, ...], int]], total: int) -> int:
+    """Bytes that tensors, name -> (shape, bytes of an element), take in safetensors files of `total` bytes, at most:
+    their values and what the header says of them.
+    """
+    text = '"%s":{"dtype":"BF16","shape":%s,"data_offsets":[%d,%d]},'
+    return sum(
+        itemsize * math.prod(shape) + len(text % (name, str(list(shape)).replace(" ", ""), total, total))
+        for name, (shape, itemsize) in tensors.items()
+    )
+
+
+def quantized_bytes(layer: str, format: Format, shape: tuple[int, int], total: int) -> int:
+    """`stored_bytes` of the quantized layer of this name and shape [out, in]."""
+    sizes = {"codes": format.code_itemsize, "codebooks": 2, "scales": 2}
+    shapes = format.shapes(*shape)
+    return stored_bytes({tensor_name(layer, part): (shapes[part], sizes[part]) for part in WEIGHT}, total)
+
+
 def unread_text(model: Any, directory: str | os.PathLike[str]) -> str:
     """What of a model's directory its class does not read, as a sentence for the report; "" if it reads all."""
     unread = is_unread(model)

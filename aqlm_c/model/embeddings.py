@@ -77,11 +77,7 @@ def with_rules(
     embeddings then. Raises ValueError where a scheme was asked for that an embedding cannot have.
     """
     settled = dataclasses.replace(config, embeddings=DENSE)
-    names = {
-        name: model.get_submodule(name)
-        for name in embeddings.names
-        if not (embeddings.tied and name == embeddings.output) and not _ruled(config, embeddings, name)
-    }
+    names = _unruled(config, model, embeddings)
     if config.embeddings == DENSE or not names:
         return settled, dict.fromkeys(names, "embeddings='dense'")
     if config.embeddings != AUTO:
@@ -89,14 +85,37 @@ def with_rules(
         for name, module in names.items():
             format.check_layer(name, *module.weight.shape)
         return _ruling(settled, names, format.scheme), {}
-    impossible = "tied: needs transformers 5" if embeddings.tied and not _ties_parts(model) else ""
-    kept = {name: reason for name, module in names.items() if (reason := impossible or _unfit(name, module))}
+    kept = _kept(model, embeddings, names)
     names = {name: module for name, module in names.items() if name not in kept}
     share = _share(model, names.values(), targets)
     if partial or share <= AUTO_SHARE:
         reason = "layers were chosen" if partial else f"{share:.0%} of the quantized model's bytes"
         return settled, kept | dict.fromkeys(names, reason)
     return _ruling(settled, names, AUTO_SCHEME), kept
+
+
+def open_to_choice(config: AqlmConfig, model: Any, embeddings: Embeddings) -> list[str]:
+    """Names of those that may be quantized or not, as no rule decides on them, where `config.embeddings` is "auto"; of
+    two that are tied the input embedding.
+    """
+    names = _unruled(config, model, embeddings) if config.embeddings == AUTO else {}
+    kept = _kept(model, embeddings, names)
+    return [name for name in names if name not in kept]
+
+
+def _unruled(config: AqlmConfig, model: Any, embeddings: Embeddings) -> dict[str, Any]:
+    """Those on which no rule decides, by name; of two that are tied the input embedding."""
+    return {
+        name: model.get_submodule(name)
+        for name in embeddings.names
+        if not (embeddings.tied and name == embeddings.output) and not _ruled(config, embeddings, name)
+    }
+
+
+def _kept(model: Any, embeddings: Embeddings, modules: Mapping[str, Any]) -> dict[str, str]:
+    """Why "auto" cannot quantize some of these, by name."""
+    impossible = "tied: needs transformers 5" if embeddings.tied and not _ties_parts(model) else ""
+    return {name: reason for name, module in modules.items() if (reason := impossible or _unfit(name, module))}
 
 
 def _ruled(config: AqlmConfig, embeddings: Embeddings, name: str) -> bool:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..report.allocation import Allocation
 from ..report.layers import BlockReport, LayerReport
 from ..report.report import QuantizationReport
 from .plan import Plan
@@ -27,6 +28,7 @@ class FinetuneProgress:
 class Progress(FinetuneProgress):
     """What `quantize_model` tells while it works; this one says nothing."""
 
+    def on_allocation(self, allocation: Allocation) -> None: ...
     def on_start(self, n_blocks: int, n_layers: int) -> None: ...
     def on_plan(self, plan: Plan) -> None: ...
     def on_resume(self, n_finished_blocks: int) -> None: ...

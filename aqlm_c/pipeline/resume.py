@@ -10,6 +10,7 @@ keeps a work directory at 1 MB per block of SmolLM2 instead of 75.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -24,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from ..config import PV_STATES
+from ..config import PV_STATES, SizeOptions
 from ..core import runtime
 from ..errors import one_line, shown
 from ..files import irregular
@@ -44,7 +45,8 @@ except ImportError:  # not POSIX: nothing keeps two processes apart
 log = logging.getLogger("aqlm_c")
 
 _FINGERPRINT, _LOCK, _TEMPORARY, _STATE = "fingerprint.json", "lock", ".new", "state.safetensors"
-_OURS_BEFORE_THE_FINGERPRINT = {_LOCK, _FINGERPRINT + _TEMPORARY}
+_CHOICE = "schemes.json"
+_OURS_BEFORE_THE_FINGERPRINT = {_LOCK, _FINGERPRINT + _TEMPORARY, _CHOICE, _CHOICE + _TEMPORARY}
 _BLOCK = re.compile(r"block-(\d{4,})\.safetensors")
 _SHOWN = 6  # differences in a message
 _AT_A_TIME = 16  # tensors that are hashed
@@ -76,6 +78,15 @@ def fingerprint(
     fields_of = {name: value for name, value in config.to_dict().items() if name != "gaussian_reference"}
     chosen = {**fields_of, "rules": [*map(list, config.rules.items())], "layers": layers, **options}
     return facts_of(model, sequences, chosen, on_read)
+
+
+def choice_facts(
+    model: Any, sequences: torch.Tensor, config: AqlmConfig, layers: str | None, size: SizeOptions
+) -> dict[str, Any]:
+    """`facts_of` a run whose schemes are chosen for a size."""
+    rules = [*map(list, config.rules.items())]
+    chosen = {**config.to_dict(), "rules": rules, "layers": layers, **dataclasses.asdict(size)}
+    return facts_of(model, sequences, chosen)
 
 
 def facts_of(
@@ -242,8 +253,53 @@ class WorkDir:
                 ) from None
         with self._explained("cleaning", "it"):
             for path in self.path.glob(f"*{_TEMPORARY}"):
-                if path.name.startswith(("block-", _FINGERPRINT, _STATE)):
+                if path.name.startswith(("block-", _FINGERPRINT, _STATE, _CHOICE)):
                     path.unlink()
+
+    @classmethod
+    def kept_choice(
+        cls, path: str | os.PathLike[str], facts: Mapping[str, Any], choose: Callable[[], Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """What `choose` returned when the run of these `facts` (`facts_of`) began, so that it goes on with the same
+        schemes; called and kept, ready for JSON, in a new directory. Raises as `open` does.
+        """
+        work_dir, now = cls(path), json.loads(json.dumps(facts))
+        try:
+            work_dir._take()
+            work_dir._check_regular(_CHOICE)
+            stored = work_dir.path / _CHOICE
+            if not stored.exists() and (work_dir.path / _FINGERPRINT).exists():
+                work_dir._refuse(["schemes were not chosen for a size"])
+            if stored.exists():
+                return work_dir._choice_of(stored, now)
+            found = dict(choose())
+            work_dir._write(_CHOICE, json.dumps({"facts": now, "choice": found}, indent=1).encode())
+            return found
+        finally:
+            work_dir.close()
+
+    def _choice_of(self, stored: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+        with self._explained("reading", _CHOICE):
+            text = stored.read_bytes()
+        try:
+            begun = json.loads(text)
+            facts, choice = {part: dict(fields) for part, fields in begun["facts"].items()}, dict(begun["choice"])
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            raise ValueError(
+                f"work_dir: got {str(self.path)!r}: {_CHOICE} is damaged; expected JSON: pass another --work-dir"
+            ) from None
+        self._refuse(list(_differences(facts, now, (facts.keys() | now.keys()) - {"machine"})))
+        return choice
+
+    def _refuse(self, differences: list[str]) -> None:
+        """Raise ValueError if there are any."""
+        if len(differences) > _SHOWN:
+            differences[_SHOWN:] = [f"and {len(differences) - _SHOWN} more"]
+        if differences:
+            raise ValueError(
+                f"work_dir: got {str(self.path)!r}: holds another run ({'; '.join(differences)}); "
+                "expected the same model, data, options and versions: use those, or pass another --work-dir"
+            )
 
     def _compare(self, now: Mapping[str, Any]) -> None:
         """Write the fingerprint of a new directory; refuse the directory of another run."""
@@ -260,13 +316,7 @@ class WorkDir:
             raise ValueError(
                 f"work_dir: got {str(self.path)!r}: {_FINGERPRINT} is damaged; expected JSON: pass another --work-dir"
             ) from None
-        if refused := list(_differences(begun, now, (begun.keys() | now.keys()) - {"machine"})):
-            if len(refused) > _SHOWN:
-                refused[_SHOWN:] = [f"and {len(refused) - _SHOWN} more"]
-            raise ValueError(
-                f"work_dir: got {str(self.path)!r}: holds another run ({'; '.join(refused)}); "
-                "expected the same model, data, options and versions: use those, or pass another --work-dir"
-            )
+        self._refuse(list(_differences(begun, now, (begun.keys() | now.keys()) - {"machine"})))
         for difference in _differences(begun, now, {"machine"}):
             log.warning("work_dir=%r: %s: the last bits of the result may differ", str(self.path), difference)
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import require, wrong
 from ..versions import versions
 from . import tables
+from .allocation import Allocation
 from .layers import BlockReport, LayerReport
 
 _DISTANCES = "dB: above the Gaussian reference, at the rate of the codes and at the true rate\n"
@@ -30,6 +31,7 @@ class QuantizationReport:
     processes that worked together; resumed_ranks: how many these were when blocks that a work directory had were
     finished, if not as many. device: "cpu" or the name of the GPU that quantized, with the most bytes that were held
     there; both are in `to_dict` for a GPU alone. finetune: `FinetuneReport.to_dict()` where the whole model was tuned.
+    allocation: `Allocation.to_dict()` where schemes were chosen for a size.
     """
 
     layers: list[LayerReport] = dataclasses.field(default_factory=list)
@@ -55,6 +57,7 @@ class QuantizationReport:
     resumed_ranks: list[int] = dataclasses.field(default_factory=list)
     versions: dict[str, str] = dataclasses.field(default_factory=versions)
     finetune: dict[str, Any] = dataclasses.field(default_factory=dict)
+    allocation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -82,8 +85,9 @@ class QuantizationReport:
         if self.device == "cpu":
             del fields["device"], fields["peak_device_memory_bytes"]
         fields = {name: value for name, value in fields.items() if "ranks" not in name or value not in (1, [])}
-        if not self.finetune:
-            del fields["finetune"]
+        for name in ("finetune", "allocation"):
+            if not fields[name]:
+                del fields[name]
         return _finite(
             {
                 **fields,
@@ -127,6 +131,7 @@ class QuantizationReport:
             *([_DISTANCES] if tables.has_reference(self.layers) else []),
             *([tables.block_table(self.blocks)] if self.blocks else []),
             *([self.plan["text"]] if self.plan else []),
+            *([Allocation.from_dict(self.allocation)] if self.allocation else []),
             tables.size_table(self.sizes),
             *([self.note] if self.note else []),
             self._summary(),

@@ -27,7 +27,7 @@ LAYERS = [
     {"calibrate"},
     {"train"},
     {"pipeline"},
-    {"hf"},
+    {"hf", "allocation"},
     {"tasks"},
     {"evaluate", "generate", "inspection"},
     {"statistics"},
