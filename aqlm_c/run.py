@@ -119,9 +119,7 @@ def _check(config: RunConfig, resolved: Resolved, plot: str | os.PathLike[str] |
         from .allocation.choose import check_candidates
 
         if config.statistics:
-            raise wrong(
-                "statistics", config.statistics, "none beside bits or target_size, which need text"
-            )
+            raise wrong("statistics", config.statistics, "none beside bits or target_size, which need text")
         if resolved.config.is_dense:
             raise wrong("solver", resolved.config.solver, "one that makes AQLM checkpoints, beside bits or target_size")
         check_candidates(config.size, resolved.config)

@@ -17,6 +17,8 @@ from tiny import BYTES, byte_tokenizer, tiny_llama
         (["--bits", "2.3", "--candidates", "2x8g8,9x8g8"], "candidates: num_codebooks: got 9"),
         (["--target-size", "60 apples"], "target_size: got '60 apples'"),
         (["--plot", "bits.png"], "plot: got 'bits.png', expected bits or target_size beside it"),
+        (["--bits", "2.3", "--statistics", "h"], "statistics: got 'h', expected none beside bits or target_size"),
+        (["--bits", "2.3", "--method", "gptq"], "solver: got 'gptq', expected one that makes AQLM checkpoints"),
         (["--bits", "2.3", "--plot", "bits.txt"], "plot: got 'bits.txt', expected a file ending in"),
     ],
 )

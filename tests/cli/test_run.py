@@ -11,7 +11,7 @@ from tiny import BYTES, byte_tokenizer, tiny_llama
 
 import aqlm_c
 from aqlm_c import AqlmConfig, RunConfig, _core, load_model
-from aqlm_c.recipe import FIELDS, PRESETS, parse_option
+from aqlm_c.recipe import FIELDS, PRESETS, SIZE_FIELDS, parse_option
 from aqlm_c.run import run
 from aqlm_c.units import parse_size
 
@@ -182,6 +182,7 @@ def test_out_holds_what_reproduces_it(model_dir, tmp_path):
         "options",
         "tune",
         "statistics",
+        *SIZE_FIELDS,
         "layers",
         "work_dir",
         "memory_limit",
