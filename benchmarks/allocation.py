@@ -34,7 +34,9 @@ SCHEME = "2x8g8"
 
 
 def sizes_of(measured: Measured, sizes: list[str], folder: Path | None) -> list[dict[str, Any]]:
-    """A row for each size; folder: of plots."""
+    """A row for each size: what was chosen, layers by scheme, and the largest uniform scheme that is no larger. folder:
+    of plots.
+    """
     rows = []
     for size in sizes:
         found = measured.choose(SizeOptions(target_size=parse_size("--sizes", size)))
@@ -45,12 +47,12 @@ def sizes_of(measured: Measured, sizes: list[str], folder: Path | None) -> list[
                 "target": size,
                 "bytes": found.total_bytes,
                 "of target": found.total_bytes / found.target_bytes,
-                "bits per parameter": found.effective_bits,
+                "bits": found.effective_bits,
                 "expected KL": found.kl,
-                "largest uniform below": "" if uniform is None else uniform.scheme,
+                "uniform": "" if uniform is None else uniform.scheme,
                 "its bytes": None if uniform is None else uniform.total_bytes,
-                "its expected KL": None if uniform is None else uniform.kl,
-                **{f"layers of {scheme}": sum(x.scheme == scheme for x in found.layers) for scheme in found.candidates},
+                "its KL": None if uniform is None else uniform.kl,
+                **{scheme: sum(x.scheme == scheme for x in found.layers) for scheme in found.candidates},
             }
         )
         if folder is not None:

@@ -277,8 +277,8 @@ def choose_schemes(
 
     `bits`: stored per parameter of the whole model; or `target_size`: bytes of its safetensors files, or text such as
     "60MB". Other options of the target: see `SizeOptions`. `config`: the method and its options; its rules keep their
-    say, its scheme has none. `layers`, `device`, `sequences` [n, length]: as in `quantize_model`, which
-    `config.replace(**allocation.options)` then quantizes with. `progress`: is told `on_step`.
+    say, its scheme has none. `layers`, `device`, `sequences` [n, length]: as in `quantize_model`, which then takes
+    `AqlmConfig.from_scheme(**allocation.options)`. `progress`: is told `on_step`.
 
     Raises ValueError as `quantize_model` does before its work, for a size that is too small (it says the smallest) or
     not below the original's, and for a candidate that is no scheme or that the method cannot quantize to.

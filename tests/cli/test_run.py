@@ -180,6 +180,9 @@ def test_out_holds_what_reproduces_it(model_dir, tmp_path):
     resolved = yaml.safe_load(text)
     assert resolved.keys() >= set(FIELDS) - {
         "options",
+        "bits",
+        "target_size",
+        "candidates",
         "tune",
         "statistics",
         *SIZE_FIELDS,
