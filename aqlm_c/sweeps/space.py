@@ -16,7 +16,7 @@ from typing import Any
 
 from ..config import EvaluationOptions
 from ..errors import int_between, wrong
-from ..recipe import FIELDS, RunConfig, check_names, option_types, options_of, read_yaml
+from ..recipe import FIELDS, RunConfig, check_names, named_solver, option_types, options_of, read_yaml
 
 OBJECTIVES = ("perplexity", "kl", "bits", "bytes", "seconds")  # all of them the lower the better
 KEEP = ("none", "best", "all")
@@ -121,7 +121,7 @@ class Space:
             raise wrong("model", fields.get("model"), "a directory, a hub name, a .gguf file or smollm2")
         types = {**FIELDS, **option_types()}
         texts, evaluation = _evaluation(fields.get("evaluation"))
-        options = _mapping("options", fields.get("options"))
+        options = named_solver(_mapping("options", fields.get("options")))
         _check_options("options", options, types)
         settings = {name: fields[name] for name in _SIMPLE if name in fields}
         for name in ("objectives", "foreign"):
@@ -305,6 +305,7 @@ def _parts(value: Any) -> list[Any]:
 
 
 def _part(fields: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
+    fields = named_solver(fields)
     _check_options("space", fields, types)
     found: dict[str, Any] = {}
     for name, value in fields.items():

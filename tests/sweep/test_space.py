@@ -25,6 +25,16 @@ def test_parts_are_joined_and_repeated_points_tried_once(fields):
     assert points == [{"solver": "ldl", "beam_size": 1}, {"solver": "ldl", "beam_size": 2}, {"solver": "rtn"}]
 
 
+def test_method_is_the_other_name_of_solver(fields):
+    fields["options"] = {"samples": 2}
+    fields["space"] = [{"method": ["aqlm", "rtn"]}, {"solver": "rtn"}]
+    points = Space.from_dict(fields).points()
+    assert points == [{"solver": "aqlm"}, {"solver": "rtn"}]
+    assert [Space.from_dict(fields).config(point, "out").resolve().config.solver for point in points] == ["ldl", "rtn"]
+    with pytest.raises(ValueError, match="method: got 'rtn', expected no solver beside it"):
+        Space.from_dict({**fields, "options": {"method": "rtn", "solver": "rtn"}})
+
+
 def test_ranges_are_a_study(fields):
     fields["space"] = {
         "relative_mse_tolerance": {"low": "1e-3", "high": 0.1, "log": True},
