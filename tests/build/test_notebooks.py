@@ -36,7 +36,7 @@ def run(notebook):
 
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
-    NotebookClient(notebook, timeout=60, kernel_name="python3", record_timing=False).execute()
+    NotebookClient(notebook, timeout=180, kernel_name="python3", record_timing=False).execute()
 
 
 def keep_results(notebook):
