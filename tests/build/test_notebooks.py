@@ -13,6 +13,7 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 RECORD = "python tests/build/test_notebooks.py --record"
 MOST_BYTES = 400_000
+LONG = {"03_sweep", "05_methods_side_by_side", "06_whole_model_tuning"}  # run by `pytest -m slow`: a minute each
 
 
 def read(path):
@@ -52,7 +53,11 @@ def keep_results(notebook):
         cell.outputs = kept
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_notebook(path):
     pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
