@@ -158,7 +158,7 @@ def test_a_wrong_space_is_one_line(write, fields, tmp_path, capsys):
     assert "--of" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["journal", "postgres"])
+@pytest.mark.parametrize("kind", ["journal", pytest.param("postgres", marks=pytest.mark.slow)])
 def test_a_sweep_of_two_workers_survives_the_kill_of_one(fields, write, tmp_path, kind, request):
     pytest.importorskip("optuna", reason="Optuna is not installed")
     storage = f"journal:{tmp_path / 'journal'}" if kind == "journal" else request.getfixturevalue("postgres")
