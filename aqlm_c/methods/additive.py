@@ -8,10 +8,8 @@ from ..core.verbs import Array
 from ..format import Format
 from .aqlm import search_options, seconds_per_group
 from .base import CodesMethod, Cost, LayerProblem, QuantizedWeight, UntunedMethod
-from .kmeans import FLOP, without_hessian
-from .state import check_searchable
-
-_SWEEPS = 0.6  # of max_sweeps that are made before relative_mse_tolerance ends them
+from .kmeans import without_hessian
+from .state import SWEEPS_MADE, check_searchable, kmeans_flop
 
 
 class Additive(UntunedMethod, CodesMethod):
@@ -39,8 +37,8 @@ class Additive(UntunedMethod, CodesMethod):
 
     def cost(self, format: Format, shape: tuple[int, int], options: AdditiveOptions) -> Cost:
         out, n = shape
-        kmeans = FLOP * options.init_max_iter * format.num_codebooks * format.entries * out * n
-        rounds, products = _SWEEPS * options.max_sweeps, 4 + 2 * options.cg_steps
+        kmeans = kmeans_flop(format, shape, options.init_max_iter)
+        rounds, products = SWEEPS_MADE * options.max_sweeps, 4 + 2 * options.cg_steps
         return Cost(kmeans + rounds * products * 2.0 * out * n * n, rounds * out * n / format.in_group_size)
 
     def seconds_per_group(self, format: Format, options: AdditiveOptions, like: Array | None = None) -> float:

@@ -13,7 +13,7 @@ from ..core.verbs import Array
 from ..format import Format
 from ..units import fastest
 from .base import CodesMethod, Cost, LayerProblem, QuantizedWeight
-from .state import SolverState, check_searchable
+from .state import SWEEPS_MADE, SolverState, check_searchable, kmeans_flop
 
 # Codes hold the codebooks back: given the codes, a codebook is optimal, and given the codebooks, so are the
 # codes, long before the two are. The next search therefore sees codebooks moved beyond the fitted ones by this
@@ -27,9 +27,7 @@ _SWEEP_BEYOND = 1.0
 # what they choose is chosen anew. Six of ten at 3x8g8 and 4x8g8 cost 1.0 and 0.8% of error (384 x 384, three seeds).
 _FULL_PASSES = 4
 
-_KMEANS = 5.0  # flop per distance and dimension
 _PAIR_BEAM = 4  # of a search whose beam_size is 0
-_SWEEPS = 0.6  # of max_sweeps that are made before relative_mse_tolerance ends them
 
 
 class AqlmMethod(CodesMethod):
@@ -141,9 +139,9 @@ def sweep_again(
 def alternating_cost(format: Format, shape: tuple[int, int], options: AqlmOptions, steps: int, factors: bool) -> Cost:
     """Of k-means and of rounds of one search and one update of the codebooks in so many steps."""
     out, n = shape
-    rounds = options.ldl_passes + _SWEEPS * options.max_sweeps
+    rounds = options.ldl_passes + SWEEPS_MADE * options.max_sweeps
     products = 4 + 2 * steps  # with H: of the search and the error, and for each step
-    kmeans = _KMEANS * options.init_max_iter * format.num_codebooks * format.entries * out * n
+    kmeans = kmeans_flop(format, shape, options.init_max_iter)
     of_round, searches = 2.0 * products * out * n * n, float(out * n // format.in_group_size)
     return Cost(kmeans + rounds * of_round, rounds * searches, of_round, searches, factors)
 

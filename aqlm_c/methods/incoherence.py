@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from ..core.verbs import Array
 from ..errors import wrong
 
 _MOST_ORTHOGONAL = 4096  # order of a random orthogonal matrix
+_SAMPLED = 128  # rows on which scales are tried
 
 
 class Rotation(Protocol):
@@ -117,3 +119,24 @@ def rotated_hessian(hessian: Hessian, inputs: Rotation) -> Hessian:
         return Hessian((H + arrays.transposed(H)) * 0.5)
 
     return hessian.derived(inputs.key, compute)
+
+
+def decoded_at_best(
+    weight: np.ndarray,
+    hessian: Hessian,
+    seed: int,
+    scale: float,
+    tried: Sequence[float],
+    decode: Callable[[np.ndarray, float], np.ndarray],
+) -> np.ndarray:
+    """What a rotated weight [out, in] decodes to, by `decode`, at the scale of least error under H on some of its rows.
+
+    scale: that of a weight of rms 1, times which `tried` are tried, rounded to float16 as it is stored. The rows are
+    drawn: neighbours share a part of a Kronecker product.
+    """
+    rms = float(np.sqrt(np.square(weight, dtype=np.float64).mean()))
+    scales = [float(np.float16(rms * scale * factor)) or rms * factor for factor in tried]
+    rows = np.sort(np.random.default_rng(seed).permutation(len(weight))[:_SAMPLED])
+    sample, H = weight[rows], arrays.to_numpy(hessian.H)
+    errors = [verbs.quantization_error(sample - decode(sample, each), H) for each in scales]
+    return decode(weight, scales[int(np.argmin(errors))])

@@ -7,9 +7,7 @@ from ..core import arrays
 from ..errors import wrong
 from ..format import Format
 from .base import CodesMethod, Cost, LayerProblem, QuantizedWeight, UntunedMethod
-from .state import SolverState, check_searchable
-
-FLOP = 5.0  # of k-means, per distance and dimension
+from .state import SolverState, check_searchable, kmeans_flop
 
 
 class KMeans(UntunedMethod, CodesMethod):
@@ -31,8 +29,7 @@ class KMeans(UntunedMethod, CodesMethod):
         return state.rounded(cg_steps=0)
 
     def cost(self, format: Format, shape: tuple[int, int], options: KmeansOptions) -> Cost:
-        distances = float(shape[0] * shape[1] * format.entries * format.num_codebooks)
-        return Cost(flop=FLOP * options.init_max_iter * distances)
+        return Cost(flop=kmeans_flop(format, shape, options.init_max_iter))
 
 
 def without_hessian(problem: LayerProblem) -> SolverState:

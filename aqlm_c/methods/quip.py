@@ -8,16 +8,15 @@ import time
 import numpy as np
 
 from ..config import MethodOptions
-from ..core import arrays, rounding, verbs
+from ..core import arrays, rounding
 from ..errors import share
 from ..format import Format
 from .base import Cost, DenseMethod, DenseWeight, LayerProblem, dense_result, whole_bits
-from .incoherence import RandomOrthogonal, rotated, rotated_back, rotated_hessian
+from .incoherence import RandomOrthogonal, decoded_at_best, rotated, rotated_back, rotated_hessian
 
 # Steps of the grid of 2^b values that lie best for normal numbers of variance 1 (Max, 1960), and those tried beside.
 _STEPS = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 7: 0.0569, 8: 0.0308}
 _TRIED = (0.9, 1.0, 1.1, 1.2, 1.35, 1.6, 2.0, 2.5)
-_SAMPLED = 128  # rows on which scales are tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +61,11 @@ class Quip(DenseMethod):
         hessian = rotated_hessian(problem.hessian, inputs)
         factor = hessian.factor_columns(True, options.quip_damp)
         factored = time.perf_counter()
-        rms = float(np.sqrt(np.square(W, dtype=np.float64).mean()))
-        steps = [float(np.float16(rms * _STEPS[bits] * tried)) or rms * tried for tried in _TRIED]
-        sample, H = sampled_rows(W, problem.seed), arrays.to_numpy(hessian.H)
-        errors = [verbs.quantization_error(sample - _rounded(sample, factor, bits, step), H) for step in steps]
-        decoded = _rounded(W, factor, bits, steps[int(np.argmin(errors))])
+
+        def decode(weight: np.ndarray, step: float) -> np.ndarray:
+            return _rounded(weight, factor, bits, step)
+
+        decoded = decoded_at_best(W, hessian, problem.seed, _STEPS[bits], _TRIED, decode)
         found = arrays.to_kind(rotated_back(decoded, inputs, outputs), problem.weight)
         seconds = {"factor": factored - started, "round": time.perf_counter() - factored}
         return dense_result(
@@ -76,12 +75,6 @@ class Quip(DenseMethod):
     def cost(self, format: Format, shape: tuple[int, int], options: QuipOptions) -> Cost:
         out, n = shape
         return Cost(flop=float(out) * n * n + 8.0 * out * n * (out**0.5 + n**0.5), factors=True)
-
-
-def sampled_rows(weight: np.ndarray, seed: int) -> np.ndarray:
-    """Some rows of a rotated weight, drawn: neighbours share a part of a Kronecker product."""
-    rows = len(weight)
-    return weight[np.sort(np.random.default_rng(seed).permutation(rows)[:_SAMPLED])]
 
 
 def _rounded(weight: np.ndarray, factor: tuple[np.ndarray, np.ndarray], bits: int, step: float) -> np.ndarray:

@@ -6,12 +6,12 @@ import time
 
 import numpy as np
 
-from ..core import arrays, rounding, verbs
+from ..core import arrays, rounding
 from ..errors import wrong
 from ..format import Format
 from .base import Cost, DenseMethod, DenseWeight, LayerProblem, dense_result, whole_bits
-from .incoherence import RandomHadamard, rotated, rotated_back, rotated_hessian
-from .quip import QuipOptions, sampled_rows
+from .incoherence import RandomHadamard, decoded_at_best, rotated, rotated_back, rotated_hessian
+from .quip import QuipOptions
 
 # By bits per weight: the scale and the residual codebook's that lie best for normal numbers of variance 1, and scales
 # that are tried beside it: errors that are fed back make the weights larger.
@@ -56,14 +56,11 @@ class QuipSharp(DenseMethod):
         factor = (arrays.to_numpy(order), arrays.to_numpy(feedback))
         factored = time.perf_counter()
 
-        def decoded(weight: np.ndarray, scale: float) -> np.ndarray:
+        def decode(weight: np.ndarray, scale: float) -> np.ndarray:
             return rounding.round_lattice(weight, factor, scale, bits - 2, _RESIDUAL[bits])[0]
 
-        rms = float(np.sqrt(np.square(W, dtype=np.float64).mean()))
-        scales = [float(np.float16(rms * _SCALES[bits] * tried)) or rms * tried for tried in _TRIED]
-        sample, H = sampled_rows(W, problem.seed), arrays.to_numpy(hessian.H)
-        errors = [verbs.quantization_error(sample - decoded(sample, scale), H) for scale in scales]
-        best = arrays.to_kind(decoded(W, scales[int(np.argmin(errors))]), problem.weight)
+        decoded = decoded_at_best(W, hessian, problem.seed, _SCALES[bits], _TRIED, decode)
+        best = arrays.to_kind(decoded, problem.weight)
         seconds = {"factor": factored - started, "round": time.perf_counter() - factored}
         true = self.bits_per_weight(problem.format, problem.shape, options)
         return dense_result(problem, rotated_back(best, inputs, outputs), true, seconds, "rounded")

@@ -14,6 +14,14 @@ from .base import LayerProblem, QuantizedWeight, finished, rounded_scales
 
 T = TypeVar("T")
 
+SWEEPS_MADE = 0.6  # of max_sweeps, before relative_mse_tolerance ends them
+_KMEANS = 5.0  # flop per distance and dimension
+
+
+def kmeans_flop(format: Format, shape: tuple[int, int], init_max_iter: int) -> float:
+    """Of `SolverState.start` on a weight [out, in]."""
+    return _KMEANS * init_max_iter * format.num_codebooks * format.entries * shape[0] * shape[1]
+
 
 class SolverState:
     """codes, codebooks and scales are always the best state yet, and error is its relative error under `H`.
