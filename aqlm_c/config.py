@@ -327,7 +327,7 @@ class FinetuneOptions:
     most_held_out: int = 64
     evaluation_interval: int = 20
     patience: int = 10
-    save_interval: int = 20
+    save_interval: int = 100
     embeddings: bool = False
     gradient_checkpointing: str = "auto"
     cache_teacher: str = "none"

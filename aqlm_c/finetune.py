@@ -136,7 +136,7 @@ def _tune(
             progress.on_resumed_step(state[1]["step"])
         stack.enter_context(teacher.open())
         student = Student(model, options, blocks)
-        distiller = Distiller(student, output, teacher, sequences, options, expected.micro, progress)
+        distiller = Distiller(student, output, teacher, sequences, options, expected, progress)
         progress.on_phase("tune")
         report = distiller.run(state, store.save_state if store else None)
     report.gradient_checkpointing = expected.checkpointing

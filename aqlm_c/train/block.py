@@ -14,6 +14,7 @@ one more 41.4, after three 40.0).
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -31,11 +32,15 @@ from ..nn.linear import QuantizedLinear
 from ..recipe import AqlmConfig
 from ..report.layers import BlockReport
 from .relative import Decoder, Trained, add_gradients, values_of
+from .replay import ReplayedPass
 
 log = logging.getLogger("aqlm_c")
 
 _BETAS = (0.9, 0.95)
+_LONG = 2**38  # tokens times weights of a block, from which on launching kernels takes no longer than they do
 _OTHERS = 1 / 7  # rate of scales, norms and biases over that of codebooks (measured)
+
+_AS_EVER: set[type] = set()  # kinds of blocks that could not be recorded
 
 Search = Callable[[str, Tensor, Tensor, Tensor], "Tensor | None"]
 
@@ -184,6 +189,7 @@ class _Tuner:
         self.probe = self.training[: len(self.held_out)]  # shows the error on what is trained on
         self.places = 2 if self.ahead else 1  # where outputs are compared
         self.squares: dict[tuple[int, int], Tensor] = {}
+        self.replayed: ReplayedPass | None = None
         if self.kept is not None:
             for batch in range(len(targets.hidden)):
                 self.kept.hidden.append(self._look_ahead(batch, targets.hidden[batch]).detach())
@@ -216,6 +222,7 @@ class _Tuner:
             since_best = 0
             groups = [{"params": [tensor.change], "lr": tensor.rate} for tensor in trained]
             optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=self.device.type == "cuda" or None)
+            self._record()
             for _ in range(tuning.finetune_epochs):
                 mean = self._epoch(optimizer, report.epochs)
                 own, held_out = self._error(self.held_out)
@@ -243,7 +250,7 @@ class _Tuner:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for step in range(0, len(order), per_step):
             batches = order[step : step + per_step]
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=self.replayed is None)
             for batch, error in zip(batches, self._gradients(batches, order[step + per_step :]), strict=True):
                 total += error * self.sequences[batch]
             optimizer.step()
@@ -269,11 +276,63 @@ class _Tuner:
 
     def _backward(self, batch: int, share: float) -> Tensor:
         """Add the gradients of a batch of this rank, times its share of a step, to those of the changes; its error."""
+        inputs = self._inputs(batch, share)
+        if self.replayed is not None and self._is_like(batch, inputs):
+            return self.replayed(*inputs)
+        return self._error_of(batch, *inputs)
+
+    def _inputs(self, batch: int, share: float) -> tuple[Tensor, ...]:
+        """Of `_error_of`, what is not the same for all batches."""
+        goals = self._goals(batch, self.places)
+        squares = [_above_zero(self._square(place, batch, goal)) for place, goal in enumerate(goals)]
+        factor = torch.full((), share * self.gradient_scale, dtype=torch.float32, device=self.device)
+        return (factor, self.inputs.hidden[batch], *goals, *squares)
+
+    def _error_of(self, batch: int, factor: Tensor, hidden: Tensor, *compared: Tensor) -> Tensor:
+        """The error that is tuned for, float64, of a batch `hidden` with the arguments of `batch`; its gradients, times
+        `factor`, are added. compared: with what the outputs are, and the squares of that.
+        """
         with self._trainable() as tensors:  # decoded for each, so that the sums do not depend on who has which
-            own, *ahead = self._errors(batch, tensors)
+            own, *ahead = self._errors(self._outputs(batch, tensors, self.places, hidden), compared)
             loss = sum(ahead, own) / self.places
-            (loss * (share * self.gradient_scale)).backward()
+            (loss * factor).backward()
         return loss.detach().double()
+
+    def _errors(self, outputs: list[Tensor], compared: Sequence[Tensor]) -> list[Tensor]:
+        """The relative errors that are tuned for."""
+        errors = map(_square_error, outputs, compared[: self.places])
+        return [error / square for error, square in zip(errors, compared[self.places :], strict=True)]
+
+    def _record(self) -> None:
+        """Have the passes of most batches replayed, as they are with the codes of now, where launching them would take
+        longer than they do. No gradients are there yet, and none are afterwards.
+        """
+        self.replayed, size = None, max(self.sequences)
+        full = [batch for batch in self.training if self.sequences[batch] == size]
+        tokens = self.targets.hidden[full[0]].shape[:-1].numel()
+        weights = sum(parameter.numel() for parameter in self.block.parameters())
+        if self.device.type != "cuda" or group().size > 1 or tokens * weights > _LONG or type(self.block) in _AS_EVER:
+            return
+        self.like = full[0]
+        run = functools.partial(self._error_of, self.like)
+        replayed = ReplayedPass(run, self._inputs(self.like, 1.0), self.device, self._forget)
+        if replayed.works:
+            self.replayed = replayed
+        else:  # as of blocks that ask the device which experts run
+            _AS_EVER.add(type(self.block))
+
+    def _forget(self) -> None:
+        """Leave no gradients; where they are is not changed."""
+        for tensor in self.trained:
+            if tensor.change.grad is not None:
+                tensor.change.grad.zero_()
+
+    def _is_like(self, batch: int, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether a batch goes through the blocks as the one that was recorded."""
+        assert self.replayed is not None
+        own, known = self.inputs.arguments[batch], self.inputs.arguments[self.like]
+        places = range(self.index, self.index + 1 + len(self.ahead))
+        return self.replayed.takes(inputs) and all(own[place] is known[place] for place in places)
 
     def _taken(self, error: Tensor) -> Tensor:
         """A batch's error, which tensors it gave a gradient, and these, which are then gone: float32."""
@@ -320,14 +379,6 @@ class _Tuner:
                 if activations is not None:
                     activations.prefetch(batch)
 
-    def _errors(self, batch: int, tensors: dict[str, Tensor]) -> list[Tensor]:
-        """The relative errors that are tuned for, of one batch."""
-        goals = self._goals(batch, self.places)
-        squares = [_above_zero(self._square(place, batch, goal)) for place, goal in enumerate(goals)]
-        outputs = self._outputs(batch, tensors, self.places)
-        errors = map(_square_error, outputs, goals)
-        return [error / square for error, square in zip(errors, squares, strict=True)]
-
     @torch.no_grad()
     def _goals(self, batch: int, places: int) -> list[Tensor]:
         """What the outputs of a batch are compared with, at the first of the places."""
@@ -342,13 +393,17 @@ class _Tuner:
             self.squares[place, batch] = goal.float().square().sum()
         return self.squares[place, batch]
 
-    def _outputs(self, batch: int, tensors: dict[str, Tensor], places: int) -> list[Tensor]:
-        """What the trained block gives for a batch and, at the second place, what the blocks ahead make of it."""
+    def _outputs(
+        self, batch: int, tensors: dict[str, Tensor], places: int, hidden: Tensor | None = None
+    ) -> list[Tensor]:
+        """What the trained block gives for a batch and, at the second place, what the blocks ahead make of it; hidden:
+        what goes in, if not the activations' own.
+        """
 
         def block(*args, **kwargs):
             return torch.func.functional_call(self.block, tensors, args, kwargs)
 
-        own = self.inputs.forward(self.index, block, batch)
+        own = self.inputs.forward(self.index, block, batch, hidden)
         return [own, self._look_ahead(batch, own)] if places > 1 else [own]
 
     def _look_ahead(self, batch: int, hidden: Tensor) -> Tensor:

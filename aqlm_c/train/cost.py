@@ -28,7 +28,7 @@ _WORDS = 1.3  # time of a pass over that of its products
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Bytes on the device, seconds, and how they come about. states: of PV-Tuning, `FinetuneOptions.pv_states` but
-    never "auto".
+    never "auto". replays: passes are replayed, as CUDA graphs, which keep their memory.
     """
 
     bytes: int
@@ -37,6 +37,7 @@ class Estimate:
     checkpointing: bool
     limit: int | None
     states: str = "float32"
+    replays: bool = False
 
     def describe(self) -> str:
         """For people."""
@@ -109,12 +110,13 @@ def estimate(
     if device.type == "cpu" and options.cache_teacher == "memory":
         fixed += sequences.numel() * sizes.width * sizes.itemsize
 
-    def needed(checkpointing: bool, states: str) -> int:
+    def needed(checkpointing: bool, states: str, replays: bool = False) -> int:
         share = 1 / sizes.layers if checkpointing else 1.0
         kept = sizes.features * _PER_FEATURE * share + sizes.width * sizes.layers
         tuned = dataclasses.replace(options, pv_states=states)
-        codes = _code_bytes(sizes, tuned, micro * ranks >= options.batch_size, device)
-        return int(fixed + codes + sizes.itemsize * (sizes.quantized * share + micro * length * kept))
+        codes = _code_bytes(sizes, tuned, micro * ranks >= options.batch_size and not replays, device)
+        fixed_twice = (2 if replays else 1) * fixed  # passes that are not replayed have memory of their own
+        return int(fixed_twice + codes + sizes.itemsize * (sizes.quantized * share + micro * length * kept))
 
     states = "float32" if options.pv_states == "auto" else options.pv_states
     if options.pv and options.pv_states == "auto" and free is not None:
@@ -123,12 +125,15 @@ def estimate(
     checkpointing = options.gradient_checkpointing == "always"
     if options.gradient_checkpointing == "auto":
         checkpointing = free is not None and needed(False, states) > 0.8 * free
+    replays = device.type == "cuda" and not (checkpointing or states == "8bit" or options.shard_original)
+    replays = replays and (free is None or needed(False, states, True) < 0.6 * free)
     passes = (5 if checkpointing else 4) * options.steps * options.batch_size / ranks
     looks = options.steps / options.evaluation_interval + 1
     passes += 2 * looks * min(options.most_held_out, options.held_out * len(sequences)) / ranks
     flop = 2.0 * passes * length * (sizes.multiplied + sizes.vocabulary * sizes.width)
     seconds = _WORDS * flop / _speed(model.dtype, device)
-    return Estimate(needed(checkpointing, states), seconds, micro, checkpointing, free, states)
+    found = needed(checkpointing, states, replays)
+    return Estimate(found, seconds, micro, checkpointing, free, states, replays)
 
 
 def _code_bytes(sizes: Sizes, options: FinetuneOptions, at_once: bool, device: torch.device) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -22,11 +23,14 @@ from ..config import FinetuneOptions
 from ..core.runtime import deterministic
 from ..distributed import group
 from ..model.logits import SplitModel
+from ..model.masks import one_text_each
 from ..report.finetune import FinetuneReport
 from .block import held_out_batches
+from .cost import Estimate
 from .output import sliced_kl
 from .pv import Changes, CodeTuning
 from .relative import load_moments
+from .replay import ReplayedPass, own_stream
 from .student import Student
 from .teacher import Teacher
 
@@ -73,7 +77,7 @@ class Best:
 
 
 class Distiller:
-    """One run. sequences: token ids [n, length]. micro: sequences in one pass. progress: told of steps and looks."""
+    """One run. sequences: token ids [n, length]. plan: of its passes. progress: told of steps and looks."""
 
     def __init__(
         self,
@@ -82,11 +86,13 @@ class Distiller:
         teacher: Teacher,
         sequences: Tensor,
         options: FinetuneOptions,
-        micro: int,
+        plan: Estimate,
         progress: Any,
     ) -> None:
         self.student, self.output, self.teacher = student, output, teacher
-        self.sequences, self.options, self.micro, self.progress = sequences, options, micro, progress
+        self.sequences, self.options, self.progress = sequences, options, progress
+        self.micro, self._replays = plan.micro, plan.replays
+        self._passes: dict[bool, ReplayedPass] = {}  # with gradients and without
         n = len(sequences)
         self.held_out = held_out_batches(n, min(options.held_out, options.most_held_out / n))
         training = sorted(set(range(n)) - set(self.held_out))
@@ -98,14 +104,14 @@ class Distiller:
         self.codes: CodeTuning | None = None
         if options.pv:
             blocks = [w for w in student.weights if w.trained and not {*w.names} & {*student.embeddings.names}]
-            at_once = micro * group().size >= options.batch_size
+            at_once = plan.micro * group().size >= options.batch_size and not plan.replays
             self.codes = CodeTuning(blocks, options, output.dtype or torch.float32, at_once)
         self.report = FinetuneReport(
             options=dataclasses.asdict(options),
             sequences=n,
             sequence_length=sequences.shape[1],
             held_out=len(self.held_out),
-            micro_batch_size=micro,
+            micro_batch_size=plan.micro,
         )
         self.step = self.since_best = 0
         self.best: Best | None = None
@@ -119,10 +125,12 @@ class Distiller:
         """
         started = time.perf_counter()
         saves = any(group().gather(save is not None))  # one rank does, of what all have
-        with self.student.running(), deterministic():
+        with self._running():
             if state is not None:
                 self._load(*state)
             self.teacher.fill(self._asked_for())
+            if self._replays:
+                self._record()
             if state is None:
                 self._look()
             while self.step < self.options.steps and not self._is_over():
@@ -144,6 +152,15 @@ class Distiller:
         self.report.tokens = self.step * self.options.batch_size * self.sequences.shape[1]
         self.report.held_out_after = self.best.loss
         return self.report
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self._replays:
+                stack.enter_context(own_stream(self.student.together.change.device))
+            for context in (one_text_each(), self.student.running(), deterministic()):
+                stack.enter_context(context)
+            yield
 
     def _is_over(self) -> bool:
         return self._broken or (bool(self.options.patience) and self.since_best >= self.options.patience)
@@ -201,12 +218,32 @@ class Distiller:
 
     def _pass(self, numbers: list[int], gradient: bool) -> Tensor:
         """The sum of the loss over the positions of some sequences, float64; gradients are added to those there are."""
+        replayed = self._passes.get(gradient) if len(numbers) == self.micro else None
+        return replayed(*self._inputs(numbers)) if replayed else self._sum_of(gradient, *self._inputs(numbers))
+
+    def _inputs(self, numbers: list[int]) -> tuple[Tensor, ...]:
+        """Token ids and, where they are kept, the original's hidden states."""
         ids = self.sequences[numbers]
-        targets = self.teacher.hidden(numbers)
+        return (ids,) if self.teacher.is_run else (ids, self.teacher.hidden(numbers))
+
+    def _sum_of(self, gradient: bool, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """`_pass` of sequences [n, length]; targets: the original's hidden states, else it is run."""
+        targets = self.teacher.states(ids) if targets is None else targets
         weight, dtype = self.student.output_weight, self.output.dtype
         assert dtype is not None, "output is split"
         with torch.set_grad_enabled(gradient), contextlib.nullcontext() if weight is None else weight.held(dtype):
             return sliced_kl(self.output, self.teacher.output, self.output.hidden(ids), targets, gradient)
+
+    def _record(self) -> None:
+        """Have passes of `micro` sequences replayed. No gradients are there yet, and none are afterwards."""
+        inputs, device = self._inputs(self.order.of_step(self.step, self.micro)), self.student.together.change.device
+        for gradient in (True, False):
+            first = self._passes.get(True)
+            run = functools.partial(self._sum_of, gradient)
+            replayed = ReplayedPass(run, inputs, device, self.student.forget_pass, first)
+            if not replayed.works:
+                return
+            self._passes[gradient] = replayed
 
     def _sum_over_ranks(self, loss: Tensor) -> Tensor:
         """Add the losses of all ranks and the gradients, but those of buffers, in their order."""

@@ -9,7 +9,6 @@ and of a buffer that follows the difference stays as it is.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -18,13 +17,11 @@ from torch import Tensor
 from ..config import AqlmOptions, FinetuneOptions
 from ..core import verbs
 from ..distributed import group
-from ..errors import one_line
 from ..methods.aqlm import search_options
 from ..nn import ops
 from .buffers import Buffers
+from .replay import Replayed
 from .student import TunedWeight
-
-log = logging.getLogger("aqlm_c")
 
 
 @dataclasses.dataclass
@@ -37,30 +34,6 @@ class Changes:
     @property
     def fraction(self) -> float:
         return self.changed / max(1, self.groups)
-
-
-class _Replayed:
-    """What a function launches on a GPU, all of it without asking for a result: as a CUDA graph from its second call
-    on. A discrete step is thousands of short kernels, whose launches took three times as long as they did.
-    """
-
-    def __init__(self, run: Callable[[], None], device: torch.device) -> None:
-        self._run, self._calls = run, 0
-        self._graph = torch.cuda.CUDAGraph() if device.type == "cuda" else None
-
-    def __call__(self) -> None:
-        self._calls += 1
-        if self._graph is None or self._calls == 1:
-            return self._run()
-        if self._calls == 2:
-            try:
-                with torch.cuda.graph(self._graph):
-                    self._run()
-            except RuntimeError as error:  # slower, not wrong: of what is recorded nothing has run
-                log.warning("codes are changed without a CUDA graph: %s", one_line(error))
-                self._graph = None
-                return self._run()
-        self._graph.replay()
 
 
 class CodeTuning:
@@ -101,7 +74,7 @@ class CodeTuning:
         self._changed, self._groups = torch.zeros((), dtype=torch.int64, device=device), 0
         self._encode_all: Callable[[], None] = self._encode_each
         if not self._lean:  # where launches count, and a graph's own memory does not
-            self._encode_all = _Replayed(self._encode_each, device)
+            self._encode_all = Replayed("codes are changed", self._encode_each, device)
 
     def _giving(self, place: int) -> Callable[[Tensor], None]:
         return lambda gradient: self.buffers.give(place, gradient)

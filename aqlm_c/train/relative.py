@@ -44,7 +44,10 @@ def add_gradients(reached: Sequence[tuple[Trained, Tensor]]) -> None:
     """Add gradients to the values of some tensors to those of their changes."""
     grads = torch._foreach_mul([grad for _, grad in reached], [tensor.size for tensor, _ in reached])
     for (tensor, _), grad in zip(reached, grads, strict=True):
-        tensor.change.grad = grad if tensor.change.grad is None else tensor.change.grad + grad
+        if tensor.change.grad is None:
+            tensor.change.grad = grad
+        else:
+            tensor.change.grad.add_(grad)
 
 
 class Decoder:
@@ -111,11 +114,11 @@ class Together:
 
     @torch.no_grad()
     def values(self, rounded: bool = False) -> list[Tensor]:
-        """Their values, float32, always in the same memory; rounded: to what is saved, elsewhere."""
+        """Their values, float32, always in the same memory; rounded: to what is saved."""
         values = self._parts(torch.addcmul(self.start, self.size, self.change, out=self._values))
-        if not rounded:
-            return values
-        return [value.to(dtype).float() for value, dtype in zip(values, self.dtypes, strict=True)]
+        for value, dtype in zip(values, self.dtypes, strict=True) if rounded else ():
+            value.copy_(value.to(dtype))
+        return values
 
     @torch.no_grad()
     def settle(self, divisor: float) -> None:

@@ -84,6 +84,12 @@ class TunedWeight:
         if part is not None and self.on_gradient is not None:
             self.on_gradient(part)
 
+    def forget_pass(self) -> None:
+        """No gradients are left, those of a pass that was broken off neither."""
+        self._part, self._uses, self._held = None, 0, None
+        if self.gradient is not None:
+            self.gradient.zero_()
+
     def own_codes(self) -> None:
         """Codes that change: other ones than the layer's, which has them when the tuning is over."""
         self.codes = self.codes.clone()
@@ -208,6 +214,8 @@ class Student:
             stack.callback(_ask, self.model, asked)
             for layer, dtype in zip(self.looked_up, self._dtypes, strict=True):
                 layer.output_dtype = dtype
+            for parameter in self.others:
+                parameter.data = parameter.data.clone()  # not of a mapped file, nor where the model has it
             for parameter, total in trained:
                 parameter.requires_grad_()
                 handle = parameter.register_post_accumulate_grad_hook(_moving(total))
@@ -221,16 +229,26 @@ class Student:
 
     @torch.no_grad()
     def update(self, rounded: bool = False) -> None:
-        """Take over the values of what is trained; rounded: as they are saved."""
+        """Take over the values of what is trained, in the same memory each time; rounded: as they are saved."""
         values = self.together.values(rounded)
         n = len(self._trained)
         for weight, codebooks, scales in zip(self._trained, values, values[n:], strict=False):
             weight.codebooks, weight.scales = codebooks, scales
         for parameter, value in zip(self.others, values[2 * n :], strict=True):
-            parameter.data = value.to(parameter.dtype)
+            parameter.data.copy_(value)
         for layer in self.looked_up:
             weight = next(weight for weight in self._trained if weight.is_of(layer))
             layer.codebooks.data, layer.scales.data = weight.codebooks, weight.scales
+
+    @torch.no_grad()
+    def forget_pass(self) -> None:
+        """A pass that does not count was made, or broken off: none of its gradients stay."""
+        self.together.gradient.zero_()
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = None
+        for weight in self.weights:
+            weight.forget_pass()
 
     @torch.no_grad()
     def store(self) -> None:

@@ -86,8 +86,12 @@ class Teacher:
         return self._kept is None
 
     @torch.no_grad()
+    def states(self, ids: Tensor) -> Tensor:
+        """[n, length, width] of sequences [n, length], by running the model."""
+        return self.output.hidden(ids)
+
     def _run(self, numbers: list[int]) -> Tensor:
-        return self.output.hidden(self.sequences[numbers])
+        return self.states(self.sequences[numbers])
 
 
 def sharded(original: nn.Module, blocks: Sequence[str], device: torch.device) -> Any:

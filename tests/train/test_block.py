@@ -186,3 +186,21 @@ def test_nan_in_outputs(batch, caplog):
     report = finetune_block("layer 0", 0, blocks, {}, stream, targets, CONFIG)
     assert report.epochs == 0 and "NaN or Inf in fine-tuning" in caplog.text
     assert torch.equal(blocks[0].input_layernorm.weight, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passes_that_are_replayed_on_a_gpu_are_those_that_are_launched(dtype, monkeypatch, caplog):
+    """Also where the last batch is a smaller one, and after codes were searched again."""
+    caplog.set_level("INFO")
+    replays, plain, found = [], torch.cuda.CUDAGraph.replay, []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(id(self)), plain(self))[1])
+    config = CONFIG.replace(finetune_batch_size=8, finetune_search=1, finetune_held_out=0.2)
+    for most in (2**38, 0):
+        monkeypatch.setattr(block_module, "_LONG", most)
+        model, report = tuned(config, biased_llama(dtype=dtype).cuda(), SEQUENCES[:30], batch_size=4)
+        found.append((model.state_dict(), [block.history for block in report.blocks], len(replays)))
+    assert found[0][2] == found[1][2] >= 3 * 2 * 4 and "CUDA graph" not in caplog.text
+    assert found[0][1] == found[1][1]
+    assert [name for name, tensor in found[0][0].items() if not torch.equal(tensor, found[1][0][name])] == []

@@ -24,6 +24,7 @@ from aqlm_c.pipeline.resume import sha256_of
 from aqlm_c.recipe import AqlmConfig
 from aqlm_c.train import cost
 from aqlm_c.train import pv as pv_module
+from aqlm_c.train import replay as replay_module
 from aqlm_c.train import student as student_module
 from aqlm_c.train import teacher as teacher_module
 from aqlm_c.train.buffers import Buffer, bytes_of, owners
@@ -534,12 +535,17 @@ def test_text_of_the_models_own_is_drawn_from_it():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_steps_that_are_replayed_on_a_gpu_are_those_that_are_launched(monkeypatch, caplog):
-    pair = [one.cuda() for one in models()]
-    model, replayed = tuned((copy.deepcopy(pair[0]), pair[1]), **PV)
-    assert "CUDA graph" not in caplog.text and replayed.changed
-    monkeypatch.setattr(pv_module, "_Replayed", lambda run, _device: run)
-    launched, _ = tuned((copy.deepcopy(pair[0]), pair[1]), **PV)
+@pytest.mark.parametrize("options", [PV, {"pv": False}, {**PV, "cache_teacher": "memory"}], ids=["pv", "-", "kept"])
+def test_steps_that_are_replayed_on_a_gpu_are_those_that_are_launched(options, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    pair, replays = [one.cuda() for one in models()], []
+    plain = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(self), plain(self))[1])
+    model, report = tuned((copy.deepcopy(pair[0]), pair[1]), **options)
+    assert "CUDA graph" not in caplog.text and len(set(replays)) == (2 if options["pv"] else 1)  # held out: 2 at a time
+    assert bool(report.changed) == options["pv"]
+    monkeypatch.setattr(replay_module.Replayed, "__call__", lambda self: self._run())
+    launched, _ = tuned((copy.deepcopy(pair[0]), pair[1]), **options)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, launched.state_dict()[name]), name
 
