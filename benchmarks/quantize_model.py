@@ -112,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=["fast", "balanced"])
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="an AqlmConfig field")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--data", action="append", help="calibration text; repeatable")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=1024)
@@ -151,7 +152,8 @@ def main() -> None:
     sources, rows = args.data or [BUNDLED], []
     options = dict(map(parse_option, args.set))
     ids = load_sequences(sources, tokenizer, args.samples, args.sequence_length)
-    for scheme, preset, seed in itertools.product(args.scheme, args.presets, range(args.seeds)):
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    for scheme, preset, seed in itertools.product(args.scheme, args.presets, seeds):
         fields = quantizer_options(preset)
         config = AqlmConfig.from_scheme(scheme, **{**fields, **options, "seed": seed})
         watch = Watch(f"{scheme} {preset}, seed {seed}", None if rows else args.blocks)
