@@ -40,8 +40,8 @@ def slices(positions: int, vocabulary: int, device: torch.device, most: int | No
 def kl_divergence(original: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(softmax(original) || softmax(logits)) of each row, in nats: float32 [n].
 
-    Both are float32 logits [n, vocabulary] and are overwritten. Words that the original rules out (-inf) add nothing,
-    those that the model alone rules out make it inf.
+    Both are logits [n, vocabulary] of any floating dtype; what is computed is float32. Words that the original rules out
+    (-inf) add nothing, those that the model alone rules out make it inf.
     """
     return kl_and_gradient(original, logits)[0]
 
@@ -51,7 +51,7 @@ def kl_and_gradient(original: torch.Tensor, logits: torch.Tensor) -> tuple[torch
     """`kl_divergence` and its gradient to `logits`, softmax(logits) - softmax(original): float32 [n, vocabulary]."""
     # The sum of p (log p - log q) + q - p: the last two add up to 0, and with them errors of the normalisation, which
     # all words share, cancel, where the distributions are close and those errors would be all that there is.
-    log_p, log_q = _log_softmax_(original), _log_softmax_(logits)
+    log_p, log_q = (torch.log_softmax(one, -1, dtype=torch.float32) for one in (original, logits))
     q = log_q.exp()
     difference, p = log_q.neg_().add_(log_p), log_p.exp_()
     terms = difference.mul_(p).masked_fill_(p == 0, 0)
@@ -62,10 +62,6 @@ def kl_and_gradient(original: torch.Tensor, logits: torch.Tensor) -> tuple[torch
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-log softmax(logits) of each row's target, in nats: float32 [n]; logits are float32 [n, vocabulary]."""
     return nn.functional.cross_entropy(logits, targets, reduction="none")
-
-
-def _log_softmax_(logits: torch.Tensor) -> torch.Tensor:
-    return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 
 class SplitModel:

@@ -120,7 +120,8 @@ def estimate(
         share = 1 / sizes.layers if checkpointing else 1.0
         kept = sizes.features * _PER_FEATURE * share + sizes.width * sizes.layers
         tuned = dataclasses.replace(options, pv_states=states)
-        codes = _code_bytes(sizes, tuned, micro * ranks >= options.batch_size and not replays, device)
+        gradient = (sizes.itemsize if replays else 0) if micro * ranks >= options.batch_size else 4
+        codes = _code_bytes(sizes, tuned, gradient, device)
         fixed_twice = (2 if replays else 1) * fixed  # passes that are not replayed have memory of their own
         return int(fixed_twice + codes + sizes.itemsize * (sizes.quantized * share + micro * length * kept))
 
@@ -144,13 +145,15 @@ def estimate(
     return Estimate(found, seconds, micro, checkpointing, free, states, replays)
 
 
-def _code_bytes(sizes: Sizes, options: FinetuneOptions, at_once: bool, device: torch.device) -> int:
-    """Of the index of codes and, where these are trained, of their copies, and of buffers and gradients."""
+def _code_bytes(sizes: Sizes, options: FinetuneOptions, gradient: int, device: torch.device) -> int:
+    """Of the index of codes and, where these are trained, of their copies, and of buffers and gradients; gradient: its
+    bytes for each weight.
+    """
     lean = options.pv and options.pv_states == "8bit"
     index = 4 * sizes.codes if device.type == "cuda" and not lean else 0
     if not options.pv:
         return index
-    buffers = sizes.quantized * (bytes_of(options) / group().size + (0 if at_once else 4))
+    buffers = sizes.quantized * (bytes_of(options) / group().size + gradient)
     return int(index + buffers) + sizes.code_bytes * (1 if lean else 1 + _KEPT_CODES)
 
 

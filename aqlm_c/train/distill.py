@@ -104,8 +104,8 @@ class Distiller:
         self.codes: CodeTuning | None = None
         if options.pv:
             blocks = [w for w in student.weights if w.trained and not {*w.names} & {*student.embeddings.names}]
-            at_once = plan.micro * group().size >= options.batch_size and not plan.replays
-            self.codes = CodeTuning(blocks, options, output.dtype or torch.float32, at_once)
+            at_once = plan.micro * group().size >= options.batch_size
+            self.codes = CodeTuning(blocks, options, output.dtype or torch.float32, at_once, plan.replays)
         self.report = FinetuneReport(
             options=dataclasses.asdict(options),
             sequences=n,

@@ -20,9 +20,9 @@ def sliced_kl(student: SplitModel, teacher: SplitModel, hidden: Tensor, targets:
         with torch.set_grad_enabled(gradient):
             part.requires_grad_(gradient)
             logits = student.logits(part)
-        copy = logits.detach().to(torch.float32, copy=True)  # backward may read the logits
-        kl, to_logits = kl_and_gradient(teacher.float_logits(other[place]).to(copy.device), copy)
-        del copy
+        with torch.no_grad():
+            original = teacher.logits(other[place]).to(logits.device)
+        kl, to_logits = kl_and_gradient(original, logits.detach())
         found += kl.double().sum()
         if given is not None:
             logits.backward(to_logits.to(logits.dtype))

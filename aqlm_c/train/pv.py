@@ -38,7 +38,7 @@ class Changes:
 
 class CodeTuning:
     """Codes of `weights` in training. dtype: of activations. at_once: each step has one pass on each rank, so that a
-    buffer makes its step as soon as the gradient is there; else gradients are summed in `TunedWeight.gradient`.
+    buffer makes its step as soon as the gradient is there, unless `held`: when all are; else gradients are summed.
 
     Of several ranks the one that has a layer's buffer encodes its groups and sends the codes to the others. Raises
     ValueError naming a layer whose codes cannot be searched.
@@ -50,9 +50,11 @@ class CodeTuning:
         options: FinetuneOptions,
         dtype: torch.dtype = torch.float32,
         at_once: bool = False,
+        held: bool = False,
     ) -> None:
         self.weights, self.options, self._lean = list(weights), options, options.pv_states == "8bit"
         self._search: list[tuple[int, bool]] = []
+        kind = dtype if at_once else torch.float32  # of gradients
         for place, weight in enumerate(self.weights):
             format = weight.layer.format
             if format.out_group_size != 1:
@@ -63,11 +65,11 @@ class CodeTuning:
             weight.own_codes()
             if self._lean:
                 weight.decoder.forget_index()
-            if at_once:
+            if at_once and not held:
                 weight.on_gradient = self._giving(place)
             else:
-                weight.gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.codes.device)
-        self.buffers = Buffers(self.weights, options, dtype if at_once else torch.float32)
+                weight.gradient = torch.zeros(weight.shape, dtype=kind, device=weight.codes.device)
+        self.buffers = Buffers(self.weights, options, kind)
         self.looked_at = self.codes()
         self.refused = 0  # codes that were undone, of this rank's layers
         device = weights[0].codes.device if weights else torch.device("cpu")

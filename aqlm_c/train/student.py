@@ -29,8 +29,8 @@ class TunedWeight:
 
     names: in the model, of the layers that have it; two where embeddings are tied. codebooks, scales: its values now,
     float32. trained: whether it has gradients: to codebooks and scales, unless gradients to the weight itself are asked
-    for, of which `spread` is then to be called. gradient: their sum, [out, in] float32; or on_gradient: is given that
-    of a pass, once all uses of the weight have added to it.
+    for, of which `spread` is then to be called. gradient: their sum, [out, in]; or on_gradient: is given that of a
+    pass, once all uses of the weight have added to it.
     """
 
     def __init__(self, name: str, layer: QuantizedLayer, trained: bool) -> None:
