@@ -160,37 +160,41 @@ class _Group(Group):
         if own is not None and own.dtype != self._torch.float64:
             raise TypeError(f"part: got {own.dtype}, expected float64")
         if self.rank != root:
-            for piece in () if own is None else own.contiguous().view(-1).split(_PIECE):
-                self._call(self._of.send, piece, root)
+            if own is not None:
+                self._send_pieces(own, root)
             return None
         assert ranks, "some rank has a part"
         found = place()
-        total = self._torch.as_tensor(found)
-        received = total.new_empty(min(_PIECE, total.numel()))
-        for at in range(0, total.numel(), _PIECE):
-            piece = total.view(-1)[at : at + _PIECE]
-            for n, rank in enumerate(ranks):
-                one = received[: piece.numel()]
-                if rank == root:
-                    assert own is not None, "it is one of the ranks that have a part"
-                    one = own.reshape(-1)[at : at + _PIECE]
-                else:
-                    self._call(self._of.recv, one, rank)
-                (piece.add_ if n else piece.copy_)(one)
+        self._sum_pieces(self._torch.as_tensor(found), own, ranks)
         return found
 
     def sum_on(self, tensor: torch.Tensor, root: int) -> torch.Tensor | None:
-        own = tensor.contiguous()
         if self.rank != root:
-            self._call(self._of.send, _bytes(own), root)
+            self._send_pieces(tensor, root)
             return None
-        total: torch.Tensor | None = None
-        for rank in range(self.size):
-            one = own if rank == root else self._torch.empty_like(own)
-            if rank != root:
-                self._call(self._of.recv, _bytes(one), rank)
-            total = one.to(self._torch.float32, copy=True) if total is None else total.add_(one)
+        total = self._torch.empty_like(tensor, dtype=self._torch.float32, memory_format=self._torch.contiguous_format)
+        self._sum_pieces(total, tensor, range(self.size))
         return total
+
+    def _send_pieces(self, part: torch.Tensor, root: int) -> None:
+        values = part.reshape(-1)
+        for at in range(0, values.numel(), _PIECE):
+            self._call(self._of.send, _bytes(values[at : at + _PIECE]), root)
+
+    def _sum_pieces(self, total: torch.Tensor, own: torch.Tensor | None, ranks: Sequence[int]) -> None:
+        """Write the sum of the parts of `ranks`, which send theirs, into the contiguous total; own: this rank's."""
+        parts, sums = None if own is None else own.reshape(-1), total.view(-1)
+        received = sums.new_empty(min(_PIECE, sums.numel()), dtype=total.dtype if own is None else own.dtype)
+        for at in range(0, sums.numel(), _PIECE):
+            piece = sums[at : at + _PIECE]
+            for n, rank in enumerate(ranks):
+                one = received[: piece.numel()]
+                if rank == self.rank:
+                    assert parts is not None, "it is one of the ranks that have a part"
+                    one = parts[at : at + _PIECE]
+                else:
+                    self._call(self._of.recv, _bytes(one), rank)
+                (piece.add_ if n else piece.copy_)(one)
 
     def copy_from(self, tensors: Sequence[torch.Tensor], root: int) -> None:
         for tensor in tensors:

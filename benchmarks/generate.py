@@ -214,11 +214,11 @@ WORKERS = {
 }
 
 
-def run(interpreter: str, job: dict[str, Any]) -> Any:
+def run(interpreter: str, job: dict[str, Any], script: str = __file__) -> Any:
     """What the job's worker gives in a process of its own; RuntimeError with its last words if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
-        command = [interpreter, __file__, "--worker", json.dumps(job), str(out)]
+        command = [interpreter, script, "--worker", json.dumps(job), str(out)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode or not out.exists():
             raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])

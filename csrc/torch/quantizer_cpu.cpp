@@ -57,20 +57,25 @@ std::tuple<Tensor, Tensor> residual_kmeans(const Tensor &weight, const Tensor &s
     return {codes, codebooks};
 }
 
+/* What sums are added to, in place. */
+double *sums_of(const Tensor &sum, int64_t rows, int64_t columns) {
+    tensor_of<as_contiguous>(sum, "sum", ScalarType::Double, {rows, columns});
+    check_value(sum.is_contiguous() && is_aligned(sum), "sum: got a strided tensor, expected one to write into");
+    return writable<double>(sum);
+}
+
 void accumulate_hessian(const Tensor &sum, const Tensor &x_in) {
     const Tensor x = floats_of(x_in, "x", {-1, -1});
-    tensor_of<as_contiguous>(sum, "sum", ScalarType::Double, {x.size(1), x.size(1)});
-    check_value(sum.is_contiguous() && is_aligned(sum), "sum: got a strided tensor, expected one to write into");
+    double *sums = sums_of(sum, x.size(1), x.size(1));
     follow_torch_threads();
-    check_status(aqlm_accumulate_hessian(writable<double>(sum), data(x), x.size(0), x.size(1)), "accumulate_hessian");
+    check_status(aqlm_accumulate_hessian(sums, data(x), x.size(0), x.size(1)), "accumulate_hessian");
 }
 
 void accumulate_product(const Tensor &sum, const Tensor &x_in, const Tensor &y_in) {
     const Tensor x = floats_of(x_in, "x", {-1, -1}), y = floats_of(y_in, "y", {x.size(0), -1});
-    tensor_of<as_contiguous>(sum, "sum", ScalarType::Double, {x.size(1), y.size(1)});
-    check_value(sum.is_contiguous() && is_aligned(sum), "sum: got a strided tensor, expected one to write into");
+    double *sums = sums_of(sum, x.size(1), y.size(1));
     follow_torch_threads();
-    check_status(aqlm_accumulate_product(writable<double>(sum), data(x), data(y), x.size(0), x.size(1), y.size(1)),
+    check_status(aqlm_accumulate_product(sums, data(x), data(y), x.size(0), x.size(1), y.size(1)),
                  "accumulate_product");
 }
 

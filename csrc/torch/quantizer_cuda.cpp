@@ -93,61 +93,64 @@ std::tuple<Tensor, Tensor> residual_kmeans(const Tensor &weight, const Tensor &s
     return {codes, codebooks};
 }
 
-void accumulate_hessian(const Tensor &sum, const Tensor &x_in) {
-    const ScalarType type = x_in.scalar_type();
+/* Activations [n, in] as their products are taken. */
+Tensor activations_of(const Tensor &x) {
+    const ScalarType type = x.scalar_type();
     check_value(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "x: got dtype ",
                 name_of(type), ", expected float32, float16 or bfloat16");
-    check_fits(x_in, "x", {-1, -1});
-    const Tensor x = ready(x_in);
-    const int64_t n = x.size(0), in = x.size(1);
+    check_fits(x, "x", {-1, -1});
+    return ready(x);
+}
+
+/* What x^T y is added to, in place. */
+double *sums_of(const Tensor &sum, const Tensor &x, const Tensor &y) {
     check_value(sum.scalar_type() == ScalarType::Double, "sum: got dtype ", name_of(sum.scalar_type()),
                 ", expected float64");
-    check_fits(sum, "sum", {in, in});
+    check_fits(sum, "sum", {x.size(1), y.size(1)});
     check_value(sum.is_contiguous(), "sum: got a strided tensor, expected one to write into");
     check_place(sum, "sum", x.get_device_index());
+    return writable<double>(sum);
+}
+
+Tensor some_rows(const Tensor &x, int64_t start, int64_t count) {
+    return torch::stable::narrow(const_cast<Tensor &>(x), 0, start, std::min(count, x.size(0) - start));
+}
+
+/* x^T y, fp32. */
+Tensor product_of(const Tensor &x, const Tensor &y) {
+    const Tensor turned = torch::stable::transpose(x, 0, 1);
+    return x.scalar_type() == ScalarType::Float ? call("aten::mm", "", turned, y)[0]
+                                                : call("aten::mm", "dtype", turned, y, ScalarType::Float)[0];
+}
+
+void accumulate_hessian(const Tensor &sum, const Tensor &x_in) {
+    const Tensor x = activations_of(x_in);
+    double *sums = sums_of(sum, x, x);
     const OnDevice on(x.get_device_index());
-    const bool split = type == ScalarType::Float && in % 4 == 0;
+    const int64_t in = x.size(1);
+    const bool split = x.scalar_type() == ScalarType::Float && in % 4 == 0;
     Tensor product = split ? new_empty(x, {in, in}) : x;
     const int64_t chunk = split ? SPLIT_CHUNK : CHUNK;
-    for (int64_t done = 0; done < n; done += chunk) {
-        const Tensor rows = torch::stable::narrow(const_cast<Tensor &>(x), 0, done, std::min(chunk, n - done));
+    for (int64_t done = 0; done < x.size(0); done += chunk) {
+        const Tensor rows = some_rows(x, done, chunk);
         if (split) check(aqlm_cuda_square(writable(product), data(rows), rows.size(0), in, on.stream), "square");
-        else {
-            const Tensor turned = torch::stable::transpose(rows, 0, 1);
-            product = type == ScalarType::Float ? call("aten::mm", "", turned, rows)[0]
-                                                : call("aten::mm", "dtype", turned, rows, ScalarType::Float)[0];
-        }
-        check(aqlm_cuda_add_square(writable<double>(sum), data(product), in, on.stream), "accumulate_hessian");
+        else product = product_of(rows, rows);
+        check(aqlm_cuda_add_square(sums, data(product), in, on.stream), "accumulate_hessian");
     }
 }
 
 void accumulate_product(const Tensor &sum, const Tensor &x_in, const Tensor &y_in) {
-    const ScalarType type = x_in.scalar_type();
-    check_value(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "x: got dtype ",
-                name_of(type), ", expected float32, float16 or bfloat16");
-    check_value(y_in.scalar_type() == type, "y: got dtype ", name_of(y_in.scalar_type()), ", expected ", name_of(type),
-                " as x");
-    check_fits(x_in, "x", {-1, -1});
-    check_fits(y_in, "y", {x_in.size(0), -1});
-    const Tensor x = ready(x_in), y = ready(y_in);
-    const int64_t n = x.size(0), rows = x.size(1), columns = y.size(1);
-    check_value(sum.scalar_type() == ScalarType::Double, "sum: got dtype ", name_of(sum.scalar_type()),
-                ", expected float64");
-    check_fits(sum, "sum", {rows, columns});
-    check_value(sum.is_contiguous(), "sum: got a strided tensor, expected one to write into");
-    check_place(sum, "sum", x.get_device_index());
+    const Tensor x = activations_of(x_in);
+    check_value(y_in.scalar_type() == x.scalar_type(), "y: got dtype ", name_of(y_in.scalar_type()), ", expected ",
+                name_of(x.scalar_type()), " as x");
+    check_fits(y_in, "y", {x.size(0), -1});
+    const Tensor y = ready(y_in);
+    double *sums = sums_of(sum, x, y);
     check_place(y, "y", x.get_device_index());
     const OnDevice on(x.get_device_index());
-    for (int64_t done = 0; done < n; done += CHUNK) {
-        const int64_t count = std::min(CHUNK, n - done);
-        const Tensor turned =
-            torch::stable::transpose(torch::stable::narrow(const_cast<Tensor &>(x), 0, done, count), 0, 1);
-        const Tensor others = torch::stable::narrow(const_cast<Tensor &>(y), 0, done, count);
-        const Tensor product = type == ScalarType::Float
-                                   ? call("aten::mm", "", turned, others)[0]
-                                   : call("aten::mm", "dtype", turned, others, ScalarType::Float)[0];
-        check(aqlm_cuda_add_product(writable<double>(sum), data(product), rows * columns, on.stream),
-              "accumulate_product");
+    for (int64_t done = 0; done < x.size(0); done += CHUNK) {
+        const Tensor product = product_of(some_rows(x, done, CHUNK), some_rows(y, done, CHUNK));
+        check(aqlm_cuda_add_product(sums, data(product), sum.numel(), on.stream), "accumulate_product");
     }
 }
 

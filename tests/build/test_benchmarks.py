@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -455,6 +456,87 @@ def test_generate_names_what_is_wrong(generate, models, swap, named):
     options = [] if swap else ["--llama", "python"]
     with pytest.raises(SystemExit, match=named):
         generate.main(model, "--dense", dense, "--dtypes", "float32", *options)
+
+
+LLAMA_LOSSES = """
+import numpy as np
+LLAMA_FTYPE_MOSTLY_F16, LLAMA_FTYPE_MOSTLY_Q2_K = 1, 10
+class Params: pass
+def llama_model_quantize_default_params(): return Params()
+def llama_model_quantize(source, target, params):
+    open(target, "wb").write(bytes(1000 * params.ftype))
+    return 0
+class Llama:
+    def __init__(self, path, n_ctx, n_batch, n_threads, logits_all, verbose):
+        assert n_ctx == n_batch == 32 and logits_all
+        self.scores = np.zeros((n_ctx, 257), np.single)
+    def reset(self): self.scores[:] = 0
+    def eval(self, tokens):
+        for place, token in enumerate(tokens[1:]): self.scores[place, token] = 3  # the likeliest is the one that comes
+"""
+
+
+@pytest.fixture
+def llama_files(monkeypatch, tmp_path, models):
+    """Runs benchmarks/llama_files.py, for which a GGUF file is the dense model; gives the rows that it writes."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import llama_files
+
+    from aqlm_c.hf import models as loading
+
+    (tmp_path / "llama_cpp.py").write_text(LLAMA_LOSSES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in ("load_model", "load_tokenizer"):
+        load = getattr(loading, name)
+        there = lambda model, *more, load=load: load(models[1] if str(model).endswith(".gguf") else model, *more)  # noqa: E731
+        monkeypatch.setattr(loading, name, there)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["llama_files", *map(str, arguments), "--llama", sys.executable])
+        llama_files.main()
+        path = tmp_path / "rows.json"
+        return json.loads(path.read_text())["rows"] if path.exists() else None
+
+    return run
+
+
+def test_files_of_llama_beside_ours(llama_files, models, monkeypatch, tmp_path, capsys):
+    """GGUF files are evaluated as ours are; what has rows is not evaluated again."""
+    (tmp_path / "tiny-Q2_K.gguf").write_bytes(bytes(5000))
+    (tmp_path / "text.txt").write_text("Every model is evaluated as ours are. " * 20)
+    arguments = ["--against", models[1], "--data", tmp_path / "text.txt", "--windows", 3, "--sequence-length", 32]
+    arguments += ["--json", tmp_path / "rows.json", "--plot", tmp_path / "plot.png"]
+    (gguf,) = llama_files(tmp_path / "tiny-Q2_K.gguf", *arguments)
+    assert (gguf["by"], gguf["MB"], gguf["windows"]) == ("llama.cpp", 0.005, 3)
+    assert gguf["KL"] == pytest.approx(0, abs=1e-6) and gguf["perplexity"] == gguf["original"]
+    assert gguf["by itself"] == pytest.approx((256 + math.exp(3)) / math.exp(3))
+    assert gguf["by us"] == pytest.approx(gguf["perplexity"], rel=0.5) and gguf["by us"] != gguf["perplexity"]
+    evaluate = aqlm_c.evaluate_models
+    monkeypatch.setattr(
+        aqlm_c, "evaluate_models", lambda names, *more, **options: evaluate(list(map(refuse, names)), *more, **options)
+    )
+    again, ours = llama_files(tmp_path / "tiny-Q2_K.gguf", models[0], *arguments)
+    assert again == gguf and ours["by"] == "ours" and ours["by itself"] is None
+    assert ours["MB"] == sum(path.stat().st_size for path in models[0].glob("*.safetensors")) / 1e6
+    assert ours["KL"] == pytest.approx(0, abs=1e-4)  # the dense model has the same weights
+    assert (tmp_path / "plot.png").stat().st_size > 5000 and "tiny-Q2_K.gguf" in capsys.readouterr().out
+
+
+def refuse(name):
+    assert not str(name).endswith(".gguf"), "it has a row"
+    return name
+
+
+def test_files_of_llama_are_made(llama_files, monkeypatch, tmp_path, capsys):
+    from aqlm_c.hf import models as loading
+
+    (tmp_path / "source.gguf").write_bytes(bytes(10))
+    load = lambda _: (None, None, argparse.Namespace(path=str(tmp_path / "source.gguf")))  # noqa: E731
+    monkeypatch.setattr(loading, "load_model", load)
+    llama_files("--make", tmp_path / "made", "--against", "tiny", "--formats", "Q2_K", "IQ9")
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "made").iterdir()}
+    assert sizes == {"tiny-F16.gguf": 1000, "tiny-Q2_K.gguf": 10_000}
+    assert "no IQ9: AttributeError" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -196,6 +196,25 @@ def test_accumulate_product(dtype, inp):
     assert ((sums.cpu() - truth) / (sizes[0][:, None] * sizes[1])).abs().max() < 4e-5
 
 
+def test_sums_that_are_refused():
+    x, sums = torch.ones(5, 32, device="cuda"), torch.zeros(32, 32, dtype=torch.float64, device="cuda")
+    refused = [
+        ((sums.float(), x), "sum: got dtype float32, expected float64"),
+        ((sums[:, :31], x), r"sum: got shape \[32, 31\], expected \[32, 32\]"),
+        ((torch.zeros(32, 64, dtype=torch.float64, device="cuda")[:, ::2], x), "sum: got a strided tensor"),
+        ((sums.cpu(), x), "sum: got a tensor elsewhere"),
+        ((sums, x.double()), "x: got dtype float64"),
+        ((sums, x, x.half()), "y: got dtype float16, expected float32 as x"),
+        ((sums, x, x[:3]), r"y: got shape \[3, 32\], expected \[5, any\]"),
+        ((sums, x, x.cpu()), "y: got a tensor elsewhere"),
+    ]
+    for arguments, said in refused:
+        verb = verbs.accumulate_hessian if len(arguments) == 2 else verbs.accumulate_product
+        with pytest.raises(ValueError, match=said):
+            verb(*arguments)
+    assert not sums.any()
+
+
 @pytest.mark.parametrize("out,inp", [(50, 96), (300, 264), (7, 33), (1536, 576)])
 def test_correct_weight(out, inp):
     W, H = random_layer(out, inp)

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 def runs():
     """What came of each run, by name."""
     environment = {name: value for name, value in os.environ.items() if name not in NAMES}
-    names = ("same_bits", "resumed", "command_line", "killed")
+    names = ("sums", "same_bits", "resumed", "command_line", "killed")
     result = subprocess.run([sys.executable, RANKS, *names], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -46,6 +46,12 @@ def the_one_line(end, rank):
     (line,) = end["lines"][rank].splitlines()
     assert line.startswith("aqlm-c: ")
     return line
+
+
+def test_sums_go_in_pieces_and_are_those_of_one_process(runs):
+    end = runs["sums"]
+    assert end["codes"] == [0, 0] and end["lines"] == ["", ""]
+    assert all(len(found) == 60 and all(found) for found in end["found"])
 
 
 @pytest.mark.parametrize("name", ["tuned", "tied", "experts", "corrected", "without data"])

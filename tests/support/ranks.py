@@ -4,6 +4,7 @@ The process has used no threads yet, so that it may fork; it says what came of e
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 os.environ |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 
+import numpy as np
 import torch
 import transformers
 from tiny import BYTES, byte_tokenizer, random_model, random_tokens, tiny_llama
@@ -126,6 +128,46 @@ def same_bits(folder):
             for size in ends
         }
     return found
+
+
+def added(folder):
+    """Sums of the parts of two ranks as they are, in pieces of 7 numbers, and the most numbers that came at once."""
+    distributed._PIECE = 7
+    received, recv = [], torch.distributed.recv
+
+    def counted(tensor, source):
+        received.append(tensor.nbytes)
+        return recv(tensor, source)
+
+    torch.distributed.recv = counted
+    found = []
+    with distributed.started() as group:
+        for root, dtype, size in itertools.product((0, 1), (torch.bfloat16, torch.float32), (0, 7, 30)):
+            parts = [random_floats(rank, size).to(dtype) for rank in range(2)]
+            total = group.sum_on(parts[group.rank].view(2, -1) if size % 2 == 0 else parts[group.rank], root)
+            exact = parts[0].float() + parts[1].float()
+            found.append(total is None if group.rank != root else torch.equal(total.view(-1), exact))
+            found.append(group.rank != root or not size or max(received) == 7 * dtype.itemsize)
+            received.clear()
+        for root, having, size in itertools.product((0, 1), ([0], [1], [1, 0]), (0, 7, 30)):
+            parts = [random_floats(rank, size).double() for rank in range(2)]
+            part = parts[group.rank].numpy() if group.rank in having else None
+            total = group.sum_in_order(part, having, root, lambda size=size: np.full(size, np.nan))
+            exact = sum(parts[rank] for rank in having).numpy()
+            found.append(total is None if group.rank != root else np.array_equal(total, exact))
+            found.append(group.rank != root or max(received, default=0) <= 7 * 8)
+            received.clear()
+    (folder / f"added-{group.rank}.json").write_text(json.dumps(found))
+
+
+def random_floats(seed, size):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def sums(folder):
+    """Whether sums of two ranks are those of one process."""
+    end = ranks(2, added, folder)
+    return end | {"found": [json.loads(path.read_text()) for path in sorted(folder.glob("added-*.json"))]}
 
 
 def resumed(folder):
