@@ -629,6 +629,50 @@ def generate(
 
 
 @app.command()
+def serve(
+    context: typer.Context,
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen at; other machines reach 0.0.0.0.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: any that is free.")] = 8000,
+    name: Annotated[
+        str | None, _optional("What requests call the model. \\[default: the last part of MODEL's name]")
+    ] = None,
+    batching: Annotated[
+        bool | None,
+        _optional(
+            "Answer requests together, by continuous batching, or one at a time. \\[default: together on a GPU]",
+            "--batching/--no-batching",
+        ),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        _optional("Tokens that requests of a batch may have together. \\[default: 16384; on a GPU as many as fit]"),
+    ] = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the model; auto: that on disk.", metavar="|".join(DTYPES))] = "auto",
+    verbose: Verbose = False,
+) -> int:
+    """Answer OpenAI's API for MODEL: /v1/chat/completions, /v1/completions and /v1/models, streamed or not.
+
+    Ctrl-C and SIGTERM stop it. There is no key: who reaches the port may ask.
+    """
+    int_between("--port", port, 0, 65535)
+    if batch_tokens is not None:
+        int_between("--batch-tokens", batch_tokens, 512)
+    if dtype not in DTYPES:
+        raise wrong("--dtype", dtype, f"one of {', '.join(DTYPES)}")
+    prepare(threads)
+
+    from .serve import check_packages, serve_model
+
+    check_packages()
+    context.obj.kept = ""
+    options: dict[str, Any] = {"name": name, "batching": batching, "batch_tokens": batch_tokens}
+    return serve_model(model, (host, port), dtype, device, verbose=verbose, **options)
+
+
+@app.command()
 def inspect(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Directory of a quantized or dense model.")],
     check: Annotated[bool, typer.Option("--check", help="Read and verify every tensor.")] = False,

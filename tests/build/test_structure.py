@@ -35,7 +35,7 @@ LAYERS = [
     {"run"},
     {"sweeps"},
     {"compare"},
-    {"doctor", "execute"},
+    {"doctor", "execute", "serving"},
     {"cli"},
     {"demo", "__main__"},
 ]
