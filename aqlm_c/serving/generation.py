@@ -121,7 +121,7 @@ class OneByOne(serving.BaseGenerateManager):
         self._most = most
         self._thread = ThreadPoolExecutor(1, "generate")
         self._running: weakref.WeakSet[_Streamer] = weakref.WeakSet()
-        self.sampling = Sampling()  # of the next request; the handler calls at once after it is set
+        self.sampling = Sampling()  # of the request that comes at once
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None

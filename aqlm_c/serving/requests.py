@@ -52,7 +52,7 @@ def check_chat(body: Mapping[str, Any]) -> Sampling:
         raise wrong("messages", messages, "a list of at least one message")
     for index, message in enumerate(messages):
         _check_message(f"messages[{index}]", message)
-    return _sampling(body)
+    return sampling_of(body)
 
 
 def check_completion(body: Mapping[str, Any]) -> Sampling:
@@ -61,7 +61,7 @@ def check_completion(body: Mapping[str, Any]) -> Sampling:
     prompt = body.get("prompt")
     if not isinstance(prompt, str) or not prompt or not is_text(prompt):
         raise wrong("prompt", prompt, "a text, one and not empty")
-    return _sampling(body)
+    return sampling_of(body)
 
 
 def up_to_stop(text: str, stop: tuple[str, ...]) -> tuple[str, str, bool]:
@@ -73,7 +73,8 @@ def up_to_stop(text: str, stop: tuple[str, ...]) -> tuple[str, str, bool]:
     return text[: len(text) - held], text[len(text) - held :], False
 
 
-def _sampling(body: Mapping[str, Any]) -> Sampling:
+def sampling_of(body: Mapping[str, Any]) -> Sampling:
+    """What a checked request says of its tokens."""
     most = [body[name] for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None]
     stop = body.get("stop") or ()
     return Sampling(

@@ -18,7 +18,7 @@ from typing import Any
 import uvicorn
 from fastapi import HTTPException
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -55,7 +55,6 @@ class _Own:
     """A handler of transformers that answers for one model, as a checked request asks."""
 
     model_manager: _OneModel
-    sampling = Sampling()  # of the request that comes next
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         """Done before."""
@@ -65,9 +64,9 @@ class _Own:
         return own.name, own.model, own.tokenizer
 
     def _build_generation_config(self, body: dict[str, Any], config: Any, use_cb: bool = False) -> Any:
-        own = self.model_manager
-        own.manager.sampling = self.sampling
-        built = generation_config(own.model, own.tokenizer, self.sampling)
+        own, sampling = self.model_manager, requests.sampling_of(body)
+        own.manager.sampling = sampling  # which it reads at once: nothing is awaited in between
+        built = generation_config(own.model, own.tokenizer, sampling)
         built.use_cache = not use_cb  # a batch has its own cache
         return built
 
@@ -123,10 +122,11 @@ class Service:
                 sampling = kind.check(body)
                 if kind is _Chat and not self.tokenizer.chat_template:
                     raise wrong("model", self.name, "one with a chat template, or a request for /v1/completions")
+            except ClientDisconnect:
+                return _left()
             except ValueError as error:
                 return _error(400, one_line(error))
             handler = self._handlers[kind, self._way(sampling)]
-            handler.sampling = sampling
             work = handler.handle_request(body, f"{'chatcmpl' if kind is _Chat else 'cmpl'}-{uuid.uuid4().hex}")
             try:
                 response = await _while_connected(request, work)
@@ -194,11 +194,16 @@ async def _while_connected(request: Request, work: Awaitable[Response]) -> Respo
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             return answer.result()
-        return Response(status_code=499)  # that nobody reads
+        return _left()
     finally:
         answer.cancel()
         gone.cancel()
         await asyncio.gather(answer, gone, return_exceptions=True)
+
+
+def _left() -> Response:
+    """The answer that nobody reads."""
+    return Response(status_code=499)
 
 
 async def _as_openai(pieces: Any) -> AsyncIterator[str]:

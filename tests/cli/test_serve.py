@@ -116,13 +116,18 @@ def test_completion(client, expected):
 
 
 def test_requests_at_once(client, expected):
-    def answer(prompt):
-        made = client.chat.completions.create(model="small", messages=ask(prompt), temperature=0, max_tokens=40)
+    """Each has its own length, and the answer that it has alone."""
+
+    def answer(asked):
+        prompt, n = asked
+        made = client.chat.completions.create(model="small", messages=ask(prompt), temperature=0, max_tokens=n)
         return made.choices[0].message.content
 
-    with ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(answer, PROMPTS * 2))
-    assert answers == [expected(prompt, n=40) for prompt in PROMPTS] * 2
+    asked = [(prompt, n) for prompt in PROMPTS for n in (1, 40, 2, 20)]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(answer, asked))
+    whole = {prompt: expected(prompt, n=40) for prompt in PROMPTS}
+    assert answers == [whole[prompt][:n] for prompt, n in asked]
 
 
 def test_stop_and_seed(client, expected):
