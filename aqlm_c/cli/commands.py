@@ -27,6 +27,7 @@ from ..methods import METHODS
 from ..recipe import PRESETS, RunConfig, options_of, parse_option, parse_pair, parse_rule, quantizer_options
 from ..run import run
 from ..tasks import TASKS
+from ..units import megabytes
 from ..versions import __version__
 from .board import run_sweep
 from .display import Display, check_threads, prepare, show
@@ -670,6 +671,78 @@ def serve(
     context.obj.kept = ""
     options: dict[str, Any] = {"name": name, "batching": batching, "batch_tokens": batch_tokens}
     return serve_model(model, (host, port), dtype, device, verbose=verbose, **options)
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Directory to write.", show_default=False)],
+    dense: Annotated[
+        bool,
+        typer.Option("--dense", help="The weights that the codes decode to, for any program and for GGUF."),
+    ] = False,
+    aqlm: Annotated[
+        bool,
+        typer.Option(
+            "--aqlm",
+            help="Codes of one scheme, that of most weights, for programs that read the published AQLM layout; the "
+            "rest, embeddings among it, is made dense.",
+        ),
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of --dense; auto: the model's own.", metavar="|".join(DTYPES))] = "auto",
+    threads: Threads = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the quantized MODEL to the directory OUT in a form that other programs read."""
+    if dense == aqlm:
+        raise ValueError(f"export: got {'both' if dense else 'none'} of --dense and --aqlm, expected one of them")
+    if dtype not in DTYPES or (aqlm and dtype != "auto"):
+        raise wrong("--dtype", dtype, "auto with --aqlm" if aqlm else f"one of {', '.join(DTYPES)}")
+    prepare(threads)
+
+    from ..export import export_aqlm, export_dense
+    from ..io.checkpoint import disk_sizes
+
+    with Display(quiet, verbose) as display:
+        display.on_phase("export")
+        if dense:
+            what = export_dense(model, out, dtype, overwrite=overwrite)
+        else:
+            what = export_aqlm(model, out, overwrite=overwrite)
+    if not quiet:
+        print(printable(f"{out}: {what}, {megabytes(disk_sizes(out, ())[0])}"))
+
+
+@app.command()
+def push(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Directory of a quantized model.", show_default=False)
+    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Repository: owner/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, _optional("Branch; made if it is not there.", metavar="BRANCH")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a model quantized by aqlm_c",
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Upload the model in DIR to the Hugging Face hub, when all its tensors are verified.
+
+    Log in with hf auth login, or set HF_TOKEN.
+    """
+    from ..inspection import check_model
+
+    prepare(None)
+
+    from ..hf.card import push_directory
+
+    with Display(quiet, verbose) as display:
+        display.on_phase("verify")
+        check_model(directory)
+        display.on_phase("upload")
+        url = push_directory(directory, name, private=private or None, revision=revision, commit_message=message)
+    print(printable(url))
 
 
 @app.command()

@@ -29,7 +29,7 @@ LAYERS = [
     {"pipeline"},
     {"hf", "allocation"},
     {"tasks"},
-    {"evaluate", "generate", "inspection"},
+    {"evaluate", "export", "generate", "inspection"},
     {"statistics"},
     {"quantize", "finetune"},
     {"run"},

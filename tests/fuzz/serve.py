@@ -96,9 +96,13 @@ class Soak:
         return 100 * sum((x - mean_x) * (y - mean_y) for x, y in kept) / square if square else 0.0
 
     def stop(self):
-        """(exit code, stderr) after SIGTERM."""
+        """(exit code, stderr) after SIGTERM; with all stacks where it does not end."""
         self.process.send_signal(signal.SIGTERM)
-        _, stderr = self.process.communicate(timeout=60)
+        try:
+            _, stderr = self.process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)
+            _, stderr = self.process.communicate()
         return self.process.returncode, stderr
 
     def post(self, route, body, read=True, **headers):
