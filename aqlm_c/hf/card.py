@@ -172,8 +172,9 @@ def push_directory(
 ) -> str:
     """Upload the files of a model directory as they are, in one commit; returns its address.
 
-    In README.md the name that a card has in place of the repository's becomes `repo_id`. Hidden files stay. The token is that of `hf auth login` or HF_TOKEN. Raises ValueError for a name that the hub cannot have, a
-    file that is no model's, and with what the hub says where it refuses.
+    In README.md the name that a card has in place of the repository's becomes `repo_id`. Hidden files stay. The token
+    is that of `hf auth login` or HF_TOKEN. Raises ValueError for a name that the hub cannot have, a file that is no
+    model's, and with what the hub says where it refuses.
     """
     if not _HUB_NAME.fullmatch(repo_id):
         raise wrong("NAME", repo_id, "owner/name, letters, digits, '-', '_' and '.' in each")

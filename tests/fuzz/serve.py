@@ -43,7 +43,7 @@ class Wrong(Exception):
 class Soak:
     """A server, and what came of the requests to it in `counts`."""
 
-    def __init__(self, arguments, seed):
+    def __init__(self, arguments, seed, exact=True):
         environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
         command = [sys.executable, "-m", "aqlm_c", "serve", *arguments, "--port", "0", "--name", "served"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -52,7 +52,7 @@ class Soak:
         if "answers at" not in line:
             raise Wrong(f"no server: {self.process.stderr.read()}")
         self.port = int(line.split("127.0.0.1:")[1].split("/")[0])
-        self.seed, self.counts, self.samples, self.wrong = seed, Counter(), [], []
+        self.seed, self.exact, self.counts, self.samples, self.wrong = seed, exact, Counter(), [], []
         self.lock, self.number, self.answers = threading.Lock(), 0, {}
 
     def run(self, seconds):
@@ -119,7 +119,7 @@ class Soak:
     def first(self, key, text):
         """Raise unless a greedy answer is what it was before."""
         with self.lock:
-            if self.answers.setdefault(key, text) != text:
+            if self.exact and self.answers.setdefault(key, text) != text:
                 raise Wrong(f"{key}: got {text!r}, expected {self.answers[key]!r}")
 
 
@@ -258,7 +258,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or tiny(Path(folder))
         batching = ["--batching", "--batch-tokens", "2048"] if options.batching else ["--no-batching"]
-        soak = Soak([str(model), "--threads", "1", *batching], options.seed)
+        exact = not (options.batching and options.model)  # in 16 bits rows of a batch are rounded by its other rows
+        soak = Soak([str(model), "--threads", "1", *batching], options.seed, exact)
         try:
             slope = soak.run(options.seconds)
         finally:
