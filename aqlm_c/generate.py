@@ -47,6 +47,7 @@ def generate(
                 pad_token_id=pad,
                 streamer=_Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
                 logits_processor=[FiniteLogits()],
+                tokenizer=tokenizer,  # for stop texts of generation_config.json
                 trust_remote_code=False,
             )
     except OSError:  # of stdout

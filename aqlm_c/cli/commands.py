@@ -681,11 +681,11 @@ def serve(
         int_between("--batch-tokens", batch_tokens, 512)
     if dtype not in DTYPES:
         raise wrong("--dtype", dtype, f"one of {', '.join(DTYPES)}")
-    prepare(threads)
 
     from .serve import check_packages, serve_model
 
     check_packages()
+    prepare(threads)
     context.obj.kept = ""
     options: dict[str, Any] = {"name": name, "batching": batching, "batch_tokens": batch_tokens}
     return serve_model(model, (host, port), dtype, device, verbose=verbose, **options)

@@ -56,7 +56,7 @@ def serve_model(
         together = possible and (place.type == "cuda" if batching is None else batching)
         if batch_tokens is None and place.type == "cpu":
             batch_tokens = _BATCH_TOKENS
-        service = Service(name or Path(model).name, network, tokenizer, together, batch_tokens)
+        service = Service(name or Path(model).resolve().name, network, tokenizer, together, batch_tokens)
         how = "many requests at a time" if together else "one request at a time"
 
         def say(_: object) -> None:  # once a signal would stop it

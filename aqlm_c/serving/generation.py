@@ -165,7 +165,7 @@ class OneByOne(serving.BaseGenerateManager):
                 return
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
-            options = {"logits_processor": [FiniteLogits()], "trust_remote_code": False}
+            options = {"logits_processor": [FiniteLogits()], "tokenizer": tokenizer, "trust_remote_code": False}
             try:
                 with torch.inference_mode():
                     model.generate(**inputs, generation_config=config, streamer=streamer, **options)
@@ -261,11 +261,14 @@ class Batched(serving.CBGenerateManager):
 
 
 def can_batch(model: Any, tokenizer: Any) -> bool:
-    """Whether a batch gives what `generate` gives: with an attention that it knows, and no processor of logits that
-    the model's generation_config.json asks for.
+    """Whether a batch gives what `generate` gives: with an attention that it knows, and no processor of logits nor
+    stop texts that the model's generation_config.json asks for.
     """
     greedy = generation_config(model, tokenizer, Sampling(max_new_tokens=1, temperature=0.0))
     attention = getattr(model.config, "_attn_implementation", None)
     return (
-        hasattr(model, "init_continuous_batching") and attention == "sdpa" and not model._get_logits_processor(greedy)
+        hasattr(model, "init_continuous_batching")
+        and attention == "sdpa"
+        and not greedy.stop_strings
+        and not model._get_logits_processor(greedy)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import ipaddress
 import json
 import logging
@@ -274,8 +275,11 @@ def run(
 
     Answers that are being made end with an error after their next token.
     """
+    logging_config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    logging_config["handlers"]["access"]["stream"] = "ext://sys.stderr"
     config = uvicorn.Config(
         service.app,
+        log_config=logging_config,
         lifespan="off",
         log_level="info" if access_log else "error",
         limit_concurrency=_MOST_REQUESTS,
