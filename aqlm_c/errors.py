@@ -11,6 +11,7 @@ INSTALL = "pip install 'aqlm-c[hf]'"
 _CURES = {"matplotlib": "pip install 'aqlm-c[plot]'", "pandas": "pip install pandas", "peft": "pip install peft"}
 _CURES["lm_eval"] = "pip install 'aqlm-c[eval]'"
 _CURES |= dict.fromkeys(("optuna", "psycopg", "psycopg2", "sqlalchemy"), "pip install 'aqlm-c[sweep]'")
+_CURES |= dict.fromkeys(("fastapi", "openai", "starlette", "uvicorn"), "pip install 'aqlm-c[serve]'")
 _CURES["pyarrow"] = "pip install pyarrow"
 _SHOWN = 300  # characters of a value in a message
 _LINE = 2000  # of a message

@@ -46,7 +46,8 @@ def generate(
                 num_return_sequences=1,
                 pad_token_id=pad,
                 streamer=_Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-                logits_processor=[_Finite()],
+                logits_processor=[FiniteLogits()],
+                tokenizer=tokenizer,  # for stop texts of generation_config.json
                 trust_remote_code=False,
             )
     except OSError:  # of stdout
@@ -84,7 +85,9 @@ def _check_positions(network: Any, prompt: int, new: int) -> None:
     check_length("PROMPT and new tokens" if most is None or prompt <= most else "PROMPT", prompt + new - 1, network)
 
 
-class _Finite(LogitsProcessor):
+class FiniteLogits(LogitsProcessor):
+    """Raises ValueError where logits are NaN, instead of tokens that mean nothing."""
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if scores.isnan().any():
             raise ValueError("its logits are NaN")

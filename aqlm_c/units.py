@@ -8,21 +8,24 @@ from collections.abc import Callable
 
 from .errors import wrong
 
-_UNITS = {"": 1, "B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
-_UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+# As people write them: 500MB is decimal, 8GiB and the 8G of other commands are binary.
+_UNITS = {"": 1, "b": 1} | {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
+_UNITS |= {f"{p}{end}": 1024 ** (i + 1) for i, p in enumerate("kmgt") for end in ("", "ib")}
 _MOST = 2**63 - 1
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([A-Za-z]*)")
 
 
 def parse_size(name: str, size: int | str) -> int:
-    """Bytes of an int or of a text such as "8GiB" or "500 MB"; ValueError naming `name` for anything else."""
+    """Bytes of an int or of a text such as "8G", "8GiB" (the same) or "500 MB", in any case; ValueError naming `name`
+    for anything else.
+    """
     n_bytes, match = 0, None if isinstance(size, int) else _SIZE.fullmatch(str(size).strip())
     if type(size) is int:
         n_bytes = size
-    elif match is not None and match[2] in _UNITS:
-        n_bytes = int(min(float(match[1]) * _UNITS[match[2]], 2.0 * _MOST))
+    elif match is not None and match[2].lower() in _UNITS:
+        n_bytes = int(min(float(match[1]) * _UNITS[match[2].lower()], 2.0 * _MOST))
     if not 0 < n_bytes <= _MOST:
-        raise wrong(name, size, "a number of bytes, or one with KB MB GB TB KiB MiB GiB TiB")
+        raise wrong(name, size, "a number of bytes, or a size such as 8G, 8GiB or 500MB")
     return n_bytes
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,9 +29,11 @@ from ..methods import METHODS
 from ..recipe import PRESETS, RunConfig, options_of, parse_option, parse_pair, parse_rule, quantizer_options
 from ..run import run
 from ..tasks import TASKS
+from ..units import binary_size, megabytes
 from ..versions import __version__
 from .board import run_sweep
 from .display import Display, check_threads, prepare, show
+from .help import App
 
 log = logging.getLogger("aqlm_c")
 
@@ -42,11 +46,10 @@ def _preset(name: str) -> str:
 
 _PRESETS = "\n\n".join(map(_preset, PRESETS))
 
-app = typer.Typer(
+app = App(
     help="Quantize Llama-like language models to about 2 bits per weight with AQLM, and use them.",
     epilog="MODEL is a directory, a hub name, a .gguf file, or smollm2. Something does not work: aqlm-c doctor.",
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 Model = Annotated[
@@ -62,7 +65,14 @@ Data = Annotated[
         show_default=False,
     ),
 ]
-_BOS = "|".join(BOS)  # auto: where the tokenizer begins texts with it
+
+
+def _choices(names: Iterable[str]) -> dict[str, Any]:
+    """What an option with these values has for its help and for shells that complete it."""
+    known = tuple(names)
+    return {"metavar": "|".join(known), "autocompletion": lambda: list(known)}
+
+
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Threads = Annotated[int | None, typer.Option(help="Threads; all cores if not given.", show_default=False)]
 Device = Annotated[
@@ -85,6 +95,7 @@ def _optional(help: str, *names: str, **options: Any) -> Any:
     return typer.Option(*names, help=help, show_default=False, **options)
 
 
+_MOST_STDIN = 64 << 20  # bytes
 _NOT_OF_A_RUN = {
     "config",
     "rule",
@@ -97,7 +108,7 @@ _NOT_OF_A_RUN = {
 }  # parameters of `quantize` that are no options
 
 
-@app.command(epilog=_PRESETS)
+@app.command(epilog=_PRESETS, rich_help_panel="Quantize")
 def quantize(
     context: typer.Context,
     model: Annotated[
@@ -108,7 +119,7 @@ def quantize(
         Path | None, _optional("YAML file of all of these options by name; explicit ones win.", metavar="FILE")
     ] = None,
     preset: Annotated[
-        str | None, _optional("Set of options, see below. \\[default: balanced]", metavar="|".join(PRESETS))
+        str | None, _optional("Set of options, see below. \\[default: balanced]", **_choices(PRESETS))
     ] = None,
     scheme: Annotated[
         str | None, _optional("Codebooks x bits g group size: 2x8g8, 1x16g8, ... \\[default: 2x8g8]")
@@ -117,7 +128,9 @@ def quantize(
         float | None,
         _optional("In place of --scheme: a scheme for each layer, for so many bits per parameter of the whole model."),
     ] = None,
-    target_size: Annotated[str | None, _optional("The same for the size of the model's files.", metavar="SIZE")] = None,
+    target_size: Annotated[
+        str | None, _optional("The same for the size of the model's files, such as 60MB.", metavar="SIZE")
+    ] = None,
     candidates: Annotated[
         list[str] | None,
         _optional(f"Schemes to choose from, by commas. \\[default: {','.join(CANDIDATES)}]", metavar="SCHEME,..."),
@@ -132,7 +145,7 @@ def quantize(
     sequence_length: Annotated[int | None, _optional("Tokens in each. \\[default: 1024]")] = None,
     shuffle: Annotated[bool | None, _optional("Draw them at random, not from the start.", "--shuffle")] = None,
     bos: Annotated[
-        str | None, _optional("Begin each with the tokenizer's BOS token. \\[default: auto]", metavar=_BOS)
+        str | None, _optional("Begin each with the tokenizer's BOS token. \\[default: auto]", **_choices(BOS))
     ] = None,
     seed: Annotated[int | None, _optional("Seed of everything random. \\[default: 0]")] = None,
     threads: Threads = None,
@@ -159,7 +172,7 @@ def quantize(
             "round to nearest. \\[default: ldl]",
             "--method",
             "--solver",
-            metavar="|".join(METHODS),
+            **_choices(METHODS),
         ),
     ] = None,
     beam_size: Annotated[int | None, _optional("Beam of the code search; 0: exact pairs where they fit.")] = None,
@@ -200,12 +213,14 @@ def quantize(
     work_dir: Annotated[
         str | None, _optional("Keep finished blocks there: the same command then goes on from them.", metavar="FOLDER")
     ] = None,
-    memory_limit: Annotated[str | None, _optional("Such as 8GiB: activations that do not fit go to disk.")] = None,
+    memory_limit: Annotated[
+        str | None, _optional("Such as 8G: activations that do not fit go to disk.", metavar="SIZE")
+    ] = None,
     device: Annotated[
         str | None,
         _optional("Where it is quantized. \\[default: auto, a GPU if one is there]", metavar="cpu|cuda[:N]|auto"),
     ] = None,
-    device_memory_limit: Annotated[str | None, _optional("Such as 24GiB, of the GPU's memory.")] = None,
+    device_memory_limit: Annotated[str | None, _optional("Such as 24G, of the GPU's memory.", metavar="SIZE")] = None,
     batch_size: Annotated[int | None, _optional("Sequences in one forward pass at most.")] = None,
     overwrite: Annotated[bool | None, _optional("Replace OUT if it exists.", "--overwrite")] = None,
     json: Json = None,
@@ -248,7 +263,7 @@ def quantize(
             output.write(report.to_dict())
 
 
-@app.command()
+@app.command(rich_help_panel="Quantize")
 def hessians(
     model: Model,
     out: Annotated[str, typer.Argument(metavar="OUT", help="File to write, .safetensors.", show_default=False)],
@@ -256,7 +271,7 @@ def hessians(
     samples: Annotated[int, typer.Option(help="Sequences, spread evenly over the data.")] = 64,
     sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = 1024,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="Draw them at random, not from the start.")] = False,
-    bos: Annotated[str, typer.Option(help="Begin each with the tokenizer's BOS token.", metavar=_BOS)] = "auto",
+    bos: Annotated[str, typer.Option(help="Begin each with the tokenizer's BOS token.", **_choices(BOS))] = "auto",
     seed: Annotated[int, typer.Option(help="Of --shuffle.")] = 0,
     layers: Annotated[
         str | None, _optional("Only of layers whose name matches; else of the output layer too.", metavar="REGEX")
@@ -298,7 +313,7 @@ _OF_TUNING = (  # parameters of `finetune` that are fields of FinetuneOptions
 )
 
 
-@app.command()
+@app.command(rich_help_panel="Quantize")
 def finetune(
     context: typer.Context,
     quantized: Annotated[str, typer.Argument(metavar="QUANTIZED", help="Directory of a quantized model.")],
@@ -313,7 +328,7 @@ def finetune(
     samples: Annotated[int | None, _optional("Sequences, spread evenly over the data. \\[default: all needed]")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = 1024,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="With --samples: draw them at random.")] = False,
-    bos: Annotated[str, typer.Option(help="Begin each with the tokenizer's BOS token.", metavar=_BOS)] = "auto",
+    bos: Annotated[str, typer.Option(help="Begin each with the tokenizer's BOS token.", **_choices(BOS))] = "auto",
     steps: Annotated[int | None, _optional("Steps of Adam. \\[default: 400]")] = None,
     batch_size: Annotated[int | None, _optional("Sequences a step. \\[default: 16]")] = None,
     micro_batch_size: Annotated[int | None, _optional("Sequences in one pass, if not as memory likes.")] = None,
@@ -325,17 +340,17 @@ def finetune(
         bool | None, _optional("Train quantized embeddings and output layer too.", "--embeddings/--no-embeddings")
     ] = None,
     gradient_checkpointing: Annotated[
-        str | None, _optional("Less memory, a third more time.", metavar="|".join(CHECKPOINTING))
+        str | None, _optional("Less memory, a third more time.", **_choices(CHECKPOINTING))
     ] = None,
     cache_teacher: Annotated[
-        str | None, _optional("Keep ORIGINAL's hidden states for later epochs.", metavar="|".join(TEACHER_CACHES))
+        str | None, _optional("Keep ORIGINAL's hidden states for later epochs.", **_choices(TEACHER_CACHES))
     ] = None,
     pv: Annotated[bool | None, _optional("Change codes too: PV-Tuning.", "--pv/--no-pv")] = None,
     pv_learning_rate: Annotated[float | None, _optional("Of its buffers. \\[default: 0.02]")] = None,
     pv_fraction: Annotated[float | None, _optional("Of groups encoded again a step. \\[default: 0.01]")] = None,
     pv_trust_ratio: Annotated[float | None, _optional("Most change of a weight a step. \\[default: 0.01]")] = None,
     pv_states: Annotated[
-        str | None, _optional("Moments of its Adam; auto: as memory likes.", metavar="|".join(PV_STATES))
+        str | None, _optional("Moments of its Adam; auto: as memory likes.", **_choices(PV_STATES))
     ] = None,
     set_: Annotated[
         list[str] | None, _optional("Any other option of tuning; repeatable.", "--set", metavar="NAME=VALUE")
@@ -393,7 +408,7 @@ def finetune(
             output.write(report.to_dict())
 
 
-@app.command()
+@app.command(rich_help_panel="Measure")
 def evaluate(
     models: Annotated[
         list[str],
@@ -417,7 +432,7 @@ def evaluate(
         typer.Option(
             help="Begin each window with the tokenizer's BOS token; auto: where it begins texts with it; never: cut "
             "windows out of one stream, as most published perplexities have them.",
-            metavar=_BOS,
+            **_choices(BOS),
         ),
     ] = "auto",
     tasks: Annotated[
@@ -437,7 +452,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass of tasks.")] = 8,
     threads: Threads = None,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of the models; auto: that on disk.", metavar="|".join(DTYPES))] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the models; auto: that on disk.", **_choices(DTYPES))] = "auto",
     record: Annotated[
         bool, typer.Option("--record", help="Put the figures into MODEL's report.json and model card, too.")
     ] = False,
@@ -445,8 +460,8 @@ def evaluate(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity of MODEL per token, by the GPTQ protocol: non-overlapping windows of one stream; how far it is from
-    ORIGINAL; zero-shot tasks, by lm-eval.
+    """Perplexity of MODEL per token, by the GPTQ protocol: windows of one stream that do not overlap; how far it is
+    from ORIGINAL; zero-shot tasks, by lm-eval.
     """
     int_between("--sequence-length", sequence_length, 2)
     for name, number in (("--windows", windows), ("--limit", limit), ("--batch-size", batch_size)):
@@ -484,7 +499,7 @@ def evaluate(
         record_perplexity(model, {_described(row): _recorded(row) for row in rows})
 
 
-@app.command()
+@app.command(rich_help_panel="Quantize")
 def sweep(
     context: typer.Context,
     space: Annotated[
@@ -537,7 +552,7 @@ def sweep(
     return 0 if result.complete or index is not None or worker is not None else 1
 
 
-@app.command()
+@app.command(rich_help_panel="Measure")
 def compare(
     models: Annotated[
         list[str],
@@ -550,7 +565,7 @@ def compare(
     data: Data = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     windows: Annotated[int | None, _optional("Only the first N windows.", metavar="N")] = None,
-    bos: Annotated[str, typer.Option(help="As in evaluate.", metavar=_BOS)] = "auto",
+    bos: Annotated[str, typer.Option(help="As in evaluate.", **_choices(BOS))] = "auto",
     tasks: Annotated[str | None, _optional("Zero-shot tasks, by commas.", metavar="NAMES")] = None,
     task_data: Annotated[str | None, _optional("Folder of their .jsonl files.", metavar="DIR")] = None,
     limit: Annotated[int | None, _optional("Only N items of each task.", metavar="N")] = None,
@@ -584,12 +599,14 @@ def compare(
         print(*(printable(str(path)) for path in written), sep="\n")
 
 
-@app.command()
+@app.command(rich_help_panel="Use")
 def generate(
     model: Model,
     prompt: Annotated[
         str,
-        typer.Argument(metavar="PROMPT", help="Text to continue or message to answer.", show_default=False),
+        typer.Argument(
+            metavar="PROMPT", help="Text to continue or message to answer; -: what stdin has.", show_default=False
+        ),
     ],
     chat: Annotated[
         bool | None,
@@ -614,6 +631,8 @@ def generate(
         raise ValueError(f"--temperature: got {temperature}, expected 0 or a finite number of at least 0.0001")
     if not 0 < top_p <= 1:
         raise ValueError(f"--top-p: got {top_p}, expected a number in (0, 1]")
+    if prompt == "-":
+        prompt = _stdin()
     prepare(threads)
 
     from ..core.runtime import find_device
@@ -628,7 +647,123 @@ def generate(
     stream(model, network, tokenizer, prompt, chat=chat, seed=seed, max_new_tokens=max_new_tokens, **sampling)
 
 
-@app.command()
+@app.command(rich_help_panel="Use")
+def serve(
+    context: typer.Context,
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen at; other machines reach 0.0.0.0.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: any that is free.")] = 8000,
+    name: Annotated[
+        str | None, _optional("What requests call the model. \\[default: the last part of MODEL's name]")
+    ] = None,
+    batching: Annotated[
+        bool | None,
+        _optional(
+            "Answer requests together, by continuous batching, or one at a time. \\[default: together on a GPU]",
+            "--batching/--no-batching",
+        ),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        _optional("Tokens that requests of a batch may have together. \\[default: 16384; on a GPU as many as fit]"),
+    ] = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the model; auto: that on disk.", **_choices(DTYPES))] = "auto",
+    verbose: Verbose = False,
+) -> int:
+    """Answer OpenAI's API for MODEL: /v1/chat/completions, /v1/completions and /v1/models, streamed or not.
+
+    Ctrl-C and SIGTERM stop it. There is no key: who reaches the port may ask.
+    """
+    int_between("--port", port, 0, 65535)
+    if batch_tokens is not None:
+        int_between("--batch-tokens", batch_tokens, 512)
+    if dtype not in DTYPES:
+        raise wrong("--dtype", dtype, f"one of {', '.join(DTYPES)}")
+
+    from .serve import check_packages, serve_model
+
+    check_packages()
+    prepare(threads)
+    context.obj.kept = ""
+    options: dict[str, Any] = {"name": name, "batching": batching, "batch_tokens": batch_tokens}
+    return serve_model(model, (host, port), dtype, device, verbose=verbose, **options)
+
+
+@app.command(rich_help_panel="Pass on")
+def export(
+    model: Model,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Directory to write.", show_default=False)],
+    dense: Annotated[
+        bool,
+        typer.Option("--dense", help="The weights that the codes decode to, for any program and for GGUF."),
+    ] = False,
+    aqlm: Annotated[
+        bool,
+        typer.Option(
+            "--aqlm",
+            help="Codes of one scheme, that of most weights, for programs that read the published AQLM layout; the "
+            "rest, embeddings among it, is made dense.",
+        ),
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of --dense; auto: the model's own.", **_choices(DTYPES))] = "auto",
+    threads: Threads = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the quantized MODEL to the directory OUT in a form that other programs read."""
+    if dense == aqlm:
+        raise ValueError(f"export: got {'both' if dense else 'none'} of --dense and --aqlm, expected one of them")
+    if dtype not in DTYPES or (aqlm and dtype != "auto"):
+        raise wrong("--dtype", dtype, "auto with --aqlm" if aqlm else f"one of {', '.join(DTYPES)}")
+    prepare(threads)
+
+    from ..export import export_aqlm, export_dense
+    from ..io.checkpoint import disk_sizes
+
+    with Display(quiet, verbose) as display:
+        display.on_phase("export")
+        if dense:
+            what = export_dense(model, out, dtype, overwrite=overwrite)
+        else:
+            what = export_aqlm(model, out, overwrite=overwrite)
+    if not quiet:
+        print(printable(f"{out}: {what}, {megabytes(disk_sizes(out, ())[0])}"))
+
+
+@app.command(rich_help_panel="Pass on")
+def push(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Directory of a quantized model.", show_default=False)
+    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Repository: owner/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, _optional("Branch; made if it is not there.", metavar="BRANCH")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a model quantized by aqlm_c",
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Upload the model in DIR to the Hugging Face hub, when all its tensors are verified.
+
+    Log in with hf auth login, or set HF_TOKEN.
+    """
+    from ..inspection import check_model
+
+    prepare(None)
+
+    from ..hf.card import push_directory
+
+    with Display(quiet, verbose) as display:
+        display.on_phase("verify")
+        check_model(directory)
+        display.on_phase("upload")
+        url = push_directory(directory, name, private=private or None, revision=revision, commit_message=message)
+    print(printable(url))
+
+
+@app.command(rich_help_panel="Measure")
 def inspect(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Directory of a quantized or dense model.")],
     check: Annotated[bool, typer.Option("--check", help="Read and verify every tensor.")] = False,
@@ -648,7 +783,7 @@ def inspect(
         output.write(inspection.to_dict())
 
 
-@app.command()
+@app.command(rich_help_panel="This machine")
 def doctor() -> int:
     """Say what works here and what cures what does not; exit code 1 if models cannot be quantized on the CPU."""
     from ..doctor import main
@@ -656,7 +791,9 @@ def doctor() -> int:
     return main()
 
 
-@app.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@app.command(
+    "exec", rich_help_panel="Use", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
 def execute(
     command: Annotated[
         list[str],
@@ -672,6 +809,17 @@ def execute(
     from ..execute import main
 
     return main(command)
+
+
+def _stdin() -> str:
+    """The text on stdin, without the end of its last line; ValueError where it is no UTF-8 or has no end."""
+    content = sys.stdin.buffer.read(_MOST_STDIN + 1)
+    if len(content) > _MOST_STDIN:
+        raise ValueError(f"PROMPT: got more than {binary_size(_MOST_STDIN)} on stdin, expected less")
+    try:
+        return content.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError:
+        raise ValueError("PROMPT: got what is no UTF-8 on stdin, expected text") from None
 
 
 class _NoFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from ..report.allocation import Allocation
 from ..report.layers import BlockReport, LayerReport
 from ..report.report import QuantizationReport
 from ..report.tables import db_text, error_text
+
+_LINES = 10  # of an evaluation of a text, where there is no bar
 
 
 class Display:
@@ -58,7 +61,7 @@ class Display:
         )
         self._all: TaskID | None = None
         self._current: TaskID | None = None
-        self._block = ""
+        self._block = self._phase = ""
         self._n_blocks = 0
         self._started = 0.0
 
@@ -123,13 +126,19 @@ class Display:
             self._bars.update(self._current, description=f"{self._block} {name}".lstrip())
             return
         self._clear()
-        self._current = self._bars.add_task(escape(printable(name)), total=None)
+        self._phase = escape(printable(name))
+        self._current = self._bars.add_task(self._phase, total=None)
         if not self._console.is_terminal:
             self._print(f"{escape(name)} ...")
 
     def on_window(self, done: int, total: int, perplexity: float) -> None:
+        """A window of an evaluation is done; perplexity: up to it, NaN where it is not known yet."""
         assert self._current is not None, "on_phase comes first"
-        self._bars.update(self._current, completed=done, total=total)
+        known = "" if math.isnan(perplexity) else f"perplexity {perplexity:.4g}"
+        self._bars.update(self._current, completed=done, total=total, description=f"{self._phase} {known}".rstrip())
+        step = -(-total // _LINES)  # of windows between lines
+        if not self._console.is_terminal and (done % step == 0 or done == total) and total > 1:
+            self._print(f"  window {done} of {total}{known and ', '}{known}")
 
     def on_resumed_step(self, step: int) -> None:
         self._print(f"state found: going on after step {step}")

@@ -15,10 +15,10 @@ from typing import Any
 import huggingface_hub
 import yaml
 
-from ..errors import INSTALL, wrong
+from ..errors import INSTALL, one_line, wrong
 from ..files import JsonFile, read_json_object, read_text, write_json
 from ..format import Format
-from ..io.checkpoint import quantized_linears, save_quantized
+from ..io.checkpoint import foreign_files, quantized_linears, save_quantized
 from ..io.data import BUNDLED, FILE_TYPES
 from ..model.embeddings import find_embeddings
 from ..model.sizes import stored_size
@@ -159,6 +159,45 @@ def push_to_hub(
         done = api.upload_folder(
             repo_id=repo_id, folder_path=directory, revision=revision, commit_message=commit_message
         )
+    return done.commit_url
+
+
+def push_directory(
+    directory: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a model quantized by aqlm_c",
+) -> str:
+    """Upload the files of a model directory as they are, in one commit; returns its address.
+
+    In README.md the name that a card has in place of the repository's becomes `repo_id`. Hidden files stay. The token
+    is that of `hf auth login` or HF_TOKEN. Raises ValueError for a name that the hub cannot have, a file that is no
+    model's, and with what the hub says where it refuses.
+    """
+    if not _HUB_NAME.fullmatch(repo_id):
+        raise wrong("NAME", repo_id, "owner/name, letters, digits, '-', '_' and '.' in each")
+    directory = Path(directory)
+    if foreign := sorted(name for name in foreign_files(directory) if not name.startswith(".")):
+        raise wrong("DIR", str(directory), f"a directory with files of a model alone: {foreign[0]} is none")
+    operations = []
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        if path.relative_to(directory).parts[0].startswith("."):
+            continue
+        name = path.relative_to(directory).as_posix()
+        content: str | bytes = str(path)
+        if name == "README.md":
+            content = read_text(path).replace("THIS_REPOSITORY", repo_id).encode()
+        operations.append(huggingface_hub.CommitOperationAdd(name, content))
+    api = huggingface_hub.HfApi()
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        done = api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:  # of no token, of what it answers
+        raise ValueError(f"NAME: got {repo_id!r}, which the hub does not take: {one_line(error)}") from error
     return done.commit_url
 
 

@@ -287,11 +287,16 @@ def _not_replaced(out: Path, needed: Mapping[str, str | os.PathLike[str]]) -> It
     for name, path in {**needed, "the current directory": os.curdir}.items():
         if os.path.exists(path) and Path(path).resolve().is_relative_to(out.resolve()):
             yield name if path == os.curdir else f"{name} at {shown(str(path))}"
-    for folder in (out, out / "additional_chat_templates"):
+    yield from (f"{shown(path)}, no file of a model" for path in foreign_files(out))
+
+
+def foreign_files(directory: Path) -> Iterator[str]:
+    """Names of what in a model directory is no file of a model."""
+    for folder in (directory, directory / "additional_chat_templates"):
         for path in folder.iterdir() if folder.is_dir() else ():
             known = _MODEL_FILES.fullmatch(path.name) and path.is_dir() == (path.name == "additional_chat_templates")
-            if not known and not (folder != out and path.suffix == ".jinja"):
-                yield f"{shown(path.name)}, no file of a model"
+            if not known and not (folder != directory and path.suffix == ".jinja"):
+                yield path.name
 
 
 def save_quantized(

@@ -53,6 +53,16 @@ def test_no_kill_and_no_full_disk_loses_anything():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--batching"]], ids=["one by one", "batched"])
+def test_a_server_outlives_its_clients(options):
+    pytest.importorskip("fastapi", reason="needs aqlm-c[serve]")
+    command = [sys.executable, str(FOLDER / "serve.py"), "--seconds", "60", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout.splitlines()[-1])["requests"] > 50
+
+
+@pytest.mark.slow
 def test_a_kill_on_a_device_changes_no_bit():
     command = [sys.executable, str(FOLDER / "kill_device.py"), "--quantize", "2", "--finetune", "2", "--hidden", "32"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
