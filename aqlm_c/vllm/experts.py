@@ -93,7 +93,7 @@ class AqlmExpertsMethod(FusedMoEMethodBase):
         if self.loading is None:
             return
         wanted = [[(expert, name) for expert in range(self.num_experts)] for name in (_GATE, _UP, _DOWN)]
-        linears = [self.loading.finish(parts) for parts in wanted]
+        gate, up, down = (self.loading.finish(parts) for parts in wanted)
         for fused in ("w13", "w2"):
             drop_placeholders(layer, f"{fused}_")
         self.loading = None
@@ -109,7 +109,7 @@ class AqlmExpertsMethod(FusedMoEMethodBase):
             output = gate_up.new_empty(len(gate_up), gate_up.shape[-1] // 2)
             return apply_moe_activation(layer.activation, output, gate_up, activation_config=settings)
 
-        layer.unfused = Experts(*linears, activate)
+        layer.unfused = Experts(gate, up, down, activate)
 
     def apply(
         self,

@@ -5,8 +5,8 @@ On a GPU both may be captured in a CUDA graph: nothing of what they launch depen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +43,13 @@ class JoinedLinears(nn.Module):
         if len(self.sizes) == 1:
             return product(self.parts[0], x, bias)
         if self.alike:
-            weights = [(p.codes, p.codebooks, p.scales, b) for p, b in zip(self.parts, biases, strict=True)]
+            parts: Iterable[Any] = self.parts
+            weights = [(p.codes, p.codebooks, p.scales, b) for p, b in zip(parts, biases, strict=True)]
             return torch.cat(ops.matmul_grouped(x, weights), dim=-1)
         return torch.cat([product(part, x, b) for part, b in zip(self.parts, biases, strict=True)], dim=-1)
 
 
-def product(linear: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(linear: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] -> [..., out], of a quantized or a dense linear's weight."""
     if isinstance(linear, QuantizedLinear):
         return ops.matmul(x, linear.codes, linear.codebooks, linear.scales, bias)
@@ -134,7 +135,7 @@ class Experts(nn.Module):
             for place in range(tokens * k):
                 token, choice = divmod(place, k)
                 row = x[token : token + 1]
-                pair = [(*(part[place] for part in linear), None) for linear in (gate, up)]
+                pair: Any = [(*(part[place] for part in linear), None) for linear in (gate, up)]
                 hidden = self.activation(torch.cat(ops.matmul_grouped(row, pair), dim=-1))
                 y = ops.matmul(hidden, *(part[place] for part in down))
                 output[token] += y[0].float() * here[token, choice]

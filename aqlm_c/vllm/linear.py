@@ -15,12 +15,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from ..format import WEIGHT, Format
 from ..nn.embedding import QuantizedEmbedding
 from .layers import JoinedLinears
-from .loading import DENSE_PART, PADDING, PartLayer, PartsLoading, Share
+from .loading import DENSE_PART, PADDING, PartsLoading, Share
 
 __all__ = ["AqlmEmbeddingMethod", "AqlmLinearMethod", "drop_placeholders", "set_placeholders"]
 
 
-def set_placeholders(layer: nn.Module, formats: Collection[Format], load: Callable[..., Any], prefix: str = "") -> None:
+def set_placeholders(layer: Any, formats: Collection[Format], load: Callable[..., Any], prefix: str = "") -> None:
     """Empty parameters by which vLLM finds who loads the tensors of a layer: `load`, which is told a name first."""
     narrow = all(format.code_itemsize == 1 for format in formats)
     for name in (*WEIGHT, DENSE_PART):
@@ -30,7 +30,7 @@ def set_placeholders(layer: nn.Module, formats: Collection[Format], load: Callab
         layer.register_parameter(prefix + name, parameter)
 
 
-def drop_placeholders(layer: nn.Module, prefix: str = "") -> None:
+def drop_placeholders(layer: Any, prefix: str = "") -> None:
     """But for that of a dense weight, which vLLM asks for the device."""
     for name in WEIGHT:
         delattr(layer, prefix + name)
@@ -52,7 +52,7 @@ class AqlmLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -102,7 +102,7 @@ class AqlmLinearMethod(LinearMethodBase):
     def _label(self, part: Hashable) -> str:
         return self.name if self.loading is None else self.loading.label(part)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         parts = self._parts()
         if parts is None:
             return
@@ -111,9 +111,9 @@ class AqlmLinearMethod(LinearMethodBase):
             layer.weight.data = torch.cat([part.weight.data for part in parts])
             self._hand_over(layer, UnquantizedLinearMethod())
         else:
-            layer.joined = JoinedLinears([part for part in parts if not isinstance(part, EMBEDDINGS)])
+            layer.joined = JoinedLinears(parts)
 
-    def _parts(self) -> list[PartLayer] | None:
+    def _parts(self) -> list[Any] | None:
         """The parts in the order of their outputs; None if that was done before."""
         if self.loading is None:
             return None
@@ -129,23 +129,23 @@ class AqlmLinearMethod(LinearMethodBase):
         return parts
 
     @staticmethod
-    def _hand_over(layer: nn.Module, method: QuantizeMethodBase) -> None:
+    def _hand_over(layer: Any, method: QuantizeMethodBase) -> None:
         layer.quant_method = method
         method.process_weights_after_loading(layer)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.joined(x, bias)
 
 
 class AqlmEmbeddingMethod(AqlmLinearMethod):
     """The same for an input embedding or an output layer, which may be tied: then they share what is loaded."""
 
-    def create_weights(self, layer: nn.Module, *sizes: Any, **attributes: Any) -> None:
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
         self.is_embedding = not hasattr(layer, "has_bias")  # of output layers alone
-        self.tied: nn.Module | None = None
+        self.tied: Any = None
         super().create_weights(layer, *sizes, **attributes)
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         for name in (*WEIGHT, DENSE_PART):
             delattr(layer, name)
         method: Any = embed_tokens.quant_method
@@ -157,7 +157,7 @@ class AqlmEmbeddingMethod(AqlmLinearMethod):
         self.tied = embed_tokens
         return layer
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if self.tied is not None:
             self._process_tied(layer, self.tied)
             return
@@ -175,7 +175,7 @@ class AqlmEmbeddingMethod(AqlmLinearMethod):
             layer.weight.data = embedding.weight.data
             self._hand_over(layer, UnquantizedEmbeddingMethod())
 
-    def _process_tied(self, layer: nn.Module, embed_tokens: nn.Module) -> None:
+    def _process_tied(self, layer: Any, embed_tokens: Any) -> None:
         if self.loading is None:
             return
         self.loading = None
@@ -186,9 +186,9 @@ class AqlmEmbeddingMethod(AqlmLinearMethod):
         else:
             self._hand_over(layer, embed_tokens.quant_method)
 
-    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+    def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         return layer.looked_up(ids)
 
 
-def _outputs(part: PartLayer) -> int:
+def _outputs(part: Any) -> int:
     return part.num_embeddings if isinstance(part, (QuantizedEmbedding, nn.Embedding)) else part.out_features

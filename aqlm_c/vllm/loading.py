@@ -7,7 +7,7 @@ have some outputs or some inputs of each, whole groups of them; codebooks are ev
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ __all__ = [
 DENSE_PART = "weight"  # the tensor of a part that is not quantized
 ONE_RANK = (0, 1)  # (rank, ranks) of what is not split
 PADDING = -1  # in the place of an output that the checkpoint does not have
-PartLayer = QuantizedLayer | nn.Linear | nn.Embedding
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -128,7 +127,7 @@ class PartsLoading:
     ) -> None:
         self.name, self.formats, self.device, self.dtype = name, formats, device, dtype
         self.is_embedding = is_embedding
-        self.parts: dict[Hashable, PartLayer] = {}
+        self.parts: dict[Hashable, nn.Module] = {}
         self._tensors: dict[Hashable, dict[str, Tensor]] = {}
 
     def label(self, part: Hashable) -> str:
@@ -164,11 +163,11 @@ class PartsLoading:
     def settle(self, part: Hashable, share: Share) -> None:
         """Make the rank's share of a whole part a layer, and forget its tensors."""
         tensors, name = self._tensors.pop(part), self.label(part)
-        sizes = len(share.inputs), len(share.outputs)
+        n_in, n_out = len(share.inputs), len(share.outputs)
         if DENSE_PART in tensors:
-            dense: nn.Embedding | nn.Linear = nn.Linear(*sizes, False, "meta")
+            dense: nn.Embedding | nn.Linear = nn.Linear(n_in, n_out, False, "meta")
             if self.is_embedding:
-                dense = nn.Embedding(*reversed(sizes), device="meta")
+                dense = nn.Embedding(n_out, n_in, device="meta")
             weight = cut_dense(name, tensors[DENSE_PART], share)
             dense.weight = self._kept(weight.to(self.dtype))
             self.parts[part] = dense
@@ -177,10 +176,10 @@ class PartsLoading:
         format = Format.of_codebooks(tuple(kept["codebooks"].shape))
         layer: QuantizedLayer
         if self.is_embedding:
-            layer = QuantizedEmbedding(*reversed(sizes), format, device="meta")
+            layer = QuantizedEmbedding(n_out, n_in, format, device="meta")
             layer.output_dtype = self.dtype
         else:
-            layer = QuantizedLinear(*sizes, False, format, "meta")
+            layer = QuantizedLinear(n_in, n_out, False, format, "meta")
         for each in WEIGHT:
             setattr(layer, each, self._kept(kept[each]))
         check_values(name, layer)
@@ -191,8 +190,11 @@ class PartsLoading:
         """On the device, without what is left of the file."""
         return nn.Parameter(tensor.to(self.device, copy=True).contiguous(), requires_grad=False)
 
-    def finish(self, wanted: Sequence[Hashable] = ()) -> list[PartLayer]:
-        """The `wanted` parts, which are now another's. Raises ValueError naming a tensor that did not come."""
+    def finish(self, wanted: Sequence[Hashable] = ()) -> list[Any]:
+        """The layers of the `wanted` parts, linears or embeddings, quantized or dense; they are forgotten here.
+
+        Raises ValueError naming a tensor that did not come.
+        """
         for part, tensors in self._tensors.items():
             missing = next(name for name in WEIGHT if name not in tensors)
             raise ValueError(f"{tensor_name(self.label(part), missing)}: missing from the checkpoint")
