@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import (
     ApplyMoEActivationConfig,
@@ -123,10 +124,30 @@ class AqlmExpertsMethod(FusedMoEMethodBase):
         """x [tokens, in], each token's experts and their weights [tokens, k] -> [tokens, in]. Shared experts are vLLM's
         own business.
         """
-        index = topk_ids.long()
-        if layer.expert_map is not None:
-            index = torch.where(index < 0, index, layer.expert_map[index.clamp(min=0)].long())
-        return layer.unfused(x, topk_weights, index, layer.apply_router_weight_on_input)
+        if torch.compiler.is_compiling():
+            return routed_experts(x, topk_weights, topk_ids, layer.layer_name)
+        return _run(layer, x, topk_weights, topk_ids)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         return None
+
+
+def _run(layer: RoutedExperts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    index = topk_ids.long()
+    if layer.expert_map is not None:
+        index = torch.where(index < 0, index, layer.expert_map[index.clamp(min=0)].long())
+    return layer.unfused(x, topk_weights, index, layer.apply_router_weight_on_input)
+
+
+@torch.library.custom_op("aqlm_c::routed_experts", mutates_args=())
+def routed_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
+    """The experts of the layer of this name in the model that runs: as one operator for compilers, since which experts
+    there is work for depends on values. (On GPUs vLLM has its own around it.)
+    """
+    layer = get_forward_context().no_compile_layers[layer_name]
+    return _run(layer.routed_experts, x, topk_weights, topk_ids)
+
+
+@routed_experts.register_fake
+def _(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer_name: str) -> Tensor:
+    return torch.empty_like(x)
