@@ -84,7 +84,8 @@ class Experts(nn.Module):
     """Experts of a mixture, each a gated unit ``down(act(gate(x), up(x)))``, all or the rank's own.
 
     gate, up, down: the linears of each, quantized to formats of their own, or dense. activation: [rows, 2 I], gates
-    beside ups, -> [rows, I].
+    beside ups, -> [rows, I]. stacked: whether the codes of all experts are one tensor, for `without_reading`; None: on
+    a GPU.
     """
 
     def __init__(
@@ -93,11 +94,13 @@ class Experts(nn.Module):
         up: Sequence[Linear],
         down: Sequence[Linear],
         activation: Callable[[Tensor], Tensor],
+        stacked: bool | None = None,
     ) -> None:
         super().__init__()
         self.activation = activation
         on_gpu = next(gate[0].parameters()).device.type == "cuda"
-        stacks = [_Stack.of(linears) if on_gpu else None for linears in (gate, up, down)]
+        stacked = on_gpu if stacked is None else stacked
+        stacks = [_Stack.of(linears) if stacked else None for linears in (gate, up, down)]
         self.stacks = [stack for stack in stacks if stack is not None]
         self.gate_up = nn.ModuleList(JoinedLinears(pair) for pair in zip(gate, up, strict=True))
         self.down = nn.ModuleList(down)
