@@ -47,6 +47,11 @@ class AqlmConfig(QuantizationConfig):
         if rules:
             _pass_config_to_embeddings()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:  # in a worker process
+        self.__dict__.update(state)
+        if self.rules:
+            _pass_config_to_embeddings()
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> AqlmConfig:
         format = Format(**{name: config.get(name, default) for name, default in _DEFAULTS.items()})

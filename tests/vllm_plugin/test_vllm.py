@@ -4,6 +4,7 @@ import concurrent.futures
 import importlib.util
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 import vllm
 from tiny import BYTES, byte_tokenizer, random_model, tiny_llama
 from transformers import AutoModelForCausalLM, MixtralConfig
+from vllm.model_executor import custom_op
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -33,6 +35,7 @@ import aqlm_c.hf
 from aqlm_c.io.checkpoint import save_quantized
 from aqlm_c.quantize import quantize_model
 from aqlm_c.recipe import AqlmConfig
+from aqlm_c.vllm import config as plugin
 from aqlm_c.vllm.linear import AqlmEmbeddingMethod, AqlmLinearMethod
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -120,7 +123,7 @@ def test_greedy_tokens(directory, compiled):
     assert [list(request.outputs[0].token_ids) for request in requests] == greedy(directory)
 
 
-@pytest.mark.parametrize("kind", ["llama_of_tied_codes"], indirect=True)
+@pytest.mark.parametrize("kind", ["mixtral_of_several_schemes"], indirect=True)
 def test_server_answers_eight_requests_at_once(directory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -158,6 +161,15 @@ def plugin_config(**fields):
     method = "aqlm_c" if fields.get("rules") else "aqlm"
     numbers = {"num_codebooks": 2, "nbits_per_codebook": 8, "in_group_size": 8, "out_group_size": 1}
     return get_quantization_config(method).from_config({"quant_method": method, **numbers, **fields})
+
+
+def test_workers_pass_the_config_to_embeddings(monkeypatch):
+    """They are sent the config: models that tell their embedding nothing would make a dense one."""
+    config = plugin_config(rules=[["embed_tokens", "4x8g8"]])
+    monkeypatch.setattr(custom_op, "op_registry_oot", {})
+    monkeypatch.setattr(plugin, "op_registry_oot", custom_op.op_registry_oot)
+    pickle.loads(pickle.dumps(config))
+    assert custom_op.op_registry_oot["VocabParallelEmbedding"] is plugin.AqlmVocabParallelEmbedding
 
 
 def bare(kind):
