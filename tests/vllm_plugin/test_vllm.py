@@ -86,7 +86,7 @@ def directory(kind, tmp_path_factory):
     sequences = torch.randint(BYTES, (4, 32), generator=torch.Generator().manual_seed(0))
     quantize_model(model, sequences, AqlmConfig.from_scheme("2x8g8", **QUICK, **options))
     path = tmp_path_factory.mktemp("vllm") / kind
-    save_quantized(model, path, byte_tokenizer())
+    save_quantized(model, byte_tokenizer(), path)
     return path
 
 
