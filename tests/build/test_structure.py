@@ -27,7 +27,7 @@ LAYERS = [
     {"calibrate"},
     {"train"},
     {"pipeline"},
-    {"hf", "allocation"},
+    {"hf", "allocation", "vllm"},
     {"tasks"},
     {"evaluate", "export", "generate", "inspection"},
     {"statistics"},

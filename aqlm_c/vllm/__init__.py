@@ -1,0 +1,25 @@
+"""vLLM's plugin: `vllm serve DIR` runs AQLM checkpoints by the kernels of this package.
+
+The entry point `vllm.general_plugins` of pyproject.toml names `register`, which vLLM calls in each of its processes;
+the checkpoint's `quant_method` chooses the rest. Written and run against vLLM 0.32.
+
+    loading.py           which tensors a rank keeps of each layer, and whether they are what config.json says
+    layers.py            the layers themselves: linears side by side, experts
+    config.py            what vLLM asks of a quantization: which layer is loaded by what
+    linear.py experts.py   the methods of linears, embeddings and output layers; of routed experts
+
+Only the last three import vLLM.
+"""
+
+METHODS = ("aqlm", "aqlm_c")
+
+
+def register() -> None:
+    """Tell vLLM who loads checkpoints of `METHODS`; a name that it knows already stays as it is."""
+    from vllm.model_executor.layers import quantization
+
+    from .config import AqlmConfig
+
+    for name in METHODS:
+        if name not in quantization.QUANTIZATION_METHODS:
+            quantization.register_quantization_config(name)(AqlmConfig)
