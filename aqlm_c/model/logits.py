@@ -40,8 +40,8 @@ def slices(positions: int, vocabulary: int, device: torch.device, most: int | No
 def kl_divergence(original: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(softmax(original) || softmax(logits)) of each row, in nats: float32 [n].
 
-    Both are logits [n, vocabulary] of any floating dtype; what is computed is float32. Words that the original rules out
-    (-inf) add nothing, those that the model alone rules out make it inf.
+    Both are logits [n, vocabulary] of any floating dtype; what is computed is float32. Words that the original rules
+    out (-inf) add nothing, those that the model alone rules out make it inf.
     """
     return kl_and_gradient(original, logits)[0]
 
