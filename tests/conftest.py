@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports a hub client: tests use no network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is imported, for the processes that tests start too: tiny models take longer with more threads, and many
+# times as long where cores are shared. Tests of threads ask for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
