@@ -9,7 +9,8 @@
 #
 # The first run downloads packages with pip; later ones need no network. Variables:
 # PYTHON (>= 3.10), TORCH (what pip is to install: torch==2.11.0, or the path of a wheel, such as one built
-# for the CPU alone, which is far smaller), ARGS (passed to demo, test and bench).
+# for the CPU alone, which is far smaller), ARGS (passed to demo, test and bench), WORKERS (processes that run the tests,
+# a file of tests in one of them; 0: this one, as pdb and -s want it).
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -24,8 +25,9 @@ CUDA   := $(wildcard $(addprefix csrc/cuda/,*.cu *.cuh */*.cu */*.cuh))
 demo: build
 	HF_HUB_OFFLINE=1 $(BIN)/python -m aqlm_c.demo --out demo_out $(ARGS)
 
+WORKERS ?= 2
 test: build
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-oldest: build $(VENV)/oldest
 	PYTHONPATH=$(abspath $(VENV)/oldest) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m hf $(ARGS)

@@ -35,7 +35,6 @@ import generate
 
 # llama.cpp's environment has neither torch nor this package: they are imported where they are needed.
 FORMATS = (
-    "TQ1_0",
     "Q2_K",
     "Q3_K_S",
     "Q3_K_M",

@@ -1,9 +1,13 @@
 """What every test file may use: fixtures for instruction sets and dtypes."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports a hub client: tests use no network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is imported, for the processes that tests start too: tiny models take longer with more threads, and many
+# times as long where cores are shared. Tests of threads ask for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
@@ -18,6 +22,7 @@ if os.path.isdir("aqlm_c") and not os.path.samefile("aqlm_c", os.path.dirname(aq
         f"aqlm_c: got {aqlm_c.__file__}, expected that of this folder: run pytest from another one", returncode=2
     )
 
+THREADS = {}  # of each library
 MARKS = {"hf": "hf", "cuda": "gpu"}  # of all tests in a folder
 
 
@@ -33,6 +38,16 @@ def pytest_collection_modifyitems(config, items):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Threads are as they were at first: a run that sets them, such as one of a run.yaml, sets them for the process."""
+    for library in (sys.modules.get("torch"), _core):
+        if library is not None:
+            at_first = THREADS.setdefault(library.__name__, library.get_num_threads())
+            if library.get_num_threads() != at_first:
+                library.set_num_threads(at_first)
 
 
 def pytest_sessionfinish(session):

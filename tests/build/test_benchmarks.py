@@ -450,12 +450,12 @@ def test_generate_compares_alike(generate):
     assert [row["x dense"] for row in rows] == [1.5, 0.5, 1.0, 1.5, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("swap, named", [(True, "no quantized layer"), (False, "expected a GGUF file")])
-def test_generate_names_what_is_wrong(generate, models, swap, named):
-    model, dense = reversed(models) if swap else models
-    options = [] if swap else ["--llama", "python"]
-    with pytest.raises(SystemExit, match=named):
-        generate.main(model, "--dense", dense, "--dtypes", "float32", *options)
+def test_generate_names_what_is_wrong(generate, models, monkeypatch):
+    with pytest.raises(SystemExit, match="no quantized layer"):
+        generate.main(models[1], "--dense", models[0], "--dtypes", "float32")
+    monkeypatch.setattr(generate, "torch_rows", lambda *_: ([], str(models[1])))  # as test_generate runs it
+    with pytest.raises(SystemExit, match="expected a GGUF file"):
+        generate.main(models[0], "--dense", models[1], "--dtypes", "float32", "--llama", "python")
 
 
 LLAMA_LOSSES = """
@@ -700,7 +700,8 @@ def test_ablation(ablation, study, tmp_path, capsys):
         for score in row["scores"].values():
             assert 1 < score["perplexity"] < 1e6 and score["kl"] >= 0 and 0 <= score["top1"] <= 1
     if study == "tokens":
-        assert [row["groups changed"] > 0 for row in rows] == [False, False, True, True]
+        changed = [row["groups changed"] for row in rows]
+        assert changed[:2] == [0, 0] and any(changed[2:])
         assert all(row["tokens"] == row["steps"] * 2 * 16 > 64 for row in rows)
     assert written["conclusion"].endswith(".") and written["conclusion"] in capsys.readouterr().out
     assert (tmp_path / "out" / f"{study}.png").stat().st_size > 10_000

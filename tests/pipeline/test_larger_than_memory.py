@@ -18,7 +18,7 @@ from aqlm_c.io.source import weight_files
 from aqlm_c.model import experts
 
 SIZES = {"hidden_size": 768, "intermediate_size": 1536, "num_attention_heads": 8, "vocab_size": 96}
-LAYERS = 16
+LAYERS = 12
 
 # Bytes in memory when the model is loaded, the most from there on, and those of the model.
 SCRIPT = """
@@ -68,7 +68,7 @@ def test_a_model_is_never_in_memory_as_a_whole(tmp_path):
     result = subprocess.run([sys.executable, "-c", SCRIPT, *paths], stdout=subprocess.PIPE, text=True)
     assert result.returncode == 0
     start, most, size = map(int, result.stdout.split())
-    assert size > 300e6 and most - start < 0.5 * size, f"{(most - start) / 1e6:.0f} of {size / 1e6:.0f} MB"
+    assert size > 280e6 and most - start < 0.5 * size, f"{(most - start) / 1e6:.0f} of {size / 1e6:.0f} MB"
 
 
 FUSED = pytest.mark.skipif(not experts.are_fused(), reason="this transformers joins no experts")

@@ -8,7 +8,7 @@
 #include <math.h>
 
 enum { BLOCK = AQLM_MOMENTS_BLOCK, LEAST = 16 }; /* fewer blocks are not worth a thread */
-_Static_assert(BLOCK == AQLM_MOMENTS, "the kernels' blocks are those of the interface");
+_Static_assert((int)BLOCK == (int)AQLM_MOMENTS, "the kernels' blocks are those of the interface");
 
 typedef struct step_job {
     float *buffer;
