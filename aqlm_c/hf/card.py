@@ -100,8 +100,8 @@ def _of_codes(link: str, title: str, schemes: list[str], auto: str) -> Iterator[
     yield f"```sh\npip install torch  # 2.11 or newer, first\n{INSTALL}\n```\n"
     yield f"```python\n{_USE.replace(_AUTO, auto)}```\n"
     yield (
-        "Programs that know nothing of aqlm_c run with it as `aqlm-c exec -- COMMAND`, such as "
-        "`aqlm-c exec -- transformers serve`.\n"
+        "`aqlm-c serve` answers OpenAI's API with it; programs that know nothing of aqlm_c run as "
+        "`aqlm-c exec -- COMMAND`, such as `aqlm-c exec -- lm_eval`.\n"
     )
 
 

