@@ -11,15 +11,25 @@ the checkpoint's `quant_method` chooses the rest. Written and run against vLLM 0
 Only the last three import vLLM.
 """
 
+import logging
+
+log = logging.getLogger("aqlm_c")
+
 METHODS = ("aqlm", "aqlm_c")
 
 
 def register() -> None:
-    """Tell vLLM who loads checkpoints of `METHODS`; a name that it knows already stays as it is."""
-    from vllm.model_executor.layers import quantization
+    """Tell vLLM who loads checkpoints of `METHODS`; a name that it knows already stays as it is.
 
-    from .config import AqlmConfig
+    In a vLLM whose interfaces are others nothing is registered, with a warning: it serves other models still.
+    """
+    try:
+        from vllm.model_executor.layers import quantization
 
+        from .config import AqlmConfig
+    except ImportError as error:
+        log.warning("aqlm_c's plugin for vLLM 0.32 does not go with this one, which cannot load AQLM models: %s", error)
+        return
     for name in METHODS:
         if name not in quantization.QUANTIZATION_METHODS:
             quantization.register_quantization_config(name)(AqlmConfig)

@@ -128,8 +128,8 @@ def test_server_answers_eight_requests_at_once(directory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory), "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
