@@ -3,7 +3,7 @@
  *
  *   nvcc -std=c++17 -O3 -Icsrc -gencode=arch=compute_90a,code=sm_90a benchmarks/many_rows/ladder.cu -ldl -o ladder
  *   ./ladder [--shapes 4096x4096,...] [--rows 16,64] [--rungs 0,1,2,3] [--formats 2x8g8,...] [--only TEXT]
- *     [--json FILE] [--phases] [--bf16]
+ *     [--json FILE] [--phases] [--bf16] [--hot] [--rates]
  *
  * Times: a CUDA graph of calls with weights in rotation that exceed L2 twice; the median of its replays. */
 #include <algorithm>
@@ -18,6 +18,7 @@
 #include <dlfcn.h>
 
 #include "cuda/product/many_rows.cuh"
+#include "rates.cuh"
 #include "simple.cuh"
 #include "variants.cuh"
 
@@ -174,7 +175,7 @@ struct Options {
     std::vector<int> rows = {16, 32, 64, 128, 256}, rungs = {3};
     std::vector<std::string> formats = {"2x8g8"};
     std::string only, json;
-    bool phases = false, bf16 = false;
+    bool phases = false, bf16 = false, hot = false, rates = false;
 };
 
 std::vector<std::string> split(const std::string &text) {
@@ -191,8 +192,8 @@ Options parse(int argc, char **argv) {
     std::string shapes = "4096x4096,11008x4096,8192x8192,28672x8192,1024x4096";
     for (int i = 1; i < argc; ++i) {
         const std::string name = argv[i], value = i + 1 < argc ? argv[i + 1] : "";
-        if (name == "--phases" || name == "--bf16") {
-            (name == "--phases" ? o.phases : o.bf16) = true;
+        if (name == "--phases" || name == "--bf16" || name == "--hot" || name == "--rates") {
+            (name == "--phases" ? o.phases : name == "--bf16" ? o.bf16 : name == "--hot" ? o.hot : o.rates) = true;
             continue;
         }
         ++i;
@@ -207,7 +208,8 @@ Options parse(int argc, char **argv) {
         else if (name == "--only") o.only = value;
         else if (name == "--json") o.json = value;
         else
-            std::printf("%s: expected --shapes, --rows, --rungs, --formats, --only, --json, --phases or --bf16\n",
+            std::printf("%s: expected --shapes, --rows, --rungs, --formats, --only, --json, --phases, --hot, --rates "
+                        "or --bf16\n",
                         name.c_str()),
                 std::exit(2);
     }
@@ -339,7 +341,7 @@ struct Tester {
                                                            : time_of(
                                                                  [&](int i, cudaStream_t s) {
                                                                      ManyRowsProblem q = p;
-                                                                     q.codes = codes[i % copies];
+                                                                     q.codes = codes[options.hot ? 0 : i % copies];
                                                                      check(run(q, workspace, device, s), name.c_str());
                                                                  },
                                                                  rung == 0 ? 2 : std::max(copies, 8), stream);
@@ -426,6 +428,7 @@ struct Tester {
 
 int main(int argc, char **argv) {
     const auto options = ladder::parse(argc, argv);
+    if (options.rates) return ladder::print_rates(), 0;
     ladder::Tester tester(options);
     for (const auto &format : options.formats)
         for (const auto &[out, in] : options.shapes) {

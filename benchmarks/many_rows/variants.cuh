@@ -5,6 +5,7 @@
 #include <functional>
 #include <string>
 
+#include "cuda/product/paths.cuh"
 #include "simple.cuh"
 
 namespace ladder {
@@ -19,11 +20,23 @@ template <class T, class B, class L> void pipelined(const Variant &try_it, int o
                              number("x", L::STAGE_CHUNKS) + number("a", L::AHEAD) + number("f", L::BUFFERS) +
                              (L::BLOCKS > 1 ? number("b", L::BLOCKS) : "") +
                              (L::CLUSTER ? number("c", L::CLUSTER) : "") + (L::DIRECT ? " d" : "") +
+                             (L::SUMS > 1 ? number("sums", L::SUMS) : "") + (L::HINT ? number("hint", L::HINT) : "") +
                              (B::COPIES * B::PIECE < 128 ? number("copies", B::COPIES) : "");
     if (L::CLUSTER > (in + 255) / 256) return;
     if (B::BOOKS + L::BYTES > 227 * 1024) return;
     try_it(L::DIRECT ? 4 : 3, name, aqlm_cuda::launch_many_rows<T, B, L>,
-           static_cast<size_t>(aqlm_cuda::ManyRowsWorkspace<L>(out, in, n, sms).bytes));
+           L::DIRECT ? 0
+                     : static_cast<size_t>(aqlm_cuda::ManyRowsCut(out, in, n, L::N, L::OUTS, sms * L::BLOCKS).bytes));
+}
+
+/* Up to 16 rows by gather.cu. */
+template <class T> Run gathers(int out, int in, int K, int B, int g) {
+    return [=](const ManyRowsProblem &p, void *, const aqlm_cuda::Device &device, cudaStream_t stream) {
+        const aqlm_dtype dtype = std::is_same_v<T, __half> ? AQLM_F16 : AQLM_BF16;
+        const aqlm_product product = {
+            p.y, {{out, in, K, B, g, 1}, p.codes, p.codebooks, p.scales, dtype, false}, p.bias};
+        return aqlm_cuda::run_gather({&product, 1, p.x, dtype, p.n_rows, {}, nullptr, device, stream});
+    };
 }
 
 /* N, WARPGROUPS, STAGES, STAGE_CHUNKS, AHEAD, BUFFERS, BLOCKS, CLUSTER, DIRECT */
@@ -44,55 +57,52 @@ void for_each_variant(int out, int in, int n, int K, int code, int g, int sms, c
                     return run_simple(rung, p, s);
                 },
                 0);
+        if (n <= 16) try_it(6, "gathers", gathers<T>(out, in, K, 8, g), 0);
         const auto go = [&](auto tiling) {
             pipelined<T, Entries<T, 2, 1, 8>, decltype(tiling)>(try_it, out, in, n, sms);
         };
         if (n <= 16) {
-            TILING(16, 2, 8, 1, 2);
             TILING(16, 2, 8, 1, 1);
-            TILING(16, 2, 4, 4, 2);
-            TILING(16, 2, 8, 1, 1, 3);
-            TILING(16, 2, 8, 1, 1, 2, 2);
-            TILING(16, 3, 8, 1, 1);
-            TILING(16, 4, 8, 1, 1);
+            TILING(16, 2, 8, 1, 1, 2, 1, 0, false, 2);
+            TILING(16, 2, 8, 1, 1, 2, 1, 0, false, 4);
+            TILING(16, 2, 8, 1, 1, 2, 1, 0, false, 1, 256);
+            TILING(16, 3, 8, 1, 1, 2, 1, 0, false, 4);
+            TILING(16, 4, 8, 1, 1, 2, 1, 0, false, 2);
             TILING(16, 2, 8, 1, 2, 2, 1, 4);
             TILING(16, 2, 4, 4, 2, 2, 1, 4, true);
-            TILING(16, 2, 4, 4, 2, 2, 1, 2, true);
-            TILING(16, 3, 4, 4, 1, 2, 1, 4, true);
-            TILING(16, 2, 4, 4, 2, 2, 1, 8, true);
-            TILING(16, 1, 4, 4, 2, 2, 2, 4, true);
+            TILING(16, 2, 4, 4, 1, 2, 1, 4, true, 4);
+            TILING(16, 2, 4, 4, 1, 2, 1, 8, true, 4);
+            TILING(16, 1, 4, 4, 1, 2, 2, 4, true);
         } else if (n <= 32) {
-            TILING(32, 2, 8, 1, 2);
-            TILING(32, 2, 4, 2, 2);
-            TILING(32, 3, 8, 1, 1);
+            TILING(32, 2, 8, 1, 1);
+            TILING(32, 2, 8, 1, 1, 2, 1, 0, false, 2);
+            TILING(32, 2, 8, 1, 1, 2, 1, 0, false, 1, 256);
+            TILING(32, 3, 8, 1, 1, 2, 1, 0, false, 2);
             TILING(32, 4, 8, 1, 1);
-            TILING(32, 2, 8, 1, 2, 2, 1, 4);
-            TILING(32, 2, 4, 4, 2, 2, 1, 4, true);
-            TILING(32, 2, 4, 4, 2, 2, 1, 8, true);
+            TILING(32, 2, 4, 4, 1, 2, 1, 4, true);
+            TILING(32, 2, 4, 4, 1, 2, 1, 4, true, 2);
         } else if (n <= 64) {
-            TILING(64, 2, 8, 1, 2);
             TILING(64, 2, 8, 1, 1);
-            TILING(64, 2, 4, 2, 1);
+            TILING(64, 2, 8, 1, 1, 2, 1, 0, false, 2);
+            TILING(64, 2, 8, 1, 1, 2, 1, 0, false, 1, 256);
             TILING(64, 3, 8, 1, 1);
             TILING(64, 4, 8, 1, 1);
-            TILING(64, 2, 8, 1, 1, 2, 1, 4);
             TILING(64, 2, 3, 4, 1, 2, 1, 4, true);
-            TILING(64, 2, 3, 4, 1, 2, 1, 2, true);
         } else if (n <= 128) {
             TILING(128, 2, 8, 1, 1);
-            TILING(128, 2, 4, 2, 1);
+            TILING(128, 2, 8, 1, 1, 2, 1, 0, false, 1, 256);
             TILING(128, 3, 8, 1, 1);
             TILING(128, 2, 5, 1, 1, 2, 1, 4);
-            TILING(128, 4, 6, 1, 1);
             TILING(64, 2, 8, 1, 1);
         } else {
             TILING(256, 2, 4, 1, 1);
-            TILING(256, 2, 2, 2, 1);
+            TILING(256, 2, 4, 1, 1, 2, 1, 0, false, 1, 256);
             TILING(128, 2, 8, 1, 1);
             TILING(192, 2, 6, 1, 1);
         }
     }
 #else
+    if (n <= 16 && g == 8 && K <= 2) try_it(6, "gathers", gathers<T>(out, in, K, 8 * code, g), 0);
     const auto with = [&](auto entries) {
         const auto go = [&](auto tiling) {
             pipelined<T, decltype(entries), decltype(tiling)>(try_it, out, in, n, sms);
@@ -100,12 +110,11 @@ void for_each_variant(int out, int in, int n, int K, int code, int g, int sms, c
         if constexpr (decltype(entries)::CODE == 2) {
             if (n <= 16) {
                 TILING(16, 2, 8, 1, 1, 4);
-                TILING(16, 2, 8, 1, 1, 3);
-                TILING(16, 3, 8, 1, 1, 3);
+                TILING(16, 3, 8, 1, 1, 4);
                 TILING(16, 2, 8, 1, 1, 2);
             } else if (n <= 64) {
                 TILING(64, 2, 6, 1, 1, 4);
-                TILING(64, 2, 6, 1, 1, 3);
+                TILING(64, 2, 6, 1, 1, 2);
             } else TILING(256, 2, 4, 1, 1, 2);
         } else if (n <= 16) TILING(16, 2, 8, 1, 1);
         else if (n <= 64) TILING(64, 2, 6, 1, 1);

@@ -58,7 +58,8 @@ struct Format {
     int64_t out, in, K, B, og, g;
 };
 
-/* Each kernel (tables of every g and K, gathers from shared memory and L2, planes, plain), sizes around its tiles. */
+/* Each kernel (tables of every g and K, gathers from shared memory and L2, planes, tiles, plain), sizes around its
+ * tiles. */
 const Format FORMATS[] = {
     {520, 1056, 2, 8, 1, 8},  {137, 1024, 4, 8, 1, 8}, {77, 512, 8, 8, 1, 8},    {65, 520, 1, 8, 1, 8},
     {64, 1376, 2, 8, 1, 8},   {192, 576, 3, 8, 1, 8},  {33, 256, 7, 7, 1, 8},    {65, 128, 2, 8, 1, 4},
@@ -78,12 +79,14 @@ const struct {
 } PATHS[] = {
     {{4096, 4096, 2, 8, 1, 8}, 1, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES},
     {{4096, 4096, 2, 8, 1, 8}, 3, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
-    {{4096, 4096, 2, 8, 1, 8}, 9, AQLM_CUDA_GATHER, AQLM_CUDA_TABLES},
-    {{4096, 4096, 2, 8, 1, 8}, 24, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
-    {{4096, 4096, 2, 8, 1, 8}, 25, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE},
+    {{4096, 4096, 2, 8, 1, 8}, 9, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
+    {{4096, 4096, 2, 8, 1, 8}, 16, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
+    {{4096, 4096, 2, 8, 1, 8}, 17, AQLM_CUDA_TILES, AQLM_CUDA_TILES},
+    {{4096, 4096, 4, 8, 1, 8}, 9, AQLM_CUDA_TILES, AQLM_CUDA_TILES},
     {{4096, 4096, 1, 16, 1, 8}, 1, AQLM_CUDA_SHARDS, AQLM_CUDA_SHARDS},
     {{4096, 4096, 1, 16, 1, 8}, 8, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
-    {{4096, 4096, 1, 16, 1, 8}, 9, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE},
+    {{4096, 4096, 1, 16, 1, 8}, 9, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
+    {{4096, 4096, 1, 16, 1, 8}, 17, AQLM_CUDA_TILES, AQLM_CUDA_TILES},
     {{4096, 4096, 8, 8, 1, 8}, 4, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES},
     {{4096, 4096, 8, 8, 1, 8}, 5, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE},
     {{4096, 4096, 2, 8, 2, 8}, 1, AQLM_CUDA_PLAIN, AQLM_CUDA_PLAIN},
@@ -142,12 +145,12 @@ aqlm_cuda_plan plan_of(const aqlm_product *products, int64_t count, aqlm_dtype d
     return plan;
 }
 
-/* On GPUs that have all paths. */
+/* On Hopper GPUs, which have all paths. */
 bool check_paths() {
     int major, shared_memory;
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "cudaDeviceGetAttribute");
-    if (major < 9 || shared_memory < 220 * 1024) return true;
+    if (major != 9 || shared_memory < 220 * 1024) return true;
     bool ok = true;
     for (const auto &[f, rows, path, last_path] : PATHS) {
         const aqlm_product product = {nullptr, {{f.out, f.in, f.K, f.B, f.g, f.og}, 0, 0, 0, AQLM_F16, false}, nullptr};
@@ -217,8 +220,8 @@ template <class T> bool check_format(const Format &f) {
 
     double worst = 0;
     const aqlm_product product = {nullptr, w, nullptr};
-    for (int64_t rows : {int64_t{1}, int64_t{3}, int64_t{8}, int64_t{9}})
-        if (plan_of(&product, 1, dtype_of<T>, rows).path != AQLM_CUDA_DENSE)
+    for (int64_t rows : {1, 3, 8, 9, 16, 17, 40, 70, 130, 300})
+        if (rows * f.out * f.in < 1 << 28 && plan_of(&product, 1, dtype_of<T>, rows).path != AQLM_CUDA_DENSE)
             worst = std::fmax(worst, error_of_products<T>({&weight}, rows));
     if (f.og == 1 && f.out * f.in < 1 << 20) { /* grouped, where that is so: fewer outputs, and more */
         Format fewer = f, more = f;

@@ -19,7 +19,7 @@ if not ops.has_cuda:
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# out, in, K, B, og, g: each kernel (tables, gathers, both from L2, planes, plain) and sizes around its tiles.
+# out, in, K, B, og, g: each kernel (tables, gathers, both from L2, planes, tiles, plain) and sizes around its tiles.
 SHAPES = [
     (4096, 4096, 2, 8, 1, 8),
     (1000, 4096, 4, 8, 1, 8),
@@ -97,7 +97,7 @@ def test_matmul(shape, name):
     dtype = getattr(torch, name)
     weight = random_weight(shape, dtype)
     W = dense(*weight)
-    for rows in (1, 2, 3, 8, 9, 24, 40):
+    for rows in (1, 2, 3, 8, 9, 16, 17, 40, 70, 130, 300):
         x, bias = random(rows, shape[1], dtype=dtype), random(shape[0], dtype=dtype, seed=2)
         for b in (None, bias):
             y = ops.matmul(x, *weight, b)
@@ -168,14 +168,14 @@ def test_views(rows):
 def test_nothing_is_written_outside(shape):
     """A result in the middle of a buffer: allocations next to each other stay as they were."""
     weight = random_weight(shape, torch.float16)
-    for rows in (1, 3):
+    for rows in (1, 3, 12, 50):
         x = random(rows, shape[1], dtype=torch.float16)
         before = [t.clone() for t in (x, *weight)]
         ops.matmul(x, *weight)
         assert all(torch.equal(a, b) for a, b in zip(before, (x, *weight), strict=True))
 
 
-@pytest.mark.parametrize("rows", [1, 4, 50])
+@pytest.mark.parametrize("rows", [1, 4, 12, 50, 300])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[11]], ids=[IDS[0], IDS[11]])
 def test_graph_and_streams(shape, rows):
     weight = random_weight(shape, torch.float16)

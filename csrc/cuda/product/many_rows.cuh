@@ -17,6 +17,16 @@ namespace aqlm_cuda {
 
 constexpr int UNIT_COLUMNS = 256, CHUNKS = 4, CHUNK_COLUMNS = 64; /* of x's tiles in shared memory */
 
+/* The shares of blocks in all units, of which the first blocks have one more than others. */
+struct Shares {
+    uint32_t units, more; /* of each block; blocks that have one more */
+    __device__ uint32_t first_of(uint32_t block) const { return units * block + min(block, more); }
+    __device__ uint32_t owner_of(uint32_t unit) const {
+        const uint32_t of_more = more * (units + 1);
+        return unit < of_more ? unit / (units + 1) : more + (unit - of_more) / units;
+    }
+};
+
 struct ManyRowsProblem {
     void *y;
     const void *x;
@@ -28,13 +38,7 @@ struct ManyRowsProblem {
     long long *clocks;      /* [blocks][8] or NULL */
     int out, in, n_rows, entries;
     int tiles, row_tiles, units; /* tiles of y, along its rows alone; units of a tile */
-};
-
-/* The shares of blocks in all units. */
-struct Shares {
-    uint32_t all, blocks;
-    __device__ uint32_t first_of(uint32_t block) const { return uint64_t(all) * block / blocks; }
-    __device__ uint32_t owner_of(uint32_t unit) const { return (uint64_t(unit + 1) * blocks - 1) / all; }
+    Shares shares;
 };
 
 __device__ inline void mbarrier_init(uint32_t barrier, int count) {
@@ -87,6 +91,8 @@ template <class T, int K_, int CODE_, int G_, int COPIES_ = G_ == 4 ? 16 : 8> st
     static constexpr int PLANE = 65536, BOOKS = CODE == 1 ? (K * PIECES + SLOTS - 1) / SLOTS * PLANE : 0;
     static constexpr int BYTES = 64 / G * K * CODE; /* of a lane's codes of an output and unit */
     static constexpr int WORDS = (BYTES + 3) / 4;
+    /* Sums of more than four entries would be rounded too often: two products of as many each. */
+    static constexpr int PASSES = K > 4 ? 2 : 1, MOST = (K + PASSES - 1) / PASSES;
     using Piece = std::conditional_t<PIECE == 8, uint2, uint4>;
 
     __device__ static constexpr int place_of(int slot) { return slot / SLOTS * PLANE + slot % SLOTS * SLOT; }
@@ -132,26 +138,33 @@ template <class T, int K_, int CODE_, int G_, int COPIES_ = G_ == 4 ? 16 : 8> st
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum[i] = add_pairs<T>(sum[i], other[i]);
     }
-    /* The fragments of chunk i: of two outputs 16 inputs each, in words that four instructions take two by two. */
+    /* The fragments of chunk step / PASSES: of two outputs 16 inputs each, in words that four instructions take two by
+     * two. */
     __device__ static void decode(uint32_t (&a)[4][4], const unsigned char *books, const ManyRowsProblem &p,
-                                  const uint32_t (&word)[2][WORDS], int i, uint32_t bank) {
-        uint32_t e[K][2][8];
+                                  const uint32_t (&word)[2][WORDS], int step, uint32_t bank) {
+        const int i = step / PASSES, first = step % PASSES * MOST;
+        uint32_t e[MOST][2][8];
 #pragma unroll
-        for (int k = 0; k < K; ++k)
+        for (int k = 0; k < MOST; ++k)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int at = 0; at < 8; at += WORDS_OF_PIECE) {
                     const int number = i * 16 + at * 2;
-                    const Piece v = piece(books, p, word[half], number / G, k, number % G * 2 / PIECE, bank);
+                    if (first + k >= K) {
+                        e[k][half][at] = e[k][half][at + 1] = 0;
+                        if constexpr (PIECE == 16) e[k][half][at + 2] = e[k][half][at + 3] = 0;
+                        continue;
+                    }
+                    const Piece v = piece(books, p, word[half], number / G, first + k, number % G * 2 / PIECE, bank);
                     e[k][half][at] = v.x, e[k][half][at + 1] = v.y;
                     if constexpr (PIECE == 16) e[k][half][at + 2] = v.z, e[k][half][at + 3] = v.w;
                 }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            if constexpr (K == 4) add(e[2][half], e[3][half]);
-            if constexpr (K >= 2) add(e[0][half], e[1][half]);
-            if constexpr (K >= 3) add(e[0][half], e[2][half]);
+            if constexpr (MOST == 4) add(e[2][half], e[3][half]);
+            if constexpr (MOST >= 2) add(e[0][half], e[1][half]);
+            if constexpr (MOST >= 3) add(e[0][half], e[2][half]);
 #pragma unroll
             for (int w = 0; w < 8; ++w) a[w / 2][half + w % 2 * 2] = e[0][half][w];
         }
@@ -162,11 +175,12 @@ template <class T, int K_, int CODE_, int G_, int COPIES_ = G_ == 4 ? 16 : 8> st
  * fragments of BUFFERS chunks. CLUSTER blocks share a tile, or, 0, blocks take what comes. DIRECT: x is read as it is,
  * by a warpgroup that arranges it on its way, in stages of whole units. */
 template <int N_, int WARPGROUPS_, int STAGES_, int STAGE_CHUNKS_, int AHEAD_ = 1, int BUFFERS_ = 2, int BLOCKS_ = 1,
-          int CLUSTER_ = 0, bool DIRECT_ = false>
+          int CLUSTER_ = 0, bool DIRECT_ = false, int SUMS_ = 1, int HINT_ = 0>
 struct ManyRowsTiling {
     static constexpr int N = N_, WARPGROUPS = WARPGROUPS_, STAGES = STAGES_, STAGE_CHUNKS = STAGE_CHUNKS_;
     static constexpr int AHEAD = AHEAD_, BUFFERS = BUFFERS_, BLOCKS = BLOCKS_, CLUSTER = CLUSTER_;
     static constexpr bool DIRECT = DIRECT_;
+    static constexpr int SUMS = SUMS_, HINT = HINT_;
     /* Registers are dealt out by warpgroups: where they are short, the producer is one that gives its own up. */
     static constexpr bool REALLOCATES = N >= 128 || WARPGROUPS > 2;
     static constexpr int OF_CONSUMER = WARPGROUPS <= 2 ? 240 : WARPGROUPS == 3 ? 160 : 112; /* registers */
@@ -174,7 +188,8 @@ struct ManyRowsTiling {
     static constexpr int CONSUMERS = WARPGROUPS * 128, OUTS = WARPGROUPS * 64;
     static constexpr int THREADS = CONSUMERS + (REALLOCATES || DIRECT ? 128 : 32);
     static constexpr int CHUNK_BYTES = N * 128, STAGE_BYTES = STAGE_CHUNKS * CHUNK_BYTES;
-    static constexpr int MAIL_BYTES = CLUSTER > 1 ? OUTS * N * 4 : 0;  /* sums that other blocks send */
+    static constexpr int MAIL_BYTES = CLUSTER > 1 ? OUTS * N * 4 : 0; /* sums that other blocks send */
+    static_assert(CHUNKS % BUFFERS == 0);
     static_assert(!DIRECT || (STAGE_CHUNKS == CHUNKS && CLUSTER > 0)); /* one kernel alone */
 
     /* Where things lie in shared memory, behind the codebooks. */
@@ -203,7 +218,7 @@ template <class L> struct Work {
             tile = blockIdx.x / L::CLUSTER, left = (p.tiles - 1 - tile) / clusters;
             first = p.units * rank / L::CLUSTER, last = p.units * (rank + 1) / L::CLUSTER;
         } else {
-            const Shares shares = {static_cast<uint32_t>(p.tiles) * p.units, gridDim.x};
+            const Shares &shares = p.shares;
             const uint32_t begin = shares.first_of(blockIdx.x), end = shares.first_of(blockIdx.x + 1);
             tile = begin / p.units, first = begin - tile * p.units;
             last = min(static_cast<uint32_t>(p.units), first + end - begin), left = end - begin - (last - first);
@@ -218,11 +233,26 @@ template <class L> struct Work {
     }
 };
 
-template <int BYTES> __device__ inline void load_codes(uint32_t (&to)[(BYTES + 3) / 4], const unsigned char *from) {
+/* 16 bytes that are read once; the bytes around them that L2 fetches too. */
+template <int HINT> __device__ inline uint4 load_hinted(const unsigned char *from) {
+    uint4 v;
+    if constexpr (HINT == 128)
+        asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+            : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+            : "l"(from));
+    else if constexpr (HINT == 256)
+        asm("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+            : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+            : "l"(from));
+    else v = load_once(reinterpret_cast<const uint4 *>(from));
+    return v;
+}
+template <int BYTES, int HINT>
+__device__ inline void load_codes(uint32_t (&to)[(BYTES + 3) / 4], const unsigned char *from) {
     if constexpr (BYTES % 16 == 0)
 #pragma unroll
         for (int i = 0; i < BYTES / 4; i += 4) {
-            const uint4 v = load_once(reinterpret_cast<const uint4 *>(from + i * 4));
+            const uint4 v = load_hinted<HINT>(from + i * 4);
             to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
         }
     else if constexpr (BYTES % 8 == 0)
@@ -341,7 +371,7 @@ template <class B, class L> struct CodeStream {
         const int part = unit * 4 + quad;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            load_codes<B::BYTES>(to[half], from[half] + (part * 64 < p.in ? part * B::BYTES : 0));
+            load_codes<B::BYTES, L::HINT>(to[half], from[half] + (part * 64 < p.in ? part * B::BYTES : 0));
         if (++unit < work.last) return;
         if (work.next(p)) unit = work.first, go_to();
         else --unit; /* the last again, which nothing reads */
@@ -391,7 +421,7 @@ __device__ inline unsigned load_acquire(const unsigned *from) {
 /* This block's part of the sums of a tile that it shares. */
 template <class T, class L> __device__ void add_parts(const ManyRowsProblem &p, uint32_t tile) {
     constexpr int THREADS = L::CONSUMERS, TILE = L::N / 8 * THREADS;
-    const Shares shares = {static_cast<uint32_t>(p.tiles) * p.units, gridDim.x};
+    const Shares &shares = p.shares;
     const uint32_t first_unit = tile * p.units;
     const uint32_t first = shares.owner_of(first_unit), last = shares.owner_of(first_unit + p.units - 1);
     const int sharers = last - first + 1, own = blockIdx.x - first;
@@ -478,14 +508,13 @@ __device__ void leave_part(const ManyRowsProblem &p, const float (&c)[L::N / 2],
 #pragma unroll
     for (int j = 0; j < L::N / 8; ++j)
         __stcg(to + j * L::CONSUMERS, float4{c[4 * j], c[4 * j + 1], c[4 * j + 2], c[4 * j + 3]});
-    __threadfence();
     sync_threads_of(1, L::CONSUMERS);
-    if (threadIdx.x == 0) atomicAdd(p.arrived + tile, 1u);
+    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p.arrived + tile) : "memory");
 }
 
 template <class T, class B, class L>
 __device__ __forceinline__ void consume(const ManyRowsProblem &p, unsigned char *shared) {
-    constexpr int DISTANCE = L::BUFFERS - 1;
+    constexpr int DISTANCE = L::BUFFERS - 1, STEPS = CHUNKS * B::PASSES;
     constexpr uint32_t NONE = ~0u;
     const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + B::BOOKS;
     Work<L> work(p);
@@ -494,8 +523,12 @@ __device__ __forceinline__ void consume(const ManyRowsProblem &p, unsigned char 
     codes.load(word);
 #pragma unroll
     for (int i = 0; i < L::AHEAD; ++i) codes.load(next[i]);
-    B::template fill<L::THREADS>(shared, p);
-    __syncthreads();
+    const int output =
+        min(static_cast<int>(work.tile / p.row_tiles) * L::OUTS + static_cast<int>(threadIdx.x) / 4 * 2, p.out - 1);
+    prefetch(static_cast<const uint16_t *>(p.scales) + output);
+    if (p.bias) prefetch(static_cast<const uint16_t *>(p.bias) + output);
+    B::template fill<L::CONSUMERS>(shared, p);
+    sync_threads_of(1, L::CONSUMERS);
     const uint32_t bank = B::bank();
 #pragma unroll
     for (int i = 0; i < DISTANCE; ++i) B::decode(a[i], shared, p, word, i, bank);
@@ -508,29 +541,32 @@ __device__ __forceinline__ void consume(const ManyRowsProblem &p, unsigned char 
     uint32_t parity = 0, first_shared = NONE, last_shared = NONE;
     Mail<T, L> mail = {stages};
     do {
-        float c[L::N / 2];
+        float sums[L::SUMS][L::N / 2];
 #pragma unroll
-        for (int i = 0; i < L::N / 2; ++i) c[i] = 0;
+        for (int i = 0; i < L::SUMS * L::N / 2; ++i) sums[i / (L::N / 2)][i % (L::N / 2)] = 0;
         for (uint32_t unit = work.first; unit < work.last; ++unit) {
 #pragma unroll
-            for (int i = 0; i < CHUNKS; ++i) {
-                if (i % L::STAGE_CHUNKS == 0) mbarrier_wait(stages + L::FULL + stage * 8, parity);
-                const uint64_t rows =
-                    wgmma_rows(stages + stage * L::STAGE_BYTES + i % L::STAGE_CHUNKS * L::CHUNK_BYTES);
+            for (int s = 0; s < STEPS; ++s) {
+                const int i = s / B::PASSES % L::STAGE_CHUNKS;
+                const bool begins = i == 0 && s % B::PASSES == 0; /* a stage */
+                if (begins) mbarrier_wait(stages + L::FULL + stage * 8, parity);
+                const uint64_t rows = wgmma_rows(stages + stage * L::STAGE_BYTES + i * L::CHUNK_BYTES);
                 wgmma_fence();
 #pragma unroll
-                for (int step = 0; step < 4; ++step) wgmma<T, L::N>(c, a[i % L::BUFFERS][step], rows + step * 2);
+                for (int step = 0; step < 4; ++step)
+                    wgmma<T, L::N>(sums[step % L::SUMS], a[s % L::BUFFERS][step], rows + step * 2);
                 wgmma_commit();
-                wgmma_wait<1>(); /* of the chunk before */
-                if (i % L::STAGE_CHUNKS == 0) {
-                    if ((i > 0 || unit > work.first) && threadIdx.x % 32 == 0)
+                wgmma_wait<1>(); /* of the step before */
+                if (begins) {
+                    if ((s > 0 || unit > work.first) && threadIdx.x % 32 == 0)
                         mbarrier_arrive(stages + L::EMPTY + last_stage * 8);
                     last_stage = stage;
                 }
-                if (i % L::STAGE_CHUNKS == L::STAGE_CHUNKS - 1 && ++stage == L::STAGES) stage = 0, parity ^= 1;
-                constexpr int LAST = CHUNKS - DISTANCE;
-                if (i < LAST) B::decode(a[(i + DISTANCE) % L::BUFFERS], shared, p, word, i + DISTANCE, bank);
-                else B::decode(a[(i + DISTANCE) % L::BUFFERS], shared, p, next[0], i - LAST, bank);
+                if (i == L::STAGE_CHUNKS - 1 && s % B::PASSES == B::PASSES - 1 && ++stage == L::STAGES)
+                    stage = 0, parity ^= 1;
+                constexpr int LAST = STEPS - DISTANCE;
+                if (s < LAST) B::decode(a[(s + DISTANCE) % L::BUFFERS], shared, p, word, s + DISTANCE, bank);
+                else B::decode(a[(s + DISTANCE) % L::BUFFERS], shared, p, next[0], s - LAST, bank);
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half)
@@ -544,6 +580,11 @@ __device__ __forceinline__ void consume(const ManyRowsProblem &p, unsigned char 
         }
         wgmma_wait<0>();
         if (threadIdx.x % 32 == 0) mbarrier_arrive(stages + L::EMPTY + last_stage * 8);
+        float (&c)[L::N / 2] = sums[0];
+#pragma unroll
+        for (int i = 0; i < L::N / 2; ++i)
+#pragma unroll
+            for (int other = 1; other < L::SUMS; ++other) c[i] += sums[other][i];
         clock_at(p, 3);
         if constexpr (L::CLUSTER > 1) mail.exchange(p, c, shared + B::BOOKS, work.tile);
         else if (work.last - work.first == static_cast<uint32_t>(p.units)) {
@@ -580,9 +621,8 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS) many_rows_kernel(const 
     __syncwarp();
     if constexpr (L::CLUSTER > 1) announce();
     if constexpr (L::DIRECT) wait_for_kernels_before();
+    __syncthreads();
     if (__shfl_sync(~0u, threadIdx.x / 32, 0) >= L::CONSUMERS / 32) {
-        B::template fill<L::THREADS>(shared, p);
-        __syncthreads();
         if constexpr (L::REALLOCATES && !L::DIRECT) release_registers<L::OF_PRODUCER>();
         if constexpr (!L::DIRECT) wait_for_kernels_before();
         if constexpr (L::CLUSTER > 1) await_others();
@@ -600,23 +640,24 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS) many_rows_kernel(const 
 #endif
 }
 
-/* What a launch needs of the workspace: x in tiles, parts, counters. */
-template <class L> struct ManyRowsWorkspace {
+/* How many tiles of n rows by `outs` outputs there are, blocks that share them, and bytes of the workspace: x in tiles,
+ * parts, counters. */
+struct ManyRowsCut {
     int64_t row_tiles, tiles, units, blocks, x_bytes, part_bytes, bytes;
-    ManyRowsWorkspace(int64_t out, int64_t in, int64_t n_rows, int sms) {
-        row_tiles = divide_up(n_rows, L::N), units = divide_up(in, UNIT_COLUMNS);
-        tiles = divide_up(out, L::OUTS) * row_tiles;
-        blocks = std::min<int64_t>(int64_t{sms} * L::BLOCKS, tiles * units);
-        x_bytes = L::DIRECT ? 0 : row_tiles * units * CHUNKS * L::CHUNK_BYTES;
-        part_bytes = L::CLUSTER ? 0 : blocks * 2 * L::N * L::OUTS * 4;
-        bytes = x_bytes + part_bytes + (L::CLUSTER ? 0 : tiles * 4);
+    ManyRowsCut(int64_t out, int64_t in, int64_t n_rows, int n, int outs, int64_t most_blocks) {
+        row_tiles = divide_up(n_rows, n), units = divide_up(in, UNIT_COLUMNS);
+        tiles = divide_up(out, outs) * row_tiles;
+        blocks = std::min(most_blocks, tiles * units);
+        x_bytes = row_tiles * units * CHUNKS * n * 128;
+        part_bytes = blocks * 2 * n * outs * 4;
+        bytes = x_bytes + part_bytes + tiles * 4;
     }
 };
 
 template <class T, class B, class L>
 cudaError_t launch_many_rows(ManyRowsProblem p, void *workspace, const Device &device, cudaStream_t stream) {
     constexpr auto kernel = many_rows_kernel<T, B, L>;
-    const ManyRowsWorkspace<L> w(p.out, p.in, p.n_rows, device.sms);
+    const ManyRowsCut w(p.out, p.in, p.n_rows, L::N, L::OUTS, int64_t{device.sms} * L::BLOCKS);
     p.x_tiles = static_cast<unsigned char *>(workspace);
     p.parts = reinterpret_cast<float4 *>(p.x_tiles + w.x_bytes);
     p.arrived = reinterpret_cast<unsigned *>(p.x_tiles + w.x_bytes + w.part_bytes);
@@ -636,6 +677,7 @@ cudaError_t launch_many_rows(ManyRowsProblem p, void *workspace, const Device &d
         if (const cudaError_t error = resident_clusters<kernel>(clusters, L::CLUSTER, L::THREADS, device)) return error;
         blocks = std::min<int64_t>(clusters, w.tiles) * L::CLUSTER;
     }
+    p.shares = {static_cast<uint32_t>(w.tiles * w.units / blocks), static_cast<uint32_t>(w.tiles * w.units % blocks)};
     if constexpr (!L::DIRECT) {
         constexpr int64_t THREADS = 256;
         const auto arranging = static_cast<unsigned>(divide_up(w.row_tiles * L::N * w.units * 8, THREADS));
