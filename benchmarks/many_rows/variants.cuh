@@ -21,6 +21,7 @@ template <class T, class B, class L> void pipelined(const Variant &try_it, int o
                              (L::BLOCKS > 1 ? number("b", L::BLOCKS) : "") +
                              (L::CLUSTER ? number("c", L::CLUSTER) : "") + (L::DIRECT ? " d" : "") +
                              (L::SUMS > 1 ? number("sums", L::SUMS) : "") + (L::HINT ? number("hint", L::HINT) : "") +
+                             (L::MMA ? number("mma", L::MMA) : "") +
                              (B::COPIES * B::PIECE < 128 ? number("copies", B::COPIES) : "");
     if (L::CLUSTER > (in + 255) / 256) return;
     if (B::BOOKS + L::BYTES > 227 * 1024) return;
@@ -66,31 +67,38 @@ void for_each_variant(int out, int in, int n, int K, int code, int g, int sms, c
             TILING(16, 2, 8, 1, 1, 2, 1, 0, false, 2);
             TILING(16, 2, 8, 1, 1, 2, 1, 0, false, 4);
             TILING(16, 2, 8, 1, 1, 2, 1, 0, false, 1, 256);
-            TILING(16, 3, 8, 1, 1, 2, 1, 0, false, 4);
-            TILING(16, 4, 8, 1, 1, 2, 1, 0, false, 2);
+            TILING(16, 2, 8, 1, 1, 2, 1, 0, false, 1, 1);
+            TILING(16, 2, 8, 1, 1, 2, 1, 0, false, 1, 0, 2);
+            TILING(16, 2, 8, 1, 1, 2, 1, 0, false, 1, 0, 1);
+            TILING(16, 2, 4, 4, 1, 2, 1, 4, true, 1, 0, 1);
+            TILING(16, 3, 8, 1, 1);
             TILING(16, 2, 8, 1, 2, 2, 1, 4);
             TILING(16, 2, 4, 4, 2, 2, 1, 4, true);
-            TILING(16, 2, 4, 4, 1, 2, 1, 4, true, 4);
             TILING(16, 2, 4, 4, 1, 2, 1, 8, true, 4);
             TILING(16, 1, 4, 4, 1, 2, 2, 4, true);
         } else if (n <= 32) {
             TILING(32, 2, 8, 1, 1);
             TILING(32, 2, 8, 1, 1, 2, 1, 0, false, 2);
             TILING(32, 2, 8, 1, 1, 2, 1, 0, false, 1, 256);
-            TILING(32, 3, 8, 1, 1, 2, 1, 0, false, 2);
+            TILING(32, 2, 8, 1, 1, 2, 1, 0, false, 1, 1);
+            TILING(32, 2, 8, 1, 1, 2, 1, 0, false, 1, 0, 2);
+            TILING(32, 3, 8, 1, 1, 2, 1, 0, false, 1, 0, 1);
+            TILING(32, 2, 4, 4, 1, 2, 1, 4, true, 1, 0, 1);
+            TILING(32, 3, 8, 1, 1);
             TILING(32, 4, 8, 1, 1);
             TILING(32, 2, 4, 4, 1, 2, 1, 4, true);
-            TILING(32, 2, 4, 4, 1, 2, 1, 4, true, 2);
         } else if (n <= 64) {
             TILING(64, 2, 8, 1, 1);
             TILING(64, 2, 8, 1, 1, 2, 1, 0, false, 2);
             TILING(64, 2, 8, 1, 1, 2, 1, 0, false, 1, 256);
+            TILING(64, 2, 8, 1, 1, 2, 1, 0, false, 1, 1);
+            TILING(64, 2, 8, 1, 1, 2, 1, 0, false, 1, 0, 1);
             TILING(64, 3, 8, 1, 1);
             TILING(64, 4, 8, 1, 1);
             TILING(64, 2, 3, 4, 1, 2, 1, 4, true);
         } else if (n <= 128) {
             TILING(128, 2, 8, 1, 1);
-            TILING(128, 2, 8, 1, 1, 2, 1, 0, false, 1, 256);
+            TILING(128, 2, 8, 1, 1, 2, 1, 0, false, 1, 1);
             TILING(128, 3, 8, 1, 1);
             TILING(128, 2, 5, 1, 1, 2, 1, 4);
             TILING(64, 2, 8, 1, 1);

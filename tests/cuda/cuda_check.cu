@@ -1,7 +1,8 @@
 /* cuda_check.cu: the launchers of aqlm_cuda.h against plain sums on the CPU, without torch or Python: small enough for
  * compute-sanitizer. test_cuda.py builds and runs it; by hand:
  *
- *   nvcc -std=c++17 -O3 -arch=native -Icsrc tests/cuda/cuda_check.cu $(find csrc/cuda -name "*.cu") \
+ *   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Icsrc tests/cuda/cuda_check.cu \
+ *     $(find csrc/cuda -name "*.cu") \
  *     csrc/core/runtime/rng.c -o cuda_check
  *   for tool in memcheck racecheck initcheck synccheck; do compute-sanitizer --tool $tool ./cuda_check; done
  *
@@ -61,14 +62,15 @@ struct Format {
 /* Each kernel (tables of every g and K, gathers from shared memory and L2, planes, tiles, plain), sizes around its
  * tiles. */
 const Format FORMATS[] = {
-    {520, 1056, 2, 8, 1, 8},  {137, 1024, 4, 8, 1, 8}, {77, 512, 8, 8, 1, 8},    {65, 520, 1, 8, 1, 8},
-    {64, 1376, 2, 8, 1, 8},   {192, 576, 3, 8, 1, 8},  {33, 256, 7, 7, 1, 8},    {65, 128, 2, 8, 1, 4},
-    {41, 512, 1, 8, 1, 16},   {30, 512, 2, 2, 1, 32},  {131, 1088, 1, 16, 1, 8}, {50, 16512, 1, 16, 1, 8},
-    {40, 320, 1, 14, 1, 8},   {40, 320, 1, 12, 1, 8},  {51, 768, 2, 12, 1, 8},   {12, 264, 1, 15, 1, 8},
-    {28, 512, 3, 10, 1, 16},  {28, 520, 2, 8, 2, 8},   {40, 2816, 8, 8, 1, 8},   {10, 8, 1, 8, 1, 8},
-    {2060, 8832, 2, 8, 1, 8}, {16, 17024, 8, 8, 1, 8}, {16, 33920, 8, 8, 1, 8},  {48, 512, 8, 8, 1, 16},
-    {48, 256, 8, 6, 1, 4},    {49, 640, 5, 8, 1, 8},   {50, 512, 6, 8, 1, 4},    {35, 1024, 3, 8, 1, 16},
-    {36, 2048, 5, 5, 1, 32},  {70, 1024, 3, 8, 1, 8},  {33, 12288, 3, 8, 1, 8},
+    {520, 1056, 2, 8, 1, 8},  {137, 1024, 4, 8, 1, 8},  {77, 512, 8, 8, 1, 8},    {65, 520, 1, 8, 1, 8},
+    {64, 1376, 2, 8, 1, 8},   {192, 576, 3, 8, 1, 8},   {33, 256, 7, 7, 1, 8},    {65, 128, 2, 8, 1, 4},
+    {41, 512, 1, 8, 1, 16},   {30, 512, 2, 2, 1, 32},   {131, 1088, 1, 16, 1, 8}, {50, 16512, 1, 16, 1, 8},
+    {40, 320, 1, 14, 1, 8},   {40, 320, 1, 12, 1, 8},   {51, 768, 2, 12, 1, 8},   {12, 264, 1, 15, 1, 8},
+    {28, 512, 3, 10, 1, 16},  {28, 520, 2, 8, 2, 8},    {40, 2816, 8, 8, 1, 8},   {10, 8, 1, 8, 1, 8},
+    {2060, 8832, 2, 8, 1, 8}, {16, 17024, 8, 8, 1, 8},  {16, 33920, 8, 8, 1, 8},  {48, 512, 8, 8, 1, 16},
+    {48, 256, 8, 6, 1, 4},    {49, 640, 5, 8, 1, 8},    {50, 512, 6, 8, 1, 4},    {35, 1024, 3, 8, 1, 16},
+    {36, 2048, 5, 5, 1, 32},  {70, 1024, 3, 8, 1, 8},   {33, 12288, 3, 8, 1, 8},  {130, 1024, 1, 16, 1, 16},
+    {190, 512, 4, 8, 1, 16},  {131, 1024, 2, 8, 1, 32}, {129, 640, 1, 8, 1, 4},
 };
 
 /* Paths of products of float16, of 8 rows at a time and of those behind. */
@@ -88,7 +90,9 @@ const struct {
     {{4096, 4096, 1, 16, 1, 8}, 9, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
     {{4096, 4096, 1, 16, 1, 8}, 17, AQLM_CUDA_TILES, AQLM_CUDA_TILES},
     {{4096, 4096, 8, 8, 1, 8}, 4, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES},
-    {{4096, 4096, 8, 8, 1, 8}, 5, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE},
+    {{4096, 4096, 8, 8, 1, 8}, 5, AQLM_CUDA_TILES, AQLM_CUDA_TILES},
+    {{4096, 4096, 8, 8, 1, 8}, 65, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE},
+    {{4096, 4096, 1, 16, 1, 16}, 1, AQLM_CUDA_TILES, AQLM_CUDA_TILES},
     {{4096, 4096, 2, 8, 2, 8}, 1, AQLM_CUDA_PLAIN, AQLM_CUDA_PLAIN},
 };
 

@@ -50,6 +50,8 @@ bool can_tile(const aqlm_shape &s, const Device &device) {
     return (g == 8 && K <= 8) || ((g == 4 || g == 16) && K <= 4) || (g == 32 && (K <= 2 || K == 4));
 }
 
+int64_t most_tiled(const aqlm_shape &s) { return s.num_codebooks > 4 ? 64 : 512; }
+
 int tile_rows_of(const aqlm_shape &s, int64_t n_rows) {
     const bool finer = s.nbits_per_codebook <= 8 && s.in_group_size == 8 && s.num_codebooks <= 2;
     if (s.num_codebooks > 4) return 64;

@@ -175,20 +175,23 @@ template <class T, int K_, int CODE_, int G_, int COPIES_ = G_ == 4 ? 16 : 8> st
  * fragments of BUFFERS chunks. CLUSTER blocks share a tile, or, 0, blocks take what comes. DIRECT: x is read as it is,
  * by a warpgroup that arranges it on its way, in stages of whole units. */
 template <int N_, int WARPGROUPS_, int STAGES_, int STAGE_CHUNKS_, int AHEAD_ = 1, int BUFFERS_ = 2, int BLOCKS_ = 1,
-          int CLUSTER_ = 0, bool DIRECT_ = false, int SUMS_ = 1, int HINT_ = 0>
+          int CLUSTER_ = 0, bool DIRECT_ = false, int SUMS_ = 1, int HINT_ = 0, int MMA_ = 0>
 struct ManyRowsTiling {
     static constexpr int N = N_, WARPGROUPS = WARPGROUPS_, STAGES = STAGES_, STAGE_CHUNKS = STAGE_CHUNKS_;
     static constexpr int AHEAD = AHEAD_, BUFFERS = BUFFERS_, BLOCKS = BLOCKS_, CLUSTER = CLUSTER_;
     static constexpr bool DIRECT = DIRECT_;
     static constexpr int SUMS = SUMS_, HINT = HINT_;
+    /* Times 64 outputs of a warpgroup by mma.sync; 0: 64 by wgmma. */
+    static constexpr int MMA = MMA_, M = MMA > 0 ? MMA : 1, FRAGMENTS = M * N / 8;
     /* Registers are dealt out by warpgroups: where they are short, the producer is one that gives its own up. */
     static constexpr bool REALLOCATES = N >= 128 || WARPGROUPS > 2;
     static constexpr int OF_CONSUMER = WARPGROUPS <= 2 ? 240 : WARPGROUPS == 3 ? 160 : 112; /* registers */
     static constexpr int OF_PRODUCER = WARPGROUPS == 3 ? 32 : 24;
-    static constexpr int CONSUMERS = WARPGROUPS * 128, OUTS = WARPGROUPS * 64;
+    static constexpr int CONSUMERS = WARPGROUPS * 128, OUTS = WARPGROUPS * 64 * M;
     static constexpr int THREADS = CONSUMERS + (REALLOCATES || DIRECT ? 128 : 32);
     static constexpr int CHUNK_BYTES = N * 128, STAGE_BYTES = STAGE_CHUNKS * CHUNK_BYTES;
-    static constexpr int MAIL_BYTES = CLUSTER > 1 ? OUTS * N * 4 : 0; /* sums that other blocks send */
+    /* sums that other blocks send */
+    static constexpr int MAIL_BYTES = CLUSTER > 1 ? (FRAGMENTS + CLUSTER - 1) / CLUSTER * CLUSTER * CONSUMERS * 16 : 0;
     static_assert(CHUNKS % BUFFERS == 0);
     static_assert(!DIRECT || (STAGE_CHUNKS == CHUNKS && CLUSTER > 0)); /* one kernel alone */
 
@@ -290,6 +293,38 @@ template <class L> __device__ void produce(const ManyRowsProblem &p, uint32_t st
     } while (work.next(p));
 }
 
+/* A warp: the same, and codes are fetched to L2 line by line, AHEAD_BYTES of each row before they are read. */
+template <class B, class L> __device__ void produce_and_prefetch(const ManyRowsProblem &p, uint32_t stages) {
+    constexpr int UNIT_BYTES = 4 * B::BYTES, AHEAD_BYTES = 512;
+    const int lane = threadIdx.x % 32, row_bytes = p.in / 64 * B::BYTES;
+    int stage = 0;
+    uint32_t parity = 1;
+    Work<L> work(p);
+    do {
+        const unsigned char *from =
+            p.x_tiles + (static_cast<size_t>(work.tile % p.row_tiles) * p.units + work.first) * CHUNKS * L::CHUNK_BYTES;
+        const int first_out = static_cast<int>(work.tile / p.row_tiles) * L::OUTS;
+        int fetched = work.first * UNIT_BYTES & ~127; /* bytes of each row */
+        for (uint32_t unit = work.first; unit < work.last; ++unit) {
+            if (lane == 0)
+                for (int i = 0; i < CHUNKS; i += L::STAGE_CHUNKS, from += L::STAGE_BYTES) {
+                    const uint32_t full = stages + L::FULL + stage * 8;
+                    mbarrier_wait(stages + L::EMPTY + stage * 8, parity);
+                    mbarrier_expect(full, L::STAGE_BYTES);
+                    fetch_bulk(stages + stage * L::STAGE_BYTES, from, L::STAGE_BYTES, full);
+                    if (++stage == L::STAGES) stage = 0, parity ^= 1;
+                }
+            __syncwarp();
+            const int end = min(
+                min(static_cast<int>(unit + 1) * UNIT_BYTES + AHEAD_BYTES, static_cast<int>(work.last) * UNIT_BYTES),
+                row_bytes);
+            for (; fetched < end; fetched += 128)
+                for (int r = lane; r < L::OUTS; r += 32)
+                    prefetch(p.codes + static_cast<size_t>(min(first_out + r, p.out - 1)) * row_bytes + fetched);
+        }
+    } while (work.next(p));
+}
+
 /* 16 bytes c of row n of a chunk, which lie at c ^ n % 8, hold numbers 2c and 2c + 1 of the 16 of each q: from v[q],
  * the first or second half of these. */
 __device__ inline void arrange(uint4 *row, int n, int half, const uint4 (&v)[4]) {
@@ -351,27 +386,28 @@ template <class L> __device__ void produce_directly(const ManyRowsProblem &p, un
 template <class B, class L> struct CodeStream {
     const ManyRowsProblem &p;
     const size_t row_bytes;
-    const unsigned char *from[2];
+    const unsigned char *from[2 * L::M];
     Work<L> work;
     uint32_t unit;
     const int row, quad;
 
     __device__ explicit CodeStream(const ManyRowsProblem &problem)
         : p(problem), row_bytes(static_cast<size_t>(p.in) / 64 * B::BYTES), work(problem), unit(work.first),
-          row(threadIdx.x / 4 * 2), quad(threadIdx.x % 4) {
+          row(threadIdx.x / 128 * 64 * L::M + threadIdx.x % 128 / 4 * 2), quad(threadIdx.x % 4) {
         go_to();
     }
     __device__ void go_to() {
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            from[half] =
-                p.codes + min(static_cast<int>(work.tile / p.row_tiles) * L::OUTS + row + half, p.out - 1) * row_bytes;
+        for (int i = 0; i < 2 * L::M; ++i) {
+            const int o = static_cast<int>(work.tile / p.row_tiles) * L::OUTS + row + i / 2 * 64 + i % 2;
+            from[i] = p.codes + min(o, p.out - 1) * row_bytes;
+        }
     }
-    __device__ void load(uint32_t (&to)[2][B::WORDS]) {
+    __device__ void load(uint32_t (&to)[L::M][2][B::WORDS]) {
         const int part = unit * 4 + quad;
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            load_codes<B::BYTES, L::HINT>(to[half], from[half] + (part * 64 < p.in ? part * B::BYTES : 0));
+        for (int i = 0; i < 2 * L::M; ++i)
+            load_codes<B::BYTES, L::HINT>(to[i / 2][i % 2], from[i] + (part * 64 < p.in ? part * B::BYTES : 0));
         if (++unit < work.last) return;
         if (work.next(p)) unit = work.first, go_to();
         else --unit; /* the last again, which nothing reads */
@@ -385,8 +421,9 @@ template <class T, class L> struct Finish {
     float scale[2], bias[2];
     bool in_pairs;
 
-    __device__ Finish(const ManyRowsProblem &problem, uint32_t tile)
-        : p(problem), o(static_cast<int>(tile / p.row_tiles) * L::OUTS + threadIdx.x / 4 * 2),
+    __device__ Finish(const ManyRowsProblem &problem, uint32_t tile, int m = 0)
+        : p(problem), o(static_cast<int>(tile / p.row_tiles) * L::OUTS + threadIdx.x / 128 * 64 * L::M + m * 64 +
+                        threadIdx.x % 128 / 4 * 2),
           first_row(static_cast<int>(tile % p.row_tiles) * L::N + threadIdx.x % 4 * 2), in_pairs(p.out % 2 == 0) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -406,11 +443,19 @@ template <class T, class L> struct Finish {
         }
     }
     /* Fragments of 8 rows. */
-    __device__ void store(int j, const float4 &v) const {
+    __device__ void store8(int j, const float4 &v) const {
         store(first_row + 8 * j, v.x, v.z);
         store(first_row + 8 * j + 1, v.y, v.w);
     }
 };
+
+/* Fragment j of a thread, of FRAGMENTS. */
+template <class T, class L>
+__device__ void finish_fragment(const ManyRowsProblem &p, const Finish<T, L> &first, uint32_t tile, int j,
+                                const float4 &v) {
+    if constexpr (L::M == 1) first.store8(j, v);
+    else Finish<T, L>(p, tile, j / (L::N / 8)).store8(j % (L::N / 8), v);
+}
 
 __device__ inline unsigned load_acquire(const unsigned *from) {
     unsigned v;
@@ -420,7 +465,7 @@ __device__ inline unsigned load_acquire(const unsigned *from) {
 
 /* This block's part of the sums of a tile that it shares. */
 template <class T, class L> __device__ void add_parts(const ManyRowsProblem &p, uint32_t tile) {
-    constexpr int THREADS = L::CONSUMERS, TILE = L::N / 8 * THREADS;
+    constexpr int THREADS = L::CONSUMERS, TILE = L::FRAGMENTS * THREADS;
     const Shares &shares = p.shares;
     const uint32_t first_unit = tile * p.units;
     const uint32_t first = shares.owner_of(first_unit), last = shares.owner_of(first_unit + p.units - 1);
@@ -431,14 +476,14 @@ template <class T, class L> __device__ void add_parts(const ManyRowsProblem &p, 
     sync_threads_of(1, THREADS);
     const auto *const of_first = p.parts + static_cast<size_t>(first) * 2 * TILE + threadIdx.x;
     const int late = shares.first_of(first) < first_unit; /* the first block's second part */
-    for (int j = L::N / 8 * own / sharers; j < L::N / 8 * (own + 1) / sharers; ++j) {
+    for (int j = L::FRAGMENTS * own / sharers; j < L::FRAGMENTS * (own + 1) / sharers; ++j) {
         float4 sum = __ldcg(of_first + late * TILE + j * THREADS);
 #pragma unroll 4
         for (int s = 1; s < sharers; ++s) {
             const float4 v = __ldcg(of_first + s * 2 * TILE + j * THREADS);
             sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
         }
-        finish.store(j, sum);
+        finish_fragment(p, finish, tile, j, sum);
     }
 }
 
@@ -448,14 +493,14 @@ __device__ inline void clock_at(const ManyRowsProblem &p, int i) {
 
 /* Sums of a cluster's blocks: 8 rows after 8 rows of a tile go to the block that finishes them. */
 template <class T, class L> struct Mail {
-    static constexpr int ROWS8 = L::N / 8;
+    static constexpr int ROWS8 = L::FRAGMENTS;
     const uint32_t at; /* of stages */
     uint32_t parity = 0;
 
     __device__ static int owner_of(int j) { return j * L::CLUSTER / ROWS8; }
     __device__ static int first_of(int rank) { return (rank * ROWS8 + L::CLUSTER - 1) / L::CLUSTER; }
 
-    __device__ void exchange(const ManyRowsProblem &p, const float (&c)[L::N / 2], unsigned char *memory,
+    __device__ void exchange(const ManyRowsProblem &p, const float (&c)[4 * L::FRAGMENTS], unsigned char *memory,
                              uint32_t tile) {
         const int rank = blockIdx.x % L::CLUSTER, first = first_of(rank), count = first_of(rank + 1) - first;
         const uint32_t full = at + L::MAIL_FULL, empty = at + L::MAIL_EMPTY;
@@ -486,7 +531,7 @@ template <class T, class L> struct Mail {
                     const float4 v = *from;
                     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
                 }
-                finish.store(j, sum);
+                finish_fragment(p, finish, tile, j, sum);
             }
         }
         /* to all, that this block's mail can be written again */
@@ -503,43 +548,167 @@ template <class T, class L> struct Mail {
 
 /* What this block shares with others goes to the workspace. */
 template <class L>
-__device__ void leave_part(const ManyRowsProblem &p, const float (&c)[L::N / 2], uint32_t tile, int late) {
-    float4 *const to = p.parts + (static_cast<size_t>(blockIdx.x) * 2 + late) * (L::N / 8 * L::CONSUMERS) + threadIdx.x;
+__device__ void leave_part(const ManyRowsProblem &p, const float (&c)[4 * L::FRAGMENTS], uint32_t tile, int late) {
+    float4 *const to =
+        p.parts + (static_cast<size_t>(blockIdx.x) * 2 + late) * (L::FRAGMENTS * L::CONSUMERS) + threadIdx.x;
 #pragma unroll
-    for (int j = 0; j < L::N / 8; ++j)
+    for (int j = 0; j < L::FRAGMENTS; ++j)
         __stcg(to + j * L::CONSUMERS, float4{c[4 * j], c[4 * j + 1], c[4 * j + 2], c[4 * j + 3]});
     sync_threads_of(1, L::CONSUMERS);
     if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p.arrived + tile) : "memory");
 }
 
-template <class T, class B, class L>
-__device__ __forceinline__ void consume(const ManyRowsProblem &p, unsigned char *shared) {
-    constexpr int DISTANCE = L::BUFFERS - 1, STEPS = CHUNKS * B::PASSES;
-    constexpr uint32_t NONE = ~0u;
-    const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + B::BOOKS;
-    Work<L> work(p);
-    CodeStream<B, L> codes(p);
-    uint32_t word[2][B::WORDS], next[L::AHEAD][2][B::WORDS], a[L::BUFFERS][4][4];
+/* What becomes of sums at the end of a segment, and of the block's work. */
+template <class T, class L> struct Ends {
+    static constexpr uint32_t NONE = ~0u;
+    Mail<T, L> mail;
+    uint32_t first_shared = NONE, last_shared = NONE; /* tiles */
+
+    __device__ void segment(const ManyRowsProblem &p, const float (&c)[4 * L::FRAGMENTS], unsigned char *memory,
+                            const Work<L> &work) {
+        clock_at(p, 3);
+        if constexpr (L::CLUSTER > 1) mail.exchange(p, c, memory, work.tile);
+        else if (work.last - work.first == static_cast<uint32_t>(p.units)) {
+#pragma unroll
+            for (int m = 0; m < L::M; ++m) {
+                const Finish<T, L> finish(p, work.tile, m);
+#pragma unroll
+                for (int j = 0; j < L::N / 8; ++j) {
+                    const int at = (m * L::N / 8 + j) * 4;
+                    finish.store8(j, {c[at], c[at + 1], c[at + 2], c[at + 3]});
+                }
+            }
+        } else {
+            const bool late = work.first == 0 && work.tile != Work<L>(p).tile;
+            leave_part<L>(p, c, work.tile, late);
+            (late ? last_shared : first_shared) = work.tile;
+        }
+    }
+    __device__ void block(const ManyRowsProblem &p) const {
+        clock_at(p, 4);
+        if (first_shared != NONE) add_parts<T, L>(p, first_shared);
+        if (last_shared != NONE) add_parts<T, L>(p, last_shared);
+        clock_at(p, 5);
+    }
+};
+
+/* Before the loop: the first codes are on their way, codebooks there. */
+template <class B, class L>
+__device__ __forceinline__ void begin_codes(const ManyRowsProblem &p, const Work<L> &work, CodeStream<B, L> &codes,
+                                            uint32_t (&word)[L::M][2][B::WORDS],
+                                            uint32_t (&next)[L::AHEAD][L::M][2][B::WORDS], unsigned char *shared) {
     codes.load(word);
 #pragma unroll
     for (int i = 0; i < L::AHEAD; ++i) codes.load(next[i]);
-    const int output =
-        min(static_cast<int>(work.tile / p.row_tiles) * L::OUTS + static_cast<int>(threadIdx.x) / 4 * 2, p.out - 1);
-    prefetch(static_cast<const uint16_t *>(p.scales) + output);
-    if (p.bias) prefetch(static_cast<const uint16_t *>(p.bias) + output);
+#pragma unroll
+    for (int m = 0; m < L::M; ++m) {
+        const int output = min(static_cast<int>(work.tile / p.row_tiles) * L::OUTS + codes.row + m * 64, p.out - 1);
+        prefetch(static_cast<const uint16_t *>(p.scales) + output);
+        if (p.bias) prefetch(static_cast<const uint16_t *>(p.bias) + output);
+    }
     B::template fill<L::CONSUMERS>(shared, p);
     sync_threads_of(1, L::CONSUMERS);
+}
+template <class B, class L>
+__device__ __forceinline__ void advance_codes(CodeStream<B, L> &codes, uint32_t (&word)[L::M][2][B::WORDS],
+                                              uint32_t (&next)[L::AHEAD][L::M][2][B::WORDS]) {
+#pragma unroll
+    for (int half = 0; half < 2 * L::M; ++half)
+#pragma unroll
+        for (int i = 0; i < B::WORDS; ++i) {
+            word[half / 2][half % 2][i] = next[0][half / 2][half % 2][i];
+#pragma unroll
+            for (int n = 0; n < L::AHEAD - 1; ++n) next[n][half / 2][half % 2][i] = next[n + 1][half / 2][half % 2][i];
+        }
+    codes.load(next[L::AHEAD - 1]);
+}
+
+/* Four 8 x 8 matrices of 16-bit numbers, whose rows the lanes point at. */
+__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+/* By mma.sync: for few rows wgmma takes longer than its size. */
+template <class T, class B, class L>
+__device__ __forceinline__ void consume_by_mma(const ManyRowsProblem &p, unsigned char *shared) {
+    static_assert(L::STAGE_CHUNKS == 1 || L::DIRECT);
+    constexpr int J = L::N / 8;
+    const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + B::BOOKS;
+    Work<L> work(p);
+    CodeStream<B, L> codes(p);
+    uint32_t word[L::M][2][B::WORDS], next[L::AHEAD][L::M][2][B::WORDS];
+    begin_codes<B, L>(p, work, codes, word, next, shared);
+    const uint32_t bank = B::bank(), lane = threadIdx.x % 32;
+    clock_at(p, 1);
+    if constexpr (!L::DIRECT) wait_for_kernels_before();
+    if constexpr (L::CLUSTER > 1) await_others();
+    clock_at(p, 2);
+    int stage = 0;
+    uint32_t parity = 0;
+    Ends<T, L> ends = {{stages}};
+    do {
+        float c[L::FRAGMENTS][4];
+#pragma unroll
+        for (int i = 0; i < 4 * L::FRAGMENTS; ++i) c[i / 4][i % 4] = 0;
+        for (uint32_t unit = work.first; unit < work.last; ++unit) {
+#pragma unroll
+            for (int i = 0; i < CHUNKS; ++i) {
+                const int at = i % L::STAGE_CHUNKS;
+                if (at == 0) mbarrier_wait(stages + L::FULL + stage * 8, parity);
+                const uint32_t rows =
+                    stages + stage * L::STAGE_BYTES + at * L::CHUNK_BYTES + lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;
+                uint32_t b[J][2][4];
+#pragma unroll
+                for (int j = 0; j < J; ++j)
+                    load_matrices(b[j][0], rows + j * 1024), load_matrices(b[j][1], (rows ^ 64) + j * 1024);
+                if (at == L::STAGE_CHUNKS - 1) {
+                    __syncwarp();
+                    if (lane == 0) mbarrier_arrive(stages + L::EMPTY + stage * 8);
+                    if (++stage == L::STAGES) stage = 0, parity ^= 1;
+                }
+#pragma unroll
+                for (int m = 0; m < L::M; ++m)
+#pragma unroll
+                    for (int pass = 0; pass < B::PASSES; ++pass) {
+                        uint32_t a[4][4];
+                        B::decode(a, shared, p, word[m], i * B::PASSES + pass, bank);
+#pragma unroll
+                        for (int step = 0; step < 4; ++step)
+#pragma unroll
+                            for (int j = 0; j < J; ++j)
+                                mma_k16<T>(c[m * J + j], a[step][0], a[step][1], a[step][2], a[step][3],
+                                           b[j][step / 2][step % 2 * 2], b[j][step / 2][step % 2 * 2 + 1]);
+                    }
+            }
+            advance_codes<B, L>(codes, word, next);
+        }
+        ends.segment(p, reinterpret_cast<const float (&)[4 * L::FRAGMENTS]>(c), shared + B::BOOKS, work);
+    } while (work.next(p));
+    ends.block(p);
+}
+
+template <class T, class B, class L>
+__device__ __forceinline__ void consume(const ManyRowsProblem &p, unsigned char *shared) {
+    constexpr int DISTANCE = L::BUFFERS - 1, STEPS = CHUNKS * B::PASSES;
+    const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + B::BOOKS;
+    Work<L> work(p);
+    CodeStream<B, L> codes(p);
+    uint32_t word[1][2][B::WORDS], next[L::AHEAD][1][2][B::WORDS], a[L::BUFFERS][4][4];
+    begin_codes<B, L>(p, work, codes, word, next, shared);
     const uint32_t bank = B::bank();
 #pragma unroll
-    for (int i = 0; i < DISTANCE; ++i) B::decode(a[i], shared, p, word, i, bank);
+    for (int i = 0; i < DISTANCE; ++i) B::decode(a[i], shared, p, word[0], i, bank);
     clock_at(p, 1);
     if constexpr (!L::DIRECT) wait_for_kernels_before(); /* the one that arranges x waited for what wrote codes */
     if constexpr (L::CLUSTER > 1) await_others();
     clock_at(p, 2);
 
     int stage = 0, last_stage = 0;
-    uint32_t parity = 0, first_shared = NONE, last_shared = NONE;
-    Mail<T, L> mail = {stages};
+    uint32_t parity = 0;
+    Ends<T, L> ends = {{stages}};
     do {
         float sums[L::SUMS][L::N / 2];
 #pragma unroll
@@ -565,18 +734,10 @@ __device__ __forceinline__ void consume(const ManyRowsProblem &p, unsigned char 
                 if (i == L::STAGE_CHUNKS - 1 && s % B::PASSES == B::PASSES - 1 && ++stage == L::STAGES)
                     stage = 0, parity ^= 1;
                 constexpr int LAST = STEPS - DISTANCE;
-                if (s < LAST) B::decode(a[(s + DISTANCE) % L::BUFFERS], shared, p, word, s + DISTANCE, bank);
-                else B::decode(a[(s + DISTANCE) % L::BUFFERS], shared, p, next[0], s - LAST, bank);
+                if (s < LAST) B::decode(a[(s + DISTANCE) % L::BUFFERS], shared, p, word[0], s + DISTANCE, bank);
+                else B::decode(a[(s + DISTANCE) % L::BUFFERS], shared, p, next[0][0], s - LAST, bank);
             }
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-#pragma unroll
-                for (int i = 0; i < B::WORDS; ++i) {
-                    word[half][i] = next[0][half][i];
-#pragma unroll
-                    for (int n = 0; n < L::AHEAD - 1; ++n) next[n][half][i] = next[n + 1][half][i];
-                }
-            codes.load(next[L::AHEAD - 1]);
+            advance_codes<B, L>(codes, word, next);
         }
         wgmma_wait<0>();
         if (threadIdx.x % 32 == 0) mbarrier_arrive(stages + L::EMPTY + last_stage * 8);
@@ -585,22 +746,9 @@ __device__ __forceinline__ void consume(const ManyRowsProblem &p, unsigned char 
         for (int i = 0; i < L::N / 2; ++i)
 #pragma unroll
             for (int other = 1; other < L::SUMS; ++other) c[i] += sums[other][i];
-        clock_at(p, 3);
-        if constexpr (L::CLUSTER > 1) mail.exchange(p, c, shared + B::BOOKS, work.tile);
-        else if (work.last - work.first == static_cast<uint32_t>(p.units)) {
-            const Finish<T, L> finish(p, work.tile);
-#pragma unroll
-            for (int j = 0; j < L::N / 8; ++j) finish.store(j, {c[4 * j], c[4 * j + 1], c[4 * j + 2], c[4 * j + 3]});
-        } else {
-            const bool late = work.first == 0 && work.tile != Work<L>(p).tile;
-            leave_part<L>(p, c, work.tile, late);
-            (late ? last_shared : first_shared) = work.tile;
-        }
+        ends.segment(p, c, shared + B::BOOKS, work);
     } while (work.next(p));
-    clock_at(p, 4);
-    if (first_shared != NONE) add_parts<T, L>(p, first_shared);
-    if (last_shared != NONE) add_parts<T, L>(p, last_shared);
-    clock_at(p, 5);
+    ends.block(p);
 }
 
 template <class T, class B, class L>
@@ -629,14 +777,19 @@ __global__ void __launch_bounds__(L::THREADS, L::BLOCKS) many_rows_kernel(const 
         if constexpr (L::DIRECT) produce_directly<L>(p, shared + B::BOOKS, stages);
         else {
             asm volatile("fence.proxy.async;" ::: "memory"); /* what they wrote is read by bulk copies */
-            if (threadIdx.x == L::CONSUMERS) produce<L>(p, stages);
+            if constexpr (L::HINT == 1) {
+                if (threadIdx.x < L::CONSUMERS + 32) produce_and_prefetch<B, L>(p, stages);
+            } else if (threadIdx.x == L::CONSUMERS) produce<L>(p, stages);
             __syncwarp();
         }
     } else {
         if constexpr (L::REALLOCATES && !L::DIRECT) take_registers<L::OF_CONSUMER>();
-        consume<T, B, L>(p, shared);
+        if constexpr (L::MMA > 0) consume_by_mma<T, B, L>(p, shared);
+        else consume<T, B, L>(p, shared);
     }
     if constexpr (L::CLUSTER > 1) announce(), await_others(); /* none leaves while others send to it */
+#else
+    __trap(); /* code for another GPU: sm_90a has wgmma */
 #endif
 }
 

@@ -14,7 +14,6 @@ int64_t slice_size(int64_t count, int64_t width, int64_t multiple) {
     constexpr int64_t MOST = int64_t{1} << 26;
     return std::min(count, divide_up(divide_up(count, divide_up(count * width, MOST)), multiple) * multiple);
 }
-constexpr int64_t MOST_TILED = 512; /* rows */
 constexpr int64_t DENSE_TILE = 128; /* widths that dense products are fast with */
 
 /* Whether several products are one launch, which shares what is fixed in it: 2.0 times as fast for q, k and v of a 7B
@@ -50,13 +49,15 @@ cudaError_t plan_matmul(aqlm_cuda_plan &plan, const aqlm_product *products, int6
     /* of more rows, decoding W for a dense product is faster (H100) */
     const bool gathers = is_half(w, dtype) && can_gather(s, device);
     const int64_t gathered = gathers ? most_gathered(s, device) : 0; /* rows of a launch */
-    if (n_rows > std::max<int64_t>(MAX_ROWS, gathered) && n_rows <= MOST_TILED && is_half(w, dtype) &&
-        can_tile(s, device)) {
-        if (s.out_features > INT32_MAX / 2 || s.in_features > INT32_MAX / 16) return cudaErrorInvalidValue;
-        plan.path = plan.last_path = AQLM_CUDA_TILES;
-        plan.launch_rows = tile_rows_of(s, n_rows);
-        plan.workspace = tile_workspace(s, n_rows, plan.launch_rows, device);
-        return cudaSuccess;
+    if (is_half(w, dtype) && can_tile(s, device)) {
+        const int64_t few = gathers ? std::max<int64_t>(MAX_ROWS, gathered) : can_look_up(s, device) ? MAX_ROWS / 2 : 0;
+        if (n_rows > few && n_rows <= most_tiled(s)) {
+            if (s.out_features > INT32_MAX / 2 || s.in_features > INT32_MAX / 16) return cudaErrorInvalidValue;
+            plan.path = plan.last_path = AQLM_CUDA_TILES;
+            plan.launch_rows = tile_rows_of(s, n_rows);
+            plan.workspace = tile_workspace(s, n_rows, plan.launch_rows, device);
+            return cudaSuccess;
+        }
     }
     const int64_t most_rows = !gathers ? MAX_ROWS / 2 : s.nbits_per_codebook > 8 ? gathered : 3 * MAX_ROWS;
     if (n_rows > most_rows) {

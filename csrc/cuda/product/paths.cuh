@@ -58,6 +58,7 @@ cudaError_t run_shards(const Launch &);
 
 /* Many rows by tiles (many_rows.cu): all rows of the launch's x at once, tile_rows of them in a tile. */
 bool can_tile(const aqlm_shape &s, const Device &device);
+int64_t most_tiled(const aqlm_shape &s); /* rows for which that is faster than dense products */
 int tile_rows_of(const aqlm_shape &s, int64_t n_rows);
 size_t tile_workspace(const aqlm_shape &s, int64_t n_rows, int tile_rows, const Device &device);
 cudaError_t run_tiles(const Launch &, int tile_rows);
