@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -222,8 +223,7 @@ struct Tester {
     Options options;
     Cublas cublas;
     aqlm_cuda::Device device;
-    cudaStream_t stream, side;
-    cudaEvent_t events[5];
+    cudaStream_t stream;
     std::FILE *json = nullptr;
     bool first_row = true;
     int failures = 0;
@@ -235,8 +235,6 @@ struct Tester {
     explicit Tester(const Options &o) : options(o) {
         check(aqlm_cuda::current_device(device), "device");
         check(cudaStreamCreate(&stream), "stream");
-        check(cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking), "stream");
-        for (auto &event : events) check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "event");
         clocks = allocate<long long>(4096 * 64), errors = allocate<double>(64);
         workspace = allocate<char>(workspace_bytes);
         if (!o.json.empty() && (json = std::fopen(o.json.c_str(), "w"))) std::fprintf(json, "[\n");
@@ -364,13 +362,8 @@ struct Tester {
             };
             for_each_variant<T>(out, in, n, K, code, g, device.sms, variant);
             if (K == 2 && code == 1 && g == 8 && cublas.found())
-                for (const int slice : {1024, 2048, 4096, out})
-                    for (const int blocks : {0, 4, 8}) /* 0: all, one after the other */
-                        if (slice == out ? blocks == 0 : slice < out)
-                            variant(5,
-                                    "slices of " + std::to_string(slice) +
-                                        (blocks ? " beside " + std::to_string(blocks) : ""),
-                                    slices<T>(slice, blocks), (blocks ? 2 : 1) * size_t(slice) * in * 2);
+                for (const int slice : std::set<int>{std::min(1024, out), std::min(4096, out), out})
+                    variant(4, "dense slices of " + std::to_string(slice), slices<T>(slice), size_t(slice) * in * 2);
         }
         for (auto *c : codes) cudaFree(c);
         for (auto *d : dense) cudaFree(d);
@@ -379,23 +372,18 @@ struct Tester {
             cudaFree(p);
     }
 
-    /* W slice by slice for cuBLAS; with `blocks`, by so many blocks of a second stream, a slice ahead. */
-    template <class T> Run slices(int slice, int blocks) {
+    /* W slice by slice, for cuBLAS. */
+    template <class T> Run slices(int slice) {
         return [=](const aqlm_cuda::ManyRowsProblem &p, void *space, const aqlm_cuda::Device &, cudaStream_t stream) {
             constexpr auto decode = decode_some_kernel<T>;
             if (const auto e = cudaFuncSetAttribute(decode, cudaFuncAttributeMaxDynamicSharedMemorySize, 65536))
                 return e;
-            if (blocks) cudaEventRecord(events[0], stream), cudaStreamWaitEvent(side, events[0], 0);
-            for (int first = 0, i = 0; first < p.out; first += slice, ++i) {
+            T *const w = static_cast<T *>(space);
+            for (int first = 0; first < p.out; first += slice) {
                 const int outs = std::min(slice, p.out - first);
-                T *const w = static_cast<T *>(space) + (blocks ? i % 2 * size_t(slice) * p.in : 0);
-                if (blocks && i > 1) cudaStreamWaitEvent(side, events[1 + i % 2], 0);
-                const int all = i == 0 || !blocks ? 264 : blocks;
-                decode<<<all, 512, 65536, blocks ? side : stream>>>(p, w, first, outs);
-                if (blocks) cudaEventRecord(events[3 + i % 2], side), cudaStreamWaitEvent(stream, events[3 + i % 2], 0);
+                decode<<<264, 512, 65536, stream>>>(p, w, first, outs);
                 cublas.product(static_cast<T *>(p.y) + first, p.x, w, outs, p.in, p.n_rows, std::is_same_v<T, __half>,
                                stream, p.out);
-                if (blocks) cudaEventRecord(events[1 + i % 2], stream);
             }
             return cudaGetLastError();
         };
@@ -410,17 +398,17 @@ struct Tester {
         std::vector<long long> host(BLOCKS * 8);
         check(cudaStreamSynchronize(stream), "phases");
         check(cudaMemcpy(host.data(), clocks, BLOCKS * 64, cudaMemcpyDeviceToHost), "phases");
-        const char *names[] = {"fill", "wait", "loop", "parts", "finish"};
+        const char *names[] = {"fill", "loop", "parts", "finish"};
         int blocks = 0;
-        double mean[5] = {};
+        double mean[4] = {};
         for (int b = 0; b < BLOCKS; ++b) {
             const long long *c = host.data() + b * 8;
             if (!c[0]) continue;
             ++blocks;
-            for (int i = 0; i < 5; ++i) mean[i] += double(c[i + 1] - c[i]);
+            for (int i = 0; i < 4; ++i) mean[i] += double(c[i + 1] - c[i]);
         }
         std::printf(" cycles:");
-        for (int i = 0; i < 5; ++i) std::printf(" %s %.0f", names[i], mean[i] / std::max(blocks, 1));
+        for (int i = 0; i < 4; ++i) std::printf(" %s %.0f", names[i], mean[i] / std::max(blocks, 1));
     }
 };
 

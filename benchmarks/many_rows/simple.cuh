@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(256) fragments_kernel(const ManyRowsProblem p)
     }
 }
 
-/* 5: outputs first .. first + outs of W, scaled, for cuBLAS; as many blocks as there are of it. */
+/* 4: outputs first .. first + outs of W, scaled, for cuBLAS; as many blocks as there are of it. */
 template <class T>
 __global__ void __launch_bounds__(512) decode_some_kernel(const ManyRowsProblem p, T *w, int first, int outs) {
     extern __shared__ __align__(16) unsigned char books[]; /* [256][2][8 copies] entries */

@@ -6,8 +6,8 @@
  *     csrc/core/runtime/rng.c -o cuda_check
  *   for tool in memcheck racecheck initcheck synccheck; do compute-sanitizer --tool $tool ./cuda_check; done
  *
- * Arguments: the numbers of the shapes to check, all of them without. Prints a line for each; exits with 1 if one is
- * wrong. Every array is an allocation of its own size. */
+ * With AQLM_C_TILES=1 many rows by tiles. Arguments: the numbers of the shapes to check, all of them without. Prints a
+ * line for each; exits with 1 if one is wrong. Every array is an allocation of its own size. */
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -78,22 +78,19 @@ const struct {
     Format format;
     int64_t rows;
     aqlm_cuda_path path, last_path;
+    bool tiled; /* where tiles are wanted */
 } PATHS[] = {
-    {{4096, 4096, 2, 8, 1, 8}, 1, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES},
-    {{4096, 4096, 2, 8, 1, 8}, 3, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
-    {{4096, 4096, 2, 8, 1, 8}, 9, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
-    {{4096, 4096, 2, 8, 1, 8}, 16, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
-    {{4096, 4096, 2, 8, 1, 8}, 17, AQLM_CUDA_TILES, AQLM_CUDA_TILES},
-    {{4096, 4096, 4, 8, 1, 8}, 9, AQLM_CUDA_TILES, AQLM_CUDA_TILES},
-    {{4096, 4096, 1, 16, 1, 8}, 1, AQLM_CUDA_SHARDS, AQLM_CUDA_SHARDS},
-    {{4096, 4096, 1, 16, 1, 8}, 8, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
-    {{4096, 4096, 1, 16, 1, 8}, 9, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
-    {{4096, 4096, 1, 16, 1, 8}, 17, AQLM_CUDA_TILES, AQLM_CUDA_TILES},
-    {{4096, 4096, 8, 8, 1, 8}, 4, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES},
-    {{4096, 4096, 8, 8, 1, 8}, 5, AQLM_CUDA_TILES, AQLM_CUDA_TILES},
-    {{4096, 4096, 8, 8, 1, 8}, 65, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE},
-    {{4096, 4096, 1, 16, 1, 16}, 1, AQLM_CUDA_TILES, AQLM_CUDA_TILES},
-    {{4096, 4096, 2, 8, 2, 8}, 1, AQLM_CUDA_PLAIN, AQLM_CUDA_PLAIN},
+    {{4096, 4096, 2, 8, 1, 8}, 1, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES, false},
+    {{4096, 4096, 2, 8, 1, 8}, 3, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
+    {{4096, 4096, 2, 8, 1, 8}, 9, AQLM_CUDA_GATHER, AQLM_CUDA_TABLES, true},
+    {{4096, 4096, 2, 8, 1, 8}, 24, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, true},
+    {{4096, 4096, 2, 8, 1, 8}, 25, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE, true},
+    {{4096, 4096, 1, 16, 1, 8}, 1, AQLM_CUDA_SHARDS, AQLM_CUDA_SHARDS, false},
+    {{4096, 4096, 1, 16, 1, 8}, 8, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
+    {{4096, 4096, 1, 16, 1, 8}, 9, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE, true},
+    {{4096, 4096, 8, 8, 1, 8}, 4, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES, false},
+    {{4096, 4096, 8, 8, 1, 8}, 5, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE, true},
+    {{4096, 4096, 2, 8, 2, 8}, 1, AQLM_CUDA_PLAIN, AQLM_CUDA_PLAIN, false},
 };
 
 std::mt19937 random_bits(1);
@@ -156,7 +153,9 @@ bool check_paths() {
     check(cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "cudaDeviceGetAttribute");
     if (major != 9 || shared_memory < 220 * 1024) return true;
     bool ok = true;
-    for (const auto &[f, rows, path, last_path] : PATHS) {
+    const bool wants_tiles = std::getenv("AQLM_C_TILES");
+    for (auto [f, rows, path, last_path, tiled] : PATHS) {
+        if (wants_tiles && tiled) path = last_path = AQLM_CUDA_TILES;
         const aqlm_product product = {nullptr, {{f.out, f.in, f.K, f.B, f.g, f.og}, 0, 0, 0, AQLM_F16, false}, nullptr};
         const aqlm_cuda_plan plan = plan_of(&product, 1, AQLM_F16, rows);
         const bool same = plan.path == path && plan.last_path == last_path;

@@ -1,7 +1,9 @@
 """The ops on a GPU: against float64, by torch's own error in the same dtype; the same bits every time."""
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -352,6 +354,16 @@ def test_errors():
         ops.matmul(x[:, 1:], codes, codebooks, scales)
 
 
+@pytest.mark.skipif("AQLM_C_TILES" in os.environ, reason="AQLM_C_TILES is set: all tests here are of it")
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+def test_tiles():
+    """The tests of products once more, many rows by tiles: the variable is read once by a process."""
+    tests = "test_matmul or magnitudes or mixed or memory_order or views or outside or graph or row or gradients"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", tests]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"AQLM_C_TILES": "1"}, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on the PATH")
 def test_without_torch(tmp_path):
     """cuda_check.cu, which is also what compute-sanitizer runs."""
@@ -362,5 +374,6 @@ def test_without_torch(tmp_path):
     gpu = f"{major}{minor}" + ("a" if major == 9 else "")  # as setup.py: wgmma is 90a's
     flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{gpu},code=sm_{gpu}", "--threads=0", f"-I{ROOT / 'csrc'}"]
     subprocess.run(["nvcc", *flags, ROOT / "tests/cuda/cuda_check.cu", *kernels, "-o", program], check=True)
-    result = subprocess.run([program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    for tiles in ({}, {"AQLM_C_TILES": "1"}):
+        result = subprocess.run([program], capture_output=True, text=True, env=os.environ | tiles)
+        assert result.returncode == 0, result.stdout + result.stderr

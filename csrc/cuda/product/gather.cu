@@ -1,11 +1,11 @@
-/* gather.cu: up to 16 rows of x by gathered codebook entries and matrix instructions (g = 8, og = 1).
+/* gather.cu: up to 8 rows of x by gathered codebook entries and matrix instructions (g = 8, og = 1).
  *
  * A lane gathers whole entries of 16 bytes and they are the A fragment as they are: lane (r, q) of a warp holds outputs
  * r and r + 8 and its own group, whose 8 inputs are the columns 2q, 2q+1, 2q+8, 2q+9 of two instructions; B holds the
- * same inputs of 8 rows of x, or of two times 8. Sums over codebooks and groups are fp32 inside the instruction. For B
- * <= 8 codebooks lie in shared memory eight times, one copy for each eighth of the banks, so that gathers never
- * conflict; larger ones are gathered from L2. A warp owns a slice of groups, keeps x for it in registers and runs
- * through the block's outputs. After every second tile of 16 outputs the block adds up its warps. */
+ * same inputs of 8 rows of x. Sums over codebooks and groups are fp32 inside the instruction. For B <= 8 codebooks lie
+ * in shared memory eight times, one copy for each eighth of the banks, so that gathers never conflict; larger ones are
+ * gathered from L2. A warp owns a slice of groups, keeps x for it in registers and runs through the block's outputs.
+ * After every second tile of 16 outputs the block adds up its warps. */
 #include "cuda/product/paths.cuh"
 
 namespace aqlm_cuda {
@@ -13,12 +13,12 @@ namespace {
 
 constexpr int GATHER_WARPS = 16, TILE = 16;
 constexpr int SUM_TILES = 2; /* tiles between two sums over the warps, whose parts have two stages */
-constexpr int PARTS_BYTES = 2 * SUM_TILES * GATHER_WARPS * 32 * 16; /* of 8 rows */
-constexpr int BOOK_PAIR_BYTES = 256 * 256;                          /* [256 entries][2 codebooks][8 copies][16 bytes] */
+constexpr int PARTS_BYTES = 2 * SUM_TILES * GATHER_WARPS * 32 * 16;
+constexpr int BOOK_PAIR_BYTES = 256 * 256; /* [256 entries][2 codebooks][8 copies][16 bytes] */
 
-/* K codes of CODE bytes, EIGHTS of 8 rows; a lane takes GROUPS groups at a time, WORDS words of codes. */
-template <int K, int CODE, int EIGHTS> struct Lane {
-    static constexpr int GROUPS = K * CODE <= 2 && EIGHTS == 1 ? 8 : 4;
+/* K codes of CODE bytes; a lane takes GROUPS groups at a time, WORDS words of codes. */
+template <int K, int CODE> struct Lane {
+    static constexpr int GROUPS = K * CODE <= 2 ? 8 : 4;
     static constexpr int WORDS = GROUPS * K * CODE / 4;
     static constexpr int WARP_GROUPS = 4 * GROUPS;
 
@@ -45,18 +45,18 @@ template <int WORDS> __device__ void load_words(uint32_t (&to)[WORDS], const uns
         for (int i = 0; i < WORDS; ++i) to[i] = load_once(reinterpret_cast<const uint32_t *>(from + i * 4));
 }
 
-template <class T, int K, int CODE, int EIGHTS>
+template <class T, int K, int CODE>
 __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const GatherProblem p) {
-    using L = Lane<K, CODE, EIGHTS>;
+    using L = Lane<K, CODE>;
     constexpr int AHEAD = CODE == 1 ? 2 : 1; /* tiles whose codes are in flight */
-    constexpr int BLOCK_GROUPS = GATHER_WARPS * 4 * L::GROUPS, NUMBERS = 128 * EIGHTS; /* of a tile of y */
+    constexpr int BLOCK_GROUPS = GATHER_WARPS * 4 * L::GROUPS;
     constexpr int BOOKS = CODE == 1 ? (K + 1) / 2 * BOOK_PAIR_BYTES : 0;
     extern __shared__ __align__(1024) unsigned char shared[];
-    auto *const parts = reinterpret_cast<float4 *>(shared + BOOKS); /* [2][SUM_TILES][EIGHTS][GATHER_WARPS][32] */
+    auto *const parts = reinterpret_cast<float4 *>(shared + BOOKS); /* [2][SUM_TILES][GATHER_WARPS][32] */
     /* [GATHER_WARPS][n_rows][WARP_GROUPS] of x */
-    auto *const staged = reinterpret_cast<uint4 *>(shared + BOOKS + PARTS_BYTES * EIGHTS);
-    auto *const sums = reinterpret_cast<float *>(staged + GATHER_WARPS * p.n_rows *
-                                                              L::WARP_GROUPS); /* [tiles of the block][NUMBERS] */
+    auto *const staged = reinterpret_cast<uint4 *>(shared + BOOKS + PARTS_BYTES);
+    auto *const sums =
+        reinterpret_cast<float *>(staged + GATHER_WARPS * p.n_rows * L::WARP_GROUPS); /* [tiles of the block][128] */
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
 
     wait_for_kernels_before();
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const Gath
     for (int block_group = 0; block_group < p.groups; block_group += BLOCK_GROUPS, first_round = false) {
         const bool last_round = block_group + BLOCK_GROUPS >= p.groups;
         const int group = block_group + (warp * 4 + quad) * L::GROUPS;
-        uint4 x[EIGHTS][L::GROUPS]; /* whole lines are loaded, and distributed through shared memory */
+        uint4 x[L::GROUPS]; /* whole lines are loaded, and distributed through shared memory */
         uint4 *const own = staged + warp * p.n_rows * L::WARP_GROUPS;
         __syncwarp();
         for (int at = lane; at < p.n_rows * L::WARP_GROUPS; at += 32) {
@@ -91,13 +91,8 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const Gath
         }
         __syncwarp();
 #pragma unroll
-        for (int e = 0; e < EIGHTS; ++e)
-#pragma unroll
-            for (int i = 0; i < L::GROUPS; ++i) {
-                const int n = 8 * e + row;
-                x[e][i] =
-                    n < p.n_rows ? own[n * L::WARP_GROUPS + L::place(quad * L::GROUPS + i, n)] : uint4{0, 0, 0, 0};
-            }
+        for (int i = 0; i < L::GROUPS; ++i)
+            x[i] = row < p.n_rows ? own[row * L::WARP_GROUPS + L::place(quad * L::GROUPS + i, row)] : uint4{0, 0, 0, 0};
         const unsigned char *codes = p.codes + (group < p.groups ? group * K * CODE : 0);
         const bool idle = block_group + warp * 4 * L::GROUPS >= p.groups; /* this warp has no groups */
         uint32_t next[AHEAD][2][L::WORDS];
@@ -120,7 +115,7 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const Gath
                     for (int a = 0; a < AHEAD - 1; ++a) next[a][half][i] = next[a + 1][half][i];
                 }
             load(next[AHEAD - 1], tile + AHEAD);
-            float c[EIGHTS][4 / EIGHTS][4] = {}; /* four sums, for none to wait for another */
+            float c[4][4] = {}; /* four sums, for none to wait for another */
             if (!idle) {
 #pragma unroll
                 for (int i = 0; i < L::GROUPS; ++i)
@@ -137,34 +132,23 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const Gath
                                                                      __byte_perm(w, bank, 0x7604 | at % 4 << 4));
                             else entry[half] = __ldg(books + k * p.entries + (at % 4 ? w >> 16 : w & 0xffff));
                         }
-                        const int s = (i * K + k) % (2 / EIGHTS) * 2;
-#pragma unroll
-                        for (int e = 0; e < EIGHTS; ++e) {
-                            const uint4 &v = x[e][i];
-                            mma_k16<T>(c[e][s], entry[0].x, entry[1].x, entry[0].y, entry[1].y, v.x, v.y);
-                            mma_k16<T>(c[e][s + 1], entry[0].z, entry[1].z, entry[0].w, entry[1].w, v.z, v.w);
-                        }
+                        const int s = (i * K + k) % 2 * 2;
+                        mma_k16<T>(c[s], entry[0].x, entry[1].x, entry[0].y, entry[1].y, x[i].x, x[i].y);
+                        mma_k16<T>(c[s + 1], entry[0].z, entry[1].z, entry[0].w, entry[1].w, x[i].z, x[i].w);
                     }
             }
+            float part[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) part[i] = (c[0][i] + c[1][i]) + (c[2][i] + c[3][i]);
             const int place = (tile - first) % SUM_TILES;
-            float4 *const to = parts + stage * SUM_TILES * EIGHTS * GATHER_WARPS * 32;
-#pragma unroll
-            for (int e = 0; e < EIGHTS; ++e) {
-                float part[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    part[i] = c[e][0][i] + c[e][1][i];
-                    if constexpr (EIGHTS == 1) part[i] += c[e][2][i] + c[e][3][i];
-                }
-                to[(place * EIGHTS + e) * GATHER_WARPS * 32 + threadIdx.x] = {part[0], part[1], part[2], part[3]};
-            }
+            float4 *const to = parts + stage * SUM_TILES * GATHER_WARPS * 32;
+            to[place * GATHER_WARPS * 32 + threadIdx.x] = {part[0], part[1], part[2], part[3]};
             if (place < SUM_TILES - 1 && tile < last - 1) continue;
             __syncthreads();
-            const int of = threadIdx.x / NUMBERS, element = threadIdx.x % 128; /* of 16 outputs by 8 rows */
-            const int eight = threadIdx.x % NUMBERS / 128, summed = tile - place + of;
+            const int of = threadIdx.x / 128, element = threadIdx.x % 128; /* of a tile's 16 outputs by 8 rows */
+            const int summed = tile - place + of;
             if (of <= place) {
-                const int o = summed * TILE + element / 16 + element % 4 / 2 * 8;
-                const int n = 8 * eight + element / 4 % 4 * 2 + element % 2;
+                const int o = summed * TILE + element / 16 + element % 4 / 2 * 8, n = element / 4 % 4 * 2 + element % 2;
                 const bool writes = last_round && o < p.out && n < p.n_rows;
                 float total = 0, scale = 0, bias = 0;
                 if (writes) {
@@ -173,9 +157,8 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const Gath
                 }
 #pragma unroll
                 for (int w = 0; w < GATHER_WARPS; ++w)
-                    total +=
-                        reinterpret_cast<const float *>(to + ((of * EIGHTS + eight) * GATHER_WARPS + w) * 32)[element];
-                float *const kept = sums + (summed - first) * NUMBERS + eight * 128 + element;
+                    total += reinterpret_cast<const float *>(to + (of * GATHER_WARPS + w) * 32)[element];
+                float *const kept = sums + (summed - first) * 128 + element;
                 if (!first_round) total += *kept;
                 if (!last_round) *kept = total;
                 if (writes)
@@ -186,38 +169,26 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const Gath
     }
 }
 
-/* Bytes of shared memory but for sums of tiles. */
-template <int K, int CODE, int EIGHTS> int64_t fixed_memory(int n_rows) {
-    const int64_t books = CODE == 1 ? (K + 1) / 2 * BOOK_PAIR_BYTES : 0;
-    return books + PARTS_BYTES * EIGHTS + int64_t{GATHER_WARPS} * n_rows * Lane<K, CODE, EIGHTS>::WARP_GROUPS * 16;
-}
-
-template <class T, int K, int CODE, int EIGHTS> cudaError_t launch(const GatherProblem &p, const Launch &l) {
-    constexpr auto kernel = gather_kernel<T, K, CODE, EIGHTS>;
-    constexpr int64_t TILE_BYTES = 128 * EIGHTS * 4;
-    if (const cudaError_t error = allow_shared_memory<kernel>(l.device)) return error;
-    const int64_t tiles = divide_up(p.out, TILE), fixed = fixed_memory<K, CODE, EIGHTS>(p.n_rows);
-    const int64_t most = (l.device.shared_memory - fixed) / TILE_BYTES; /* tiles of one block */
+template <class T, int K, int CODE> cudaError_t launch(const GatherProblem &p, const Launch &l) {
+    constexpr int BOOKS = CODE == 1 ? (K + 1) / 2 * BOOK_PAIR_BYTES : 0;
+    if (const cudaError_t error = allow_shared_memory<gather_kernel<T, K, CODE>>(l.device)) return error;
+    const int64_t tiles = divide_up(p.out, TILE);
+    const size_t fixed = BOOKS + PARTS_BYTES + size_t(GATHER_WARPS) * p.n_rows * Lane<K, CODE>::WARP_GROUPS * 16;
+    const int64_t most = (l.device.shared_memory - static_cast<int64_t>(fixed)) / (128 * 4); /* tiles of one block */
     const int64_t blocks = std::max(std::min<int64_t>(tiles, l.device.sms), divide_up(tiles, most));
-    return launch_early<kernel>(p, dim3(static_cast<unsigned>(blocks)), 1, 32 * GATHER_WARPS,
-                                static_cast<size_t>(fixed + divide_up(tiles, blocks) * TILE_BYTES), l.device, l.stream);
-}
-
-template <class T, int K, int CODE> cudaError_t launch_rows(const GatherProblem &p, const Launch &l) {
-    if constexpr (K <= 2)
-        if (p.n_rows > 8) return launch<T, K, CODE, 2>(p, l);
-    return p.n_rows > 8 ? cudaErrorInvalidValue : launch<T, K, CODE, 1>(p, l);
+    return launch_early<gather_kernel<T, K, CODE>>(p, dim3(static_cast<unsigned>(blocks)), 1, 32 * GATHER_WARPS,
+                                                   fixed + divide_up(tiles, blocks) * 128 * 4, l.device, l.stream);
 }
 
 template <class T> cudaError_t launch_of(const Launch &l) {
     const GatherProblem p = gather_problem(l);
     const aqlm_shape &s = l.products->w.shape;
-    if (s.nbits_per_codebook > 8) return s.num_codebooks == 1 ? launch_rows<T, 1, 2>(p, l) : launch_rows<T, 2, 2>(p, l);
+    if (s.nbits_per_codebook > 8) return s.num_codebooks == 1 ? launch<T, 1, 2>(p, l) : launch<T, 2, 2>(p, l);
     switch (s.num_codebooks) {
-    case 1: return launch_rows<T, 1, 1>(p, l);
-    case 2: return launch_rows<T, 2, 1>(p, l);
-    case 3: return launch_rows<T, 3, 1>(p, l);
-    default: return launch_rows<T, 4, 1>(p, l);
+    case 1: return launch<T, 1, 1>(p, l);
+    case 2: return launch<T, 2, 1>(p, l);
+    case 3: return launch<T, 3, 1>(p, l);
+    default: return launch<T, 4, 1>(p, l);
     }
 }
 
@@ -228,11 +199,6 @@ bool can_gather(const aqlm_shape &s, const Device &device) {
     if (s.in_group_size != 8 || s.out_group_size != 1 || K * bytes > 4) return false;
     if (bytes == 1 && (K + 1) / 2 * BOOK_PAIR_BYTES + PARTS_BYTES + 48 * 1024 > device.shared_memory) return false;
     return s.in_features / 8 % (K * bytes <= 2 ? 8 : 4) == 0;
-}
-
-int most_gathered(const aqlm_shape &s, const Device &device) {
-    const int64_t K = s.num_codebooks, books = s.nbits_per_codebook <= 8 ? BOOK_PAIR_BYTES : 0;
-    return K <= 2 && books + 2 * PARTS_BYTES + 80 * 1024 <= device.shared_memory ? 16 : 8;
 }
 
 GatherProblem gather_problem(const Launch &l) {

@@ -5,11 +5,11 @@
  * 16 and inputs 64q .. 64q + 63 of a unit, whose codes lie together: columns of x are in an order for which the lane's
  * 16 inputs of a chunk are its fragments of four instructions. So each weight is decoded once for all rows. Blocks take
  * equal shares of all units, one after the other; sums of outputs that several blocks share go through the workspace,
- * and each of these blocks finishes a part of them, always adding in the same order. */
+ * and each of these blocks finishes a part of them, always adding in the same order. What it takes, what bounds it and
+ * what did not pay: docs/results.md, "Many rows on an H200". */
 #ifndef AQLM_CUDA_PRODUCT_MANY_ROWS_CUH
 #define AQLM_CUDA_PRODUCT_MANY_ROWS_CUH
 
-#include "cuda/cluster.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/wgmma.cuh"
 
@@ -172,32 +172,23 @@ template <class T, int K_, int CODE_, int G_, int COPIES_ = G_ == 4 ? 16 : 8> st
 };
 
 /* N rows at a time, WARPGROUPS of 64 outputs; STAGES of STAGE_CHUNKS chunks of x; codes of AHEAD units in flight, and
- * fragments of BUFFERS chunks. CLUSTER blocks share a tile, or, 0, blocks take what comes. DIRECT: x is read as it is,
- * by a warpgroup that arranges it on its way, in stages of whole units. */
-template <int N_, int WARPGROUPS_, int STAGES_, int STAGE_CHUNKS_, int AHEAD_ = 1, int BUFFERS_ = 2, int BLOCKS_ = 1,
-          int CLUSTER_ = 0, bool DIRECT_ = false, int SUMS_ = 1, int HINT_ = 0, int MMA_ = 0>
+ * fragments of BUFFERS chunks; L2 fetches HINT bytes around codes. */
+template <int N_, int WARPGROUPS_, int STAGES_, int STAGE_CHUNKS_ = 1, int AHEAD_ = 1, int BUFFERS_ = 2,
+          int HINT_ = 256>
 struct ManyRowsTiling {
     static constexpr int N = N_, WARPGROUPS = WARPGROUPS_, STAGES = STAGES_, STAGE_CHUNKS = STAGE_CHUNKS_;
-    static constexpr int AHEAD = AHEAD_, BUFFERS = BUFFERS_, BLOCKS = BLOCKS_, CLUSTER = CLUSTER_;
-    static constexpr bool DIRECT = DIRECT_;
-    static constexpr int SUMS = SUMS_, HINT = HINT_;
-    /* Times 64 outputs of a warpgroup by mma.sync; 0: 64 by wgmma. */
-    static constexpr int MMA = MMA_, M = MMA > 0 ? MMA : 1, FRAGMENTS = M * N / 8;
+    static constexpr int AHEAD = AHEAD_, BUFFERS = BUFFERS_, HINT = HINT_, FRAGMENTS = N / 8;
     /* Registers are dealt out by warpgroups: where they are short, the producer is one that gives its own up. */
     static constexpr bool REALLOCATES = N >= 128 || WARPGROUPS > 2;
     static constexpr int OF_CONSUMER = WARPGROUPS <= 2 ? 240 : WARPGROUPS == 3 ? 160 : 112; /* registers */
     static constexpr int OF_PRODUCER = WARPGROUPS == 3 ? 32 : 24;
-    static constexpr int CONSUMERS = WARPGROUPS * 128, OUTS = WARPGROUPS * 64 * M;
-    static constexpr int THREADS = CONSUMERS + (REALLOCATES || DIRECT ? 128 : 32);
+    static constexpr int CONSUMERS = WARPGROUPS * 128, OUTS = WARPGROUPS * 64;
+    static constexpr int THREADS = CONSUMERS + (REALLOCATES ? 128 : 32);
     static constexpr int CHUNK_BYTES = N * 128, STAGE_BYTES = STAGE_CHUNKS * CHUNK_BYTES;
-    /* sums that other blocks send */
-    static constexpr int MAIL_BYTES = CLUSTER > 1 ? (FRAGMENTS + CLUSTER - 1) / CLUSTER * CLUSTER * CONSUMERS * 16 : 0;
     static_assert(CHUNKS % BUFFERS == 0);
-    static_assert(!DIRECT || (STAGE_CHUNKS == CHUNKS && CLUSTER > 0)); /* one kernel alone */
 
-    /* Where things lie in shared memory, behind the codebooks. */
-    static constexpr int MAIL = STAGES * STAGE_BYTES, FULL = MAIL + MAIL_BYTES, EMPTY = FULL + STAGES * 8;
-    static constexpr int MAIL_FULL = EMPTY + STAGES * 8, MAIL_EMPTY = MAIL_FULL + 8, BYTES = MAIL_EMPTY + 8;
+    /* Where barriers lie in shared memory, behind the stages; bytes of all. */
+    static constexpr int FULL = STAGES * STAGE_BYTES, EMPTY = FULL + STAGES * 8, BYTES = EMPTY + STAGES * 8;
 };
 
 template <int COUNT> __device__ inline void take_registers() {
@@ -212,26 +203,18 @@ template <int COUNT> __device__ inline void release_registers() {
 }
 
 /* What a block does, segment after segment: units first .. last of a tile. */
-template <class L> struct Work {
-    uint32_t tile, first, last, left; /* left: units, or a cluster's tiles, behind these */
+struct Work {
+    uint32_t tile, first, last, left; /* left: units behind these */
 
     __device__ explicit Work(const ManyRowsProblem &p) {
-        if constexpr (L::CLUSTER > 0) {
-            const uint32_t clusters = gridDim.x / L::CLUSTER, rank = blockIdx.x % L::CLUSTER;
-            tile = blockIdx.x / L::CLUSTER, left = (p.tiles - 1 - tile) / clusters;
-            first = p.units * rank / L::CLUSTER, last = p.units * (rank + 1) / L::CLUSTER;
-        } else {
-            const Shares &shares = p.shares;
-            const uint32_t begin = shares.first_of(blockIdx.x), end = shares.first_of(blockIdx.x + 1);
-            tile = begin / p.units, first = begin - tile * p.units;
-            last = min(static_cast<uint32_t>(p.units), first + end - begin), left = end - begin - (last - first);
-        }
+        const uint32_t begin = p.shares.first_of(blockIdx.x), end = p.shares.first_of(blockIdx.x + 1);
+        tile = begin / p.units, first = begin - tile * p.units;
+        last = min(static_cast<uint32_t>(p.units), first + end - begin), left = end - begin - (last - first);
     }
     /* Whether there is one more. */
     __device__ bool next(const ManyRowsProblem &p) {
         if (left == 0) return false;
-        if constexpr (L::CLUSTER > 0) --left, tile += gridDim.x / L::CLUSTER;
-        else ++tile, first = 0, last = min(static_cast<uint32_t>(p.units), left), left -= last;
+        ++tile, first = 0, last = min(static_cast<uint32_t>(p.units), left), left -= last;
         return true;
     }
 };
@@ -279,7 +262,7 @@ __device__ inline void load_codes(uint32_t (&to)[(BYTES + 3) / 4], const unsigne
 template <class L> __device__ void produce(const ManyRowsProblem &p, uint32_t stages) {
     int stage = 0;
     uint32_t parity = 1;
-    Work<L> work(p);
+    Work work(p);
     do {
         const unsigned char *from =
             p.x_tiles + (static_cast<size_t>(work.tile % p.row_tiles) * p.units + work.first) * CHUNKS * L::CHUNK_BYTES;
@@ -289,38 +272,6 @@ template <class L> __device__ void produce(const ManyRowsProblem &p, uint32_t st
             mbarrier_expect(full, L::STAGE_BYTES);
             fetch_bulk(stages + stage * L::STAGE_BYTES, from, L::STAGE_BYTES, full);
             if (++stage == L::STAGES) stage = 0, parity ^= 1;
-        }
-    } while (work.next(p));
-}
-
-/* A warp: the same, and codes are fetched to L2 line by line, AHEAD_BYTES of each row before they are read. */
-template <class B, class L> __device__ void produce_and_prefetch(const ManyRowsProblem &p, uint32_t stages) {
-    constexpr int UNIT_BYTES = 4 * B::BYTES, AHEAD_BYTES = 512;
-    const int lane = threadIdx.x % 32, row_bytes = p.in / 64 * B::BYTES;
-    int stage = 0;
-    uint32_t parity = 1;
-    Work<L> work(p);
-    do {
-        const unsigned char *from =
-            p.x_tiles + (static_cast<size_t>(work.tile % p.row_tiles) * p.units + work.first) * CHUNKS * L::CHUNK_BYTES;
-        const int first_out = static_cast<int>(work.tile / p.row_tiles) * L::OUTS;
-        int fetched = work.first * UNIT_BYTES & ~127; /* bytes of each row */
-        for (uint32_t unit = work.first; unit < work.last; ++unit) {
-            if (lane == 0)
-                for (int i = 0; i < CHUNKS; i += L::STAGE_CHUNKS, from += L::STAGE_BYTES) {
-                    const uint32_t full = stages + L::FULL + stage * 8;
-                    mbarrier_wait(stages + L::EMPTY + stage * 8, parity);
-                    mbarrier_expect(full, L::STAGE_BYTES);
-                    fetch_bulk(stages + stage * L::STAGE_BYTES, from, L::STAGE_BYTES, full);
-                    if (++stage == L::STAGES) stage = 0, parity ^= 1;
-                }
-            __syncwarp();
-            const int end = min(
-                min(static_cast<int>(unit + 1) * UNIT_BYTES + AHEAD_BYTES, static_cast<int>(work.last) * UNIT_BYTES),
-                row_bytes);
-            for (; fetched < end; fetched += 128)
-                for (int r = lane; r < L::OUTS; r += 32)
-                    prefetch(p.codes + static_cast<size_t>(min(first_out + r, p.out - 1)) * row_bytes + fetched);
         }
     } while (work.next(p));
 }
@@ -355,59 +306,32 @@ template <int N> __global__ void arrange_rows_kernel(const ManyRowsProblem p) {
     arrange(reinterpret_cast<uint4 *>(p.x_tiles + row * 128), n, half, v);
 }
 
-/* A warpgroup: the same from x as it is. */
-template <class L> __device__ void produce_directly(const ManyRowsProblem &p, unsigned char *memory, uint32_t stages) {
-    constexpr int ROWS = L::N / 16; /* of a thread */
-    /* threads that store together have 8 rows, that is different banks */
-    const int thread = threadIdx.x - L::CONSUMERS, half = thread / 8 % 2, chunk = thread / 16 % 4;
-    const int n = thread % 8 + thread / 64 * 8;
-    int stage = 0;
-    uint32_t parity = 1;
-    Work<L> work(p);
-    do {
-        const int first_row = static_cast<int>(work.tile % p.row_tiles) * L::N + n;
-        for (uint32_t unit = work.first; unit < work.last; ++unit) {
-            uint4 v[ROWS][4];
-#pragma unroll
-            for (int i = 0; i < ROWS; ++i)
-                load_row(v[i], p, first_row + 16 * i, unit * UNIT_COLUMNS + chunk * 16 + half * 8);
-            mbarrier_wait(stages + L::EMPTY + stage * 8, parity);
-            unsigned char *const to = memory + stage * L::STAGE_BYTES + chunk * L::CHUNK_BYTES;
-#pragma unroll
-            for (int i = 0; i < ROWS; ++i) arrange(reinterpret_cast<uint4 *>(to + (n + 16 * i) * 128), n, half, v[i]);
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); /* wgmma reads what was written */
-            mbarrier_arrive(stages + L::FULL + stage * 8);
-            if (++stage == L::STAGES) stage = 0, parity ^= 1;
-        }
-    } while (work.next(p));
-}
-
 /* Where a thread's codes lie, unit after unit. */
 template <class B, class L> struct CodeStream {
     const ManyRowsProblem &p;
     const size_t row_bytes;
-    const unsigned char *from[2 * L::M];
-    Work<L> work;
+    const unsigned char *from[2];
+    Work work;
     uint32_t unit;
     const int row, quad;
 
     __device__ explicit CodeStream(const ManyRowsProblem &problem)
         : p(problem), row_bytes(static_cast<size_t>(p.in) / 64 * B::BYTES), work(problem), unit(work.first),
-          row(threadIdx.x / 128 * 64 * L::M + threadIdx.x % 128 / 4 * 2), quad(threadIdx.x % 4) {
+          row(threadIdx.x / 4 * 2), quad(threadIdx.x % 4) {
         go_to();
     }
     __device__ void go_to() {
 #pragma unroll
-        for (int i = 0; i < 2 * L::M; ++i) {
-            const int o = static_cast<int>(work.tile / p.row_tiles) * L::OUTS + row + i / 2 * 64 + i % 2;
-            from[i] = p.codes + min(o, p.out - 1) * row_bytes;
+        for (int half = 0; half < 2; ++half) {
+            const int o = static_cast<int>(work.tile / p.row_tiles) * L::OUTS + row + half;
+            from[half] = p.codes + min(o, p.out - 1) * row_bytes;
         }
     }
-    __device__ void load(uint32_t (&to)[L::M][2][B::WORDS]) {
+    __device__ void load(uint32_t (&to)[2][B::WORDS]) {
         const int part = unit * 4 + quad;
 #pragma unroll
-        for (int i = 0; i < 2 * L::M; ++i)
-            load_codes<B::BYTES, L::HINT>(to[i / 2][i % 2], from[i] + (part * 64 < p.in ? part * B::BYTES : 0));
+        for (int half = 0; half < 2; ++half)
+            load_codes<B::BYTES, L::HINT>(to[half], from[half] + (part * 64 < p.in ? part * B::BYTES : 0));
         if (++unit < work.last) return;
         if (work.next(p)) unit = work.first, go_to();
         else --unit; /* the last again, which nothing reads */
@@ -421,9 +345,8 @@ template <class T, class L> struct Finish {
     float scale[2], bias[2];
     bool in_pairs;
 
-    __device__ Finish(const ManyRowsProblem &problem, uint32_t tile, int m = 0)
-        : p(problem), o(static_cast<int>(tile / p.row_tiles) * L::OUTS + threadIdx.x / 128 * 64 * L::M + m * 64 +
-                        threadIdx.x % 128 / 4 * 2),
+    __device__ Finish(const ManyRowsProblem &problem, uint32_t tile)
+        : p(problem), o(static_cast<int>(tile / p.row_tiles) * L::OUTS + threadIdx.x / 4 * 2),
           first_row(static_cast<int>(tile % p.row_tiles) * L::N + threadIdx.x % 4 * 2), in_pairs(p.out % 2 == 0) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -448,14 +371,6 @@ template <class T, class L> struct Finish {
         store(first_row + 8 * j + 1, v.y, v.w);
     }
 };
-
-/* Fragment j of a thread, of FRAGMENTS. */
-template <class T, class L>
-__device__ void finish_fragment(const ManyRowsProblem &p, const Finish<T, L> &first, uint32_t tile, int j,
-                                const float4 &v) {
-    if constexpr (L::M == 1) first.store8(j, v);
-    else Finish<T, L>(p, tile, j / (L::N / 8)).store8(j % (L::N / 8), v);
-}
 
 __device__ inline unsigned load_acquire(const unsigned *from) {
     unsigned v;
@@ -483,68 +398,13 @@ template <class T, class L> __device__ void add_parts(const ManyRowsProblem &p, 
             const float4 v = __ldcg(of_first + s * 2 * TILE + j * THREADS);
             sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
         }
-        finish_fragment(p, finish, tile, j, sum);
+        finish.store8(j, sum);
     }
 }
 
 __device__ inline void clock_at(const ManyRowsProblem &p, int i) {
     if (p.clocks && threadIdx.x == 0) p.clocks[blockIdx.x * 8 + i] = clock64();
 }
-
-/* Sums of a cluster's blocks: 8 rows after 8 rows of a tile go to the block that finishes them. */
-template <class T, class L> struct Mail {
-    static constexpr int ROWS8 = L::FRAGMENTS;
-    const uint32_t at; /* of stages */
-    uint32_t parity = 0;
-
-    __device__ static int owner_of(int j) { return j * L::CLUSTER / ROWS8; }
-    __device__ static int first_of(int rank) { return (rank * ROWS8 + L::CLUSTER - 1) / L::CLUSTER; }
-
-    __device__ void exchange(const ManyRowsProblem &p, const float (&c)[4 * L::FRAGMENTS], unsigned char *memory,
-                             uint32_t tile) {
-        const int rank = blockIdx.x % L::CLUSTER, first = first_of(rank), count = first_of(rank + 1) - first;
-        const uint32_t full = at + L::MAIL_FULL, empty = at + L::MAIL_EMPTY;
-        if (threadIdx.x == 0 && count > 0) mbarrier_expect(full, count * L::CLUSTER * L::CONSUMERS * 16);
-        mbarrier_wait(empty, parity ^ 1);
-#pragma unroll
-        for (int j = 0; j < ROWS8; ++j) {
-            const int owner = owner_of(j);
-            const uint32_t to =
-                at + L::MAIL + (((j - first_of(owner)) * L::CLUSTER + rank) * L::CONSUMERS + threadIdx.x) * 16;
-            asm volatile("{ .reg .u32 to, at;\n"
-                         "mapa.shared::cluster.u32 to, %0, %2;\n"
-                         "mapa.shared::cluster.u32 at, %1, %2;\n"
-                         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3,%4,%5,%6}, [at]; "
-                         "}" ::"r"(to),
-                         "r"(full), "r"(owner), "r"(__float_as_uint(c[4 * j])), "r"(__float_as_uint(c[4 * j + 1])),
-                         "r"(__float_as_uint(c[4 * j + 2])), "r"(__float_as_uint(c[4 * j + 3]))
-                         : "memory");
-        }
-        if (count > 0) {
-            const Finish<T, L> finish(p, tile);
-            mbarrier_wait(full, parity);
-            const float4 *from = reinterpret_cast<const float4 *>(memory + L::MAIL) + threadIdx.x;
-            for (int j = first; j < first + count; ++j) {
-                float4 sum = {0, 0, 0, 0};
-#pragma unroll
-                for (int i = 0; i < L::CLUSTER; ++i, from += L::CONSUMERS) {
-                    const float4 v = *from;
-                    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-                }
-                finish_fragment(p, finish, tile, j, sum);
-            }
-        }
-        /* to all, that this block's mail can be written again */
-        sync_threads_of(1, L::CONSUMERS);
-        if (threadIdx.x < L::CLUSTER)
-            asm volatile("{ .reg .u32 at;\n"
-                         "mapa.shared::cluster.u32 at, %0, %1;\n"
-                         "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [at]; }" ::"r"(empty),
-                         "r"(threadIdx.x)
-                         : "memory");
-        parity ^= 1;
-    }
-};
 
 /* What this block shares with others goes to the workspace. */
 template <class L>
@@ -561,158 +421,56 @@ __device__ void leave_part(const ManyRowsProblem &p, const float (&c)[4 * L::FRA
 /* What becomes of sums at the end of a segment, and of the block's work. */
 template <class T, class L> struct Ends {
     static constexpr uint32_t NONE = ~0u;
-    Mail<T, L> mail;
     uint32_t first_shared = NONE, last_shared = NONE; /* tiles */
 
-    __device__ void segment(const ManyRowsProblem &p, const float (&c)[4 * L::FRAGMENTS], unsigned char *memory,
-                            const Work<L> &work) {
-        clock_at(p, 3);
-        if constexpr (L::CLUSTER > 1) mail.exchange(p, c, memory, work.tile);
-        else if (work.last - work.first == static_cast<uint32_t>(p.units)) {
+    __device__ void segment(const ManyRowsProblem &p, const float (&c)[4 * L::FRAGMENTS], const Work &work) {
+        if (work.last - work.first == static_cast<uint32_t>(p.units)) {
+            const Finish<T, L> finish(p, work.tile);
 #pragma unroll
-            for (int m = 0; m < L::M; ++m) {
-                const Finish<T, L> finish(p, work.tile, m);
-#pragma unroll
-                for (int j = 0; j < L::N / 8; ++j) {
-                    const int at = (m * L::N / 8 + j) * 4;
-                    finish.store8(j, {c[at], c[at + 1], c[at + 2], c[at + 3]});
-                }
-            }
-        } else {
-            const bool late = work.first == 0 && work.tile != Work<L>(p).tile;
-            leave_part<L>(p, c, work.tile, late);
-            (late ? last_shared : first_shared) = work.tile;
+            for (int j = 0; j < L::FRAGMENTS; ++j)
+                finish.store8(j, {c[4 * j], c[4 * j + 1], c[4 * j + 2], c[4 * j + 3]});
+            return;
         }
+        const bool late = work.first == 0 && work.tile != Work(p).tile;
+        leave_part<L>(p, c, work.tile, late);
+        (late ? last_shared : first_shared) = work.tile;
     }
     __device__ void block(const ManyRowsProblem &p) const {
-        clock_at(p, 4);
         if (first_shared != NONE) add_parts<T, L>(p, first_shared);
         if (last_shared != NONE) add_parts<T, L>(p, last_shared);
-        clock_at(p, 5);
     }
 };
 
-/* Before the loop: the first codes are on their way, codebooks there. */
-template <class B, class L>
-__device__ __forceinline__ void begin_codes(const ManyRowsProblem &p, const Work<L> &work, CodeStream<B, L> &codes,
-                                            uint32_t (&word)[L::M][2][B::WORDS],
-                                            uint32_t (&next)[L::AHEAD][L::M][2][B::WORDS], unsigned char *shared) {
-    codes.load(word);
-#pragma unroll
-    for (int i = 0; i < L::AHEAD; ++i) codes.load(next[i]);
-#pragma unroll
-    for (int m = 0; m < L::M; ++m) {
-        const int output = min(static_cast<int>(work.tile / p.row_tiles) * L::OUTS + codes.row + m * 64, p.out - 1);
-        prefetch(static_cast<const uint16_t *>(p.scales) + output);
-        if (p.bias) prefetch(static_cast<const uint16_t *>(p.bias) + output);
-    }
-    B::template fill<L::CONSUMERS>(shared, p);
-    sync_threads_of(1, L::CONSUMERS);
-}
-template <class B, class L>
-__device__ __forceinline__ void advance_codes(CodeStream<B, L> &codes, uint32_t (&word)[L::M][2][B::WORDS],
-                                              uint32_t (&next)[L::AHEAD][L::M][2][B::WORDS]) {
-#pragma unroll
-    for (int half = 0; half < 2 * L::M; ++half)
-#pragma unroll
-        for (int i = 0; i < B::WORDS; ++i) {
-            word[half / 2][half % 2][i] = next[0][half / 2][half % 2][i];
-#pragma unroll
-            for (int n = 0; n < L::AHEAD - 1; ++n) next[n][half / 2][half % 2][i] = next[n + 1][half / 2][half % 2][i];
-        }
-    codes.load(next[L::AHEAD - 1]);
-}
-
-/* Four 8 x 8 matrices of 16-bit numbers, whose rows the lanes point at. */
-__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(from)
-                 : "memory");
-}
-
-/* By mma.sync: for few rows wgmma takes longer than its size. */
-template <class T, class B, class L>
-__device__ __forceinline__ void consume_by_mma(const ManyRowsProblem &p, unsigned char *shared) {
-    static_assert(L::STAGE_CHUNKS == 1 || L::DIRECT);
-    constexpr int J = L::N / 8;
-    const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + B::BOOKS;
-    Work<L> work(p);
-    CodeStream<B, L> codes(p);
-    uint32_t word[L::M][2][B::WORDS], next[L::AHEAD][L::M][2][B::WORDS];
-    begin_codes<B, L>(p, work, codes, word, next, shared);
-    const uint32_t bank = B::bank(), lane = threadIdx.x % 32;
-    clock_at(p, 1);
-    if constexpr (!L::DIRECT) wait_for_kernels_before();
-    if constexpr (L::CLUSTER > 1) await_others();
-    clock_at(p, 2);
-    int stage = 0;
-    uint32_t parity = 0;
-    Ends<T, L> ends = {{stages}};
-    do {
-        float c[L::FRAGMENTS][4];
-#pragma unroll
-        for (int i = 0; i < 4 * L::FRAGMENTS; ++i) c[i / 4][i % 4] = 0;
-        for (uint32_t unit = work.first; unit < work.last; ++unit) {
-#pragma unroll
-            for (int i = 0; i < CHUNKS; ++i) {
-                const int at = i % L::STAGE_CHUNKS;
-                if (at == 0) mbarrier_wait(stages + L::FULL + stage * 8, parity);
-                const uint32_t rows =
-                    stages + stage * L::STAGE_BYTES + at * L::CHUNK_BYTES + lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;
-                uint32_t b[J][2][4];
-#pragma unroll
-                for (int j = 0; j < J; ++j)
-                    load_matrices(b[j][0], rows + j * 1024), load_matrices(b[j][1], (rows ^ 64) + j * 1024);
-                if (at == L::STAGE_CHUNKS - 1) {
-                    __syncwarp();
-                    if (lane == 0) mbarrier_arrive(stages + L::EMPTY + stage * 8);
-                    if (++stage == L::STAGES) stage = 0, parity ^= 1;
-                }
-#pragma unroll
-                for (int m = 0; m < L::M; ++m)
-#pragma unroll
-                    for (int pass = 0; pass < B::PASSES; ++pass) {
-                        uint32_t a[4][4];
-                        B::decode(a, shared, p, word[m], i * B::PASSES + pass, bank);
-#pragma unroll
-                        for (int step = 0; step < 4; ++step)
-#pragma unroll
-                            for (int j = 0; j < J; ++j)
-                                mma_k16<T>(c[m * J + j], a[step][0], a[step][1], a[step][2], a[step][3],
-                                           b[j][step / 2][step % 2 * 2], b[j][step / 2][step % 2 * 2 + 1]);
-                    }
-            }
-            advance_codes<B, L>(codes, word, next);
-        }
-        ends.segment(p, reinterpret_cast<const float (&)[4 * L::FRAGMENTS]>(c), shared + B::BOOKS, work);
-    } while (work.next(p));
-    ends.block(p);
-}
-
+/* Two of a thread's outputs, by wgmma: fragments of the next chunk are decoded while those of the last are multiplied.
+ */
 template <class T, class B, class L>
 __device__ __forceinline__ void consume(const ManyRowsProblem &p, unsigned char *shared) {
     constexpr int DISTANCE = L::BUFFERS - 1, STEPS = CHUNKS * B::PASSES;
     const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + B::BOOKS;
-    Work<L> work(p);
+    Work work(p);
     CodeStream<B, L> codes(p);
-    uint32_t word[1][2][B::WORDS], next[L::AHEAD][1][2][B::WORDS], a[L::BUFFERS][4][4];
-    begin_codes<B, L>(p, work, codes, word, next, shared);
+    uint32_t word[2][B::WORDS], next[L::AHEAD][2][B::WORDS], a[L::BUFFERS][4][4];
+    codes.load(word);
+#pragma unroll
+    for (int i = 0; i < L::AHEAD; ++i) codes.load(next[i]);
+    const int output = min(static_cast<int>(work.tile / p.row_tiles) * L::OUTS + codes.row, p.out - 1);
+    prefetch(static_cast<const uint16_t *>(p.scales) + output);
+    if (p.bias) prefetch(static_cast<const uint16_t *>(p.bias) + output);
+    B::template fill<L::CONSUMERS>(shared, p);
+    sync_threads_of(1, L::CONSUMERS);
     const uint32_t bank = B::bank();
 #pragma unroll
-    for (int i = 0; i < DISTANCE; ++i) B::decode(a[i], shared, p, word[0], i, bank);
+    for (int i = 0; i < DISTANCE; ++i) B::decode(a[i], shared, p, word, i, bank);
     clock_at(p, 1);
-    if constexpr (!L::DIRECT) wait_for_kernels_before(); /* the one that arranges x waited for what wrote codes */
-    if constexpr (L::CLUSTER > 1) await_others();
-    clock_at(p, 2);
+    wait_for_kernels_before();
 
     int stage = 0, last_stage = 0;
     uint32_t parity = 0;
-    Ends<T, L> ends = {{stages}};
+    Ends<T, L> ends;
     do {
-        float sums[L::SUMS][L::N / 2];
+        float c[4 * L::FRAGMENTS];
 #pragma unroll
-        for (int i = 0; i < L::SUMS * L::N / 2; ++i) sums[i / (L::N / 2)][i % (L::N / 2)] = 0;
+        for (int i = 0; i < 4 * L::FRAGMENTS; ++i) c[i] = 0;
         for (uint32_t unit = work.first; unit < work.last; ++unit) {
 #pragma unroll
             for (int s = 0; s < STEPS; ++s) {
@@ -722,8 +480,7 @@ __device__ __forceinline__ void consume(const ManyRowsProblem &p, unsigned char 
                 const uint64_t rows = wgmma_rows(stages + stage * L::STAGE_BYTES + i * L::CHUNK_BYTES);
                 wgmma_fence();
 #pragma unroll
-                for (int step = 0; step < 4; ++step)
-                    wgmma<T, L::N>(sums[step % L::SUMS], a[s % L::BUFFERS][step], rows + step * 2);
+                for (int step = 0; step < 4; ++step) wgmma<T, L::N>(c, a[s % L::BUFFERS][step], rows + step * 2);
                 wgmma_commit();
                 wgmma_wait<1>(); /* of the step before */
                 if (begins) {
@@ -734,60 +491,52 @@ __device__ __forceinline__ void consume(const ManyRowsProblem &p, unsigned char 
                 if (i == L::STAGE_CHUNKS - 1 && s % B::PASSES == B::PASSES - 1 && ++stage == L::STAGES)
                     stage = 0, parity ^= 1;
                 constexpr int LAST = STEPS - DISTANCE;
-                if (s < LAST) B::decode(a[(s + DISTANCE) % L::BUFFERS], shared, p, word[0], s + DISTANCE, bank);
-                else B::decode(a[(s + DISTANCE) % L::BUFFERS], shared, p, next[0][0], s - LAST, bank);
+                if (s < LAST) B::decode(a[(s + DISTANCE) % L::BUFFERS], shared, p, word, s + DISTANCE, bank);
+                else B::decode(a[(s + DISTANCE) % L::BUFFERS], shared, p, next[0], s - LAST, bank);
             }
-            advance_codes<B, L>(codes, word, next);
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int i = 0; i < B::WORDS; ++i) {
+                    word[half][i] = next[0][half][i];
+#pragma unroll
+                    for (int n = 0; n < L::AHEAD - 1; ++n) next[n][half][i] = next[n + 1][half][i];
+                }
+            codes.load(next[L::AHEAD - 1]);
         }
         wgmma_wait<0>();
         if (threadIdx.x % 32 == 0) mbarrier_arrive(stages + L::EMPTY + last_stage * 8);
-        float (&c)[L::N / 2] = sums[0];
-#pragma unroll
-        for (int i = 0; i < L::N / 2; ++i)
-#pragma unroll
-            for (int other = 1; other < L::SUMS; ++other) c[i] += sums[other][i];
-        ends.segment(p, c, shared + B::BOOKS, work);
+        clock_at(p, 2);
+        ends.segment(p, c, work);
     } while (work.next(p));
+    clock_at(p, 3);
     ends.block(p);
+    clock_at(p, 4);
 }
 
 template <class T, class B, class L>
-__global__ void __launch_bounds__(L::THREADS, L::BLOCKS) many_rows_kernel(const ManyRowsProblem p) {
+__global__ void __launch_bounds__(L::THREADS, 1) many_rows_kernel(const ManyRowsProblem p) {
 #if AQLM_HAS_WGMMA
     extern __shared__ __align__(1024) unsigned char shared[];
     const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + B::BOOKS;
     clock_at(p, 0);
     if (threadIdx.x == L::CONSUMERS) {
         for (int i = 0; i < L::STAGES; ++i) {
-            mbarrier_init(stages + L::FULL + i * 8, L::DIRECT ? 128 : 1);
+            mbarrier_init(stages + L::FULL + i * 8, 1);
             mbarrier_init(stages + L::EMPTY + i * 8, L::CONSUMERS / 32);
         }
-        mbarrier_init(stages + L::MAIL_FULL, 1);
-        mbarrier_init(stages + L::MAIL_EMPTY, L::CLUSTER > 0 ? L::CLUSTER : 1);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     }
-    __syncwarp();
-    if constexpr (L::CLUSTER > 1) announce();
-    if constexpr (L::DIRECT) wait_for_kernels_before();
     __syncthreads();
     if (__shfl_sync(~0u, threadIdx.x / 32, 0) >= L::CONSUMERS / 32) {
-        if constexpr (L::REALLOCATES && !L::DIRECT) release_registers<L::OF_PRODUCER>();
-        if constexpr (!L::DIRECT) wait_for_kernels_before();
-        if constexpr (L::CLUSTER > 1) await_others();
-        if constexpr (L::DIRECT) produce_directly<L>(p, shared + B::BOOKS, stages);
-        else {
-            asm volatile("fence.proxy.async;" ::: "memory"); /* what they wrote is read by bulk copies */
-            if constexpr (L::HINT == 1) {
-                if (threadIdx.x < L::CONSUMERS + 32) produce_and_prefetch<B, L>(p, stages);
-            } else if (threadIdx.x == L::CONSUMERS) produce<L>(p, stages);
-            __syncwarp();
-        }
+        if constexpr (L::REALLOCATES) release_registers<L::OF_PRODUCER>();
+        wait_for_kernels_before();
+        asm volatile("fence.proxy.async;" ::: "memory"); /* what they wrote is read by bulk copies */
+        if (threadIdx.x == L::CONSUMERS) produce<L>(p, stages);
     } else {
-        if constexpr (L::REALLOCATES && !L::DIRECT) take_registers<L::OF_CONSUMER>();
-        if constexpr (L::MMA > 0) consume_by_mma<T, B, L>(p, shared);
-        else consume<T, B, L>(p, shared);
+        if constexpr (L::REALLOCATES) take_registers<L::OF_CONSUMER>();
+        consume<T, B, L>(p, shared);
     }
-    if constexpr (L::CLUSTER > 1) announce(), await_others(); /* none leaves while others send to it */
 #else
     __trap(); /* code for another GPU: sm_90a has wgmma */
 #endif
@@ -810,36 +559,22 @@ struct ManyRowsCut {
 template <class T, class B, class L>
 cudaError_t launch_many_rows(ManyRowsProblem p, void *workspace, const Device &device, cudaStream_t stream) {
     constexpr auto kernel = many_rows_kernel<T, B, L>;
-    const ManyRowsCut w(p.out, p.in, p.n_rows, L::N, L::OUTS, int64_t{device.sms} * L::BLOCKS);
+    const ManyRowsCut cut(p.out, p.in, p.n_rows, L::N, L::OUTS, device.sms);
     p.x_tiles = static_cast<unsigned char *>(workspace);
-    p.parts = reinterpret_cast<float4 *>(p.x_tiles + w.x_bytes);
-    p.arrived = reinterpret_cast<unsigned *>(p.x_tiles + w.x_bytes + w.part_bytes);
-    p.tiles = static_cast<int>(w.tiles), p.row_tiles = static_cast<int>(w.row_tiles);
-    p.units = static_cast<int>(w.units);
+    p.parts = reinterpret_cast<float4 *>(p.x_tiles + cut.x_bytes);
+    p.arrived = reinterpret_cast<unsigned *>(p.x_tiles + cut.x_bytes + cut.part_bytes);
+    p.tiles = static_cast<int>(cut.tiles), p.row_tiles = static_cast<int>(cut.row_tiles);
+    p.units = static_cast<int>(cut.units);
+    const int64_t units = cut.tiles * cut.units;
+    p.shares = {static_cast<uint32_t>(units / cut.blocks), static_cast<uint32_t>(units % cut.blocks)};
     if (const cudaError_t error = allow_shared_memory<kernel>(device)) return error;
-    int64_t blocks = w.blocks;
-    if constexpr (L::BLOCKS > 1) { /* blocks that wait for each other must run at the same time */
-        int resident;
-        if (const cudaError_t error =
-                cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, L::THREADS, B::BOOKS + L::BYTES))
-            return error;
-        if (resident < L::BLOCKS) return cudaErrorInvalidConfiguration;
-    }
-    if constexpr (L::CLUSTER > 0) {
-        int clusters;
-        if (const cudaError_t error = resident_clusters<kernel>(clusters, L::CLUSTER, L::THREADS, device)) return error;
-        blocks = std::min<int64_t>(clusters, w.tiles) * L::CLUSTER;
-    }
-    p.shares = {static_cast<uint32_t>(w.tiles * w.units / blocks), static_cast<uint32_t>(w.tiles * w.units % blocks)};
-    if constexpr (!L::DIRECT) {
-        constexpr int64_t THREADS = 256;
-        const auto arranging = static_cast<unsigned>(divide_up(w.row_tiles * L::N * w.units * 8, THREADS));
-        if (const cudaError_t error =
-                launch_early<arrange_rows_kernel<L::N>>(p, dim3(arranging), 1, THREADS, 0, device, stream))
-            return error;
-    }
-    return launch_early<kernel>(p, dim3(static_cast<unsigned>(blocks)), L::CLUSTER > 1 ? L::CLUSTER : 1, L::THREADS,
-                                B::BOOKS + L::BYTES, device, stream);
+    constexpr int64_t THREADS = 256;
+    const auto arranging = static_cast<unsigned>(divide_up(cut.row_tiles * L::N * cut.units * 8, THREADS));
+    if (const cudaError_t error =
+            launch_early<arrange_rows_kernel<L::N>>(p, dim3(arranging), 1, THREADS, 0, device, stream))
+        return error;
+    return launch_early<kernel>(p, dim3(static_cast<unsigned>(cut.blocks)), 1, L::THREADS, B::BOOKS + L::BYTES, device,
+                                stream);
 }
 
 } // namespace aqlm_cuda

@@ -22,9 +22,7 @@ template <class B, int N> constexpr int stages_of() {
 
 template <class T, class B, int N>
 cudaError_t launch_tiling(const ManyRowsProblem &p, void *workspace, const Device &device, cudaStream_t stream) {
-    return launch_many_rows<
-        T, B, ManyRowsTiling<N, TILE_WARPGROUPS, stages_of<B, N>(), 1, 1, B::CODE == 2 && N <= 64 ? 4 : 2>>(
-        p, workspace, device, stream);
+    return launch_many_rows<T, B, ManyRowsTiling<N, TILE_WARPGROUPS, stages_of<B, N>()>>(p, workspace, device, stream);
 }
 
 template <class T, class B>

@@ -6,10 +6,10 @@
 
 namespace aqlm_cuda {
 
-constexpr int MAX_ROWS = 8;    /* of a launch, but by tiles or most_gathered */
+constexpr int MAX_ROWS = 8;    /* of a launch, but by tiles */
 constexpr int MAX_GROUPED = 3; /* weights of a launch: q, k and v */
 
-/* One launch, with up to MAX_ROWS rows of x; by tiles with any number. */
+/* One launch, with up to MAX_ROWS rows of x; by tiles with all. */
 struct Launch {
     const aqlm_product *products;
     int count;
@@ -47,7 +47,6 @@ struct GatherProblem {
 
 /* Its loads of codes must be whole and aligned, its codebooks fit. */
 bool can_gather(const aqlm_shape &s, const Device &device);
-int most_gathered(const aqlm_shape &s, const Device &device); /* rows of a launch */
 GatherProblem gather_problem(const Launch &);
 cudaError_t run_gather(const Launch &);
 
@@ -56,9 +55,9 @@ bool can_shard(const aqlm_shape &s, int64_t n_rows, const Device &device);
 size_t shard_workspace(const aqlm_shape &s, const Device &device);
 cudaError_t run_shards(const Launch &);
 
-/* Many rows by tiles (many_rows.cu): all rows of the launch's x at once, tile_rows of them in a tile. */
+/* Many rows by tiles (many_rows.cu): all rows of x at once, tile_rows of them in a tile. */
 bool can_tile(const aqlm_shape &s, const Device &device);
-int64_t most_tiled(const aqlm_shape &s); /* rows for which that is faster than dense products */
+int64_t most_tiled(const aqlm_shape &s); /* rows up to which that is faster than dense products */
 int tile_rows_of(const aqlm_shape &s, int64_t n_rows);
 size_t tile_workspace(const aqlm_shape &s, int64_t n_rows, int tile_rows, const Device &device);
 cudaError_t run_tiles(const Launch &, int tile_rows);
