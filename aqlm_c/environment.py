@@ -7,4 +7,5 @@ VARIABLES = {
     "AQLM_C_EXACT": "1: products without rounded tables, 0: with 16-bit tables for float32 too",
     "AQLM_C_ISA": "instruction set of the C core",
     "AQLM_C_REQUIRE": "extensions without which a build stops: torch, cuda",
+    "AQLM_C_TILES": "1: many rows on Hopper GPUs by a kernel that decodes each weight once",
 }

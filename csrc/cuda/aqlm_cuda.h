@@ -22,12 +22,14 @@ typedef struct aqlm_product {
 } aqlm_product;
 
 typedef enum aqlm_cuda_path {
-    AQLM_CUDA_PLAIN,   /* every format and mix of dtypes */
-    AQLM_CUDA_TABLES,  /* products of x with the codebooks, looked up; codes are read for each row (B <= 8, og = 1) */
-    AQLM_CUDA_GATHER,  /* gathered entries; codes are read once for up to 8 rows (fp16 and bf16 of the codebooks' dtype,
-                        * g = 8, og = 1, K <= 4) */
-    AQLM_CUDA_SHARDS,  /* the same for one row and a codebook that is cut among blocks (K = 1, B > 13) */
-    AQLM_CUDA_DENSE,   /* many rows: the caller's, who decodes W slice by slice for dense products */
+    AQLM_CUDA_PLAIN,  /* every format and mix of dtypes */
+    AQLM_CUDA_TABLES, /* products of x with the codebooks, looked up; codes are read for each row (B <= 8, og = 1) */
+    AQLM_CUDA_GATHER, /* gathered entries; codes are read once for up to 8 rows (fp16 and bf16 of the codebooks' dtype,
+                       * g = 8, og = 1, K <= 4) */
+    AQLM_CUDA_SHARDS, /* the same for one row and a codebook that is cut among blocks (K = 1, B > 13) */
+    AQLM_CUDA_TILES, /* many rows on Hopper GPUs: weights are decoded once into operands of matrix instructions, for all
+                      * rows of a tile (fp16 and bf16 of the codebooks' dtype, og = 1); where AQLM_C_TILES is 1 */
+    AQLM_CUDA_DENSE, /* many rows: the caller's, who decodes W slice by slice for dense products */
     AQLM_CUDA_SEPARATE /* several products that are no one launch: the caller's, who plans each by itself */
 } aqlm_cuda_path;
 
@@ -41,6 +43,7 @@ typedef struct aqlm_cuda_plan {
     aqlm_cuda_path last_path; /* of the n_rows % 8 behind them: one row may go by tables where 8 are gathered */
     aqlm_cuda_cut cut;        /* of the work by tables (product/tables.cu) */
     int64_t slice_size;       /* dense: outputs of a slice of W; for aqlm_cuda_matmul_backward_plan groups */
+    int32_t tile_rows;        /* tiles: rows of x of a tile */
     size_t workspace;         /* bytes that aqlm_cuda_matmul takes */
 } aqlm_cuda_plan;
 

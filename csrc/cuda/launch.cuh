@@ -12,7 +12,7 @@ namespace aqlm_cuda {
 /* What the launchers need to know of a device, asked once. */
 struct Device {
     int index, sms, shared_memory;
-    bool clusters;
+    bool clusters, wgmma;
 };
 
 inline constexpr int MAX_DEVICES = 64;
@@ -31,12 +31,13 @@ inline cudaError_t current_device(Device &device) {
             return error;
         if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index))
             return error;
-        packed = uint64_t(sms) << 32 | uint64_t(major >= 9) << 31 | uint64_t(memory);
+        packed = uint64_t(sms) << 32 | uint64_t(major >= 9) << 31 | uint64_t(major == 9) << 30 | uint64_t(memory);
         known[device.index].store(packed, std::memory_order_relaxed);
     }
     device.sms = int(packed >> 32);
     device.clusters = packed >> 31 & 1;
-    device.shared_memory = int(packed & 0x7fffffff);
+    device.wgmma = packed >> 30 & 1;
+    device.shared_memory = int(packed & 0x3fffffff);
     return cudaSuccess;
 }
 

@@ -1,12 +1,13 @@
 /* cuda_check.cu: the launchers of aqlm_cuda.h against plain sums on the CPU, without torch or Python: small enough for
  * compute-sanitizer. test_cuda.py builds and runs it; by hand:
  *
- *   nvcc -std=c++17 -O3 -arch=native -Icsrc tests/cuda/cuda_check.cu $(find csrc/cuda -name "*.cu") \
+ *   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Icsrc tests/cuda/cuda_check.cu \
+ *     $(find csrc/cuda -name "*.cu") \
  *     csrc/core/runtime/rng.c -o cuda_check
  *   for tool in memcheck racecheck initcheck synccheck; do compute-sanitizer --tool $tool ./cuda_check; done
  *
- * Arguments: the numbers of the shapes to check, all of them without. Prints a line for each; exits with 1 if one is
- * wrong. Every array is an allocation of its own size. */
+ * With AQLM_C_TILES=1 many rows by tiles. Arguments: the numbers of the shapes to check, all of them without. Prints a
+ * line for each; exits with 1 if one is wrong. Every array is an allocation of its own size. */
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -58,16 +59,18 @@ struct Format {
     int64_t out, in, K, B, og, g;
 };
 
-/* Each kernel (tables of every g and K, gathers from shared memory and L2, planes, plain), sizes around its tiles. */
+/* Each kernel (tables of every g and K, gathers from shared memory and L2, planes, tiles, plain), sizes around its
+ * tiles. */
 const Format FORMATS[] = {
-    {520, 1056, 2, 8, 1, 8},  {137, 1024, 4, 8, 1, 8}, {77, 512, 8, 8, 1, 8},    {65, 520, 1, 8, 1, 8},
-    {64, 1376, 2, 8, 1, 8},   {192, 576, 3, 8, 1, 8},  {33, 256, 7, 7, 1, 8},    {65, 128, 2, 8, 1, 4},
-    {41, 512, 1, 8, 1, 16},   {30, 512, 2, 2, 1, 32},  {131, 1088, 1, 16, 1, 8}, {50, 16512, 1, 16, 1, 8},
-    {40, 320, 1, 14, 1, 8},   {40, 320, 1, 12, 1, 8},  {51, 768, 2, 12, 1, 8},   {12, 264, 1, 15, 1, 8},
-    {28, 512, 3, 10, 1, 16},  {28, 520, 2, 8, 2, 8},   {40, 2816, 8, 8, 1, 8},   {10, 8, 1, 8, 1, 8},
-    {2060, 8832, 2, 8, 1, 8}, {16, 17024, 8, 8, 1, 8}, {16, 33920, 8, 8, 1, 8},  {48, 512, 8, 8, 1, 16},
-    {48, 256, 8, 6, 1, 4},    {49, 640, 5, 8, 1, 8},   {50, 512, 6, 8, 1, 4},    {35, 1024, 3, 8, 1, 16},
-    {36, 2048, 5, 5, 1, 32},  {70, 1024, 3, 8, 1, 8},  {33, 12288, 3, 8, 1, 8},
+    {520, 1056, 2, 8, 1, 8},  {137, 1024, 4, 8, 1, 8},  {77, 512, 8, 8, 1, 8},    {65, 520, 1, 8, 1, 8},
+    {64, 1376, 2, 8, 1, 8},   {192, 576, 3, 8, 1, 8},   {33, 256, 7, 7, 1, 8},    {65, 128, 2, 8, 1, 4},
+    {41, 512, 1, 8, 1, 16},   {30, 512, 2, 2, 1, 32},   {131, 1088, 1, 16, 1, 8}, {50, 16512, 1, 16, 1, 8},
+    {40, 320, 1, 14, 1, 8},   {40, 320, 1, 12, 1, 8},   {51, 768, 2, 12, 1, 8},   {12, 264, 1, 15, 1, 8},
+    {28, 512, 3, 10, 1, 16},  {28, 520, 2, 8, 2, 8},    {40, 2816, 8, 8, 1, 8},   {10, 8, 1, 8, 1, 8},
+    {2060, 8832, 2, 8, 1, 8}, {16, 17024, 8, 8, 1, 8},  {16, 33920, 8, 8, 1, 8},  {48, 512, 8, 8, 1, 16},
+    {48, 256, 8, 6, 1, 4},    {49, 640, 5, 8, 1, 8},    {50, 512, 6, 8, 1, 4},    {35, 1024, 3, 8, 1, 16},
+    {36, 2048, 5, 5, 1, 32},  {70, 1024, 3, 8, 1, 8},   {33, 12288, 3, 8, 1, 8},  {130, 1024, 1, 16, 1, 16},
+    {190, 512, 4, 8, 1, 16},  {131, 1024, 2, 8, 1, 32}, {129, 640, 1, 8, 1, 4},
 };
 
 /* Paths of products of float16, of 8 rows at a time and of those behind. */
@@ -75,18 +78,19 @@ const struct {
     Format format;
     int64_t rows;
     aqlm_cuda_path path, last_path;
+    bool tiled; /* where tiles are wanted */
 } PATHS[] = {
-    {{4096, 4096, 2, 8, 1, 8}, 1, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES},
-    {{4096, 4096, 2, 8, 1, 8}, 3, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
-    {{4096, 4096, 2, 8, 1, 8}, 9, AQLM_CUDA_GATHER, AQLM_CUDA_TABLES},
-    {{4096, 4096, 2, 8, 1, 8}, 24, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
-    {{4096, 4096, 2, 8, 1, 8}, 25, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE},
-    {{4096, 4096, 1, 16, 1, 8}, 1, AQLM_CUDA_SHARDS, AQLM_CUDA_SHARDS},
-    {{4096, 4096, 1, 16, 1, 8}, 8, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER},
-    {{4096, 4096, 1, 16, 1, 8}, 9, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE},
-    {{4096, 4096, 8, 8, 1, 8}, 4, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES},
-    {{4096, 4096, 8, 8, 1, 8}, 5, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE},
-    {{4096, 4096, 2, 8, 2, 8}, 1, AQLM_CUDA_PLAIN, AQLM_CUDA_PLAIN},
+    {{4096, 4096, 2, 8, 1, 8}, 1, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES, false},
+    {{4096, 4096, 2, 8, 1, 8}, 3, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
+    {{4096, 4096, 2, 8, 1, 8}, 9, AQLM_CUDA_GATHER, AQLM_CUDA_TABLES, true},
+    {{4096, 4096, 2, 8, 1, 8}, 24, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, true},
+    {{4096, 4096, 2, 8, 1, 8}, 25, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE, true},
+    {{4096, 4096, 1, 16, 1, 8}, 1, AQLM_CUDA_SHARDS, AQLM_CUDA_SHARDS, false},
+    {{4096, 4096, 1, 16, 1, 8}, 8, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
+    {{4096, 4096, 1, 16, 1, 8}, 9, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE, true},
+    {{4096, 4096, 8, 8, 1, 8}, 4, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES, false},
+    {{4096, 4096, 8, 8, 1, 8}, 5, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE, true},
+    {{4096, 4096, 2, 8, 2, 8}, 1, AQLM_CUDA_PLAIN, AQLM_CUDA_PLAIN, false},
 };
 
 std::mt19937 random_bits(1);
@@ -142,14 +146,16 @@ aqlm_cuda_plan plan_of(const aqlm_product *products, int64_t count, aqlm_dtype d
     return plan;
 }
 
-/* On GPUs that have all paths. */
+/* On Hopper GPUs, which have all paths. */
 bool check_paths() {
     int major, shared_memory;
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "cudaDeviceGetAttribute");
-    if (major < 9 || shared_memory < 220 * 1024) return true;
+    if (major != 9 || shared_memory < 220 * 1024) return true;
     bool ok = true;
-    for (const auto &[f, rows, path, last_path] : PATHS) {
+    const bool wants_tiles = std::getenv("AQLM_C_TILES");
+    for (auto [f, rows, path, last_path, tiled] : PATHS) {
+        if (wants_tiles && tiled) path = last_path = AQLM_CUDA_TILES;
         const aqlm_product product = {nullptr, {{f.out, f.in, f.K, f.B, f.g, f.og}, 0, 0, 0, AQLM_F16, false}, nullptr};
         const aqlm_cuda_plan plan = plan_of(&product, 1, AQLM_F16, rows);
         const bool same = plan.path == path && plan.last_path == last_path;
@@ -217,8 +223,8 @@ template <class T> bool check_format(const Format &f) {
 
     double worst = 0;
     const aqlm_product product = {nullptr, w, nullptr};
-    for (int64_t rows : {int64_t{1}, int64_t{3}, int64_t{8}, int64_t{9}})
-        if (plan_of(&product, 1, dtype_of<T>, rows).path != AQLM_CUDA_DENSE)
+    for (int64_t rows : {1, 3, 8, 9, 16, 17, 40, 70, 130, 300})
+        if (rows * f.out * f.in < 1 << 28 && plan_of(&product, 1, dtype_of<T>, rows).path != AQLM_CUDA_DENSE)
             worst = std::fmax(worst, error_of_products<T>({&weight}, rows));
     if (f.og == 1 && f.out * f.in < 1 << 20) { /* grouped, where that is so: fewer outputs, and more */
         Format fewer = f, more = f;

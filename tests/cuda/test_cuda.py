@@ -1,7 +1,9 @@
 """The ops on a GPU: against float64, by torch's own error in the same dtype; the same bits every time."""
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ if not ops.has_cuda:
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# out, in, K, B, og, g: each kernel (tables, gathers, both from L2, planes, plain) and sizes around its tiles.
+# out, in, K, B, og, g: each kernel (tables, gathers, both from L2, planes, tiles, plain) and sizes around its tiles.
 SHAPES = [
     (4096, 4096, 2, 8, 1, 8),
     (1000, 4096, 4, 8, 1, 8),
@@ -47,6 +49,10 @@ SHAPES = [
     (333, 1024, 3, 8, 1, 16),
     (130, 2048, 5, 5, 1, 32),
     (40, 12288, 6, 8, 1, 8),
+    (300, 1024, 1, 16, 1, 16),
+    (190, 512, 4, 8, 1, 16),
+    (131, 1024, 2, 8, 1, 32),
+    (257, 640, 1, 8, 1, 4),
 ]
 IDS = ["{2}x{3}g{5}-og{4}-{0}x{1}".format(*s) for s in SHAPES]
 DTYPES = ["float16", "bfloat16", "float32"]
@@ -97,7 +103,7 @@ def test_matmul(shape, name):
     dtype = getattr(torch, name)
     weight = random_weight(shape, dtype)
     W = dense(*weight)
-    for rows in (1, 2, 3, 8, 9, 24, 40):
+    for rows in (1, 2, 3, 8, 9, 16, 17, 40, 70, 130, 300):
         x, bias = random(rows, shape[1], dtype=dtype), random(shape[0], dtype=dtype, seed=2)
         for b in (None, bias):
             y = ops.matmul(x, *weight, b)
@@ -168,14 +174,14 @@ def test_views(rows):
 def test_nothing_is_written_outside(shape):
     """A result in the middle of a buffer: allocations next to each other stay as they were."""
     weight = random_weight(shape, torch.float16)
-    for rows in (1, 3):
+    for rows in (1, 3, 12, 50):
         x = random(rows, shape[1], dtype=torch.float16)
         before = [t.clone() for t in (x, *weight)]
         ops.matmul(x, *weight)
         assert all(torch.equal(a, b) for a, b in zip(before, (x, *weight), strict=True))
 
 
-@pytest.mark.parametrize("rows", [1, 4, 50])
+@pytest.mark.parametrize("rows", [1, 4, 12, 50, 300])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[11]], ids=[IDS[0], IDS[11]])
 def test_graph_and_streams(shape, rows):
     weight = random_weight(shape, torch.float16)
@@ -348,13 +354,26 @@ def test_errors():
         ops.matmul(x[:, 1:], codes, codebooks, scales)
 
 
+@pytest.mark.skipif("AQLM_C_TILES" in os.environ, reason="AQLM_C_TILES is set: all tests here are of it")
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+def test_tiles():
+    """The tests of products once more, many rows by tiles: the variable is read once by a process."""
+    tests = "test_matmul or magnitudes or mixed or memory_order or views or outside or graph or row or gradients"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", tests]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"AQLM_C_TILES": "1"}, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on the PATH")
 def test_without_torch(tmp_path):
     """cuda_check.cu, which is also what compute-sanitizer runs."""
     program = tmp_path / "cuda_check"
     core = [ROOT / "csrc/core" / name for name in ("quantizer/working.c", "runtime/rng.c", "runtime/shape.c")]
     kernels = [*sorted((ROOT / "csrc/cuda").rglob("*.cu")), *core]
-    flags = ["-std=c++17", "-O3", "-arch=native", "--threads=0", f"-I{ROOT / 'csrc'}"]
+    major, minor = torch.cuda.get_device_capability()
+    gpu = f"{major}{minor}" + ("a" if major == 9 else "")  # as setup.py: wgmma is 90a's
+    flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{gpu},code=sm_{gpu}", "--threads=0", f"-I{ROOT / 'csrc'}"]
     subprocess.run(["nvcc", *flags, ROOT / "tests/cuda/cuda_check.cu", *kernels, "-o", program], check=True)
-    result = subprocess.run([program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    for tiles in ({}, {"AQLM_C_TILES": "1"}):
+        result = subprocess.run([program], capture_output=True, text=True, env=os.environ | tiles)
+        assert result.returncode == 0, result.stdout + result.stderr

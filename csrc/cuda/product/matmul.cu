@@ -1,4 +1,5 @@
 /* matmul.cu: the plan of a product, and its launches. */
+#include <cstdlib>
 #include <cstring>
 
 #include "cuda/product/paths.cuh"
@@ -15,6 +16,15 @@ int64_t slice_size(int64_t count, int64_t width, int64_t multiple) {
     return std::min(count, divide_up(divide_up(count, divide_up(count * width, MOST)), multiple) * multiple);
 }
 constexpr int64_t DENSE_TILE = 128; /* widths that dense products are fast with */
+
+/* Off by default: of the kernel the ladder alone (benchmarks/many_rows) has run on a GPU, not yet the tests. */
+bool wants_tiles() {
+    static const bool wants = [] {
+        const char *wish = std::getenv("AQLM_C_TILES");
+        return wish && std::strcmp(wish, "1") == 0;
+    }();
+    return wants;
+}
 
 /* Whether several products are one launch, which shares what is fixed in it: 2.0 times as fast for q, k and v of a 7B
  * (2x8g8, H100), 1.2 for gate and up. 70B's gate and up, 117M codes, took 4% longer than one after the other: many
@@ -46,8 +56,16 @@ cudaError_t plan_matmul(aqlm_cuda_plan &plan, const aqlm_product *products, int6
 
     const aqlm_weight &w = products->w;
     const aqlm_shape &s = w.shape;
-    /* of more rows, decoding W for a dense product is faster (H100) */
     const bool gathers = is_half(w, dtype) && can_gather(s, device);
+    const int64_t not_tiled = gathers ? MAX_ROWS : can_look_up(s, device) ? MAX_ROWS / 2 : 0;
+    if (wants_tiles() && n_rows > not_tiled && n_rows <= most_tiled(s) && is_half(w, dtype) && can_tile(s, device)) {
+        if (s.out_features > INT32_MAX / 2 || s.in_features > INT32_MAX / 16) return cudaErrorInvalidValue;
+        plan.path = plan.last_path = AQLM_CUDA_TILES;
+        plan.tile_rows = tile_rows_of(s, n_rows);
+        plan.workspace = tile_workspace(s, n_rows, plan.tile_rows, device);
+        return cudaSuccess;
+    }
+    /* of more rows, decoding W for a dense product is faster (H100) */
     const int64_t most_rows = !gathers ? MAX_ROWS / 2 : s.nbits_per_codebook > 8 ? MAX_ROWS : 3 * MAX_ROWS;
     if (n_rows > most_rows) {
         plan.path = plan.last_path = AQLM_CUDA_DENSE;
@@ -118,6 +136,10 @@ extern "C" cudaError_t aqlm_cuda_matmul(const aqlm_product *products, int64_t co
     Device device;
     if (const cudaError_t error = current_device(device)) return error;
     const auto offset = [&](int64_t row, int64_t width) { return row * width * (dtype == AQLM_F32 ? 4 : 2); };
+    if (plan->path == AQLM_CUDA_TILES) {
+        const auto rows = static_cast<int>(n_rows);
+        return run_tiles({products, 1, x, dtype, rows, plan->cut, workspace, device, stream}, plan->tile_rows);
+    }
     for (int64_t done = 0; done < n_rows; done += MAX_ROWS) {
         const int rows = static_cast<int>(std::min<int64_t>(MAX_ROWS, n_rows - done));
         aqlm_product of_rows[MAX_GROUPED];

@@ -6,10 +6,10 @@
 
 namespace aqlm_cuda {
 
-constexpr int MAX_ROWS = 8;    /* of a launch */
+constexpr int MAX_ROWS = 8;    /* of a launch, but by tiles */
 constexpr int MAX_GROUPED = 3; /* weights of a launch: q, k and v */
 
-/* One launch, with up to MAX_ROWS rows of x. */
+/* One launch, with up to MAX_ROWS rows of x; by tiles with all. */
 struct Launch {
     const aqlm_product *products;
     int count;
@@ -54,6 +54,13 @@ cudaError_t run_gather(const Launch &);
 bool can_shard(const aqlm_shape &s, int64_t n_rows, const Device &device);
 size_t shard_workspace(const aqlm_shape &s, const Device &device);
 cudaError_t run_shards(const Launch &);
+
+/* Many rows by tiles (many_rows.cu): all rows of x at once, tile_rows of them in a tile. */
+bool can_tile(const aqlm_shape &s, const Device &device);
+int64_t most_tiled(const aqlm_shape &s); /* rows up to which that is faster than dense products */
+int tile_rows_of(const aqlm_shape &s, int64_t n_rows);
+size_t tile_workspace(const aqlm_shape &s, int64_t n_rows, int tile_rows, const Device &device);
+cudaError_t run_tiles(const Launch &, int tile_rows);
 
 } // namespace aqlm_cuda
 #endif

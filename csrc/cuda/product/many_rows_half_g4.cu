@@ -1,0 +1,7 @@
+#include "cuda/product/many_rows_launch.cuh"
+
+namespace aqlm_cuda {
+
+AQLM_TILES(__half, 1, 4, 1, 2, 3, 4)
+
+} // namespace aqlm_cuda
