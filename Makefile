@@ -102,7 +102,10 @@ $(VENV)/audit:
 	$(PIP) install --target $@.new abi3audit torch-abi-audit
 	mv $@.new $@
 
+# Where there is no GPU kernels are compiled to see that they do, for one kind; `pip install` makes them for all.
+GPUS ?= $(if $(shell command -v nvidia-smi),,90a)
+
 # Editable: Python edits need nothing, C edits this rule. pip asks no index for what is already there.
 $(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py $(C_CODE) $(CUDA)
-	AQLM_C_REQUIRE=torch $(PIP) install --no-build-isolation --editable '.[hf,plot,dev]'
+	AQLM_C_GPUS=$(GPUS) AQLM_C_REQUIRE=torch $(PIP) install --no-build-isolation --editable '.[hf,plot,dev]'
 	touch $@

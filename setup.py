@@ -50,8 +50,15 @@ GPUS = {"80": ["sm_80", "sm_86", "sm_89"], "90a": ["sm_90a"], "100": ["sm_100", 
 NVCC_FLAGS = [
     *("-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "--threads=0"),
     "-Xfatbin=-compress-all",  # a third of the bytes; all drivers that CUDA works with read it
-    *(f"-gencode=arch=compute_{ptx},code=[{','.join(gpus)}]" for ptx, gpus in GPUS.items()),
 ]
+
+
+def compiled_gpus():
+    """The keys of GPUS that AQLM_C_GPUS names, all if it names none. SystemExit for another."""
+    named = [name for name in os.environ.get("AQLM_C_GPUS", "").split(",") if name]
+    if unknown := set(named) - set(GPUS):
+        sys.exit(f"AQLM_C_GPUS: got {', '.join(sorted(unknown))}, expected a comma-separated list of: {', '.join(GPUS)}")
+    return [name for name in GPUS if name in named or not named]
 
 
 def compiled_isas(machine=None):
@@ -192,12 +199,13 @@ def compile_kernels(files, to, spawn):
     threads, one a processor, share the steps of all its files and GPUs."""
     made = {path: Path(to, path).with_suffix(".o") for path in files}
     stale = [path for path in files if is_stale(made[path])]
+    of_gpus = [f"-gencode=arch=compute_{ptx},code=[{','.join(GPUS[ptx])}]" for ptx in compiled_gpus()]
     for folder in sorted({os.path.dirname(path) for path in stale}):
         paths = [path for path in stale if os.path.dirname(path) == folder]
         for path in paths:
             made[path].parent.mkdir(parents=True, exist_ok=True)
             made[path].unlink(missing_ok=True)
-        spawn([nvcc(), *NVCC_FLAGS, "-MD", "-c", *paths, "-odir", str(Path(to, folder))])
+        spawn([nvcc(), *NVCC_FLAGS, *of_gpus, "-MD", "-c", *paths, "-odir", str(Path(to, folder))])
     return [str(path) for path in made.values()]
 
 
@@ -245,7 +253,8 @@ class BuildExt(build_ext):
         """Objects of CUDA are kept between builds, as those of the C libraries are."""
         kernels = [path for path in ext.sources if path.endswith(".cu")]
         ext.sources = [path for path in ext.sources if path not in kernels]
-        objects = compile_kernels(kernels, f"build/cuda.{get_platform()}", self.spawn)
+        some = "" if len(compiled_gpus()) == len(GPUS) else f"-{'-'.join(compiled_gpus())}"
+        objects = compile_kernels(kernels, f"build/cuda.{get_platform()}{some}", self.spawn)
         ext.extra_objects += objects
         ext.depends += objects
         super().build_extension(ext)
