@@ -56,8 +56,8 @@ NVCC_FLAGS = [
 def compiled_gpus():
     """The keys of GPUS that AQLM_C_GPUS names, all if it names none. SystemExit for another."""
     named = [name for name in os.environ.get("AQLM_C_GPUS", "").split(",") if name]
-    if unknown := set(named) - set(GPUS):
-        sys.exit(f"AQLM_C_GPUS: got {', '.join(sorted(unknown))}, expected a comma-separated list of: {', '.join(GPUS)}")
+    if unknown := sorted(set(named) - set(GPUS)):
+        sys.exit(f"AQLM_C_GPUS: got {', '.join(unknown)}, expected a comma-separated list of: {', '.join(GPUS)}")
     return [name for name in GPUS if name in named or not named]
 
 
