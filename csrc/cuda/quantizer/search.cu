@@ -44,7 +44,7 @@ __global__ void residual_kernel(float *D, const Walk w, int g) {
     }
 }
 
-/* An order short enough to be an argument: nothing is read from the host's memory then, and a CUDA graph can hold it. */
+/* An order short enough to be an argument: no memory of the host is read then, and a CUDA graph can hold it. */
 struct ShortOrder {
     int32_t values[64];
 };
