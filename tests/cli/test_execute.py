@@ -172,6 +172,8 @@ def test_ctrl_c_is_the_commands(home):
     """Python's own end of a program that does not answer it."""
     code = f"import os, signal; os.kill(os.getpid(), {int(signal.SIGINT)}); print('after')"
     script = "import sys, types; sys.modules['aqlm_c.hf'] = types.ModuleType('x'); sys.argv[1:1] = ['exec', '--']"
-    done = python(home, "-c", f"{script}; from aqlm_c.__main__ import main; sys.exit(main())", "-c", code)
+    end = f"{script}; from aqlm_c.__main__ import main; sys.exit(main())"
+    answers = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # the test may run in the background
+    done = python(home, "-c", end, "-c", code, **answers)
     assert done.returncode == -signal.SIGINT and done.stdout == ""
     assert done.stderr.rstrip().endswith("KeyboardInterrupt")
