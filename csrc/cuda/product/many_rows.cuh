@@ -10,6 +10,7 @@
 #ifndef AQLM_CUDA_PRODUCT_MANY_ROWS_CUH
 #define AQLM_CUDA_PRODUCT_MANY_ROWS_CUH
 
+#include "cuda/cluster.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/wgmma.cuh"
 
@@ -54,11 +55,6 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
                  "@!done bra again; }" ::"r"(barrier),
                  "r"(parity)
                  : "memory");
-#endif
-}
-__device__ inline void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 #endif
 }
 __device__ inline void fetch_bulk(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
@@ -269,7 +265,7 @@ template <class L> __device__ void produce(const ManyRowsProblem &p, uint32_t st
         for (uint32_t i = work.first * CHUNKS; i < work.last * CHUNKS; i += L::STAGE_CHUNKS, from += L::STAGE_BYTES) {
             const uint32_t full = stages + L::FULL + stage * 8;
             mbarrier_wait(stages + L::EMPTY + stage * 8, parity);
-            mbarrier_expect(full, L::STAGE_BYTES);
+            expect_bytes(full, L::STAGE_BYTES);
             fetch_bulk(stages + stage * L::STAGE_BYTES, from, L::STAGE_BYTES, full);
             if (++stage == L::STAGES) stage = 0, parity ^= 1;
         }
