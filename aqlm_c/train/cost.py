@@ -112,7 +112,7 @@ def estimate(
     micro = min(options.micro_batch_size or max(1, most // length), -(-options.batch_size // ranks))
     free = free_device_memory(device) if device.type == "cuda" else available_memory()
     free = min(frees) if (frees := [one for one in group().gather(free) if one is not None]) else None
-    fixed = _LOGITS * slice_bytes(device) + teacher_bytes
+    logits, fixed = _LOGITS * slice_bytes(device), teacher_bytes
     if device.type == "cpu" and options.cache_teacher == "memory":
         fixed += sequences.numel() * sizes.width * sizes.itemsize
 
@@ -122,8 +122,8 @@ def estimate(
         tuned = dataclasses.replace(options, pv_states=states)
         gradient = (sizes.itemsize if replays else 0) if micro * ranks >= options.batch_size else 4
         codes = _code_bytes(sizes, tuned, gradient, device)
-        fixed_twice = (2 if replays else 1) * fixed  # passes that are not replayed have memory of their own
-        return int(fixed_twice + codes + sizes.itemsize * (sizes.quantized * share + micro * length * kept))
+        slices = (2 if replays else 1) * logits  # passes that are not replayed have memory of their own
+        return int(fixed + slices + codes + sizes.itemsize * (sizes.quantized * share + micro * length * kept))
 
     states = "float32" if options.pv_states == "auto" else options.pv_states
     if options.pv and options.pv_states == "auto" and free is not None:
