@@ -60,6 +60,10 @@ class Buffer:
         self.offset = self.tensors["offset"]
         self._moments = self.tensors.get("first"), self.tensors["second"], self.tensors.get("scales")
 
+    def move(self, offset: Tensor) -> None:
+        """The difference is there from now on."""
+        self.offset = self.tensors["offset"] = offset.copy_(self.offset)
+
     def step(self, number: int, gradient: Tensor, divisor: float, rate: float) -> None:
         """Step `number` of Adam, from 1 on, by gradient / divisor, [out, in], at `rate` times its own rate."""
         verbs.buffer_step(self.offset, gradient, self._moments, divisor, rate * self.rate, self.betas, number)

@@ -9,7 +9,9 @@ and of a buffer that follows the difference stays as it is.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,19 @@ from ..nn import ops
 from .buffers import Buffers
 from .replay import Replayed
 from .student import TunedWeight
+
+_MOST_TOGETHER = 2**26  # weights of a batch, of more than one layer
+
+
+class Batch(NamedTuple):
+    """Layers of one shape, whose groups are chosen together: a GPU takes longer to launch work for one than to do it.
+
+    codes [L, groups of a layer, K], as stored, and offsets [L, groups of a layer, g] are those of all L layers.
+    """
+
+    places: list[int]
+    codes: Tensor
+    offsets: Tensor
 
 
 @dataclasses.dataclass
@@ -62,7 +77,6 @@ class CodeTuning:
                     f"pv: got {weight.names[0]} of {format.scheme}, expected an out_group_size of 1 to search its codes"
                 )
             self._search.append(search_options(format, AqlmOptions(beam_size=options.pv_beam_size)))
-            weight.own_codes()
             if self._lean:
                 weight.decoder.forget_index()
             if at_once and not held:
@@ -70,6 +84,9 @@ class CodeTuning:
             else:
                 weight.gradient = torch.zeros(weight.shape, dtype=kind, device=weight.codes.device)
         self.buffers = Buffers(self.weights, options, kind)
+        self._batches = [self._batch(places) for places in self._alike()]
+        for place in {*range(len(self.weights))} - {*self.buffers.own}:
+            self.weights[place].own_codes()
         self.looked_at = self.codes()
         self.refused = 0  # codes that were undone, of this rank's layers
         device = weights[0].codes.device if weights else torch.device("cpu")
@@ -124,41 +141,80 @@ class CodeTuning:
         """This rank's weights and their buffers."""
         return [(self.weights[place], own.offset) for place, own in self.buffers.own.items()]
 
-    def _encode_each(self) -> None:
-        for place, own in self.buffers.own.items():
-            self._encode(self.weights[place], own.offset, self._search[place])
+    def _alike(self) -> list[list[int]]:
+        """The places of this rank's buffers, those that are a batch together."""
+        found: dict[tuple[object, ...], list[list[int]]] = {}
+        for place in self.buffers.own:
+            weight = self.weights[place]
+            books, codes = weight.layer.codebooks, weight.codes
+            lists = found.setdefault((codes.shape, codes.dtype, codes.device, books.shape, self._search[place]), [])
+            if lists and (len(lists[-1]) + 1) * math.prod(weight.shape) <= _MOST_TOGETHER:
+                lists[-1].append(place)
+            else:
+                lists.append([place])
+        return [places for lists in found.values() for places in lists]
 
-    def _encode(self, weight: TunedWeight, offset: Tensor, search: tuple[int, bool]) -> None:
-        """Encode the groups that are farthest from the buffer."""
-        options, (out, groups, K) = self.options, weight.codes.shape
-        g, nbits = weight.layer.in_group_size, weight.layer.nbits_per_codebook
-        of_groups, of_codes = offset.view(-1, g), weight.codes.view(-1, K)
-        count = round(options.pv_fraction * out * groups)
+    def _batch(self, places: list[int]) -> Batch:
+        """Of these, whose codes and buffers move there."""
+        weights, buffers = [self.weights[place] for place in places], [self.buffers.own[place] for place in places]
+        codes = torch.stack([weight.codes for weight in weights])
+        offsets = torch.zeros(len(places), *weights[0].shape, dtype=torch.float32, device=codes.device)
+        for weight, buffer, own_codes, offset in zip(weights, buffers, codes, offsets, strict=True):
+            weight.own_codes(own_codes)
+            buffer.move(offset)
+        K, g = codes.shape[-1], weights[0].layer.in_group_size
+        return Batch(places, codes.view(len(places), -1, K), offsets.view(len(places), -1, g))
+
+    def _encode_each(self) -> None:
+        for batch in self._batches:
+            self._encode(batch)
+
+    def _encode(self, batch: Batch) -> None:
+        """Encode the groups of each layer that are farthest from its buffer."""
+        n_layers, n_groups, K = batch.codes.shape
+        count = round(self.options.pv_fraction * n_groups)
         if not count:
             return
-        farthest = of_groups.square().sum(1).topk(count, sorted=False).indices.sort().values
-        scales = weight.scales[farthest // groups]
-        before, distance = of_codes[farthest], of_groups[farthest]
+        farthest = batch.offsets.square().sum(2).topk(count, sorted=False).indices.sort(1).values
+        places = (farthest + n_groups * torch.arange(n_layers, device=farthest.device)[:, None]).flatten()
+        before, distance = (
+            all_groups.flatten(0, 1)[places].view(n_layers, count, -1) for all_groups in (batch.codes, batch.offsets)
+        )
+        after, moved = torch.empty_like(before), torch.empty_like(distance)
+        most = torch.full((n_layers, 1), math.inf, device=farthest.device)
+        for i, place in enumerate(batch.places):
+            after[i], moved[i] = self._nearest(place, farthest[i], before[i], distance[i])
+            if self.options.pv_trust_ratio:
+                norm = self.weights[place].decoded(torch.float32).norm()
+                most[i] = (self.options.pv_trust_ratio * norm).square()
+        chosen = (after != before).any(2)
+        if self.options.pv_trust_ratio:
+            chosen &= _within(moved.square().sum(2), most)
+        self._changed += chosen.sum()
+        chosen = chosen[:, :, None]
+        after, distance = torch.where(chosen, after, before), torch.where(chosen, distance - moved, distance)
+        batch.codes.view(-1, K).index_copy_(0, places, after.flatten(0, 1))
+        batch.offsets.flatten(0, 1).index_copy_(0, places, distance.flatten(0, 1))
+        for place in batch.places:
+            self.weights[place].decoder.index_anew()
+
+    def _nearest(self, place: int, groups: Tensor, before: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [n, K] of some groups of a layer, by their numbers [n], that are nearest to where they are now and
+        distance [n, g] from there, and how far [n, g] the groups go with them. before: their codes now.
+        """
+        weight, K = self.weights[place], before.shape[1]
+        nbits = weight.layer.nbits_per_codebook
+        scales = weight.scales[groups // weight.codes.shape[1]]
         now = ops.decode_rows(before.view(-1, 1, K), weight.codebooks, scales)
         codes = verbs.encode_groups(
             torch.as_tensor(verbs.codes_from_disk(before.view(-1, 1, K), nbits)),
             now + distance,
             weight.codebooks.squeeze(2),
             scales.view(-1),
-            *search,
+            *self._search[place],
         )
         after = torch.as_tensor(verbs.codes_to_disk(codes.view(-1, 1, K), nbits))
-        moved = ops.decode_rows(after, weight.codebooks, scales) - now
-        after = after.view(-1, K)
-        chosen = (after != before).any(1)
-        if options.pv_trust_ratio:
-            most = (options.pv_trust_ratio * weight.decoded(torch.float32).norm()).square()
-            chosen &= _within(moved.square().sum(1), most)
-        chosen = chosen[:, None]
-        of_codes.index_copy_(0, farthest, torch.where(chosen, after, before))
-        of_groups.index_copy_(0, farthest, torch.where(chosen, distance - moved, distance))
-        weight.decoder.index_anew()
-        self._changed += chosen.sum()
+        return after.view(-1, K), ops.decode_rows(after, weight.codebooks, scales) - now
 
     def codes(self) -> list[Tensor]:
         """A copy of all."""
@@ -211,9 +267,10 @@ class CodeTuning:
 
 
 def _within(squares: Tensor, most: Tensor) -> Tensor:
-    """Which of these, the largest first, come to no more than `most` together; the smallest are left out."""
-    order = squares.argsort(descending=True, stable=True)
-    shares = (squares[order] / most.clamp(min=1e-30)).clamp(max=2).double() * 2**40
-    kept = torch.empty_like(order, dtype=torch.bool)
-    kept[order] = shares.long().cumsum(0) <= 2**40  # of integers: sums of floats have no fixed order on a GPU
-    return kept
+    """Which of these [L, n], the largest of each row first, come to no more than `most` [L, 1] together; the smallest
+    are left out.
+    """
+    order = squares.argsort(dim=1, descending=True, stable=True)
+    shares = (squares.gather(1, order) / most.clamp(min=1e-30)).clamp(max=2).double() * 2**40
+    kept = shares.long().cumsum(1) <= 2**40  # of integers: sums of floats have no fixed order on a GPU
+    return torch.empty_like(kept).scatter_(1, order, kept)

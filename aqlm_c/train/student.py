@@ -90,9 +90,9 @@ class TunedWeight:
         if self.gradient is not None:
             self.gradient.zero_()
 
-    def own_codes(self) -> None:
-        """Codes that change: other ones than the layer's, which has them when the tuning is over."""
-        self.codes = self.codes.clone()
+    def own_codes(self, codes: Tensor | None = None) -> None:
+        """Codes that change: other ones than the layer's, which has them when the tuning is over; codes: a copy."""
+        self.codes = self.codes.clone() if codes is None else codes
         self.decoder.codes = self.codes
 
     @torch.no_grad()

@@ -506,6 +506,23 @@ def test_gradients_of_one_pass_are_taken_at_once(checkpointing):
     assert found[:2] == found[2:]
 
 
+@pytest.mark.parametrize("trust_ratio", [0.2, 0.0])
+def test_layers_that_are_encoded_together_change_as_one_by_one(trust_ratio, monkeypatch):
+    batches, plain = [], pv_module.CodeTuning._encode
+    monkeypatch.setattr(
+        pv_module.CodeTuning, "_encode", lambda self, batch: (batches.append(len(batch.places)), plain(self, batch))[1]
+    )
+    found = []
+    for most in (2**26, 32 * 32, 0):
+        monkeypatch.setattr(pv_module, "_MOST_TOGETHER", most)
+        model, report = tuned(**{**PV, "pv_trust_ratio": trust_ratio}, steps=16)
+        assert report.changed or trust_ratio == 0
+        found.append((sha256_of(sorted(model.state_dict().items())), max(batches)))
+        batches.clear()
+    assert len({bits for bits, _ in found}) == 1
+    assert found[0][1] > found[1][1] > found[2][1] == 1
+
+
 def test_a_damaged_state_is_not_used(tmp_path, caplog):
     options = {"save_interval": 2, "steps": 5, "work_dir": tmp_path}
     whole, _ = tuned(**options)
