@@ -163,8 +163,6 @@ Tensor matmul_experts(const Tensor &x_in, const Tensor &index_in, std::vector<Te
         outs += w.view.shape.out_features;
     }
     const Tensor x = ready(x_in);
-    const int64_t in_features = weights[0].view.shape.in_features;
-    aqlm_torch::check(x.size(1) == in_features, "x: got shape ", shape_of(x), ", expected [..., ", in_features, "]");
     const aqlm_dtype dtype = dtype_of(x, "x");
     Tensor y = torch::stable::new_empty(x, {routed.n_rows, outs});
     if (routed.n_rows == 0) return y;

@@ -122,7 +122,11 @@ struct Routed {
                       ", expected ", experts, " experts");
         check(index.scalar_type() == ScalarType::Long, "index: got dtype ", name_of(index.scalar_type()),
               ", expected int64");
-        check(x.dim() == 2, "x: got shape ", shape_of(x), ", expected [rows, in]");
+        check(codebooks[0].dim() == 5, "codebooks: got shape ", shape_of(codebooks[0]),
+              ", expected [experts, num_codebooks, 2^nbits_per_codebook, og, g]");
+        const int64_t in_features = codes[0].size(2) * codebooks[0].size(4);
+        check(x.dim() == 2 && x.size(1) == in_features, "x: got shape ", shape_of(x), ", expected [rows, ", in_features,
+              "]");
         n_rows = index.numel();
         check(n_rows == 0 || (x.size(0) > 0 && n_rows % x.size(0) == 0), "index: got ", n_rows,
               " rows, expected a multiple of those of x, ", x.size(0));
