@@ -64,14 +64,12 @@ class ExpertStacks:
         self.places = [self._places(linear) for linear in self.linears]
 
     @classmethod
-    def made(
-        cls, gate: Sequence[nn.Module], up: Sequence[nn.Module], down: Sequence[nn.Module]
-    ) -> ExpertStacks | None:
+    def made(cls, gate: Sequence[nn.Module], up: Sequence[nn.Module], down: Sequence[nn.Module]) -> ExpertStacks | None:
         """The codes of all experts are moved into one tensor for each linear, of which they are views then."""
         roles = (gate, up, down)
         if len(gate) > MOST_EXPERTS or not all(_are_alike(linears) for linears in roles):
             return None
-        return cls(*map(Stack.of, roles), [linear for linears in roles for linear in linears])
+        return cls(Stack.of(gate), Stack.of(up), Stack.of(down), [linear for linears in roles for linear in linears])
 
     def are_current(self) -> bool:
         """Whether the linears are as they were: views of the stacks, on which nothing listens."""

@@ -26,7 +26,8 @@ typedef enum aqlm_cuda_path {
     AQLM_CUDA_TABLES, /* products of x with the codebooks, looked up; codes are read for each row (B <= 8, og = 1) */
     AQLM_CUDA_GATHER, /* gathered entries; codes are read once for up to 8 rows (fp16 and bf16 of the codebooks' dtype)
                        */
-    AQLM_CUDA_SHARDS, /* the same for few rows and codebooks that are cut among blocks (K <= 2, B > 13, g = 8, og = 1) */
+    AQLM_CUDA_SHARDS, /* the same for few rows and codebooks that are cut among blocks (K <= 2, B > 13, g = 8, og = 1)
+                       */
     AQLM_CUDA_TILES, /* many rows on Hopper GPUs: weights are decoded once into operands of matrix instructions, for all
                       * rows of a tile (fp16 and bf16 of the codebooks' dtype, og = 1); where AQLM_C_TILES is 1 */
     AQLM_CUDA_DENSE, /* many rows: the caller's, who decodes W slice by slice for dense products */

@@ -185,9 +185,9 @@ Tensor matmul_experts(const Tensor &x_in, const Tensor &index_in, const std::vec
                         static_cast<const char *>(x.const_data_ptr()) + rows[i] / routed.rows_of_x * width, width);
         size_t first = 0;
         for (size_t m = 0; m < codes.size(); ++m) {
-            const Tensor part = matmul(given, Routed::of(as_contiguous(codes[m]), e),
-                                       Routed::of(as_contiguous(codebooks[m]), e),
-                                       Routed::of(as_contiguous(scales[m]), e), std::nullopt);
+            const Tensor part =
+                matmul(given, Routed::of(as_contiguous(codes[m]), e), Routed::of(as_contiguous(codebooks[m]), e),
+                       Routed::of(as_contiguous(scales[m]), e), std::nullopt);
             const size_t bytes = part.size(1) * number;
             for (int64_t i = 0; i < n; ++i)
                 std::memcpy(static_cast<char *>(y.mutable_data_ptr()) + rows[i] * outs * number + first,

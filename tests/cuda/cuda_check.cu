@@ -70,11 +70,10 @@ const Format FORMATS[] = {
     {2060, 8832, 2, 8, 1, 8}, {16, 17024, 8, 8, 1, 8},  {16, 33920, 8, 8, 1, 8},  {48, 512, 8, 8, 1, 16},
     {48, 256, 8, 6, 1, 4},    {49, 640, 5, 8, 1, 8},    {50, 512, 6, 8, 1, 4},    {35, 1024, 3, 8, 1, 16},
     {36, 2048, 5, 5, 1, 32},  {70, 1024, 3, 8, 1, 8},   {33, 12288, 3, 8, 1, 8},  {130, 1024, 1, 16, 1, 16},
-    {190, 512, 4, 8, 1, 16},  {131, 1024, 2, 8, 1, 32}, {129, 640, 1, 8, 1, 4},
-    {60, 2048, 2, 16, 1, 8},  {35, 9216, 2, 15, 1, 8},  {41, 768, 1, 12, 1, 4},   {40, 1024, 3, 12, 1, 8},
-    {50, 1024, 2, 9, 1, 32},  {20, 144, 1, 16, 1, 16},  {50, 640, 5, 8, 1, 16},   {33, 1024, 7, 8, 1, 32},
-    {35, 516, 7, 8, 1, 4},    {48, 520, 1, 12, 4, 8},   {30, 512, 5, 8, 3, 16},   {24, 512, 8, 8, 12, 32},
-    {41, 8, 3, 16, 1, 4},
+    {190, 512, 4, 8, 1, 16},  {131, 1024, 2, 8, 1, 32}, {129, 640, 1, 8, 1, 4},   {60, 2048, 2, 16, 1, 8},
+    {35, 9216, 2, 15, 1, 8},  {41, 768, 1, 12, 1, 4},   {40, 1024, 3, 12, 1, 8},  {50, 1024, 2, 9, 1, 32},
+    {20, 144, 1, 16, 1, 16},  {50, 640, 5, 8, 1, 16},   {33, 1024, 7, 8, 1, 32},  {35, 516, 7, 8, 1, 4},
+    {48, 520, 1, 12, 4, 8},   {30, 512, 5, 8, 3, 16},   {24, 512, 8, 8, 12, 32},  {41, 8, 3, 16, 1, 4},
 };
 
 /* Paths of products of float16, of 8 rows at a time and of those behind. */
@@ -256,8 +255,9 @@ template <class T> double error_of_routed(const Format &f, int64_t rows) {
     aqlm_cuda_plan plan;
     check(aqlm_cuda_routed_plan(&plan, products.data(), 2, dtype_of<T>, rows, &routes), "aqlm_cuda_routed_plan");
     const OnDevice<char> workspace(plan.workspace);
-    check(aqlm_cuda_routed(products.data(), 2, x_there.data, dtype_of<T>, rows, &routes, &plan, workspace.data, nullptr),
-          "aqlm_cuda_routed");
+    check(
+        aqlm_cuda_routed(products.data(), 2, x_there.data, dtype_of<T>, rows, &routes, &plan, workspace.data, nullptr),
+        "aqlm_cuda_routed");
     const auto x = x_there.host();
     std::vector<double> truth(rows * outs);
     for (int64_t n = 0; n < rows; ++n)

@@ -83,9 +83,7 @@ def test_linears_side_by_side(schemes, rows, has_bias):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize(
-    "schemes", [("2x8g8",) * 3, ("2x8g8", "1x12g8", "2x8g8"), ("2x8g8", "1x12g8", "dense")]
-)
+@pytest.mark.parametrize("schemes", [("2x8g8",) * 3, ("2x8g8", "1x12g8", "2x8g8"), ("2x8g8", "1x12g8", "dense")])
 @pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 2), (2, 2), (7, 3)])
 def test_experts(schemes, tokens, k, stacked):
     """An expert at a time, all together, and every expert with all tokens."""

@@ -1,18 +1,18 @@
 /* gather.cuh: up to 8 rows of x by gathered codebook entries and matrix instructions, for one weight, several, or
  * several of which each row has its own.
  *
- * A lane gathers 16 bytes of an entry and they are the A fragment as they are: lane (r, q) of a warp holds outputs r and
- * r + 8 and its own group, whose 8 inputs are the columns 2q, 2q+1, 2q+8, 2q+9 of two instructions; B holds the same
- * inputs of 8 rows of x. Of entries of 16 or 32 numbers 2 or 4 lanes next to each other have a piece each, so that a
- * gather from L2 moves whole sectors of 32 bytes; one of 4 numbers is one instruction. Sums over codebooks and groups
+ * A lane gathers 16 bytes of an entry and they are the A fragment as they are: lane (r, q) of a warp holds outputs r
+ * and r + 8 and its own group, whose 8 inputs are the columns 2q, 2q+1, 2q+8, 2q+9 of two instructions; B holds the
+ * same inputs of 8 rows of x. Of entries of 16 or 32 numbers 2 or 4 lanes next to each other have a piece each, so that
+ * a gather from L2 moves whole sectors of 32 bytes; one of 4 numbers is one instruction. Sums over codebooks and groups
  * are fp32 inside the instruction. For B <= 8 codebooks lie in shared memory as often as it takes for an entry to fill
  * all banks, a lane its own copy, so that gathers never conflict; larger ones are gathered from L2. A warp owns a slice
- * of groups, keeps x for it in registers and runs through the block's outputs. After every second tile of 16 outputs the
- * block adds up its warps.
+ * of groups, keeps x for it in registers and runs through the block's outputs. After every second tile of 16 outputs
+ * the block adds up its warps.
  *
- * Bounds (arithmetic; method.md's rates for an H100): an entry of 8 numbers moves a sector of which half is used, 1x16g8
- * is at most 0.67 of fp16; of 16 numbers all of it, at most 1.9; two codebooks of 8, at most 0.5, which is why one row
- * of those goes by shards.cu. */
+ * Bounds (arithmetic; method.md's rates for an H100): an entry of 8 numbers moves a sector of which half is used,
+ * 1x16g8 is at most 0.67 of fp16; of 16 numbers all of it, at most 1.9; two codebooks of 8, at most 0.5, which is why
+ * one row of those goes by shards.cu. */
 #ifndef AQLM_CUDA_PRODUCT_GATHER_CUH
 #define AQLM_CUDA_PRODUCT_GATHER_CUH
 
@@ -23,9 +23,9 @@ namespace aqlm_cuda {
 /* K codes of CODE bytes for G numbers. K = 0: any number of codebooks and outputs of a group, whose codes are taken one
  * by one, each with its own piece of x. */
 template <int CODE, int G, int K> struct Lane {
-    static constexpr int LANES = G > 8 ? G / 8 : 1; /* that share an entry */
-    static constexpr int X_WORDS = G / LANES / 2;   /* of a lane's piece */
-    static constexpr int ITEMS = K > 0 && K * CODE > 2 ? 4 : 8; /* groups of a lane at a time; K = 0: codes */
+    static constexpr int LANES = G > 8 ? G / 8 : 1;            /* that share an entry */
+    static constexpr int X_WORDS = G / LANES / 2;              /* of a lane's piece */
+    static constexpr int ITEMS = K > 0 && K *CODE > 2 ? 4 : 8; /* groups of a lane at a time; K = 0: codes */
     static constexpr int CODES = ITEMS * (K > 0 ? K : 1), WORDS = CODES * CODE / 4;
     static constexpr int ITEM_BYTES = (K > 0 ? K : 1) * CODE;
     static constexpr int WARP_ITEMS = 4 / LANES * ITEMS, WARP_PIECES = 4 * ITEMS;
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const __gr
         if (ROUTED && expert < 0) {
             const int first_out = first * GATHER_TILE, n_outs = min(last * GATHER_TILE, p.out) - first_out;
             for (int i = threadIdx.x; i < n_rows * n_outs; i += 32 * GATHER_WARPS)
-                static_cast<T *>(p.y)[static_cast<size_t>(row_of(i / n_outs)) * work.y_stride + first_out +
-                                      i % n_outs] = T(0.f);
+                static_cast<T *>(
+                    p.y)[static_cast<size_t>(row_of(i / n_outs)) * work.y_stride + first_out + i % n_outs] = T(0.f);
             continue;
         }
         const int num_codebooks = K > 0 ? K : p.num_codebooks;
@@ -187,9 +187,9 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const __gr
                 for (int at = lane; at < n_rows * L::WARP_PIECES; at += 32) {
                     const int n = at / L::WARP_PIECES, j = warp_item * L::LANES + at % L::WARP_PIECES;
                     own[n * L::WARP_PIECES + L::place(at % L::WARP_PIECES, n)] =
-                        j < pieces ? __ldg(static_cast<const uint4 *>(p.x) +
-                                           static_cast<size_t>(x_row_of(n)) * pieces + j)
-                                   : uint4{0, 0, 0, 0};
+                        j < pieces
+                            ? __ldg(static_cast<const uint4 *>(p.x) + static_cast<size_t>(x_row_of(n)) * pieces + j)
+                            : uint4{0, 0, 0, 0};
                 }
                 __syncwarp();
 #pragma unroll
@@ -262,9 +262,8 @@ __global__ void __launch_bounds__(32 * GATHER_WARPS, 1) gather_kernel(const __gr
                                     const uint32_t code = at % 4 ? w >> 16 : w & 0xffff;
                                     entry[half] = __ldg(books + (k * p.entries + code) * L::LANES + piece);
                                 } else {
-                                    const uint32_t code =
-                                        CODE == 1 ? __byte_perm(w, 0, 0x4440 | at % 4)
-                                                  : __byte_perm(w, 0, at % 4 ? 0x4432 : 0x4410);
+                                    const uint32_t code = CODE == 1 ? __byte_perm(w, 0, 0x4440 | at % 4)
+                                                                    : __byte_perm(w, 0, at % 4 ? 0x4432 : 0x4410);
                                     const auto *const from = reinterpret_cast<const Vector *>(
                                         of_half[half] + (code * entry_stride + base[i]));
                                     if constexpr (CODE == 1) entry[half] = *from;

@@ -219,12 +219,9 @@ extern "C" cudaError_t aqlm_cuda_routed(const aqlm_product *products, int64_t co
     Device device;
     if (const cudaError_t error = current_device(device)) return error;
     const auto rows = static_cast<int>(n_rows);
-    const Routes on_device = {routes->index,
-                              static_cast<int>(routes->weights),
-                              static_cast<int>(routes->rows_of_x),
-                              routes->y_stride,
-                              static_cast<int *>(workspace),
-                              most_chunks(n_rows, routes->weights)};
+    const Routes on_device = {
+        routes->index,    static_cast<int>(routes->weights), static_cast<int>(routes->rows_of_x),
+        routes->y_stride, static_cast<int *>(workspace),     most_chunks(n_rows, routes->weights)};
     if (plan->path == AQLM_CUDA_GATHER)
         if (const cudaError_t error = run_routes(on_device, rows, device, stream)) return error;
     return run(plan->path,

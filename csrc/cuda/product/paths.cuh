@@ -9,8 +9,8 @@ namespace aqlm_cuda {
 constexpr int MAX_ROWS = 8;    /* of a launch, but by tiles */
 constexpr int MAX_GROUPED = 3; /* weights of a launch: q, k and v */
 
-/* Rows of y that each have one of several weights, one behind the other in memory (routes.cu). index NULL: all rows have
- * the same. */
+/* Rows of y that each have one of several weights, one behind the other in memory (routes.cu). index NULL: all rows
+ * have the same. */
 struct Routes {
     const int64_t *index; /* [n_rows], the weight of each; another number: zeros */
     int weights;

@@ -186,7 +186,8 @@ __global__ void __launch_bounds__(32 * SHARD_WARPS, 1) shard_kernel(const ShardP
                 group < p.groups ? __ldg(row + group * 4 + plane) : 0;
         }
         if (threadIdx.x == 0) words[in_planes] = 0;
-        const uint32_t x_base = static_cast<uint32_t>(__cvta_generic_to_shared(x)) + lane / 8 * x_groups * 4 + lane % 8 * 16;
+        const uint32_t x_base =
+            static_cast<uint32_t>(__cvta_generic_to_shared(x)) + lane / 8 * x_groups * 4 + lane % 8 * 16;
         const uint32_t limit = in_planes * 0x00010001u, mask = (p.entries - 1) * 0x00010001u;
         uint4 low = {}, high = {}; /* the other lanes' would be columns of B that are not used */
         sums += static_cast<size_t>(section * PLANES + plane) * problem.plane.partials * p.out;

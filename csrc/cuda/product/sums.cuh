@@ -6,8 +6,8 @@
 
 namespace aqlm_cuda {
 
-/* Kernels that make a row of y, from number `at` on, from what others left in a workspace: SUMMED outputs a block, and each of its warps
- * adds up a part of what there is, sum(warp, output). dtypes: only if T is float. */
+/* Kernels that make a row of y, from number `at` on, from what others left in a workspace: SUMMED outputs a block, and
+ * each of its warps adds up a part of what there is, sum(warp, output). dtypes: only if T is float. */
 constexpr int SUMMED = 32, SUM_WARPS = 8;
 
 template <class T, class Problem, class Sum>

@@ -90,8 +90,9 @@ cudaError_t run_tables(const Launch &launch) {
         if (m >= launch.count) continue;
         const auto &[y, w, bias] = launch.products[m];
         const auto out = static_cast<int>(w.shape.out_features);
-        of = {y, sums, w.scales, bias, w.codebooks, static_cast<const uint8_t *>(w.codes), out, l.clusters,
-              launch.routes.index ? static_cast<int>(launch.routes.y_stride) : out};
+        of = {y,    sums,        w.scales,
+              bias, w.codebooks, static_cast<const uint8_t *>(w.codes),
+              out,  l.clusters,  launch.routes.index ? static_cast<int>(launch.routes.y_stride) : out};
         sums += static_cast<size_t>(p.cut.parts) * launch.n_rows * out;
         l.clusters += static_cast<int>(divide_up(out, p.cut.share * p.cut.cluster_size));
         l.most_outs = std::max(l.most_outs, out);

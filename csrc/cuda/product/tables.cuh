@@ -249,8 +249,8 @@ template <> struct TableBuilder<float, 0, ANY_PERIOD> {
     }
 };
 
-/* Of rows that have weights of their own, as many blocks each: that of this block, the first where it has none. Which it
- * is may be found by the kernel before. */
+/* Of rows that have weights of their own, as many blocks each: that of this block, the first where it has none. Which
+ * it is may be found by the kernel before. */
 template <bool ROUTED>
 __device__ inline TableWeight weight_of_row(bool &has_weight, TableWeight w, const TableProblem &p, int blocks) {
     if constexpr (!ROUTED) return w;
@@ -289,8 +289,9 @@ template <int WIDTH = BATCH / 2> __device__ inline float reduce_batch(float (&v)
     }
 }
 
-/* T float: tables of any dtypes; ROUTED: each row has a weight of its own. grid [size, clusters, parts * n_rows], clusters of [size]. The order is by what is
- * waited for: nothing is found before it is needed, or after while loads are in flight.
+/* T float: tables of any dtypes; ROUTED: each row has a weight of its own. grid [size, clusters, parts * n_rows],
+ * clusters of [size]. The order is by what is waited for: nothing is found before it is needed, or after while loads
+ * are in flight.
  *
  * The compiler put the codes' loads behind lookups, or lookups before loads, as registers were free: up to 8% for
  * better or worse. load_now and a branch that is never taken hold the order. A wait hidden in a prologue (a scale
@@ -467,7 +468,7 @@ template <class T, int G, int PERIOD, bool ROUTED = false> cudaError_t launch_ta
     if (error || parts == 1) return error;
     const dim3 sum_grid(static_cast<unsigned>(divide_up(l.most_outs, SUMMED)), l.count, l.n_rows);
     return launch_early<sum_parts_kernel<T, ROUTED>>(l.problem, sum_grid, 1, SUMMED * SUM_WARPS, 0, l.device, l.stream,
-                                             l.weights);
+                                                     l.weights);
 }
 
 template <class T, int G> cudaError_t launch_tables(const TableLaunch &l) {
