@@ -95,6 +95,11 @@ def _optional(help: str, *names: str, **options: Any) -> Any:
     return typer.Option(*names, help=help, show_default=False, **options)
 
 
+def _tuning(help: str, name: str) -> Any:
+    """The same, of whole-model tuning, with the default of FinetuneOptions in the help."""
+    return _optional(f"{help} \\[default: {getattr(FinetuneOptions(), name)}]")
+
+
 _MOST_STDIN = 64 << 20  # bytes
 _NOT_OF_A_RUN = {
     "config",
@@ -329,12 +334,12 @@ def finetune(
     sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = 1024,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="With --samples: draw them at random.")] = False,
     bos: Annotated[str, typer.Option(help="Begin each with the tokenizer's BOS token.", **_choices(BOS))] = "auto",
-    steps: Annotated[int | None, _optional("Steps of Adam. \\[default: 400]")] = None,
-    batch_size: Annotated[int | None, _optional("Sequences a step. \\[default: 16]")] = None,
+    steps: Annotated[int | None, _tuning("Steps of Adam.", "steps")] = None,
+    batch_size: Annotated[int | None, _tuning("Sequences a step.", "batch_size")] = None,
     micro_batch_size: Annotated[int | None, _optional("Sequences in one pass, if not as memory likes.")] = None,
-    learning_rate: Annotated[float | None, _optional("Of codebooks, over their rms. \\[default: 0.006]")] = None,
-    held_out: Annotated[float | None, _optional("Share of the sequences that validate. \\[default: 0.05]")] = None,
-    evaluation_interval: Annotated[int | None, _optional("Steps between looks at these. \\[default: 20]")] = None,
+    learning_rate: Annotated[float | None, _tuning("Of codebooks, over their rms.", "learning_rate")] = None,
+    held_out: Annotated[float | None, _tuning("Share of the sequences that validate.", "held_out")] = None,
+    evaluation_interval: Annotated[int | None, _tuning("Steps between looks at these.", "evaluation_interval")] = None,
     patience: Annotated[int | None, _optional("Looks without a better state to stop after; 0: never.")] = None,
     embeddings: Annotated[
         bool | None, _optional("Train quantized embeddings and output layer too.", "--embeddings/--no-embeddings")
@@ -346,9 +351,9 @@ def finetune(
         str | None, _optional("Keep ORIGINAL's hidden states for later epochs.", **_choices(TEACHER_CACHES))
     ] = None,
     pv: Annotated[bool | None, _optional("Change codes too: PV-Tuning.", "--pv/--no-pv")] = None,
-    pv_learning_rate: Annotated[float | None, _optional("Of its buffers. \\[default: 0.02]")] = None,
-    pv_fraction: Annotated[float | None, _optional("Of groups encoded again a step. \\[default: 0.01]")] = None,
-    pv_trust_ratio: Annotated[float | None, _optional("Most change of a weight a step. \\[default: 0.01]")] = None,
+    pv_learning_rate: Annotated[float | None, _tuning("Of its buffers.", "pv_learning_rate")] = None,
+    pv_fraction: Annotated[float | None, _tuning("Of groups encoded again a step.", "pv_fraction")] = None,
+    pv_trust_ratio: Annotated[float | None, _tuning("Most change of a weight a step.", "pv_trust_ratio")] = None,
     pv_states: Annotated[
         str | None, _optional("Moments of its Adam; auto: as memory likes.", **_choices(PV_STATES))
     ] = None,

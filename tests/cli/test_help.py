@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -11,8 +12,8 @@ import typer
 from aqlm_c.cli.commands import app
 from aqlm_c.cli.display import Display
 from aqlm_c.cli.main import main
-from aqlm_c.config import DTYPES
-from aqlm_c.recipe import PRESETS
+from aqlm_c.config import DTYPES, FinetuneOptions
+from aqlm_c.recipe import PRESETS, RunConfig
 
 ROOT = typer.main.get_command(app)
 COMMANDS = sorted(ROOT.commands)
@@ -117,3 +118,16 @@ def test_evaluate_tells_how_far_it_is(capsys):
         display.on_phase("model on text")
         display.on_window(1, 2, 1.0)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["finetune", "quantize"])
+def test_defaults_in_the_help_are_those_of_the_options(name):
+    fields = vars(RunConfig("model", "out")) | (vars(FinetuneOptions()) if name == "finetune" else {})
+    told = {
+        parameter.name: found[1]
+        for parameter in ROOT.commands[name].params
+        if (found := re.search(r"\[default: ([^],]+)\]", parameter.help or ""))
+    }
+    known = {option: str(fields[option]) for option in told if fields.get(option) is not None}
+    assert len(known) >= 3
+    assert {option: told[option] for option in known} == known
