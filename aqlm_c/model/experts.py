@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.experts import ExpertStacks, are_few
 from ..nn.linear import QuantizedLinear
 
 try:
@@ -51,10 +52,14 @@ class Experts(nn.ModuleList):
         for part in _PARTS:
             setattr(fused, part, nn.Parameter(getattr(fused, part).detach().to("meta"), requires_grad=False))
         self.__dict__["fused"] = fused  # hidden from state_dict; knows the activation and takes its place again
+        self.stacks: ExpertStacks | None = None
         self.train(fused.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, H]; top_k_index, top_k_weights [tokens, k]: each token's experts -> [tokens, H]."""
+        stacks = self._current_stacks(hidden_states) if are_few(top_k_index, len(self)) else None
+        if stacks is not None:
+            return stacks(hidden_states, top_k_weights, top_k_index, self.fused._apply_gate)
         output = torch.zeros_like(hidden_states)
         for index in top_k_index.unique().tolist():
             if index >= len(self):  # of no expert
@@ -65,6 +70,23 @@ class Experts(nn.ModuleList):
             y = down(self.fused._apply_gate(torch.cat((gate(x), up(x)), dim=-1)))
             output.index_add_(0, token, (y * top_k_weights[token, choice, None]).to(output.dtype))
         return output
+
+    def _current_stacks(self, x: Tensor) -> ExpertStacks | None:
+        """Those for products of all experts together: on a GPU, without gradients, of experts that are alike."""
+        if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if self.stacks is not None and self.stacks.are_current():
+            return self.stacks
+        self.stacks = None
+        if not torch.cuda.is_current_stream_capturing() and all(p.device == x.device for p in self.parameters()):
+            experts: list[Any] = list(self)
+            gate, up, down = ([expert[name] for expert in experts] for name in self.names)
+            self.stacks = ExpertStacks.made(gate, up, down)
+        return self.stacks
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Experts:
+        self.stacks = None  # lest memory that linears leave is kept
+        return super()._apply(fn, recurse)
 
     def fuse(self) -> nn.Module:
         """The fused module with the weights of these experts, all dense."""

@@ -25,6 +25,7 @@ __all__ = [
     "has_cuda",
     "index_codes",
     "matmul",
+    "matmul_experts",
     "matmul_grouped",
     "pack",
     "packs",
@@ -107,6 +108,30 @@ def matmul_grouped(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     return ops.matmul_grouped(x, codes, codebooks, scales, biases)
 
 
+def matmul_experts(x: Tensor, index: Tensor, weights: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """`matmul` of rows that each have a weight of their own, such as those of the experts of a mixture.
+
+    On a GPU few launches for all rows, whatever index says: nothing waits for it, and a CUDA graph holds for others.
+    Rows are sorted by expert on the device, and up to 8 of one expert read its codes once; up to as many rows as
+    experts, with at most 8 bits per codebook, each read them for themselves, which takes less time. A row has the bits
+    that the same kernel gives it in `matmul`.
+
+    Args:
+        x: [rows, in], float32, float16 or bfloat16.
+        index: [rows * k], of any shape, int64: row i of y is of row i // k of x and of expert index[i].
+        weights: (codes, codebooks, scales) of `matmul` with a first dimension of E experts, 1..1024; one or more of
+            them, on a GPU up to three, which differ in `out` alone.
+
+    Returns:
+        [rows * k, out of all weights], dtype of x; zeros where index is no expert's. Without gradients.
+
+    Raises:
+        RuntimeError: a shape or dtype is not as above; the message names the argument.
+    """
+    codes, codebooks, scales = map(list, zip(*weights, strict=True))
+    return ops.matmul_experts(x, index, codes, codebooks, scales)
+
+
 def decode_rows(
     codes: Tensor,
     codebooks: Tensor,
@@ -159,6 +184,11 @@ def _(x, codes, codebooks, scales, bias):
 @torch.library.register_fake("aqlm_c::matmul_grouped")
 def _(x, codes, codebooks, scales, biases):
     return [x.new_empty((*x.shape[:-1], c.shape[0] * b.shape[2])) for c, b in zip(codes, codebooks, strict=True)]
+
+
+@torch.library.register_fake("aqlm_c::matmul_experts")
+def _(x, index, codes, codebooks, scales):
+    return x.new_empty((index.numel(), sum(c.shape[1] * b.shape[3] for c, b in zip(codes, codebooks, strict=True))))
 
 
 @torch.library.register_fake("aqlm_c::decode_rows")

@@ -6,12 +6,13 @@ On a GPU both may be captured in a CUDA graph: nothing of what they launch depen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import ops
+from ..nn.experts import ExpertStacks, are_few
 from ..nn.linear import QuantizedLinear
 
 __all__ = ["Experts", "JoinedLinears"]
@@ -56,36 +57,12 @@ def product(linear: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return nn.functional.linear(x, linear.weight, bias)
 
 
-class _Stack(NamedTuple):
-    """One linear of all experts, their codes in one tensor, so that a GPU may choose by itself."""
-
-    codes: Tensor  # [experts, O, J, K]
-    codebooks: Tensor
-    scales: Tensor
-
-    @classmethod
-    def of(cls, linears: Sequence[Linear]) -> _Stack | None:
-        """Of linears of one format; they are views of it then. None if there is no such stack."""
-        if any(not isinstance(linear, QuantizedLinear) for linear in linears):
-            return None
-        kept = []
-        for name in cls._fields:
-            tensors = [getattr(linear, name) for linear in linears]
-            if len({(tensor.shape, tensor.dtype) for tensor in tensors}) > 1:
-                return None
-            kept.append(torch.stack([tensor.detach() for tensor in tensors]))
-        for name, stack in zip(cls._fields, kept, strict=True):
-            for linear, tensor in zip(linears, stack, strict=True):
-                getattr(linear, name).data = tensor
-        return cls(*kept)
-
-
 class Experts(nn.Module):
     """Experts of a mixture, each a gated unit ``down(act(gate(x), up(x)))``, all or the rank's own.
 
     gate, up, down: the linears of each, quantized to formats of their own, or dense. activation: [rows, 2 I], gates
-    beside ups, -> [rows, I]. stacked: whether the codes of all experts are one tensor, for `without_reading`; None: on
-    a GPU.
+    beside ups, -> [rows, I]. stacked: whether the codes of all experts are one tensor, for their products together;
+    None: on a GPU.
     """
 
     def __init__(
@@ -100,8 +77,7 @@ class Experts(nn.Module):
         self.activation = activation
         on_gpu = next(gate[0].parameters()).device.type == "cuda"
         stacked = on_gpu if stacked is None else stacked
-        stacks = [_Stack.of(linears) if stacked else None for linears in (gate, up, down)]
-        self.stacks = [stack for stack in stacks if stack is not None]
+        self.stacks = ExpertStacks.made(gate, up, down) if stacked else None
         self.gate_up = nn.ModuleList(JoinedLinears(pair) for pair in zip(gate, up, strict=True))
         self.down = nn.ModuleList(down)
 
@@ -113,6 +89,8 @@ class Experts(nn.Module):
         """
         if on_input:
             x, weights = x * weights.to(x.dtype), torch.ones_like(weights)
+        if self.stacks is not None and are_few(index, len(self.down)):
+            return self.stacks(x, weights, index, self.activation)
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return self.without_reading(x, weights, index)
         output = x.new_zeros(x.shape, dtype=torch.float32)
@@ -125,24 +103,8 @@ class Experts(nn.Module):
         return output.to(x.dtype)
 
     def without_reading(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
-        """The same by a fixed sequence of products, whatever `index` says.
-
-        Up to as many choices as experts are each a product with codes copied from the stack, where there is one; else
-        every expert sees all tokens.
-        """
-        tokens, k = index.shape
+        """The same by a fixed sequence of products, whatever `index` says: every expert sees all tokens."""
         output = x.new_zeros(x.shape, dtype=torch.float32)
-        if len(self.stacks) == 3 and tokens * k <= len(self.down):
-            here = (index >= 0).float() * weights.float()
-            gate, up, down = ([part[index.flatten().clamp(min=0)] for part in stack] for stack in self.stacks)
-            for place in range(tokens * k):
-                token, choice = divmod(place, k)
-                row = x[token : token + 1]
-                pair: Any = [(*(part[place] for part in linear), None) for linear in (gate, up)]
-                hidden = self.activation(torch.cat(ops.matmul_grouped(row, pair), dim=-1))
-                y = ops.matmul(hidden, *(part[place] for part in down))
-                output[token] += y[0].float() * here[token, choice]
-            return output.to(x.dtype)
         for expert in range(len(self.down)):
             share = ((index == expert) * weights).sum(-1, keepdim=True).float()
             output += self._expert(expert, x).float() * share

@@ -24,9 +24,10 @@ typedef struct aqlm_product {
 typedef enum aqlm_cuda_path {
     AQLM_CUDA_PLAIN,  /* every format and mix of dtypes */
     AQLM_CUDA_TABLES, /* products of x with the codebooks, looked up; codes are read for each row (B <= 8, og = 1) */
-    AQLM_CUDA_GATHER, /* gathered entries; codes are read once for up to 8 rows (fp16 and bf16 of the codebooks' dtype,
-                       * g = 8, og = 1, K <= 4) */
-    AQLM_CUDA_SHARDS, /* the same for one row and a codebook that is cut among blocks (K = 1, B > 13) */
+    AQLM_CUDA_GATHER, /* gathered entries; codes are read once for up to 8 rows (fp16 and bf16 of the codebooks' dtype)
+                       */
+    AQLM_CUDA_SHARDS, /* the same for few rows and codebooks that are cut among blocks (K <= 2, B > 13, g = 8, og = 1)
+                       */
     AQLM_CUDA_TILES, /* many rows on Hopper GPUs: weights are decoded once into operands of matrix instructions, for all
                       * rows of a tile (fp16 and bf16 of the codebooks' dtype, og = 1); where AQLM_C_TILES is 1 */
     AQLM_CUDA_DENSE, /* many rows: the caller's, who decodes W slice by slice for dense products */
@@ -56,6 +57,23 @@ cudaError_t aqlm_cuda_matmul_plan(aqlm_cuda_plan *plan, const aqlm_product *prod
 /* What is planned, unless it is the caller's; x, y and bias of dtype. */
 cudaError_t aqlm_cuda_matmul(const aqlm_product *products, int64_t count, const void *x, aqlm_dtype dtype,
                              int64_t n_rows, const aqlm_cuda_plan *plan, void *workspace, cudaStream_t stream);
+
+/* Rows that each have one of several weights, such as experts of a mixture: every product's w is the first of `weights`
+ * that lie one behind the other, codes, codebooks and scales alike; biases are NULL. */
+typedef struct aqlm_cuda_routes {
+    const int64_t *index; /* [n_rows], on the device: the weight of each; another number: its row of y is zeros */
+    int64_t weights;      /* 1..1024 */
+    int64_t rows_of_x;    /* rows of y in a row that have one row of x: x is [n_rows / rows_of_x, in] */
+    int64_t y_stride;     /* numbers from row to row of every y */
+} aqlm_cuda_routes;
+
+/* As above, in one launch for all rows, or two, whatever index says; with few rows several products share it.
+ * cudaErrorInvalidValue: more rows or outputs than a launch has. */
+cudaError_t aqlm_cuda_routed_plan(aqlm_cuda_plan *plan, const aqlm_product *products, int64_t count, aqlm_dtype dtype,
+                                  int64_t n_rows, const aqlm_cuda_routes *routes);
+cudaError_t aqlm_cuda_routed(const aqlm_product *products, int64_t count, const void *x, aqlm_dtype dtype,
+                             int64_t n_rows, const aqlm_cuda_routes *routes, const aqlm_cuda_plan *plan,
+                             void *workspace, cudaStream_t stream);
 
 /* The plan of grad_x[n_rows, in] = grad_y[n_rows, out] W, for any number of rows. */
 cudaError_t aqlm_cuda_matmul_backward_plan(aqlm_cuda_plan *plan, const aqlm_weight *w);

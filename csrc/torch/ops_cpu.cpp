@@ -160,6 +160,44 @@ std::vector<Tensor> matmul_grouped(const Tensor &x, const std::vector<Tensor> &c
     return Grouped{codes, codebooks, scales, biases}.one_by_one(x, matmul);
 }
 
+/* y [index.numel(), out of all weights]: a row of x by each weight of its expert; zeros where there is no such expert.
+ * Rows of one expert are one product. */
+Tensor matmul_experts(const Tensor &x_in, const Tensor &index_in, const std::vector<Tensor> &codes,
+                      const std::vector<Tensor> &codebooks, const std::vector<Tensor> &scales) {
+    const Tensor x = as_contiguous(x_in);
+    const Routed routed(x, index_in, codes, codebooks, scales);
+    int64_t outs = 0;
+    for (size_t m = 0; m < codes.size(); ++m) outs += codes[m].size(1) * codebooks[m].size(3);
+    Tensor y = torch::stable::new_empty(x, {routed.n_rows, outs});
+    if (routed.n_rows == 0) return y;
+    const auto *index = static_cast<const int64_t *>(routed.index.const_data_ptr());
+    const size_t number = dtype_of(x, "x") == AQLM_F32 ? 4 : 2, width = x.size(1) * number;
+    std::memset(y.mutable_data_ptr(), 0, routed.n_rows * outs * number);
+    for (int64_t e = 0; e < routed.experts; ++e) {
+        std::vector<int64_t> rows;
+        for (int64_t r = 0; r < routed.n_rows; ++r)
+            if (index[r] == e) rows.push_back(r);
+        if (rows.empty()) continue;
+        const auto n = static_cast<int64_t>(rows.size());
+        Tensor given = torch::stable::new_empty(x, {n, x.size(1)});
+        for (int64_t i = 0; i < n; ++i)
+            std::memcpy(static_cast<char *>(given.mutable_data_ptr()) + i * width,
+                        static_cast<const char *>(x.const_data_ptr()) + rows[i] / routed.rows_of_x * width, width);
+        size_t first = 0;
+        for (size_t m = 0; m < codes.size(); ++m) {
+            const Tensor part =
+                matmul(given, Routed::of(as_contiguous(codes[m]), e), Routed::of(as_contiguous(codebooks[m]), e),
+                       Routed::of(as_contiguous(scales[m]), e), std::nullopt);
+            const size_t bytes = part.size(1) * number;
+            for (int64_t i = 0; i < n; ++i)
+                std::memcpy(static_cast<char *>(y.mutable_data_ptr()) + rows[i] * outs * number + first,
+                            static_cast<const char *>(part.const_data_ptr()) + i * bytes, bytes);
+            first += bytes;
+        }
+    }
+    return y;
+}
+
 /* grad_x [..., in] = grad_y [..., out] W, of grad_y's dtype; W is never whole in memory. */
 Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &codebooks, const Tensor &scales) {
     const Weight w(codes, codebooks, scales);
@@ -211,6 +249,7 @@ Tensor index_codes(const Tensor &codes, const Tensor &codebooks, const Tensor &s
 STABLE_TORCH_LIBRARY(aqlm_c, m) {
     m.def("matmul(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, Tensor? bias) -> Tensor");
     m.def("matmul_grouped(Tensor x, Tensor[] codes, Tensor[] codebooks, Tensor[] scales, Tensor[] biases) -> Tensor[]");
+    m.def("matmul_experts(Tensor x, Tensor index, Tensor[] codes, Tensor[] codebooks, Tensor[] scales) -> Tensor");
     m.def("matmul_backward(Tensor grad_y, Tensor codes, Tensor codebooks, Tensor scales) -> Tensor");
     m.def("decode_rows(Tensor codes, Tensor codebooks, Tensor scales, ScalarType? dtype=None) -> Tensor");
     m.def("decode_rows_backward(Tensor grad_rows, Tensor codes, Tensor codebooks, Tensor scales, bool need_codebooks, "
@@ -221,6 +260,7 @@ STABLE_TORCH_LIBRARY(aqlm_c, m) {
 STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CPU, m) {
     m.impl("matmul", TORCH_BOX(&matmul));
     m.impl("matmul_grouped", TORCH_BOX(&matmul_grouped));
+    m.impl("matmul_experts", TORCH_BOX(&matmul_experts));
     m.impl("matmul_backward", TORCH_BOX(&matmul_backward));
     m.impl("decode_rows", TORCH_BOX(&decode_rows));
     m.impl("decode_rows_backward", TORCH_BOX(&decode_rows_backward));

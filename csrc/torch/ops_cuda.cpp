@@ -146,6 +146,43 @@ std::vector<Tensor> matmul_grouped(const Tensor &x, std::vector<Tensor> codes, s
     return ys;
 }
 
+/* As on the CPU; nothing waits for index, and what is launched does not depend on it. */
+Tensor matmul_experts(const Tensor &x_in, const Tensor &index_in, std::vector<Tensor> codes,
+                      std::vector<Tensor> codebooks, std::vector<Tensor> scales) {
+    const Routed routed(x_in, index_in, codes, codebooks, scales);
+    aqlm_torch::check(routed.index.is_cuda() && routed.index.get_device_index() == x_in.get_device_index(),
+                      "index: got a tensor elsewhere, expected it on cuda:", x_in.get_device_index(), " as x");
+    std::deque<Weight> weights; /* which do not move */
+    std::vector<aqlm_product> products;
+    int64_t outs = 0;
+    for (size_t m = 0; m < codes.size(); ++m) {
+        for (Tensor *t : {&codes[m], &codebooks[m], &scales[m]}) *t = ready(*t);
+        const Weight &w = weights.emplace_back(x_in, "x", Routed::of(codes[m], 0), Routed::of(codebooks[m], 0),
+                                               Routed::of(scales[m], 0));
+        products.push_back({nullptr, w.view, nullptr});
+        outs += w.view.shape.out_features;
+    }
+    const Tensor x = ready(x_in);
+    const aqlm_dtype dtype = dtype_of(x, "x");
+    Tensor y = torch::stable::new_empty(x, {routed.n_rows, outs});
+    if (routed.n_rows == 0) return y;
+    auto *to = static_cast<char *>(y.mutable_data_ptr());
+    for (aqlm_product &product : products) {
+        product.y = to;
+        to += product.w.shape.out_features * (dtype == AQLM_F32 ? 4 : 2);
+    }
+    const aqlm_cuda_routes routes = {static_cast<const int64_t *>(routed.index.const_data_ptr()), routed.experts,
+                                     routed.rows_of_x, outs};
+    const auto count = static_cast<int64_t>(products.size());
+    aqlm_cuda_plan plan;
+    check(aqlm_cuda_routed_plan(&plan, products.data(), count, dtype, routed.n_rows, &routes), "matmul_experts");
+    Tensor workspace = torch::stable::new_empty(x, {static_cast<int64_t>(plan.workspace)}, ScalarType::Byte);
+    check(aqlm_cuda_routed(products.data(), count, x.const_data_ptr(), dtype, routed.n_rows, &routes, &plan,
+                           plan.workspace > 0 ? workspace.mutable_data_ptr() : nullptr, weights[0].stream),
+          "matmul_experts");
+    return y;
+}
+
 /* grad_x [..., in] = grad_y [..., out] W, of grad_y's dtype; W is decoded slice by slice of its columns. */
 Tensor matmul_backward(const Tensor &grad_y, const Tensor &codes, const Tensor &codebooks, const Tensor &scales) {
     const Weight w(grad_y, "grad_y", codes, codebooks, scales);
@@ -246,6 +283,7 @@ PyModuleDef module = {
 STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CUDA, m) {
     m.impl("matmul", TORCH_BOX(&matmul));
     m.impl("matmul_grouped", TORCH_BOX(&matmul_grouped));
+    m.impl("matmul_experts", TORCH_BOX(&matmul_experts));
     m.impl("matmul_backward", TORCH_BOX(&matmul_backward));
     m.impl("decode_rows", TORCH_BOX(&decode_rows));
     m.impl("decode_rows_backward", TORCH_BOX(&decode_rows_backward));

@@ -101,5 +101,44 @@ struct Grouped {
     }
 };
 
+/* What matmul_experts is given: weights of E experts each, [E, ...] of what one weight has; which expert each row of y
+ * has, a row of x for every rows_of_x of them. */
+struct Routed {
+    Tensor index;
+    int64_t experts, n_rows, rows_of_x;
+
+    Routed(const Tensor &x, const Tensor &index_in, const std::vector<Tensor> &codes,
+           const std::vector<Tensor> &codebooks, const std::vector<Tensor> &scales)
+        : index(torch::stable::contiguous(index_in)) {
+        const size_t n = codes.size();
+        check(n > 0 && codebooks.size() == n && scales.size() == n, "codes, codebooks, scales: got ", n, ", ",
+              codebooks.size(), " and ", scales.size(), " tensors, expected as many of each");
+        check(codes[0].dim() == 4 && codes[0].size(0) > 0, "codes: got shape ", shape_of(codes[0]),
+              ", expected [experts, out / og, in / g, num_codebooks]");
+        experts = codes[0].size(0);
+        for (size_t m = 0; m < n; ++m)
+            for (const Tensor *t : {&codes[m], &codebooks[m], &scales[m]})
+                check(t->dim() > 0 && t->size(0) == experts, "codes, codebooks, scales: got shape ", shape_of(*t),
+                      ", expected ", experts, " experts");
+        check(index.scalar_type() == ScalarType::Long, "index: got dtype ", name_of(index.scalar_type()),
+              ", expected int64");
+        check(codebooks[0].dim() == 5, "codebooks: got shape ", shape_of(codebooks[0]),
+              ", expected [experts, num_codebooks, 2^nbits_per_codebook, og, g]");
+        const int64_t in_features = codes[0].size(2) * codebooks[0].size(4);
+        check(x.dim() == 2 && x.size(1) == in_features, "x: got shape ", shape_of(x), ", expected [rows, ", in_features,
+              "]");
+        n_rows = index.numel();
+        check(n_rows == 0 || (x.size(0) > 0 && n_rows % x.size(0) == 0), "index: got ", n_rows,
+              " rows, expected a multiple of those of x, ", x.size(0));
+        rows_of_x = n_rows == 0 ? 1 : n_rows / x.size(0);
+    }
+
+    /* t of expert e, from a dense stack. */
+    static Tensor of(const Tensor &t, int64_t e) {
+        const std::vector<int64_t> size(t.sizes().begin() + 1, t.sizes().end());
+        return torch::stable::view(torch::stable::narrow(const_cast<Tensor &>(t), 0, e, 1), size);
+    }
+};
+
 } // namespace aqlm_torch
 #endif

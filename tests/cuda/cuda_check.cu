@@ -59,8 +59,8 @@ struct Format {
     int64_t out, in, K, B, og, g;
 };
 
-/* Each kernel (tables of every g and K, gathers from shared memory and L2, planes, tiles, plain), sizes around its
- * tiles. */
+/* Each kernel (tables of every g and K; gathers from shared memory and L2, of one format and of any; planes; tiles;
+ * plain), sizes around its tiles. */
 const Format FORMATS[] = {
     {520, 1056, 2, 8, 1, 8},  {137, 1024, 4, 8, 1, 8},  {77, 512, 8, 8, 1, 8},    {65, 520, 1, 8, 1, 8},
     {64, 1376, 2, 8, 1, 8},   {192, 576, 3, 8, 1, 8},   {33, 256, 7, 7, 1, 8},    {65, 128, 2, 8, 1, 4},
@@ -70,7 +70,10 @@ const Format FORMATS[] = {
     {2060, 8832, 2, 8, 1, 8}, {16, 17024, 8, 8, 1, 8},  {16, 33920, 8, 8, 1, 8},  {48, 512, 8, 8, 1, 16},
     {48, 256, 8, 6, 1, 4},    {49, 640, 5, 8, 1, 8},    {50, 512, 6, 8, 1, 4},    {35, 1024, 3, 8, 1, 16},
     {36, 2048, 5, 5, 1, 32},  {70, 1024, 3, 8, 1, 8},   {33, 12288, 3, 8, 1, 8},  {130, 1024, 1, 16, 1, 16},
-    {190, 512, 4, 8, 1, 16},  {131, 1024, 2, 8, 1, 32}, {129, 640, 1, 8, 1, 4},
+    {190, 512, 4, 8, 1, 16},  {131, 1024, 2, 8, 1, 32}, {129, 640, 1, 8, 1, 4},   {60, 2048, 2, 16, 1, 8},
+    {35, 9216, 2, 15, 1, 8},  {41, 768, 1, 12, 1, 4},   {40, 1024, 3, 12, 1, 8},  {50, 1024, 2, 9, 1, 32},
+    {20, 144, 1, 16, 1, 16},  {50, 640, 5, 8, 1, 16},   {33, 1024, 7, 8, 1, 32},  {35, 516, 7, 8, 1, 4},
+    {48, 520, 1, 12, 4, 8},   {30, 512, 5, 8, 3, 16},   {24, 512, 8, 8, 12, 32},  {41, 8, 3, 16, 1, 4},
 };
 
 /* Paths of products of float16, of 8 rows at a time and of those behind. */
@@ -86,11 +89,13 @@ const struct {
     {{4096, 4096, 2, 8, 1, 8}, 24, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, true},
     {{4096, 4096, 2, 8, 1, 8}, 25, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE, true},
     {{4096, 4096, 1, 16, 1, 8}, 1, AQLM_CUDA_SHARDS, AQLM_CUDA_SHARDS, false},
-    {{4096, 4096, 1, 16, 1, 8}, 8, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
+    {{4096, 4096, 2, 16, 1, 8}, 1, AQLM_CUDA_SHARDS, AQLM_CUDA_SHARDS, false},
+    {{4096, 4096, 1, 16, 1, 16}, 1, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
+    {{4096, 4096, 1, 16, 1, 8}, 8, AQLM_CUDA_SHARDS, AQLM_CUDA_SHARDS, false},
     {{4096, 4096, 1, 16, 1, 8}, 9, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE, true},
-    {{4096, 4096, 8, 8, 1, 8}, 4, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES, false},
-    {{4096, 4096, 8, 8, 1, 8}, 5, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE, true},
-    {{4096, 4096, 2, 8, 2, 8}, 1, AQLM_CUDA_PLAIN, AQLM_CUDA_PLAIN, false},
+    {{4096, 4096, 8, 8, 1, 8}, 4, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
+    {{4096, 4096, 8, 8, 1, 8}, 9, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE, true},
+    {{4096, 4096, 2, 8, 2, 8}, 1, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
 };
 
 std::mt19937 random_bits(1);
@@ -214,6 +219,55 @@ template <class T> double error_of_products(const std::vector<const Weight<T> *>
     return worst;
 }
 
+/* Of rows that each have one of three weights, or none, by two of them. */
+template <class T> double error_of_routed(const Format &f, int64_t rows) {
+    constexpr int64_t WEIGHTS = 3;
+    Format more = f;
+    more.out = f.out + 8 * f.og;
+    std::deque<Weight<T>> weights;
+    std::deque<OnDevice<unsigned char>> codes;
+    std::deque<OnDevice<T>> floats;
+    std::vector<aqlm_product> products;
+    int64_t outs = 0;
+    for (const Format &format : {f, more}) {
+        std::vector<unsigned char> all_codes;
+        std::vector<T> all_books, all_scales;
+        for (int64_t e = 0; e < WEIGHTS; ++e) {
+            const Weight<T> &w = weights.emplace_back(format);
+            all_codes.insert(all_codes.end(), w.codes.begin(), w.codes.end());
+            all_books.insert(all_books.end(), w.books.begin(), w.books.end());
+            all_scales.insert(all_scales.end(), w.scales.begin(), w.scales.end());
+        }
+        aqlm_weight view = weights.back().view;
+        view.codes = codes.emplace_back(all_codes).data;
+        view.codebooks = floats.emplace_back(all_books).data;
+        view.scales = floats.emplace_back(all_scales).data;
+        products.push_back({nullptr, view, nullptr});
+        outs += format.out;
+    }
+    const OnDevice<T> x_there(random_values<T>(rows / 2 * f.in, 1)), y(rows * outs);
+    products[0].y = y.data, products[1].y = y.data + f.out;
+    std::vector<int64_t> index(rows);
+    for (int64_t &e : index) e = int64_t(random_bits() % (WEIGHTS + 2)) - 1;
+    const OnDevice<int64_t> index_there(index);
+    const aqlm_cuda_routes routes = {index_there.data, WEIGHTS, 2, outs};
+    aqlm_cuda_plan plan;
+    check(aqlm_cuda_routed_plan(&plan, products.data(), 2, dtype_of<T>, rows, &routes), "aqlm_cuda_routed_plan");
+    const OnDevice<char> workspace(plan.workspace);
+    check(
+        aqlm_cuda_routed(products.data(), 2, x_there.data, dtype_of<T>, rows, &routes, &plan, workspace.data, nullptr),
+        "aqlm_cuda_routed");
+    const auto x = x_there.host();
+    std::vector<double> truth(rows * outs);
+    for (int64_t n = 0; n < rows; ++n)
+        for (int64_t o = 0; o < outs && index[n] >= 0 && index[n] < WEIGHTS; ++o) {
+            const Weight<T> &w = weights[index[n] + (o < f.out ? 0 : WEIGHTS)];
+            const double *row = &w.W[(o < f.out ? o : o - f.out) * f.in];
+            for (int64_t i = 0; i < f.in; ++i) truth[n * outs + o] += float(x[n / 2 * f.in + i]) * row[i];
+        }
+    return error_of(y.host(), truth);
+}
+
 template <class T> bool check_format(const Format &f) {
     const Weight<T> weight(f);
     const int64_t J = weight.J, O = weight.O, E = weight.E;
@@ -234,6 +288,9 @@ template <class T> bool check_format(const Format &f) {
         worst = std::fmax(worst, error_of_products<T>({&weight, &second, &third}, 1));
         worst = std::fmax(worst, error_of_products<T>({&third, &weight}, 3));
     }
+
+    if (f.out * f.in < 1 << 17)
+        for (int64_t rows : {2, 40}) worst = std::fmax(worst, error_of_routed<T>(f, rows));
 
     const int64_t first_out = f.og, outs = f.out - f.og, first_group = J > 8 ? 8 : 0, groups = J - first_group;
     std::vector<double> part;

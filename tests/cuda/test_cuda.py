@@ -21,7 +21,8 @@ if not ops.has_cuda:
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# out, in, K, B, og, g: each kernel (tables, gathers, both from L2, planes, tiles, plain) and sizes around its tiles.
+# out, in, K, B, og, g: each kernel (tables; gathers from shared memory and L2, of one format and of any; planes; tiles;
+# plain) and sizes around its tiles.
 SHAPES = [
     (4096, 4096, 2, 8, 1, 8),
     (1000, 4096, 4, 8, 1, 8),
@@ -53,6 +54,20 @@ SHAPES = [
     (190, 512, 4, 8, 1, 16),
     (131, 1024, 2, 8, 1, 32),
     (257, 640, 1, 8, 1, 4),
+    (1000, 4096, 1, 16, 1, 16),
+    (515, 2048, 2, 16, 1, 8),
+    (70, 16640, 2, 15, 1, 8),
+    (261, 768, 1, 12, 1, 4),
+    (200, 1024, 3, 12, 1, 8),
+    (100, 1024, 2, 9, 1, 32),
+    (64, 144, 1, 16, 1, 16),
+    (130, 640, 5, 8, 1, 16),
+    (131, 2048, 7, 8, 1, 32),
+    (133, 516, 7, 8, 1, 4),
+    (96, 520, 1, 12, 4, 8),
+    (90, 512, 5, 8, 3, 16),
+    (144, 1024, 8, 8, 12, 32),
+    (41, 8, 3, 16, 1, 4),
 ]
 IDS = ["{2}x{3}g{5}-og{4}-{0}x{1}".format(*s) for s in SHAPES]
 DTYPES = ["float16", "bfloat16", "float32"]
@@ -278,6 +293,85 @@ def test_grouped_linears():
         graph.replay()
         for ys in (captured, compiled(x), compiled(x)):
             assert all(torch.equal(y, z) for y, z in zip(ys, expected, strict=True))
+
+
+EXPERTS = [  # outs of weights with one input, in, K, B, og, g
+    ((1024, 1024), 512, 2, 8, 1, 8),
+    ((4096,), 1024, 1, 8, 1, 8),
+    ((300, 44), 11008, 4, 8, 1, 8),  # rows in parts, by tables
+    ((64, 32, 16), 512, 3, 8, 1, 8),
+    ((100,), 1024, 1, 16, 1, 16),
+    ((48, 80), 768, 2, 12, 1, 8),
+    ((60,), 512, 2, 8, 3, 16),
+    ((33,), 40, 3, 7, 1, 8),  # codes that are not aligned
+]
+
+
+def stacked(shape, dtype, experts):
+    """Codes, codebooks and scales of several weights, each in one tensor."""
+    weights = [random_weight(shape, dtype, seed=e) for e in range(experts)]
+    return tuple(torch.stack(tensors) for tensors in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("outs, shape", [(outs, shape) for outs, *shape in EXPERTS], ids=str)
+@pytest.mark.parametrize("tokens, k", [(1, 2), (3, 2), (40, 1), (32, 4)], ids=str)
+def test_experts(tokens, k, outs, shape, name):
+    """Each row by its own weights; some have none; the bits of the kernel's product with one of them."""
+    dtype, experts = getattr(torch, name), 7
+    stacks = [stacked((out, *shape), dtype, experts) for out in outs]
+    x = random(tokens, shape[0], dtype=dtype)
+    index = torch.randint(-1, experts + 1, (tokens, k), generator=generator(3), device="cuda")
+    y = ops.matmul_experts(x, index, stacks)
+    assert y.shape == (tokens * k, sum(outs)) and torch.equal(y, ops.matmul_experts(x, index, stacks))
+    truth = torch.zeros(tokens * k, sum(outs), dtype=torch.float64, device="cuda")
+    plain = torch.zeros_like(truth, dtype=dtype)
+    for row, e in enumerate(index.flatten().tolist()):
+        if not 0 <= e < experts:
+            assert not y[row].any()
+            continue
+        given, first = x[row // k][None], 0
+        for out, stack in zip(outs, stacks, strict=True):
+            W, part = dense(*(t[e] for t in stack)), slice(first, first + out)
+            truth[row, part] = (given.double() @ W.T)[0]
+            plain[row, part] = torch.nn.functional.linear(given, W.to(dtype))[0]
+            first += out
+    check_close(y, plain, truth)
+
+
+@pytest.mark.parametrize("shape", [(1024, 512, 2, 8, 1, 8), (96, 1024, 1, 16, 1, 16)], ids=["2x8g8", "1x16g16"])
+def test_experts_have_the_bits_of_products(shape):
+    """Where the same kernel runs: one row by tables, up to 8 by gathers."""
+    stack = stacked(shape, torch.float16, 4)
+    for rows in (1, 8):
+        x = random(rows, shape[1], dtype=torch.float16)
+        for e in range(4):
+            index = torch.full((rows,), e, device="cuda")
+            y = ops.matmul_experts(x, index, [stack])
+            assert torch.equal(y, ops.matmul(x, *(t[e] for t in stack)))
+            others = torch.arange(rows, device="cuda") % 4
+            mixed = ops.matmul_experts(x, others, [stack])
+            if rows > 4:  # by the same kernel
+                assert torch.equal(mixed[others == e], y[others == e])
+
+
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_experts_in_a_graph(tokens):
+    """Captured with one choice, replayed with others: nothing that is launched depends on it."""
+    stacks = [stacked((1024, 512, 2, 8, 1, 8), torch.float16, 8) for _ in range(2)]
+    x = random(tokens, 512, dtype=torch.float16)
+    index = torch.randint(0, 8, (tokens, 2), generator=generator(1), device="cuda")
+    ops.matmul_experts(x, index, stacks)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.matmul_experts(x, index, stacks)
+    for seed in range(20):
+        x.copy_(random(tokens, 512, dtype=torch.float16, seed=seed))
+        index.copy_(torch.randint(-1, 8, (tokens, 2), generator=generator(seed), device="cuda"))
+        expected = ops.matmul_experts(x, index, stacks)
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, expected)
 
 
 def kernels_of(call):

@@ -1,6 +1,7 @@
 /* matmul.cu: the plan of a product, and its launches. */
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "cuda/product/paths.cuh"
 
@@ -26,25 +27,76 @@ bool wants_tiles() {
     return wants;
 }
 
+/* Whether weights differ in `out` alone. */
+bool are_alike(const aqlm_product *products, int64_t count) {
+    const aqlm_weight &first = products->w;
+    return std::all_of(products, products + count, [&](const aqlm_product &product) {
+        aqlm_shape but_for_out = product.w.shape;
+        but_for_out.out_features = first.shape.out_features;
+        return std::memcmp(&but_for_out, &first.shape, sizeof but_for_out) == 0 && product.w.dtype == first.dtype;
+    });
+}
+
+int64_t outs_of(const aqlm_product *products, int64_t count) {
+    int64_t outs = 0;
+    for (int64_t m = 0; m < count; ++m) outs += products[m].w.shape.out_features;
+    return outs;
+}
+
+bool all_look_up(const aqlm_product *products, int64_t count, const Device &device) {
+    return std::all_of(products, products + count,
+                       [&](const aqlm_product &product) { return can_look_up(product.w.shape, device); });
+}
+
 /* Whether several products are one launch, which shares what is fixed in it: 2.0 times as fast for q, k and v of a 7B
  * (2x8g8, H100), 1.2 for gate and up. 70B's gate and up, 117M codes, took 4% longer than one after the other: many
  * codes wait for memory, and the cut that is best for one weight may not be for all. */
 bool are_grouped(const aqlm_product *products, int64_t count, int64_t n_rows, const Device &device) {
     constexpr int64_t MOST_CODES = int64_t{1} << 26;
-    if (n_rows != 1 || count > MAX_GROUPED) return false;
-    const aqlm_weight &first = products->w;
-    int64_t outs = 0;
-    for (int64_t m = 0; m < count; ++m) {
-        const aqlm_weight &w = products[m].w;
-        aqlm_shape but_for_out = w.shape;
-        but_for_out.out_features = first.shape.out_features;
-        if (std::memcmp(&but_for_out, &first.shape, sizeof but_for_out) || w.dtype != first.dtype ||
-            !can_look_up(w.shape, device))
-            return false;
-        outs += w.shape.out_features;
+    if (n_rows != 1 || count > MAX_GROUPED || !are_alike(products, count)) return false;
+    if (!all_look_up(products, count, device)) return false;
+    const aqlm_shape &s = products->w.shape;
+    return outs_of(products, count) * (s.in_features / s.in_group_size * s.num_codebooks) <= MOST_CODES;
+}
+
+/* The cut of products by tables, and what its sums take. */
+cudaError_t plan_tables(aqlm_cuda_plan &plan, const aqlm_product *products, int64_t count, int64_t rows,
+                        const Device &device) {
+    if (const cudaError_t error = find_table_cut(plan.cut, products, static_cast<int>(count), device)) return error;
+    if (plan.cut.parts > 1) plan.workspace = sizeof(float) * plan.cut.parts * rows * outs_of(products, count);
+    return cudaSuccess;
+}
+
+/* Rows by tables read codes of their own, and take less time each: up to as many as there are weights. */
+cudaError_t plan_routed(aqlm_cuda_plan &plan, const aqlm_product *products, int64_t count, aqlm_dtype dtype,
+                        int64_t n_rows, const aqlm_cuda_routes &routes, const Device &device) {
+    constexpr int64_t MOST_BLOCKS = 65535; /* of a grid, but for its first side */
+    const aqlm_weight &w = products->w;
+    const aqlm_shape &s = w.shape;
+    if (count < 1 || count > MAX_GROUPED || routes.weights < 1 || routes.weights > MAX_WEIGHTS ||
+        routes.rows_of_x < 1 || n_rows % routes.rows_of_x || n_rows < 1 || routes.y_stride > INT32_MAX ||
+        !are_alike(products, count))
+        return cudaErrorInvalidValue;
+    const bool half = is_half(w, dtype);
+    const int64_t K = s.num_codebooks, codes = s.in_features / s.in_group_size * K * (s.nbits_per_codebook > 8 ? 2 : 1);
+    if (half && n_rows <= routes.weights && (K == 1 || K == 2 || K == 4) && all_look_up(products, count, device)) {
+        plan.path = plan.last_path = AQLM_CUDA_TABLES;
+        if (const cudaError_t error = plan_tables(plan, products, count, n_rows, device)) return error;
+        if (plan.cut.parts * n_rows <= MOST_BLOCKS) return cudaSuccess;
+        plan = {};
     }
-    const aqlm_shape &s = first.shape;
-    return outs * (s.in_features / s.in_group_size * s.num_codebooks) <= MOST_CODES;
+    const int64_t tiles = outs_of(products, count) / 16 + count; /* of gathers, or more */
+    const bool aligned = std::all_of(products, products + count, [&](const aqlm_product &product) {
+        return product.w.shape.out_features / s.out_group_size * codes % 16 == 0;
+    });
+    if (half && aligned && n_rows < INT32_MAX / 2 && can_gather(s, device) &&
+        tiles * most_chunks(n_rows, routes.weights) < INT32_MAX / 2) {
+        plan.path = plan.last_path = AQLM_CUDA_GATHER;
+        plan.workspace = route_workspace(n_rows, routes.weights);
+        return cudaSuccess;
+    }
+    plan.path = plan.last_path = AQLM_CUDA_PLAIN;
+    return n_rows <= MOST_BLOCKS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 cudaError_t plan_matmul(aqlm_cuda_plan &plan, const aqlm_product *products, int64_t count, aqlm_dtype dtype,
@@ -56,8 +108,9 @@ cudaError_t plan_matmul(aqlm_cuda_plan &plan, const aqlm_product *products, int6
 
     const aqlm_weight &w = products->w;
     const aqlm_shape &s = w.shape;
-    const bool gathers = is_half(w, dtype) && can_gather(s, device);
-    const int64_t not_tiled = gathers ? MAX_ROWS : can_look_up(s, device) ? MAX_ROWS / 2 : 0;
+    const bool gathers = is_half(w, dtype) && can_gather(s, device), looks_up = can_look_up(s, device);
+    const bool best = gathers && gathers_best(s, device);
+    const int64_t not_tiled = gathers ? MAX_ROWS : looks_up ? MAX_ROWS / 2 : 0;
     if (wants_tiles() && n_rows > not_tiled && n_rows <= most_tiled(s) && is_half(w, dtype) && can_tile(s, device)) {
         if (s.out_features > INT32_MAX / 2 || s.in_features > INT32_MAX / 16) return cudaErrorInvalidValue;
         plan.path = plan.last_path = AQLM_CUDA_TILES;
@@ -66,34 +119,29 @@ cudaError_t plan_matmul(aqlm_cuda_plan &plan, const aqlm_product *products, int6
         return cudaSuccess;
     }
     /* of more rows, decoding W for a dense product is faster (H100) */
-    const int64_t most_rows = !gathers ? MAX_ROWS / 2 : s.nbits_per_codebook > 8 ? MAX_ROWS : 3 * MAX_ROWS;
+    const int64_t most_rows = !gathers ? MAX_ROWS / 2 : !best || s.nbits_per_codebook > 8 ? MAX_ROWS : 3 * MAX_ROWS;
     if (n_rows > most_rows) {
         plan.path = plan.last_path = AQLM_CUDA_DENSE;
         plan.slice_size = slice_size(s.out_features, s.in_features, DENSE_TILE);
         return cudaSuccess;
     }
 
-    int64_t outs = 0;
-    for (int64_t m = 0; m < count; ++m) {
-        const int64_t out = products[m].w.shape.out_features;
-        if (out > INT32_MAX / 2 || s.in_features > INT32_MAX / 16) return cudaErrorInvalidValue;
-        outs += out;
-    }
+    for (int64_t m = 0; m < count; ++m)
+        if (products[m].w.shape.out_features > INT32_MAX / 2 || s.in_features > INT32_MAX / 16)
+            return cudaErrorInvalidValue;
     const auto path_of = [&](int64_t rows) {
-        if (can_look_up(s, device) && (rows == 1 || !gathers)) return AQLM_CUDA_TABLES;
+        if (looks_up && (rows == 1 || !gathers)) return AQLM_CUDA_TABLES;
         if (!gathers) return AQLM_CUDA_PLAIN;
         return can_shard(s, rows, device) ? AQLM_CUDA_SHARDS : AQLM_CUDA_GATHER;
     };
     const int64_t rows = std::min<int64_t>(n_rows, MAX_ROWS), last_rows = n_rows > rows ? n_rows % MAX_ROWS : 0;
     plan.path = path_of(rows);
     plan.last_path = last_rows > 0 ? path_of(last_rows) : plan.path;
-    if (plan.path == AQLM_CUDA_SHARDS || plan.last_path == AQLM_CUDA_SHARDS)
-        plan.workspace = shard_workspace(s, device);
-    if (plan.path == AQLM_CUDA_TABLES || plan.last_path == AQLM_CUDA_TABLES) {
-        if (const cudaError_t error = find_table_cut(plan.cut, products, count, device)) return error;
-        const int64_t sums = plan.cut.parts * (plan.path == AQLM_CUDA_TABLES ? rows : last_rows) * outs;
-        if (plan.cut.parts > 1) plan.workspace = sizeof(float) * sums;
-    }
+    for (const auto &[path, of] : {std::pair{plan.path, rows}, {plan.last_path, last_rows}})
+        if (path == AQLM_CUDA_SHARDS && of > 0)
+            plan.workspace = std::max(plan.workspace, shard_workspace(s, of, device));
+    if (plan.path == AQLM_CUDA_TABLES || plan.last_path == AQLM_CUDA_TABLES)
+        return plan_tables(plan, products, count, plan.path == AQLM_CUDA_TABLES ? rows : last_rows, device);
     return cudaSuccess;
 }
 
@@ -154,4 +202,28 @@ extern "C" cudaError_t aqlm_cuda_matmul(const aqlm_product *products, int64_t co
         if (const cudaError_t error = run(is_last ? plan->last_path : plan->path, launch)) return error;
     }
     return cudaSuccess;
+}
+
+extern "C" cudaError_t aqlm_cuda_routed_plan(aqlm_cuda_plan *plan, const aqlm_product *products, int64_t count,
+                                             aqlm_dtype dtype, int64_t n_rows, const aqlm_cuda_routes *routes) {
+    *plan = {};
+    Device device;
+    if (const cudaError_t error = current_device(device)) return error;
+    return plan_routed(*plan, products, count, dtype, n_rows, *routes, device);
+}
+
+extern "C" cudaError_t aqlm_cuda_routed(const aqlm_product *products, int64_t count, const void *x, aqlm_dtype dtype,
+                                        int64_t n_rows, const aqlm_cuda_routes *routes, const aqlm_cuda_plan *plan,
+                                        void *workspace, cudaStream_t stream) {
+    if (count > MAX_GROUPED || (plan->workspace > 0 && !workspace)) return cudaErrorInvalidValue;
+    Device device;
+    if (const cudaError_t error = current_device(device)) return error;
+    const auto rows = static_cast<int>(n_rows);
+    const Routes on_device = {
+        routes->index,    static_cast<int>(routes->weights), static_cast<int>(routes->rows_of_x),
+        routes->y_stride, static_cast<int *>(workspace),     most_chunks(n_rows, routes->weights)};
+    if (plan->path == AQLM_CUDA_GATHER)
+        if (const cudaError_t error = run_routes(on_device, rows, device, stream)) return error;
+    return run(plan->path,
+               {products, static_cast<int>(count), x, dtype, rows, plan->cut, workspace, device, stream, on_device});
 }

@@ -6,12 +6,12 @@
 
 namespace aqlm_cuda {
 
-/* Kernels that make row `row` of y from what others left in a workspace: SUMMED outputs a block, and each of its warps
- * adds up a part of what there is, sum(warp, output). dtypes: only if T is float. */
+/* Kernels that make a row of y, from number `at` on, from what others left in a workspace: SUMMED outputs a block, and
+ * each of its warps adds up a part of what there is, sum(warp, output). dtypes: only if T is float. */
 constexpr int SUMMED = 32, SUM_WARPS = 8;
 
 template <class T, class Problem, class Sum>
-__device__ inline void finish_sums(const Problem &p, int row, const Sum &sum, aqlm_dtype dtype = AQLM_F32,
+__device__ inline void finish_sums(const Problem &p, size_t at, const Sum &sum, aqlm_dtype dtype = AQLM_F32,
                                    aqlm_dtype weight_dtype = AQLM_F32) {
     const int warp = threadIdx.x / SUMMED, o = blockIdx.x * SUMMED + threadIdx.x % SUMMED;
     const bool finishes = warp == 0 && o < p.out;
@@ -31,7 +31,7 @@ __device__ inline void finish_sums(const Problem &p, int row, const Sum &sum, aq
     if (!finishes) return;
     for (int other = 1; other < SUM_WARPS; ++other) total += parts[other][threadIdx.x];
     total = total * static_cast<float>(scale) + static_cast<float>(bias);
-    store_as<T>(p.y, static_cast<size_t>(row) * p.out + o, dtype, total);
+    store_as<T>(p.y, at + o, dtype, total);
 }
 
 } // namespace aqlm_cuda

@@ -82,6 +82,7 @@ cudaError_t run_tables(const Launch &launch) {
     p.in_group_size = static_cast<int>(s.in_group_size), p.groups = static_cast<int>(s.in_features / s.in_group_size);
     p.num_codebooks = static_cast<int>(s.num_codebooks), p.entries = 1 << s.nbits_per_codebook, p.cut = launch.cut;
     p.codebook_bytes = p.num_codebooks * p.entries * p.in_group_size * (first.dtype == AQLM_F32 ? 4 : 2);
+    p.routes = launch.routes;
     auto *sums = static_cast<float *>(launch.workspace);
     for (int m = 0; m < MAX_GROUPED; ++m) {
         TableWeight &of = l.weights.of[m];
@@ -89,13 +90,14 @@ cudaError_t run_tables(const Launch &launch) {
         if (m >= launch.count) continue;
         const auto &[y, w, bias] = launch.products[m];
         const auto out = static_cast<int>(w.shape.out_features);
-        of = {y, sums, w.scales, bias, w.codebooks, static_cast<const uint8_t *>(w.codes), out, l.clusters};
+        of = {y,    sums,        w.scales,
+              bias, w.codebooks, static_cast<const uint8_t *>(w.codes),
+              out,  l.clusters,  launch.routes.index ? static_cast<int>(launch.routes.y_stride) : out};
         sums += static_cast<size_t>(p.cut.parts) * launch.n_rows * out;
         l.clusters += static_cast<int>(divide_up(out, p.cut.share * p.cut.cluster_size));
         l.most_outs = std::max(l.most_outs, out);
     }
-    const bool has_instance = p.in_group_size == 8 || (p.num_codebooks != 5 && p.num_codebooks != 7);
-    if (!is_half(first, p.dtype) || !has_instance) return launch_tables<float, 0>(l);
+    if (!is_half(first, p.dtype)) return launch_tables<float, 0>(l);
     return p.dtype == AQLM_F16 ? launch_half_tables<__half>(l) : launch_half_tables<__nv_bfloat16>(l);
 }
 

@@ -115,7 +115,10 @@ template <class T, int G, int PERIOD> struct TableBuilder : TableRows<T, G> {
     using Rows = TableRows<T, G>;
     using Rows::a, Rows::lane, Rows::mask, Rows::ROWS, Rows::STEPS, Rows::TILES, Rows::warp, Rows::WARPS_APART;
     static constexpr int BOOKS = PERIOD % 2 ? PERIOD / 2 + 1 : 1;
-    static constexpr int AT_A_TIME = PERIOD * STEPS * TILES <= 64 ? TILES : TILES / 2; /* as many as registers hold */
+    /* as many as registers hold */
+    static constexpr int AT_A_TIME = PERIOD * STEPS * TILES <= 64   ? TILES
+                                     : PERIOD * STEPS * TILES < 140 ? TILES / 2
+                                                                    : TILES / 4;
     static constexpr bool BOOKS_VARY = PERIOD > 2; /* codebooks differ from slice to slice */
     int log_k, book_bytes, first_book;
     uint32_t b[AT_A_TIME][PERIOD][STEPS];
@@ -246,6 +249,29 @@ template <> struct TableBuilder<float, 0, ANY_PERIOD> {
     }
 };
 
+/* Of rows that have weights of their own, as many blocks each: that of this block, the first where it has none. Which
+ * it is may be found by the kernel before. */
+template <bool ROUTED>
+__device__ inline TableWeight weight_of_row(bool &has_weight, TableWeight w, const TableProblem &p, int blocks) {
+    if constexpr (!ROUTED) return w;
+    wait_for_kernels_before();
+    const int64_t index = p.routes.index[blockIdx.z / blocks];
+    has_weight = index >= 0 && index < p.routes.weights;
+    if (!has_weight) return w;
+    w.codes += index * w.out * (p.groups * p.num_codebooks);
+    w.codebooks = static_cast<const unsigned char *>(w.codebooks) + index * p.codebook_bytes;
+    w.scales = static_cast<const unsigned char *>(w.scales) + index * w.out * (p.weight_dtype == AQLM_F32 ? 4 : 2);
+    return w;
+}
+
+/* What this block finishes of such a row, unless another kernel does. */
+__device__ inline void zero_outputs(const TableWeight &w, const TableProblem &p, int row) {
+    const int share = p.cut.share, first = ((blockIdx.y - w.first_cluster) * p.cut.cluster_size + blockIdx.x) * share;
+    if (p.cut.parts > 1) return;
+    for (int o = first + threadIdx.x; o < min(first + share, w.out); o += 32 * TABLE_WARPS)
+        store_float(w.y, static_cast<size_t>(row) * w.y_stride + o, p.dtype, 0);
+}
+
 /* sum over lanes of v[BATCH]: lane r * 32 / BATCH gets that of v[r]. */
 template <int WIDTH = BATCH / 2> __device__ inline float reduce_batch(float (&v)[BATCH], int lane) {
     constexpr int DISTANCE = 32 / BATCH * WIDTH;
@@ -263,8 +289,9 @@ template <int WIDTH = BATCH / 2> __device__ inline float reduce_batch(float (&v)
     }
 }
 
-/* T float: tables of any dtypes. grid [size, clusters, parts * n_rows], clusters of [size]. The order is by what is
- * waited for: nothing is found before it is needed, or after while loads are in flight.
+/* T float: tables of any dtypes; ROUTED: each row has a weight of its own. grid [size, clusters, parts * n_rows],
+ * clusters of [size]. The order is by what is waited for: nothing is found before it is needed, or after while loads
+ * are in flight.
  *
  * The compiler put the codes' loads behind lookups, or lookups before loads, as registers were free: up to 8% for
  * better or worse. load_now and a branch that is never taken hold the order. A wait hidden in a prologue (a scale
@@ -275,22 +302,29 @@ template <int WIDTH = BATCH / 2> __device__ inline float reduce_batch(float (&v)
  * A cluster's block and a single one have a loop each: while one loop asked at every step where its sums go and whether
  * a slice follows, most shapes took 1 to 6% longer. Arguments are a struct by value (what every thread reads) and one
  * of weights, of which a block copies its own: that costs one weight alone nothing; a reference into it cost 3%. */
-template <class T, int G, int PERIOD>
+template <class T, int G, int PERIOD, bool ROUTED>
 __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     table_kernel(const TableProblem p, const __grid_constant__ TableWeights weights) {
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned char *const tables = shared;
     const int cluster = blockIdx.y;
-    const TableWeight w =
-        weights.of[(cluster >= weights.of[1].first_cluster) + (cluster >= weights.of[2].first_cluster)];
+    bool has_weight = true;
+    const TableWeight w = weight_of_row<ROUTED>(
+        has_weight, weights.of[(cluster >= weights.of[1].first_cluster) + (cluster >= weights.of[2].first_cluster)], p,
+        p.cut.parts);
+    if (!has_weight) {
+        zero_outputs(w, p, blockIdx.z);
+        return;
+    }
     /* While the kernels before finish: what that does not change, or L2 alone sees. */
     if (const int at = threadIdx.x * 128; at < p.codebook_bytes)
         prefetch(static_cast<const unsigned char *>(w.codebooks) + at);
     const int size = p.cut.cluster_size, share = p.cut.share, cluster_outs = size * share, rank = blockIdx.x;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32; /* uniform to the compiler too */
     const int first_out = (cluster - w.first_cluster) * cluster_outs, n_outs = min(cluster_outs, w.out - first_out);
-    const int x_row = p.cut.parts == 1 ? blockIdx.z : blockIdx.z / p.cut.parts;
-    const int part = blockIdx.z - x_row * p.cut.parts;
+    const int y_row = p.cut.parts == 1 ? blockIdx.z : blockIdx.z / p.cut.parts;
+    const int x_row = ROUTED ? y_row / p.routes.rows_of_x : y_row;
+    const int part = blockIdx.z - y_row * p.cut.parts;
     const int row_codes = p.groups * p.num_codebooks, first_slice = part * p.cut.slices_of_part;
     const auto first_row = static_cast<size_t>(min(first_out + warp * BATCH + lane % BATCH, w.out - 1));
     prefetch(w.codes + first_row * row_codes + min((first_slice + rank) * TABLE_CODES, row_codes - 1));
@@ -363,7 +397,7 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
         }
         if (o >= 32 * TABLE_WARPS) scale = scale_of(o), bias = bias_of(o);
         total = total * static_cast<float>(scale) + static_cast<float>(bias);
-        store_as<T>(w.y, static_cast<size_t>(x_row) * w.out + first_own + o, p.dtype, total);
+        store_as<T>(w.y, static_cast<size_t>(y_row) * (ROUTED ? w.y_stride : w.out) + first_own + o, p.dtype, total);
     };
     if (size > 1) { /* a slice a block; a sum goes at once to the block that finishes the output */
         const float of_share = 1.f / share;
@@ -402,35 +436,43 @@ __global__ void __launch_bounds__(32 * TABLE_WARPS, 1)
     for (int o = threadIdx.x; o < own; o += 32 * TABLE_WARPS) finish(o, sums[o]);
 }
 
-/* y of rows cut into parts. grid [out / SUMMED, n_rows, weights]. */
-template <class T>
+/* y of rows cut into parts. grid [out / SUMMED, weights, n_rows]. */
+template <class T, bool ROUTED>
 __global__ void __launch_bounds__(SUMMED *SUM_WARPS)
     sum_parts_kernel(const TableProblem p, const __grid_constant__ TableWeights weights) {
-    const TableWeight &w = weights.of[blockIdx.z];
+    bool has_weight = true;
+    const TableWeight w = weight_of_row<ROUTED>(has_weight, weights.of[blockIdx.y], p, 1);
+    const auto at = static_cast<size_t>(blockIdx.z) * (ROUTED ? w.y_stride : w.out);
+    if (!has_weight) {
+        const int o = blockIdx.x * SUMMED + threadIdx.x;
+        if (threadIdx.x < SUMMED && o < w.out) store_as<T>(w.y, at + o, p.dtype, 0);
+        return;
+    }
     const auto sum = [&](int warp, int o) {
         float total = 0;
-        const float *from = w.sums + (static_cast<size_t>(blockIdx.y) * p.cut.parts + warp) * w.out + o;
+        const float *from = w.sums + (static_cast<size_t>(blockIdx.z) * p.cut.parts + warp) * w.out + o;
 #pragma unroll 4
         for (int part = warp; part < p.cut.parts; part += SUM_WARPS, from += size_t{SUM_WARPS} * w.out) total += *from;
         return total;
     };
-    finish_sums<T>(w, blockIdx.y, sum, p.dtype, p.weight_dtype);
+    finish_sums<T>(w, at, sum, p.dtype, p.weight_dtype);
 }
 
-template <class T, int G, int PERIOD> cudaError_t launch_table_kernel(const TableLaunch &l) {
-    constexpr auto kernel = table_kernel<T, G, PERIOD>;
+template <class T, int G, int PERIOD, bool ROUTED = false> cudaError_t launch_table_kernel(const TableLaunch &l) {
+    constexpr auto kernel = table_kernel<T, G, PERIOD, ROUTED>;
     if (const cudaError_t error = allow_shared_memory<kernel>(l.device)) return error;
     const auto &[parts, slices_of_part, size, share] = l.problem.cut;
     const dim3 grid(size, l.clusters, parts * l.n_rows);
     const cudaError_t error = launch_early<kernel>(l.problem, grid, size, 32 * TABLE_WARPS,
                                                    TABLE_BYTES + share * size * 4 + 8, l.device, l.stream, l.weights);
     if (error || parts == 1) return error;
-    const dim3 sum_grid(static_cast<unsigned>(divide_up(l.most_outs, SUMMED)), l.n_rows, l.count);
-    return launch_early<sum_parts_kernel<T>>(l.problem, sum_grid, 1, SUMMED * SUM_WARPS, 0, l.device, l.stream,
-                                             l.weights);
+    const dim3 sum_grid(static_cast<unsigned>(divide_up(l.most_outs, SUMMED)), l.count, l.n_rows);
+    return launch_early<sum_parts_kernel<T, ROUTED>>(l.problem, sum_grid, 1, SUMMED * SUM_WARPS, 0, l.device, l.stream,
+                                                     l.weights);
 }
 
 template <class T, int G> cudaError_t launch_tables(const TableLaunch &l) {
+    if (l.problem.routes.index) return launch_table_kernel<T, G, 1, true>(l);
     switch (l.problem.num_codebooks) {
     case 1:
     case 2:
@@ -439,9 +481,7 @@ template <class T, int G> cudaError_t launch_tables(const TableLaunch &l) {
     case 3:
     case 6: return launch_table_kernel<T, G, 3>(l);
     }
-    if constexpr (G == 8)
-        return l.problem.num_codebooks == 5 ? launch_table_kernel<T, G, 5>(l) : launch_table_kernel<T, G, 7>(l);
-    else return cudaErrorInvalidValue;
+    return l.problem.num_codebooks == 5 ? launch_table_kernel<T, G, 5>(l) : launch_table_kernel<T, G, 7>(l);
 }
 
 } // namespace aqlm_cuda

@@ -15,6 +15,7 @@ struct TableProblem {
     aqlm_cuda_cut cut;
     int in_group_size;
     aqlm_dtype dtype, weight_dtype;
+    Routes routes;
 };
 
 /* Aligned: a line of the constants each. */
@@ -26,6 +27,7 @@ struct alignas(64) TableWeight {
     const void *codebooks;  /* [K, E, g] */
     const uint8_t *codes;   /* [out, J, K] */
     int out, first_cluster; /* INT_MAX: of no cluster */
+    int y_stride;           /* numbers from row to row of y */
 };
 
 struct TableWeights {
