@@ -150,6 +150,39 @@ class Bench:
         return {"ours ms": found.ms, "±%": found.spread, "GB/s": rate, "% of copy": 100 * rate / self.bandwidth}
 
 
+def gradient_rows(device: Any, shapes: list[tuple[int, int]], schemes: list[str], n_rows: list[int]) -> list[Row]:
+    """Products with the weight and, as backward to x has them, with its transpose: cold fp16, beside torch's dense."""
+    rows = []
+    for shape in shapes:
+        copies = device.copies(2 * shape[0] * shape[1])
+        dense = [torch.randn(shape, device=device.name, dtype=torch.float16) for _ in range(copies)]
+        weights = {s: [quantized_weight(shape, Format.parse(s), device.name)] for s in schemes}
+        for scheme, some in weights.items():
+            copies = device.copies(sum(t.nbytes for t in some[0]))
+            some += [quantized_weight(shape, Format.parse(scheme), device.name) for _ in range(copies - 1)]
+        for n in n_rows:
+            x = torch.randn(n, shape[1], device=device.name, dtype=torch.float16)
+            grad_y = torch.randn(n, shape[0], device=device.name, dtype=torch.float16)
+            forward = device.time(lambda w, x=x: linear(x, w), dense).ms
+            backward = device.time(lambda w, grad_y=grad_y: grad_y @ w, dense).ms
+            for scheme, some in weights.items():
+                ours = device.time(lambda w, x=x: ops.matmul(x, *w), some)
+                to_x = device.time(lambda w, grad_y=grad_y: torch.ops.aqlm_c.matmul_backward(grad_y, *w), some)
+                rows.append(
+                    {
+                        "shape": f"{shape[0]}x{shape[1]}",
+                        "scheme": scheme,
+                        "rows": n,
+                        "forward ms": ours.ms,
+                        "backward ms": to_x.ms,
+                        "fp16 forward ms": forward,
+                        "fp16 backward ms": backward,
+                        "of fp16": (ours.ms + to_x.ms) / (forward + backward),
+                    }
+                )
+    return rows
+
+
 GROUPED = {  # outputs of weights with one input, by model
     "7B q, k, v": ([4096, 4096, 4096], 4096),
     "7B gate, up": ([11008, 11008], 4096),

@@ -25,7 +25,7 @@ import argparse
 import _bench
 import _cold
 import torch
-from _product import SHORT, Bench, call_rows, grouped_rows
+from _product import SHORT, Bench, call_rows, gradient_rows, grouped_rows
 from _roofline import plot
 from _upstream import Upstream
 
@@ -55,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", metavar="OUTxIN")
     parser.add_argument("--schemes", nargs="+")
     parser.add_argument("--rows", nargs="+", type=int)
+    parser.add_argument("--gradient-rows", nargs="*", type=int, default=[2048], help="of backward to x, on a GPU")
     parser.add_argument("--dtypes", nargs="+", choices=list(SHORT), help="of x for ours")
     parser.add_argument(
         "--upstream", metavar="PYTHON", help="interpreter that can import aqlm (default: this one if it can)"
@@ -94,7 +95,7 @@ def main() -> None:
     plan = {s: args.rows or (core.get(s, [1]) if args.core else ROWS[args.device]) for s in schemes}
     timer = {"cache": args.cache * 1e6, "least": args.seconds, "threads": args.threads}
     upstream = Upstream(args.upstream, device=args.device, **timer)
-    products, decoding, grouped, calls = [], [], [], []
+    products, decoding, gradients, grouped, calls = [], [], [], [], []
     with torch.inference_mode():
         bench = Bench(_cold.DEVICES[args.device](**timer), upstream, args.dtypes, DTYPES[args.device])
         for shape in args.shapes:
@@ -102,6 +103,7 @@ def main() -> None:
             products += more[0]
             decoding += more[1]
         if args.device == "cuda":
+            gradients = gradient_rows(bench.device, args.shapes, schemes, args.gradient_rows)
             grouped = grouped_rows(bench.device, [s for s in schemes if Format.parse(s).nbits_per_codebook <= 8])
     upstream.close()
     if args.device == "cuda":
@@ -114,6 +116,7 @@ def main() -> None:
     _bench.show(title, products, hidden={"parts ms", "weight bytes", *(f"{peer} ms" for peer in peers)})
     tables = {
         "decoding to dense": decoding,
+        "forward and backward to x": gradients,
         "one row by several weights": grouped,
         "eager calls, 4096x4096, one row": calls,
     }
@@ -132,6 +135,7 @@ def main() -> None:
         bandwidth=bench.bandwidth,
         peak=bench.peak,
         decode_rows=decoding,
+        gradients=gradients,
         joined=grouped,
         eager_calls=calls,
     )

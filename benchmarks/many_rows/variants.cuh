@@ -16,14 +16,27 @@ using Variant = std::function<void(int, const std::string &, const Run &, size_t
 template <class T, class B, class L> void pipelined(const Variant &try_it, int out, int in, int n, int sms) {
     const auto number = [](const char *what, int i) { return std::string(" ") + what + std::to_string(i); };
     const std::string name = "n" + std::to_string(L::N) + number("w", L::WARPGROUPS) + number("s", L::STAGES) +
-                             number("x", L::STAGE_CHUNKS) + number("a", L::AHEAD) + number("f", L::BUFFERS) +
-                             number("hint", L::HINT);
-    if (B::BOOKS + L::BYTES > 227 * 1024) return;
+                             number("c", L::CLUSTER) + number("a", L::AHEAD) + (L::EARLY ? " early" : "") +
+                             (L::EAGER ? " eager" : "") +
+                             (L::STAGE_CHUNKS > 1 ? number("x", L::STAGE_CHUNKS) + number("b", L::BATCH) : "");
+    if (B::BOOKS + L::BYTES + aqlm_cuda::CodeStream<B, L>::BYTES > 227 * 1024) return;
     try_it(3, name, aqlm_cuda::launch_many_rows<T, B, L>,
-           static_cast<size_t>(aqlm_cuda::ManyRowsCut(out, in, n, L::N, L::OUTS, sms).bytes));
+           static_cast<size_t>(aqlm_cuda::ManyRowsCut(out, in, n, L::N, L::OUTS, L::CLUSTER, sms / L::CLUSTER).bytes));
 }
 
-/* N, WARPGROUPS, STAGES, STAGE_CHUNKS, AHEAD, BUFFERS, HINT */
+/* One launch for all. */
+template <class T, class B, class L> void split(const Variant &try_it) {
+    if (B::BOOKS + L::BYTES + aqlm_cuda::CodeStream<B, L>::BYTES > 227 * 1024) return;
+    try_it(
+        3, "n" + std::to_string(L::N) + " w" + std::to_string(L::WARPGROUPS) + " split" + (L::EARLY ? " early" : ""),
+        [](const ManyRowsProblem &p, void *, const aqlm_cuda::Device &device, cudaStream_t stream) {
+            return aqlm_cuda::launch_split<T, B, L>(p, device, stream);
+        },
+        0);
+}
+#define SPLIT(...) split<T, Entries<T, 2, 1, 8>, SplitTiling<__VA_ARGS__>>(try_it)
+
+/* N, WARPGROUPS, STAGES, CLUSTER, AHEAD, EARLY */
 #define TILING(...) go(aqlm_cuda::ManyRowsTiling<__VA_ARGS__>())
 
 /* 2x8g8: rungs and tilings; what aqlm_c runs is the first of rung 3. With FORMATS defined instead other formats. */
@@ -46,26 +59,18 @@ void for_each_variant(int out, int in, int n, int K, int code, int g, int sms, c
     const auto go = [&](auto tiling) { pipelined<T, Entries<T, 2, 1, 8>, decltype(tiling)>(try_it, out, in, n, sms); };
     if (n <= 16) {
         TILING(16, 2, 8);
-        TILING(16, 2, 8, 1, 1, 2, 0);
-        TILING(16, 2, 4, 4, 2);
-        TILING(16, 4, 8);
-    } else if (n <= 32) {
+        TILING(16, 2, 8, 1, 4, false, true);
+        SPLIT(16, 2, 8);
+        SPLIT(16, 2, 8, 4, true);
+    }
+    if (n <= 32) {
         TILING(32, 2, 8);
-        TILING(32, 2, 8, 1, 1, 2, 0);
-        TILING(32, 4, 8);
-    } else if (n <= 64) {
-        TILING(64, 2, 8);
-        TILING(64, 2, 8, 1, 1, 2, 0);
-        TILING(64, 4, 8);
-    } else if (n <= 128) {
-        TILING(128, 2, 8);
-        TILING(128, 2, 8, 1, 1, 2, 0);
-        TILING(128, 3, 8);
-        TILING(64, 2, 8);
-    } else {
-        TILING(256, 2, 4);
-        TILING(128, 2, 8);
-        TILING(192, 2, 6);
+        TILING(32, 2, 4, 1, 3, false, true);
+        SPLIT(32, 2, 8);
+    }
+    if (n <= 64) {
+        TILING(64, 2, 8, 2, 4, false, true);
+        SPLIT(64, 2, 8);
     }
 #else
     const auto with = [&](auto entries) {
@@ -73,8 +78,14 @@ void for_each_variant(int out, int in, int n, int K, int code, int g, int sms, c
             pipelined<T, decltype(entries), decltype(tiling)>(try_it, out, in, n, sms);
         };
         if (n <= 16) TILING(16, 2, 8);
-        else if (n <= 64) TILING(64, 2, 6);
-        else TILING(256, 2, 3);
+        else if (n <= 64) {
+            TILING(64, 2, 5);
+            TILING(64, 2, 5, 2);
+        } else {
+            TILING(256, 2, 2, 2, 2);
+            TILING(128, 2, 3, 2, 2);
+            TILING(128, 2, 3, 4, 2);
+        }
     };
     if (code == 1 && g == 8 && K == 1) with(Entries<T, 1, 1, 8>());
     if (code == 1 && g == 8 && K == 3) with(Entries<T, 3, 1, 8>());

@@ -14,15 +14,32 @@ template <int K, int G> constexpr int copies_of() {
 
 constexpr int TILE_WARPGROUPS = 2, TILE_OUTS = 64 * TILE_WARPGROUPS;
 
-/* What remains of shared memory is stages of x. */
-template <class B, int N> constexpr int stages_of() {
-    constexpr int LEFT = (227 * 1024 - B::BOOKS - 1024) / (N * 128 + 16);
-    return LEFT < 8 ? LEFT : 8;
-}
+/* Few rows go in one launch; of many, blocks fetch x together. */
+constexpr bool splits(int tile_rows) { return tile_rows <= 64; }
+constexpr int cluster_of(int tile_rows) { return splits(tile_rows) ? 1 : 2; }
+
+/* Of what codebooks leave of shared memory, AHEAD units of codes on the way: as many of 4, 2 or 1 as leave enough for
+ * stages of x, which get the rest. */
+template <class B, int N> struct TilingOf {
+    template <int AHEAD, int STAGES>
+    using Tiling = std::conditional_t<splits(N), SplitTiling<N, TILE_WARPGROUPS, STAGES, AHEAD>,
+                                      ManyRowsTiling<N, TILE_WARPGROUPS, STAGES, cluster_of(N), AHEAD>>;
+    template <int AHEAD> static constexpr int stages() {
+        using One = Tiling<AHEAD, 1>;
+        constexpr int OF_STAGE = One::STAGE_BYTES + 16, LEFT = 227 * 1024 - B::BOOKS - CodeStream<B, One>::BYTES;
+        return (LEFT - (One::BYTES - OF_STAGE)) / OF_STAGE;
+    }
+    static constexpr int AHEAD = stages<4>() >= 4 ? 4 : stages<2>() >= 2 ? 2 : 1;
+    static constexpr int STAGES = stages<AHEAD>() < 8 ? stages<AHEAD>() : 8;
+    static_assert(STAGES >= 2);
+    using type = Tiling<AHEAD, STAGES>;
+};
 
 template <class T, class B, int N>
 cudaError_t launch_tiling(const ManyRowsProblem &p, void *workspace, const Device &device, cudaStream_t stream) {
-    return launch_many_rows<T, B, ManyRowsTiling<N, TILE_WARPGROUPS, stages_of<B, N>()>>(p, workspace, device, stream);
+    using L = typename TilingOf<B, N>::type;
+    if constexpr (splits(N)) return launch_split<T, B, L>(p, device, stream);
+    else return launch_many_rows<T, B, L>(p, workspace, device, stream);
 }
 
 template <class T, class B>
