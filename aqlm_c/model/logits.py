@@ -51,8 +51,8 @@ def kl_divergence(original: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def kl_and_gradient(original: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`kl_divergence` and its gradient to `logits`, softmax(logits) - softmax(original), [n, vocabulary]: float32, or on
-    a GPU of the dtype of both.
+    """`kl_divergence` and its gradient to `logits`, softmax(logits) - softmax(original), [n, vocabulary], float32 or
+    on a GPU of the dtype of both.
     """
     if _is_one_kernel(original, logits):
         return ops.divergence(original, logits)
