@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import one_line
+from ..nn import ops
 from .probe import input_device, replaced_forward, token_ids, watching
 
 log = logging.getLogger("aqlm_c")
@@ -43,12 +44,18 @@ def kl_divergence(original: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     Both are logits [n, vocabulary] of any floating dtype; what is computed is float32. Words that the original rules
     out (-inf) add nothing, those that the model alone rules out make it inf.
     """
+    if _is_one_kernel(original, logits):
+        return ops.divergence(original, logits, need_gradient=False)[0]
     return kl_and_gradient(original, logits)[0]
 
 
 @torch.no_grad()
 def kl_and_gradient(original: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`kl_divergence` and its gradient to `logits`, softmax(logits) - softmax(original): float32 [n, vocabulary]."""
+    """`kl_divergence` and its gradient to `logits`, softmax(logits) - softmax(original), [n, vocabulary], float32 or
+    on a GPU of the dtype of both.
+    """
+    if _is_one_kernel(original, logits):
+        return ops.divergence(original, logits)
     # The sum of p (log p - log q) + q - p: the last two add up to 0, and with them errors of the normalisation, which
     # all words share, cancel, where the distributions are close and those errors would be all that there is.
     log_p, log_q = (torch.log_softmax(one, -1, dtype=torch.float32) for one in (original, logits))
@@ -57,6 +64,11 @@ def kl_and_gradient(original: torch.Tensor, logits: torch.Tensor) -> tuple[torch
     terms = difference.mul_(p).masked_fill_(p == 0, 0)
     gradient = q.sub_(p)
     return terms.add_(gradient).sum(-1).clamp_(min=0), gradient
+
+
+def _is_one_kernel(original: torch.Tensor, logits: torch.Tensor) -> bool:
+    known = logits.dtype in (torch.float32, torch.float16, torch.bfloat16) and original.dtype == logits.dtype
+    return known and ops.has_cuda and logits.is_cuda and original.device == logits.device
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ..core.extensions import get_exact, get_isa, has_cuda, ops, set_exact, set_
 __all__ = [
     "decode_rows",
     "decode_rows_backward",
+    "divergence",
     "get_exact",
     "get_isa",
     "has_cuda",
@@ -164,6 +165,14 @@ def decode_rows_backward(
     """
     with torch._C._AutoDispatchBelowAutograd():
         return _weight_gradients(grad_rows, codes, codebooks, scales, True, True, index)
+
+
+def divergence(original: Tensor, logits: Tensor, need_gradient: bool = True) -> tuple[Tensor, Tensor]:
+    """KL(softmax(original) || softmax(logits)) of rows [n, words], of one dtype and on one GPU, in nats: float32 [n];
+    and its gradient to logits, of their dtype, [n, words], or [0, words] where it is not needed.
+    """
+    kl, gradient = ops.divergence(original, logits, need_gradient)
+    return kl, gradient
 
 
 def packs(codes: Tensor, out_group_size: int = 1) -> bool:

@@ -105,6 +105,11 @@ cudaError_t aqlm_cuda_decode_rows_backward(void *grad_codebooks, void *grad_scal
                                            aqlm_dtype row_dtype, const aqlm_weight *w, const int32_t *index,
                                            const aqlm_cuda_gradient_plan *plan, void *workspace, cudaStream_t stream);
 
+/* kl[n_rows] = KL(softmax(original) || softmax(logits)) of each row of n_words, in nats, and its gradient to logits,
+ * softmax(logits) - softmax(original), or NULL; all but kl of dtype. Words of -inf in original add nothing. */
+cudaError_t aqlm_cuda_divergence(float *kl, void *gradient, const void *original, const void *logits, aqlm_dtype dtype,
+                                 int64_t n_rows, int64_t n_words, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -255,6 +255,8 @@ STABLE_TORCH_LIBRARY(aqlm_c, m) {
     m.def("decode_rows_backward(Tensor grad_rows, Tensor codes, Tensor codebooks, Tensor scales, bool need_codebooks, "
           "bool need_scales, Tensor? index=None) -> (Tensor, Tensor)");
     m.def("index_codes(Tensor codes, Tensor codebooks, Tensor scales) -> Tensor");
+    m.def(
+        "divergence(Tensor original, Tensor logits, bool need_gradient) -> (Tensor, Tensor)"); /* GPUs alone have it */
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CPU, m) {

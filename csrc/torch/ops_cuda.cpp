@@ -275,6 +275,28 @@ std::tuple<Tensor, Tensor> decode_rows_backward(const Tensor &grad_rows, const T
     return g.result();
 }
 
+/* KL of the rows of logits, float32, and its gradient to them, [0] where it is not needed. */
+std::tuple<Tensor, Tensor> divergence(const Tensor &original_in, const Tensor &logits_in, bool need_gradient) {
+    const Tensor original = ready(original_in), logits = ready(logits_in);
+    aqlm_torch::check(logits.dim() == 2, "logits: got shape ", shape_of(logits), ", expected [n, words]");
+    const int32_t device = logits.get_device_index();
+    aqlm_torch::check(original.is_cuda() && original.get_device_index() == device,
+                      "original: got a tensor elsewhere, expected it on cuda:", device, " as logits");
+    aqlm_torch::check(original.dim() == 2 && original.size(0) == logits.size(0) && original.size(1) == logits.size(1),
+                      "original: got shape ", shape_of(original), ", expected ", shape_of(logits), " as logits");
+    aqlm_torch::check(original.scalar_type() == logits.scalar_type(), "original: got dtype ",
+                      name_of(original.scalar_type()), ", expected ", name_of(logits.scalar_type()), " as logits");
+    const OnDevice on(device);
+    const aqlm_dtype dtype = dtype_of(logits, "logits");
+    Tensor kl = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Float);
+    Tensor gradient = torch::stable::new_empty(logits, {need_gradient ? logits.size(0) : 0, logits.size(1)});
+    check(aqlm_cuda_divergence(static_cast<float *>(kl.mutable_data_ptr()),
+                               need_gradient ? gradient.mutable_data_ptr() : nullptr, original.const_data_ptr(),
+                               logits.const_data_ptr(), dtype, logits.size(0), logits.size(1), on.stream),
+          "divergence");
+    return {kl, gradient};
+}
+
 PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_cuda", "aqlm_c's CUDA binding.", 0, nullptr, nullptr, nullptr, nullptr, nullptr};
 
@@ -288,6 +310,7 @@ STABLE_TORCH_LIBRARY_IMPL(aqlm_c, CUDA, m) {
     m.impl("decode_rows", TORCH_BOX(&decode_rows));
     m.impl("decode_rows_backward", TORCH_BOX(&decode_rows_backward));
     m.impl("index_codes", TORCH_BOX(&index_codes));
+    m.impl("divergence", TORCH_BOX(&divergence));
 }
 
 } // namespace aqlm_torch
