@@ -120,7 +120,7 @@ def measure(device: Any, name: str, schemes: list[str], tokens: list[int]) -> li
 
         def block(format: Format = format) -> ExpertStacks:
             sizes = ((width, hidden), (width, hidden), (hidden, width))
-            return ExpertStacks(*(random_stack(experts, *size, format, device.name) for size in sizes), [])
+            return ExpertStacks(*(random_stack(experts, *size, format, device.name) for size in sizes))
 
         blocks = [block() for _ in range(2)]
         nbytes = sum(t.nbytes for stack in (blocks[0].gate, blocks[0].up, blocks[0].down) for t in stack)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.experts import ExpertStacks, are_few
+from ..nn.experts import ExpertStacks
 from ..nn.linear import QuantizedLinear
 
 try:
@@ -57,8 +57,8 @@ class Experts(nn.ModuleList):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, H]; top_k_index, top_k_weights [tokens, k]: each token's experts -> [tokens, H]."""
-        stacks = self._current_stacks(hidden_states) if are_few(top_k_index, len(self)) else None
-        if stacks is not None:
+        stacks = self._current_stacks(hidden_states)
+        if stacks is not None and stacks.are_faster(hidden_states, top_k_index):
             return stacks(hidden_states, top_k_weights, top_k_index, self.fused._apply_gate)
         output = torch.zeros_like(hidden_states)
         for index in top_k_index.unique().tolist():
@@ -82,6 +82,8 @@ class Experts(nn.ModuleList):
             experts: list[Any] = list(self)
             gate, up, down = ([expert[name] for expert in experts] for name in self.names)
             self.stacks = ExpertStacks.made(gate, up, down)
+            if self.stacks is not None:
+                self.stacks.watch((expert, name) for expert in experts for name in self.names)
         return self.stacks
 
     def _apply(self, fn: Any, recurse: bool = True) -> Experts:

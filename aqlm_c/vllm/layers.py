@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import ops
-from ..nn.experts import ExpertStacks, are_few
+from ..nn.experts import ExpertStacks
 from ..nn.linear import QuantizedLinear
 
 __all__ = ["Experts", "JoinedLinears"]
@@ -89,7 +89,7 @@ class Experts(nn.Module):
         """
         if on_input:
             x, weights = x * weights.to(x.dtype), torch.ones_like(weights)
-        if self.stacks is not None and are_few(index, len(self.down)):
+        if self.stacks is not None and self.stacks.are_faster(x, index):
             return self.stacks(x, weights, index, self.activation)
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return self.without_reading(x, weights, index)

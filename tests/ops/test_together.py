@@ -73,10 +73,17 @@ def experts():
     return linears(24, 32, 0), linears(24, 32, 10), linears(32, 24, 20)
 
 
+def watched(roles):
+    """Stacks of them, and the modules whose children they are."""
+    stacks, parents = ExpertStacks.made(*roles), [torch.nn.ModuleList(linears) for linears in roles]
+    stacks.watch((parent, str(e)) for parent in parents for e in range(EXPERTS))
+    return stacks, parents
+
+
 def test_linears_are_views_of_stacks():
     roles = experts()
     before = [tensor.clone() for linears in roles for linear in linears for tensor in linear.parameters()]
-    stacks = ExpertStacks.made(*roles)
+    stacks, _ = watched(roles)
     after = [tensor for linears in roles for linear in linears for tensor in linear.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     gate = roles[0][2]
@@ -84,20 +91,24 @@ def test_linears_are_views_of_stacks():
     assert stacks.are_current() and not stacks.gate.codes[2].any() and stacks.gate.codes[1].any()
 
 
-@pytest.mark.parametrize("change", ["moved", "hook", "replaced"])
+@pytest.mark.parametrize("change", ["moved", "assigned", "hook", "forward", "replaced"])
 def test_what_no_longer_holds_is_seen(change):
     roles = experts()
-    stacks = ExpertStacks.made(*roles)
+    stacks, parents = watched(roles)
     assert stacks.are_current()
     linear = roles[1][3]
     if change == "moved":
         linear.codebooks.data = linear.codebooks.data.clone()
+    elif change == "assigned":
+        linear.scales = torch.nn.Parameter(linear.scales.data, requires_grad=False)
     elif change == "hook":
         linear.register_forward_hook(lambda *_: None)
-    else:
+    elif change == "forward":
         linear.forward = lambda x: x
+    else:
+        parents[1][3] = torch.nn.Linear(32, 24, bias=False)
     assert not stacks.are_current()
-    assert (ExpertStacks.made(*roles) is None) == (change != "moved")
+    assert (ExpertStacks.made(*parents) is None) == (change not in ("moved", "assigned"))
 
 
 def test_not_of_linears_that_differ():
