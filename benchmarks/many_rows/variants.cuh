@@ -5,6 +5,7 @@
 #include <functional>
 #include <string>
 
+#include "cuda/product/many_rows_launch.cuh"
 #include "simple.cuh"
 
 namespace ladder {
@@ -58,34 +59,57 @@ void for_each_variant(int out, int in, int n, int K, int code, int g, int sms, c
                 0);
     const auto go = [&](auto tiling) { pipelined<T, Entries<T, 2, 1, 8>, decltype(tiling)>(try_it, out, in, n, sms); };
     if (n <= 16) {
-        TILING(16, 2, 8);
-        TILING(16, 2, 8, 1, 4, false, true);
         SPLIT(16, 2, 8);
         SPLIT(16, 2, 8, 4, true);
+        SPLIT(16, 3, 8);
+        TILING(16, 2, 8);
+        TILING(16, 2, 8, 1, 4, false, true);
     }
-    if (n <= 32) {
+    if (n > 16 && n <= 32) {
+        SPLIT(32, 2, 8);
+        SPLIT(32, 2, 8, 4, true);
+        SPLIT(32, 3, 8);
         TILING(32, 2, 8);
         TILING(32, 2, 4, 1, 3, false, true);
-        SPLIT(32, 2, 8);
     }
-    if (n <= 64) {
-        TILING(64, 2, 8, 2, 4, false, true);
+    if (n > 32 && n <= 256) {
         SPLIT(64, 2, 8);
+        SPLIT(64, 2, 8, 4, true);
+        SPLIT(64, 3, 6, 3);
+    }
+    if (n > 32 && n <= 64) {
+        TILING(64, 2, 8, 1, 4, false, true);
+        TILING(64, 2, 8, 2, 4, false, true);
+        TILING(64, 4, 6, 1, 2, false, true);
+    }
+    if (n > 64) {
+        SPLIT(128, 2, 3, 4);
+        SPLIT(128, 2, 3, 4, true);
+        TILING(128, 2, 6, 1, 4, false, true);
+        TILING(128, 2, 6, 2);
+        TILING(128, 2, 6, 2, 4, false, true);
+        TILING(128, 2, 6, 2, 4, true, true);
+        TILING(128, 3, 5, 2, 2, false, true);
+    }
+    if (n > 128) {
+        TILING(256, 2, 4, 1, 3, false, true);
+        TILING(256, 2, 4, 2, 3, false, true);
+        TILING(192, 2, 4, 2, 3, false, true);
     }
 #else
     const auto with = [&](auto entries) {
+        using B = decltype(entries);
         const auto go = [&](auto tiling) {
-            pipelined<T, decltype(entries), decltype(tiling)>(try_it, out, in, n, sms);
+            using L = decltype(tiling);
+            if constexpr (L::SPLITS) split<T, B, L>(try_it);
+            else pipelined<T, B, L>(try_it, out, in, n, sms);
         };
-        if (n <= 16) TILING(16, 2, 8);
-        else if (n <= 64) {
-            TILING(64, 2, 5);
-            TILING(64, 2, 5, 2);
-        } else {
-            TILING(256, 2, 2, 2, 2);
-            TILING(128, 2, 3, 2, 2);
-            TILING(128, 2, 3, 4, 2);
-        }
+        if (n <= 16) go(typename TilingOf<B, 16>::type());
+        else if (n <= 64) go(typename TilingOf<B, 64>::type());
+        else if (n <= 128) go(typename TilingOf<B, 128>::type());
+        else go(typename TilingOf<B, 256>::type());
+        if (n <= 16) TILING(16, 2, 4, 1, 2, false, true);
+        else if (n <= 64) TILING(64, 2, 3, 1, 2, false, true);
     };
     if (code == 1 && g == 8 && K == 1) with(Entries<T, 1, 1, 8>());
     if (code == 1 && g == 8 && K == 3) with(Entries<T, 3, 1, 8>());

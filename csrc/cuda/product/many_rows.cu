@@ -58,7 +58,7 @@ int64_t most_tiled(const aqlm_shape &s) {
 }
 
 int tile_rows_of(const aqlm_shape &s, int64_t n_rows) {
-    const bool finer = s.nbits_per_codebook <= 8 && s.in_group_size == 8 && s.num_codebooks <= 2;
+    const bool finer = s.in_group_size == 8;
     if (s.num_codebooks > 4) return 64;
     if (n_rows <= 16) return 16;
     if (finer && n_rows <= 32) return 32;

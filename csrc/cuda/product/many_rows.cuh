@@ -221,10 +221,11 @@ struct ManyRowsTiling {
 /* Few rows and one launch: blocks of a cluster each have a part of every tile's units, and read each other's sums; four
  * warps arrange x themselves, in stages of 8 KB. */
 template <int N_, int WARPGROUPS_, int STAGES_, int AHEAD_ = 4, bool EARLY_ = false> struct SplitTiling {
-    static constexpr int N = N_, WARPGROUPS = WARPGROUPS_, STAGES = STAGES_, STAGE_CHUNKS = 64 / N;
+    static constexpr int N = N_, WARPGROUPS = WARPGROUPS_, STAGES = STAGES_, STAGE_CHUNKS = N < 64 ? 64 / N : 1;
     static constexpr int CLUSTER = 1, AHEAD = AHEAD_, FRAGMENTS = N / 8, BATCH = 1;
     static constexpr bool EARLY = EARLY_, EAGER = true, REALLOCATES = true, SPLITS = true;
-    static constexpr int OF_CONSUMER = WARPGROUPS <= 2 ? 208 : 144, OF_PRODUCER = WARPGROUPS <= 2 ? 88 : 72;
+    static constexpr int OF_CONSUMER = WARPGROUPS > 2 ? 144 : N > 64 ? 184 : 208;
+    static constexpr int OF_PRODUCER = WARPGROUPS > 2 ? 72 : N > 64 ? 136 : 88;
     static constexpr int CONSUMERS = WARPGROUPS * 128, OUTS = WARPGROUPS * 64;
     static constexpr int FILLERS = 128, THREADS = CONSUMERS + FILLERS;
     static constexpr int CHUNK_BYTES = N * 128, STAGE_BYTES = STAGE_CHUNKS * CHUNK_BYTES;
@@ -327,6 +328,8 @@ __device__ inline void load_row(uint4 (&v)[4], const ManyRowsProblem &p, int n, 
 /* Stages of x that four warps arrange: how far they are. */
 template <class L> struct Filler {
     static constexpr int AHEAD = L::N <= 16 ? 2 : 3; /* stages whose numbers are on the way to registers */
+    static constexpr int REPEATS = L::N <= 64 ? 1 : L::N / 64;
+    using Numbers = uint4[REPEATS][4];
     const ManyRowsProblem &p;
     const uint32_t stages;
     Work<L> work;
@@ -342,24 +345,27 @@ template <class L> struct Filler {
         half = t % 2, chunk = t / 8 % L::STAGE_CHUNKS, n = t / (8 * L::STAGE_CHUNKS) * 4 + t / 2 % 4;
     }
     /* What the thread has of the next stage. */
-    __device__ void load(uint4 (&v)[4]) {
+    __device__ void load(Numbers &v) {
         const uint32_t now = at + chunk;
-        load_row(v, p, static_cast<int>(work.tile % p.row_tiles) * L::N + n,
-                 now / CHUNKS * UNIT_COLUMNS + now % CHUNKS * 16 + half * 8);
+#pragma unroll
+        for (int i = 0; i < REPEATS; ++i)
+            load_row(v[i], p, static_cast<int>(work.tile % p.row_tiles) * L::N + i * 64 + n,
+                     now / CHUNKS * UNIT_COLUMNS + now % CHUNKS * 16 + half * 8);
         at += L::STAGE_CHUNKS;
         if (at < work.last * CHUNKS) return;
         more = work.next(p), at = work.first * CHUNKS;
     }
-    __device__ void store(const uint4 (&v)[4], unsigned char *shared) {
+    __device__ void store(const Numbers &v, unsigned char *shared) {
         mbarrier_wait(stages + L::EMPTY + stage * 8, parity);
-        arrange(reinterpret_cast<uint4 *>(shared + stage * L::STAGE_BYTES + chunk * L::CHUNK_BYTES + n * 128), n, half,
-                v);
+        unsigned char *const to = shared + stage * L::STAGE_BYTES + chunk * L::CHUNK_BYTES + n * 128;
+#pragma unroll
+        for (int i = 0; i < REPEATS; ++i) arrange(reinterpret_cast<uint4 *>(to + i * 64 * 128), n, half, v[i]);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         mbarrier_arrive(stages + L::FULL + stage * 8);
         if (++stage == L::STAGES) stage = 0, parity ^= 1;
     }
     __device__ void run(unsigned char *shared) {
-        uint4 v[AHEAD][4];
+        Numbers v[AHEAD];
         bool loaded[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD - 1; ++i)

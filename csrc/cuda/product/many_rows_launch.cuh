@@ -23,7 +23,7 @@ constexpr int cluster_of(int tile_rows) { return splits(tile_rows) ? 1 : 2; }
 template <class B, int N> struct TilingOf {
     template <int AHEAD, int STAGES>
     using Tiling = std::conditional_t<splits(N), SplitTiling<N, TILE_WARPGROUPS, STAGES, AHEAD>,
-                                      ManyRowsTiling<N, TILE_WARPGROUPS, STAGES, cluster_of(N), AHEAD>>;
+                                      ManyRowsTiling<N, TILE_WARPGROUPS, STAGES, cluster_of(N), AHEAD, false, true>>;
     template <int AHEAD> static constexpr int stages() {
         using One = Tiling<AHEAD, 1>;
         constexpr int OF_STAGE = One::STAGE_BYTES + 16, LEFT = 227 * 1024 - B::BOOKS - CodeStream<B, One>::BYTES;
@@ -50,7 +50,7 @@ cudaError_t launch_rows(const ManyRowsProblem &p, int tile_rows, void *workspace
         if (tile_rows == 16) return launch_tiling<T, B, 16>(p, workspace, device, stream);
         if (tile_rows == 256) return launch_tiling<T, B, 256>(p, workspace, device, stream);
     }
-    if constexpr (B::CODE == 1 && B::G == 8 && B::K <= 2) { /* the most used: finer */
+    if constexpr (B::G == 8 && B::K <= 4) { /* the most used: finer */
         if (tile_rows == 32) return launch_tiling<T, B, 32>(p, workspace, device, stream);
         if (tile_rows == 128) return launch_tiling<T, B, 128>(p, workspace, device, stream);
     }
