@@ -1,10 +1,11 @@
 """Each kernel of the quantizer a few times, on sizes so small that compute-sanitizer's slowest tools end in minutes.
 
     export PYTHONPATH=tests/support:.
-    compute-sanitizer --tool racecheck --kernel-name kns=aqlm_cuda python tests/cuda/every_kernel.py
+    compute-sanitizer --tool racecheck --kernel-name kns=aqlm_cuda python tests/cuda/every_kernel.py --without-sums
     compute-sanitizer --tool initcheck python tests/cuda/every_kernel.py
 
-Results are looked at by test_quantizer.py. --device cpu: the same calls of the C core.
+Results are looked at by test_quantizer.py. --without-sums: without those of 16-bit rows, since racecheck breaks off
+inside of cuBLAS, which multiplies them. --device cpu: the same calls of the C core.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from layers import random_layer
 
 from aqlm_c.core import verbs
 from aqlm_c.format import Format
+from aqlm_c.nn import ops
 
 # out, in, K, B, g, beam_size, pairs: as SEARCHES of test_quantizer.py, each way a search takes.
 SEARCHES = [
@@ -51,10 +53,10 @@ def calls(convert):
         yield f"hadamard {n}", verbs.hadamard, (convert(np.ones((3, n), dtype=np.float32)),)
 
 
-def torch_calls(device):
+def torch_calls(device, sums_too):
     """Those that take tensors alone."""
     for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):
-        for inp in (32, 33, 96):
+        for inp in (32, 33, 96) if sums_too or dtype == torch.float32 else ():
             x = torch.randn(300, inp, device=device).to(dtype)
             sums = torch.zeros(inp, inp, dtype=torch.float64, device=device)
             yield f"accumulate_hessian {inp} {dtype}", verbs.accumulate_hessian, (sums, x)
@@ -68,11 +70,15 @@ def torch_calls(device):
             offset, gradient = torch.randn(9, 40, device=device), torch.randn(9, 40, device=device).to(dtype)
             arguments = moments, 7.0, 1e-2, (0.5, 0.95), 1
             yield f"buffer_step {of_bytes} {dtype}", verbs.buffer_step, (offset, gradient, *arguments)
+        for words in (96, 1001) if device == "cuda" else ():
+            original, logits = torch.randn(2, 3, words, device=device).to(dtype)
+            yield f"divergence {words} {dtype}", ops.divergence, (original, logits)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--without-sums", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
 
@@ -80,7 +86,7 @@ def main():
         return array if args.device == "cpu" else torch.from_numpy(np.ascontiguousarray(array)).cuda()
 
     done = 0
-    for made in (calls(convert), torch_calls(args.device)):
+    for made in (calls(convert), torch_calls(args.device, not args.without_sums)):
         for what, verb, arguments in made:
             try:
                 verb(*arguments)

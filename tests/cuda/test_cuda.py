@@ -20,6 +20,7 @@ if not ops.has_cuda:
     pytest.skip("aqlm_c was built without _cuda", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[2]
+CORE = ("quantizer/working.c", "rounding/hadamard.c", "runtime/rng.c", "runtime/shape.c")  # that csrc/cuda calls
 
 # out, in, K, B, og, g: each kernel (tables; gathers from shared memory and L2, of one format and of any; planes; tiles;
 # plain) and sizes around its tiles.
@@ -462,7 +463,7 @@ def test_tiles():
 def test_without_torch(tmp_path):
     """cuda_check.cu, which is also what compute-sanitizer runs."""
     program = tmp_path / "cuda_check"
-    core = [ROOT / "csrc/core" / name for name in ("quantizer/working.c", "runtime/rng.c", "runtime/shape.c")]
+    core = [ROOT / "csrc/core" / name for name in CORE]
     kernels = [*sorted((ROOT / "csrc/cuda").rglob("*.cu")), *core]
     major, minor = torch.cuda.get_device_capability()
     gpu = f"{major}{minor}" + ("a" if major == 9 else "")  # as setup.py: wgmma is 90a's
