@@ -5,6 +5,7 @@
 # make wheel   one wheel for every Python and machine, in dist/; with the kernels for GPUs where nvcc is found
 # make sdist   the sources, all of them, in dist/
 # make check-wheels   both, as auditwheel tags them, in clean environments of each of PYTHONS, without torch and with it
+# make docs    the documentation as a site, in build/site; stops at any warning
 # make fuzz    the fuzzers and fault injection of tests/fuzz, SECONDS each; those of C code with sanitizers
 # make lint    every linter, type checker and static analysis; make tidy: clang-tidy alone
 # make audit   that wheel: its ABIs, its libraries, its imports without torch
@@ -22,7 +23,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_CODE := $(shell find csrc -name '*.h' -o -name '*.c' -o -name '*.cpp')
 CUDA   := $(wildcard $(addprefix csrc/cuda/,*.cu *.cuh */*.cu */*.cuh))
 
-.PHONY: demo test test-oldest test-gpu fuzz build wheel sdist audit check-wheels lint tidy format bench clean
+.PHONY: demo test test-oldest test-gpu fuzz build wheel sdist audit check-wheels docs lint tidy format bench clean
 
 demo: build
 	HF_HUB_OFFLINE=1 $(BIN)/python -m aqlm_c.demo --out demo_out $(ARGS)
@@ -72,6 +73,10 @@ check-wheels: audit sdist $(VENV)/auditwheel
 	PATH=$(abspath $(VENV)/auditwheel/bin):$$PATH PYTHONPATH=$(VENV)/auditwheel \
 	  $(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist/tagged dist/aqlm_c-*.whl
 	$(BIN)/python tests/build/check_wheels.py dist/tagged/*.whl dist/*.tar.gz $(PYTHONS)
+
+docs: build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@ls build/site/index.html
 
 lint: build tidy
 	$(BIN)/ruff check .

@@ -45,7 +45,18 @@ class Environment:
         self.python = self.folder / "bin" / "python"
 
     def install(self, *what, **env):
-        run(self.python, "-m", "pip", "install", "--disable-pip-version-check", "-q", *what, cwd=self.folder, **env)
+        run(
+            self.python,
+            "-m",
+            "pip",
+            "install",
+            "--disable-pip-version-check",
+            "-q",
+            "--no-compile",
+            *what,
+            cwd=self.folder,
+            **env,
+        )
 
     def smoke(self, *arguments):
         began = time.monotonic()

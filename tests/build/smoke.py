@@ -104,7 +104,9 @@ def with_torch(folder):
     words = {word: i for i, word in enumerate(["<unk>", *(f"w{i}" for i in range(95))])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", model_input_names=["input_ids", "attention_mask"]
+    )
     fast = aqlm_c.AqlmConfig.from_scheme("1x4g8", ldl_passes=1, max_sweeps=1, init_max_iter=2, finetune_epochs=1)
     report = aqlm_c.quantize_model(dense, torch.randint(96, (4, 16)), fast)
     assert len(report.layers) == 14, report
