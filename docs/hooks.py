@@ -18,6 +18,8 @@ KEPT = ("benchmarks/results/*.json", "benchmarks/results/*.png", "notebooks/*.ip
 FORMULA = re.compile(r"^( *)```math\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 # Of GitHub: `](../x)` from docs/, `](docs/x)` from the root.
 LINK = re.compile(r"\]\(([^)#:\s]+)(#[^)\s]*)?\)")
+# A line that is a link to a section of a file of the root, and nothing else: the site has the section in its place.
+SECTION = re.compile(r"^\[[^]]+\]\(\.\./(\w+\.md)#([\w-]+)\)$", re.MULTILINE)
 
 
 def on_files(files, config):
@@ -27,14 +29,16 @@ def on_files(files, config):
     for pattern in KEPT:
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
-    files.append(File.generated(config, "commands.md", content=commands()))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
     """Links as they are on GitHub become those of the site, formulas drawings."""
+    if page.file.src_uri == "commands.md":
+        return commands()
     folder = Path(page.file.src_uri).parent
     from_root = page.file.src_uri in PAGES.values()
+    markdown = SECTION.sub(lambda match: section(match[1], match[2]), markdown)
 
     def link(match):
         target, anchor = match[1], match[2] or ""
@@ -44,6 +48,15 @@ def on_page_markdown(markdown, page, config, files):
         return f"]({target}{anchor})" if known else match[0]
 
     return FORMULA.sub(formula, LINK.sub(link, markdown))
+
+
+def section(name, anchor):
+    """What stands under a heading of the second level, without it."""
+    parts = re.split(r"^## (.+)\n", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for heading, text in zip(parts[1::2], parts[2::2], strict=True):
+        if heading.lower().replace(" ", "-").replace(",", "") == anchor:
+            return text.strip()
+    raise ValueError(f"{name}: got no section {anchor}")
 
 
 def formula(match):
