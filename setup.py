@@ -5,7 +5,8 @@ own compiler flags, because a file compiled for AVX-512 must hold nothing that r
 bindings, `_core` (NumPy) and `_torch` (torch's stable ABI), link the same libraries. `_cuda` holds the kernels for
 GPUs, which nvcc compiles, and links no driver: a wheel with it imports and works without one.
 
-AQLM_C_REQUIRE=torch,cuda makes a binding that cannot be built an error instead of a printed ✗.
+AQLM_C_REQUIRE=torch,cuda makes a binding that cannot be built an error instead of a printed ✗. AQLM_C_GPUS=none leaves
+`_cuda` out, and such a wheel says so in its version, which then ends in +cpu.
 """
 
 import os
@@ -54,10 +55,13 @@ NVCC_FLAGS = [
 
 
 def compiled_gpus():
-    """The keys of GPUS that AQLM_C_GPUS names, all if it names none. SystemExit for another."""
+    """The keys of GPUS that AQLM_C_GPUS names, all if it is empty, of "none" none. SystemExit for another."""
     named = [name for name in os.environ.get("AQLM_C_GPUS", "").split(",") if name]
+    if named == ["none"]:
+        return []
     if unknown := sorted(set(named) - set(GPUS)):
-        sys.exit(f"AQLM_C_GPUS: got {', '.join(unknown)}, expected a comma-separated list of: {', '.join(GPUS)}")
+        known = f"none, or a comma-separated list of: {', '.join(GPUS)}"
+        sys.exit(f"AQLM_C_GPUS: got {', '.join(unknown)}, expected {known}")
     return [name for name in GPUS if name in named or not named]
 
 
@@ -130,6 +134,8 @@ def torch_problem():
 
 def cuda_problem():
     """Why `_cuda` cannot be built here, or None."""
+    if not compiled_gpus():
+        return "AQLM_C_GPUS is none"
     return torch_problem() or (None if nvcc() else "nvcc is neither in CUDA_HOME nor on the PATH")
 
 
@@ -178,7 +184,7 @@ def cuda_binding():
         [*sources("csrc/torch/*_cuda.cpp"), *sources("csrc/cuda/*.cu", "csrc/cuda/*/*.cu")],
         include_dirs=[str(toolkit / "include")],
         define_macros=[("USE_CUDA", "1")],
-        library_dirs=[str(toolkit / "lib64")],
+        library_dirs=[str(toolkit / "lib64"), str(toolkit / "lib")],  # as installed; as packages of pip have it
         libraries=["cudart_static", "dl", "rt"],
         link=["-Wl,--no-as-needed", "-ltorch"],
     )
@@ -265,5 +271,8 @@ if __name__ == "__main__":
         ext_modules=bindings([name for name in os.environ.get("AQLM_C_REQUIRE", "").split(",") if name]),
         libraries=c_libraries(compiled_isas()),
         cmdclass={"build_clib": BuildCLib, "build_ext": BuildExt},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        options={
+            "bdist_wheel": {"py_limited_api": "cp310"},
+            "egg_info": {} if compiled_gpus() else {"tag_build": "+cpu"},
+        },
     )

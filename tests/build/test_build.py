@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import tarfile
 import time
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -249,6 +250,22 @@ def test_torch_is_found_from_a_build_that_does_not_see_it(monkeypatch):
     assert home is not None and home.samefile(Path(torch.__file__).parent) and BUILD.torch_problem() is None
 
 
-def test_versions_agree():
-    said = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert said and said[1] == aqlm_c.__version__
+def test_the_version_stands_in_one_place():
+    assert metadata.version("aqlm-c").partition("+")[0] == aqlm_c.__version__
+    for name in ("pyproject.toml", "setup.py", "CITATION.cff", "Makefile"):
+        assert aqlm_c.__version__ not in (ROOT / name).read_text(encoding="utf-8"), name
+
+
+def test_a_wheel_without_kernels_says_so_in_its_version(tmp_path, monkeypatch):
+    monkeypatch.setenv("AQLM_C_GPUS", "none")
+    assert BUILD.compiled_gpus() == [] and BUILD.cuda_problem() == "AQLM_C_GPUS is none"
+    for gpus, label in (("none", "+cpu"), ("", "")):
+        folder = tmp_path / f"of_{gpus}"
+        folder.mkdir()
+        command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "AQLM_C_GPUS": gpus}, check=True, capture_output=True)
+        (found,) = folder.glob("*/PKG-INFO")
+        assert f"\nVersion: {aqlm_c.__version__}{label}\n" in found.read_text(encoding="utf-8")
+    monkeypatch.setenv("AQLM_C_GPUS", "none,80")
+    with pytest.raises(SystemExit, match="AQLM_C_GPUS: got none, expected"):
+        BUILD.compiled_gpus()
