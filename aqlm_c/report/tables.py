@@ -32,8 +32,16 @@ def make_table(title: str, headers: tuple[str, ...]) -> Any:
     """An empty table in the style of all."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    class Titled(Table):
+        """Its title is as wide as the console, not as the table."""
+
+        def __rich_console__(self, console: Any, options: Any) -> Any:
+            yield Text.from_markup(title, style="bold")
+            yield from super().__rich_console__(console, options)
+
+    table = Titled(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, header in enumerate(headers):
         table.add_column(header, justify="right" if index else "left", no_wrap=True)
     return table
