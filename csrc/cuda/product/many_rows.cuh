@@ -521,76 +521,46 @@ __device__ inline unsigned load_acquire(const unsigned *from) {
     return v;
 }
 
-/* A thread's part, from `begin` on, of the sums of a tile that blocks share, SOME and UNROLL of them at once: each
- * waits for L2. */
-template <int SOME, int UNROLL, class T, class L>
-__device__ void add_some(const Finish<T, L> &finish, const float4 *of_first, const float4 *of_second, int sharers,
-                         int begin, int end) {
-    constexpr int THREADS = L::CONSUMERS, TILE = L::FRAGMENTS * THREADS;
-#pragma unroll 1
-    for (int i = begin; i < end; i += SOME * THREADS) {
-        float4 sum[SOME];
-#pragma unroll
-        for (int k = 0; k < SOME; ++k) sum[k] = __ldcg(of_first + min(i + k * THREADS, end - 1));
-#pragma unroll UNROLL
-        for (int s = 0; s < sharers - 1; ++s)
-#pragma unroll
-            for (int k = 0; k < SOME; ++k) {
-                const float4 v = __ldcg(of_second + s * L::CLUSTER * 2 * TILE + min(i + k * THREADS, end - 1));
-                sum[k].x += v.x, sum[k].y += v.y, sum[k].z += v.z, sum[k].w += v.w;
-            }
-#pragma unroll
-        for (int k = 0; k < SOME; ++k) {
-            const int j = (i + k * THREADS) / THREADS;
-            if (i + k * THREADS >= end) break;
-            if (finish.in_pairs()) finish.template store8<true>(j, sum[k]);
-            else finish.template store8<false>(j, sum[k]);
-        }
-    }
-}
+/* Blocks that share a tile, one after the other; each finishes fragments begin .. end of all. */
+template <class L> struct Sharers {
+    static constexpr int THREADS = L::CONSUMERS, TILE = L::FRAGMENTS * THREADS;
+    int count, own, begin, end;
+    unsigned *arrived;
+    const float4 *of_first, *of_second; /* the first one's part may be its second, that of others is their first */
 
-/* This block's part of the sums of a tile that it shares. */
-template <class T, class L> __device__ void add_parts(const ManyRowsProblem &p, uint32_t tile) {
-    constexpr int THREADS = L::CONSUMERS, TILE = L::FRAGMENTS * THREADS;
-    const Shares &shares = p.shares;
-    const uint32_t first_run = tile * shares.of_tile;
-    const uint32_t first = shares.owner_of(first_run), last = shares.owner_of(first_run + shares.of_tile - 1);
-    const int sharers = last - first + 1, own = blockIdx.x / L::CLUSTER - first, rank = blockIdx.x % L::CLUSTER;
-    const int begin = TILE * own / sharers + static_cast<int>(threadIdx.x), end = TILE * (own + 1) / sharers;
-    const Finish<T, L> finish(p, tile, begin % THREADS);
-    if (threadIdx.x == 0)
-        while (load_acquire(p.arrived + tile * L::CLUSTER + rank) < static_cast<unsigned>(sharers)) {}
-    sync_threads_of(1, THREADS);
-    const float4 *const parts = p.parts + static_cast<size_t>(first * L::CLUSTER + rank) * 2 * TILE;
-    const int late = shares.first_of(first) < first_run; /* the first block's second part */
-    const float4 *const of_first = parts + late * TILE, *const of_second = parts + L::CLUSTER * 2 * TILE;
-    if (sharers <= 4)
-        add_some < L::FRAGMENTS<8 ? L::FRAGMENTS : 8, 1>(finish, of_first, of_second, sharers, begin, end);
-    else add_some<1, 16>(finish, of_first, of_second, sharers, begin, end);
-}
+    __device__ Sharers(const ManyRowsProblem &p, uint32_t tile) {
+        const Shares &shares = p.shares;
+        const uint32_t first_run = tile * shares.of_tile, first = shares.owner_of(first_run);
+        const int rank = blockIdx.x % L::CLUSTER;
+        count = shares.owner_of(first_run + shares.of_tile - 1) - first + 1, own = blockIdx.x / L::CLUSTER - first;
+        begin = L::FRAGMENTS * own / count, end = L::FRAGMENTS * (own + 1) / count;
+        arrived = p.arrived + tile * L::CLUSTER + rank;
+        const float4 *const parts = p.parts + static_cast<size_t>(first * L::CLUSTER + rank) * 2 * TILE + threadIdx.x;
+        of_first = parts + (shares.first_of(first) < first_run) * TILE, of_second = parts + L::CLUSTER * 2 * TILE;
+    }
+    __device__ float4 part(int s, int j) const {
+        return __ldcg((s == 0 ? of_first : of_second + (s - 1) * L::CLUSTER * 2 * TILE) + j * THREADS);
+    }
+    __device__ void arrive() const {
+        sync_threads_of(1, THREADS);
+        if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+    }
+    __device__ void await() const {
+        if (threadIdx.x == 0)
+            while (load_acquire(arrived) < static_cast<unsigned>(count)) {}
+        sync_threads_of(1, THREADS);
+    }
+};
 
 __device__ inline void clock_at(const ManyRowsProblem &p, int i) {
     if (p.clocks && threadIdx.x == 0) p.clocks[blockIdx.x * 8 + i] = clock64();
 }
 
-/* What this block shares with others goes to the workspace. */
-template <class L>
-__device__ void leave_part(const ManyRowsProblem &p, const float (&c)[4 * L::FRAGMENTS], uint32_t tile, int late) {
-    float4 *const to =
-        p.parts + (static_cast<size_t>(blockIdx.x) * 2 + late) * (L::FRAGMENTS * L::CONSUMERS) + threadIdx.x;
-#pragma unroll
-    for (int j = 0; j < L::FRAGMENTS; ++j)
-        __stcg(to + j * L::CONSUMERS, float4{c[4 * j], c[4 * j + 1], c[4 * j + 2], c[4 * j + 3]});
-    sync_threads_of(1, L::CONSUMERS);
-    if (threadIdx.x == 0)
-        asm volatile(
-            "red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p.arrived + tile * L::CLUSTER + blockIdx.x % L::CLUSTER)
-            : "memory");
-}
-
-/* What becomes of sums at the end of a segment, and of the block's work. */
+/* What becomes of sums at the end of a segment, and of the block's work. Sums that blocks share go through the
+ * workspace; several are added up at once, for each waits for L2. */
 template <class T, class L> struct Ends {
     static constexpr uint32_t NONE = ~0u;
+    static constexpr int FEW = 4;                     /* blocks that share a tile */
     uint32_t first_shared = NONE, last_shared = NONE; /* tiles */
 
     __device__ void segment(const ManyRowsProblem &p, const float (&c)[4 * L::FRAGMENTS], const Work<L> &work) {
@@ -601,13 +571,78 @@ template <class T, class L> struct Ends {
             return;
         }
         const bool late = work.first == 0 && work.tile != Work<L>(p).tile;
-        leave_part<L>(p, c, work.tile, late);
-        (late ? last_shared : first_shared) = work.tile;
+        const Sharers<L> sharers(p, work.tile);
+        const bool keeps = work.left == 0 && sharers.count <= FEW;
+        float4 *const to =
+            p.parts + (static_cast<size_t>(blockIdx.x) * 2 + late) * (L::FRAGMENTS * L::CONSUMERS) + threadIdx.x;
+#pragma unroll
+        for (int j = 0; j < L::FRAGMENTS; ++j)
+            if (!keeps || j < sharers.begin || j >= sharers.end)
+                __stcg(to + j * L::CONSUMERS, float4{c[4 * j], c[4 * j + 1], c[4 * j + 2], c[4 * j + 3]});
+        sharers.arrive();
+        if (keeps) add_to(p, c, sharers, work.tile);
+        else (late ? last_shared : first_shared) = work.tile;
     }
-    __device__ void block(const ManyRowsProblem &p) {
+    /* What others have of sums that are still in registers. */
+    __device__ void add_to(const ManyRowsProblem &p, const float (&c)[4 * L::FRAGMENTS], const Sharers<L> &sharers,
+                           uint32_t tile) const {
+        constexpr int SOME = L::FRAGMENTS < 8 ? L::FRAGMENTS : 8;
+        const Finish<T, L> finish(p, tile, threadIdx.x);
+        sharers.await();
+#pragma unroll
+        for (int i = 0; i < L::FRAGMENTS; i += SOME) {
+            if (i + SOME <= sharers.begin || i >= sharers.end) continue;
+            float4 sum[SOME];
+#pragma unroll
+            for (int k = 0; k < SOME; ++k) sum[k] = {0, 0, 0, 0};
 #pragma unroll 1
-        for (int i = 0; i < 2; ++i)
-            if (const uint32_t tile = i ? last_shared : first_shared; tile != NONE) add_parts<T, L>(p, tile);
+            for (int s = 0; s < sharers.count; ++s)
+#pragma unroll
+                for (int k = 0; k < SOME; ++k) {
+                    const int j = i + k;
+                    float4 v = {c[4 * j], c[4 * j + 1], c[4 * j + 2], c[4 * j + 3]};
+                    if (s != sharers.own && j >= sharers.begin && j < sharers.end) v = sharers.part(s, j);
+                    sum[k].x += v.x, sum[k].y += v.y, sum[k].z += v.z, sum[k].w += v.w;
+                }
+#pragma unroll
+            for (int k = 0; k < SOME; ++k)
+                if (i + k >= sharers.begin && i + k < sharers.end) store8(finish, i + k, sum[k]);
+        }
+    }
+    __device__ static void store8(const Finish<T, L> &finish, int j, const float4 &v) {
+        if (finish.in_pairs()) finish.template store8<true>(j, v);
+        else finish.template store8<false>(j, v);
+    }
+    /* SOME fragments and UNROLL blocks' parts at once. */
+    template <int SOME, int UNROLL> __device__ static void add(const Finish<T, L> &finish, const Sharers<L> &sharers) {
+#pragma unroll 1
+        for (int i = sharers.begin; i < sharers.end; i += SOME) {
+            float4 sum[SOME];
+#pragma unroll
+            for (int k = 0; k < SOME; ++k) sum[k] = sharers.part(0, min(i + k, sharers.end - 1));
+#pragma unroll UNROLL
+            for (int s = 1; s < sharers.count; ++s)
+#pragma unroll
+                for (int k = 0; k < SOME; ++k) {
+                    const float4 v = sharers.part(s, min(i + k, sharers.end - 1));
+                    sum[k].x += v.x, sum[k].y += v.y, sum[k].z += v.z, sum[k].w += v.w;
+                }
+#pragma unroll
+            for (int k = 0; k < SOME; ++k)
+                if (i + k < sharers.end) store8(finish, i + k, sum[k]);
+        }
+    }
+    __device__ void block(const ManyRowsProblem &p) const {
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t tile = i ? last_shared : first_shared;
+            if (tile == NONE) continue;
+            const Sharers<L> sharers(p, tile);
+            const Finish<T, L> finish(p, tile, threadIdx.x);
+            sharers.await();
+            if (sharers.count <= FEW) add<(L::FRAGMENTS < 8 ? L::FRAGMENTS : 8), 1>(finish, sharers);
+            else add<1, 16>(finish, sharers);
+        }
     }
 };
 
