@@ -67,10 +67,10 @@ int tile_rows_of(const aqlm_shape &s, int64_t n_rows) {
 }
 
 size_t tile_workspace(const aqlm_shape &s, int64_t n_rows, int tile_rows, const Device &device) {
-    if (splits(tile_rows)) return 0;
-    const int cluster = cluster_of(tile_rows);
-    return static_cast<size_t>(
-        ManyRowsCut(s.out_features, s.in_features, n_rows, tile_rows, TILE_OUTS, cluster, device.sms / cluster).bytes);
+    ManyRowsProblem p = {};
+    p.out = static_cast<int>(s.out_features), p.in = static_cast<int>(s.in_features);
+    p.n_rows = static_cast<int>(n_rows);
+    return static_cast<size_t>(ManyRowsCut(p, tile_rows, TILE_OUTS, is_aligned(tile_rows), device.sms).bytes);
 }
 
 cudaError_t run_tiles(const Launch &l, int tile_rows) {

@@ -119,23 +119,53 @@ template <int LEFT> __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-/* A thread's codes, unit after unit: AHEAD units are on the way to shared memory of its own (two-byte codes of a unit
- * cannot be: one unit, to registers). */
+/* 16 bytes that are read once; the bytes around them come to L2. */
+__device__ inline uint4 load_hinted(const unsigned char *from) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(from));
+    return v;
+}
+template <int BYTES> __device__ inline void load_codes(uint32_t (&to)[(BYTES + 3) / 4], const unsigned char *from) {
+    if constexpr (BYTES % 16 == 0)
+#pragma unroll
+        for (int i = 0; i < BYTES / 4; i += 4) {
+            const uint4 v = load_hinted(from + i * 4);
+            to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+        }
+    else if constexpr (BYTES % 8 == 0)
+#pragma unroll
+        for (int i = 0; i < BYTES / 4; i += 2) {
+            const uint2 v = load_once(reinterpret_cast<const uint2 *>(from + i * 4));
+            to[i] = v.x, to[i + 1] = v.y;
+        }
+    else if constexpr (BYTES % 4 == 0)
+#pragma unroll
+        for (int i = 0; i < BYTES / 4; ++i) to[i] = load_once(reinterpret_cast<const uint32_t *>(from + i * 4));
+    else
+#pragma unroll
+        for (int i = 0; i < BYTES; i += 2) {
+            const uint32_t v = __ldg(reinterpret_cast<const uint16_t *>(from + i));
+            to[i / 4] = i % 4 ? to[i / 4] | v << 16 : v;
+        }
+}
+
+/* A thread's codes, unit after unit: AHEAD units are on the way to shared memory of its own, or one to registers. */
 template <class B, class L> struct CodeStream {
-    static constexpr bool COPIES = B::BYTES % 4 == 0;
+    static constexpr bool COPIES = L::AHEAD > 0 && B::BYTES % 4 == 0;
     static constexpr int PIECE = B::BYTES % 16 == 0 ? 16 : B::BYTES % 8 == 0 ? 8 : 4, PIECES = 2 * B::BYTES / PIECE;
     static constexpr int SLOT = PIECES * PIECE * L::CONSUMERS, BYTES = COPIES ? L::AHEAD * SLOT : 0;
     const ManyRowsProblem &p;
     const size_t row_bytes;
     const unsigned char *from[2];
-    Work<L> work;
+    Work work;
     uint32_t unit, slots, slot = 0; /* addresses in shared memory */
-    const int row, quad, rank;
+    const int row, quad;
 
     __device__ CodeStream(const ManyRowsProblem &problem, uint32_t ring)
         : p(problem), row_bytes(static_cast<size_t>(p.in) / 64 * B::BYTES), work(problem), unit(work.first),
-          slots(ring + threadIdx.x * PIECE), row(threadIdx.x / 4 * 2), quad(threadIdx.x % 4),
-          rank(L::CLUSTER == 1 ? 0 : cluster_rank()) {
+          slots(ring + threadIdx.x * PIECE), row(threadIdx.x / 4 * 2), quad(threadIdx.x % 4) {
         go_to();
         if constexpr (COPIES)
 #pragma unroll
@@ -144,7 +174,7 @@ template <class B, class L> struct CodeStream {
     __device__ void go_to() {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int o = (static_cast<int>(work.tile / p.row_tiles) * L::CLUSTER + rank) * L::OUTS + row + half;
+            const int o = static_cast<int>(work.tile / p.row_tiles) * L::OUTS + row + half;
             from[half] = p.codes + min(o, p.out - 1) * row_bytes;
         }
     }
@@ -153,8 +183,13 @@ template <class B, class L> struct CodeStream {
         if (work.next(p)) unit = work.first, go_to();
         else --unit; /* the last again, which nothing reads */
     }
+    /* Of the lane's 64 inputs; of the first where a unit is longer than the row. */
+    __device__ int at() const {
+        const int part = unit * 4 + quad;
+        return part * 64 < p.in ? part * B::BYTES : 0;
+    }
     __device__ void copy(uint32_t to) {
-        const int part = unit * 4 + quad, at = part * 64 < p.in ? part * B::BYTES : 0;
+        const int at = this->at();
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -169,28 +204,26 @@ template <class B, class L> struct CodeStream {
         if constexpr (COPIES) {
             wait_for_copies<L::AHEAD - 1>();
 #pragma unroll
-            for (int i = 0; i < PIECES; ++i) {
-                const uint32_t at = slots + slot + i * PIECE * L::CONSUMERS;
-                uint32_t *const w = to[i / (PIECES / 2)] + i % (PIECES / 2) * (PIECE / 4);
-                if constexpr (PIECE == 16)
-                    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                                 : "r"(at)
-                                 : "memory");
-                else if constexpr (PIECE == 8)
-                    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(at) : "memory");
-                else asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w[0]) : "r"(at) : "memory");
-            }
+            for (int i = 0; i < PIECES; ++i)
+                read(to[i / (PIECES / 2)] + i % (PIECES / 2) * (PIECE / 4), slots + slot + i * PIECE * L::CONSUMERS);
             copy(slot);
             slot = slot == (L::AHEAD - 1) * SLOT ? 0 : slot + SLOT;
         } else {
-            const int part = unit * 4 + quad;
+            const int at = this->at();
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-                to[half][0] =
-                    __ldg(reinterpret_cast<const uint16_t *>(from[half] + (part * 64 < p.in ? part * B::BYTES : 0)));
+            for (int half = 0; half < 2; ++half) load_codes<B::BYTES>(to[half], from[half] + at);
             step();
         }
+    }
+    __device__ static void read(uint32_t *w, uint32_t at) {
+        if constexpr (PIECE == 16)
+            asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                         : "r"(at)
+                         : "memory");
+        else if constexpr (PIECE == 8)
+            asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(at) : "memory");
+        else asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w[0]) : "r"(at) : "memory");
     }
 };
 

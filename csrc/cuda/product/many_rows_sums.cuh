@@ -15,8 +15,7 @@ template <class T, class L> struct Finish {
     float scale[2], bias[2];
 
     __device__ Finish(const ManyRowsProblem &p, uint32_t tile, int thread) : out(p.out) {
-        const int rank = blockIdx.x % L::CLUSTER, row = tile % p.row_tiles * L::N + thread % 4 * 2;
-        const int o = (tile / p.row_tiles * L::CLUSTER + rank) * L::OUTS + thread / 4 * 2;
+        const int row = tile % p.row_tiles * L::N + thread % 4 * 2, o = tile / p.row_tiles * L::OUTS + thread / 4 * 2;
         to = static_cast<T *>(p.y) + static_cast<size_t>(row) * out + o;
         rows = o < out ? p.n_rows - row : 0, second = o + 1 < out;
 #pragma unroll
@@ -64,15 +63,14 @@ template <class L> struct Sharers {
     __device__ Sharers(const ManyRowsProblem &p, uint32_t tile) {
         const Shares &shares = p.shares;
         const uint32_t first_run = tile * shares.of_tile, first = shares.owner_of(first_run);
-        const int rank = blockIdx.x % L::CLUSTER;
-        count = shares.owner_of(first_run + shares.of_tile - 1) - first + 1, own = blockIdx.x / L::CLUSTER - first;
+        count = shares.owner_of(first_run + shares.of_tile - 1) - first + 1, own = blockIdx.x - first;
         begin = L::FRAGMENTS * own / count, end = L::FRAGMENTS * (own + 1) / count;
-        arrived = p.arrived + tile * L::CLUSTER + rank;
-        const float4 *const parts = p.parts + static_cast<size_t>(first * L::CLUSTER + rank) * 2 * TILE + threadIdx.x;
-        of_first = parts + (shares.first_of(first) < first_run) * TILE, of_second = parts + L::CLUSTER * 2 * TILE;
+        arrived = p.arrived + tile;
+        const float4 *const parts = p.parts + static_cast<size_t>(first) * 2 * TILE + threadIdx.x;
+        of_first = parts + (shares.first_of(first) < first_run) * TILE, of_second = parts + 2 * TILE;
     }
     __device__ float4 part(int s, int j) const {
-        return __ldcg((s == 0 ? of_first : of_second + (s - 1) * L::CLUSTER * 2 * TILE) + j * THREADS);
+        return __ldcg((s == 0 ? of_first : of_second + (s - 1) * 2 * TILE) + j * THREADS);
     }
     __device__ void arrive() const {
         sync_threads_of(1, THREADS);
@@ -93,14 +91,14 @@ template <class T, class L, bool KEEPS> struct Ends {
     static constexpr int FEW = 4;                     /* blocks that share a tile */
     uint32_t first_shared = NONE, last_shared = NONE; /* tiles */
 
-    __device__ void segment(const ManyRowsProblem &p, const float (&c)[4 * L::FRAGMENTS], const Work<L> &work) {
+    __device__ void segment(const ManyRowsProblem &p, const float (&c)[4 * L::FRAGMENTS], const Work &work) {
         if (work.last - work.first == static_cast<uint32_t>(p.units)) {
             const Finish<T, L> finish(p, work.tile, threadIdx.x);
             if (finish.in_pairs()) finish.template store_all<true>(c);
             else finish.template store_all<false>(c);
             return;
         }
-        const bool late = work.first == 0 && work.tile != Work<L>(p).tile;
+        const bool late = work.first == 0 && work.tile != Work(p).tile;
         const Sharers<L> sharers(p, work.tile);
         const bool keeps = KEEPS && work.left == 0 && sharers.count <= FEW;
         float4 *const to =
@@ -171,74 +169,12 @@ template <class T, class L, bool KEEPS> struct Ends {
             const Sharers<L> sharers(p, tile);
             const Finish<T, L> finish(p, tile, threadIdx.x);
             sharers.await();
-            if (sharers.count <= FEW) add<(L::FRAGMENTS < 8 ? L::FRAGMENTS : 8), 1>(finish, sharers);
+            if constexpr (L::AT_ONCE == 1) add<1, 4>(finish, sharers);
+            else if (sharers.count <= FEW)
+                add<(L::AT_ONCE < L::FRAGMENTS ? L::AT_ONCE : L::FRAGMENTS), 1>(finish, sharers);
             else add<1, 16>(finish, sharers);
         }
     }
-};
-
-__device__ inline float4 load_from(uint32_t address, uint32_t rank) {
-    float4 v = {};
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{ .reg .u32 at;\n"
-                 "mapa.shared::cluster.u32 at, %4, %5;\n"
-                 "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [at]; }"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address), "r"(rank)
-                 : "memory");
-#endif
-    return v;
-}
-
-/* The same by blocks of a cluster: each finishes a part of their sums, which lie in their shared memories. */
-template <class T, class L> struct SplitEnds {
-    const uint32_t stages;
-    uint32_t parity = 0;
-    bool begun = false;
-
-    __device__ void arrive(const ManyRowsProblem &p, int barrier) const {
-        __syncwarp();
-        if (static_cast<int>(threadIdx.x % 32) < p.split) mbarrier_arrive_at(stages + barrier, threadIdx.x % 32);
-    }
-    __device__ void wait_for_reading() {
-        if (begun) mbarrier_wait_for_all(stages + L::READ, parity), parity ^= 1;
-    }
-    __device__ void segment(const ManyRowsProblem &p, const float (&c)[4 * L::FRAGMENTS], const Work<L> &work) {
-        constexpr int THREADS = L::CONSUMERS, TILE = L::FRAGMENTS * THREADS;
-        wait_for_kernels_before(); /* y may be read by those */
-        if (p.split == 1) {
-            const Finish<T, L> finish(p, work.tile, threadIdx.x);
-            if (finish.in_pairs()) finish.template store_all<true>(c);
-            else finish.template store_all<false>(c);
-            return;
-        }
-        wait_for_reading();
-        const uint32_t sums = stages + L::SUMS;
-#pragma unroll
-        for (int j = 0; j < L::FRAGMENTS; ++j)
-            asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(sums + (j * THREADS + threadIdx.x) * 16),
-                         "f"(c[4 * j]), "f"(c[4 * j + 1]), "f"(c[4 * j + 2]), "f"(c[4 * j + 3])
-                         : "memory");
-        arrive(p, L::LEFT);
-        const int rank = blockIdx.x % p.split, end = TILE * (rank + 1) / p.split;
-        const int begin = TILE * rank / p.split + static_cast<int>(threadIdx.x);
-        const Finish<T, L> finish(p, work.tile, begin % THREADS);
-        mbarrier_wait_for_all(stages + L::LEFT, parity);
-#pragma unroll 1
-        for (int i = begin; i < end; i += THREADS) {
-            float4 sum = load_from(sums + i * 16, 0);
-#pragma unroll 4
-            for (int s = 1; s < p.split; ++s) {
-                const float4 v = load_from(sums + i * 16, s);
-                sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-            }
-            if (finish.in_pairs()) finish.template store8<true>(i / THREADS, sum);
-            else finish.template store8<false>(i / THREADS, sum);
-        }
-        arrive(p, L::READ);
-        begun = true;
-    }
-    __device__ void block(const ManyRowsProblem &) { wait_for_reading(); } /* then the block may end */
 };
 
 } // namespace aqlm_cuda

@@ -10,12 +10,12 @@ namespace aqlm_cuda {
 
 constexpr int UNIT_COLUMNS = 256, CHUNKS = 4, CHUNK_COLUMNS = 64; /* of x's tiles in shared memory */
 
-/* The shares of clusters in all runs of units, of which the first clusters have one more than others. A tile is runs of
+/* The shares of blocks in all runs of units, of which the first blocks have one more than others. A tile is runs of
  * `length` units, the last may have fewer. */
 struct Shares {
-    uint32_t runs, more;      /* of each cluster; clusters that have one more */
+    uint32_t runs, more;      /* of each block; blocks that have one more */
     uint32_t length, of_tile; /* units of a run, runs of a tile */
-    __device__ uint32_t first_of(uint32_t cluster) const { return runs * cluster + min(cluster, more); }
+    __device__ uint32_t first_of(uint32_t block) const { return runs * block + min(block, more); }
     __device__ uint32_t owner_of(uint32_t run) const {
         const uint32_t of_more = more * (runs + 1);
         return run < of_more ? run / (runs + 1) : more + (run - of_more) / runs;
@@ -29,11 +29,10 @@ struct ManyRowsProblem {
     const void *codebooks, *scales, *bias;
     unsigned char *x_tiles; /* [row tiles][chunks of columns][N][128 bytes] */
     float4 *parts;          /* [blocks][2][N / 8][threads] */
-    unsigned *arrived;      /* [tiles][blocks of a cluster] blocks whose parts are there */
+    unsigned *arrived;      /* [tiles] blocks whose parts are there */
     long long *clocks;      /* [blocks][8] or NULL */
     int out, in, n_rows, entries;
-    int counters, row_tiles, units; /* tiles of y and blocks of clusters; tiles along its rows; units of a tile */
-    int split;                      /* blocks of a cluster that share a tile's units */
+    int tiles, row_tiles, units; /* tiles of y, along its rows alone; units of a tile */
     Shares shares;
 };
 
@@ -52,26 +51,6 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
                  : "memory");
 #endif
 }
-/* What other blocks of the cluster wrote is read after it. */
-__device__ inline void mbarrier_wait_for_all(uint32_t barrier, uint32_t parity) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{ .reg .pred done;\n"
-                 "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again; }" ::"r"(barrier),
-                 "r"(parity)
-                 : "memory");
-#endif
-}
-/* On the barrier of block `rank` of the cluster. */
-__device__ inline void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{ .reg .u32 at;\n"
-                 "mapa.shared::cluster.u32 at, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [at]; }" ::"r"(barrier),
-                 "r"(rank)
-                 : "memory");
-#endif
-}
 __device__ inline void fetch_bulk(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
@@ -83,45 +62,26 @@ __device__ inline void sync_threads_of(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-/* N rows at a time, WARPGROUPS of 64 outputs; STAGES of STAGE_CHUNKS chunks of x; codes of AHEAD units in flight.
- * CLUSTER blocks fetch them together. EARLY: entries are gathered before the chunk before is multiplied. */
-template <int N_, int WARPGROUPS_, int STAGES_, int CLUSTER_ = 1, int AHEAD_ = 4, bool EARLY_ = false,
-          bool EAGER_ = false, int STAGE_CHUNKS_ = 1, int BATCH_ = 1>
+/* N rows at a time, WARPGROUPS of 64 outputs; STAGES of x; codes of AHEAD units on the way to shared memory, or of one
+ * to registers. ALIGNED: blocks' shares end where tiles do, as far as that is cheaper. EAGER: the kernel begins beside
+ * the one that arranges x. SOONER: codes are asked for one chunk earlier. AT_ONCE fragments are added up at once. */
+template <int N_, int WARPGROUPS_, int STAGES_, int AHEAD_ = 0, bool ALIGNED_ = (AHEAD_ > 0), bool EAGER_ = ALIGNED_,
+          bool SOONER_ = false, int AT_ONCE_ = ALIGNED_ ? 8 : 1>
 struct ManyRowsTiling {
-    static constexpr int N = N_, WARPGROUPS = WARPGROUPS_, STAGES = STAGES_, STAGE_CHUNKS = STAGE_CHUNKS_;
-    static constexpr int CLUSTER = CLUSTER_, AHEAD = AHEAD_, FRAGMENTS = N / 8;
-    static constexpr int BATCH = BATCH_;
-    static constexpr bool EARLY = EARLY_, EAGER = EAGER_;
+    static constexpr int N = N_, WARPGROUPS = WARPGROUPS_, STAGES = STAGES_, AHEAD = AHEAD_, AT_ONCE = AT_ONCE_;
+    static constexpr int FRAGMENTS = N / 8;
+    static constexpr bool ALIGNED = ALIGNED_, EAGER = EAGER_, SOONER = SOONER_;
     /* Registers are dealt out by warpgroups: where they are short, the producer is one that gives its own up. */
-    static constexpr bool REALLOCATES = N >= 128 || WARPGROUPS > 2 || BATCH > 1 || (EARLY && N >= 64);
+    static constexpr bool REALLOCATES = N >= 128 || WARPGROUPS > 2;
     static constexpr int OF_CONSUMER = WARPGROUPS <= 2 ? 240 : WARPGROUPS == 3 ? 160 : 112; /* registers */
     static constexpr int OF_PRODUCER = WARPGROUPS == 3 ? 32 : 24;
     static constexpr int CONSUMERS = WARPGROUPS * 128, OUTS = WARPGROUPS * 64;
     static constexpr int THREADS = CONSUMERS + (REALLOCATES ? 128 : 32);
-    static constexpr int CHUNK_BYTES = N * 128, STAGE_BYTES = STAGE_CHUNKS * CHUNK_BYTES;
-
-    static constexpr bool SPLITS = false;
-    static constexpr int FILLERS = 1; /* threads that say that a stage is full */
+    static constexpr int STAGE_BYTES = N * 128; /* a chunk */
 
     /* Where barriers lie in shared memory, behind the stages; bytes of all. */
     static constexpr int FULL = STAGES * STAGE_BYTES, EMPTY = FULL + STAGES * 8, BYTES = EMPTY + STAGES * 8;
     static_assert(BYTES % 16 == 0); /* what follows is aligned */
-};
-
-/* Few rows and one launch: blocks of a cluster each have a part of every tile's units, and read each other's sums; four
- * warps arrange x themselves, in stages of 8 KB. */
-template <int N_, int WARPGROUPS_, int STAGES_, int AHEAD_ = 4, bool EARLY_ = false> struct SplitTiling {
-    static constexpr int N = N_, WARPGROUPS = WARPGROUPS_, STAGES = STAGES_, STAGE_CHUNKS = N < 64 ? 64 / N : 1;
-    static constexpr int CLUSTER = 1, AHEAD = AHEAD_, FRAGMENTS = N / 8, BATCH = 1;
-    static constexpr bool EARLY = EARLY_, EAGER = true, REALLOCATES = true, SPLITS = true;
-    static constexpr int OF_CONSUMER = WARPGROUPS > 2 ? 144 : N > 64 ? 184 : 208;
-    static constexpr int OF_PRODUCER = WARPGROUPS > 2 ? 72 : N > 64 ? 136 : 88;
-    static constexpr int CONSUMERS = WARPGROUPS * 128, OUTS = WARPGROUPS * 64;
-    static constexpr int FILLERS = 128, THREADS = CONSUMERS + FILLERS;
-    static constexpr int CHUNK_BYTES = N * 128, STAGE_BYTES = STAGE_CHUNKS * CHUNK_BYTES;
-    static constexpr int FULL = STAGES * STAGE_BYTES, EMPTY = FULL + STAGES * 8;
-    static constexpr int LEFT = EMPTY + STAGES * 8, READ = LEFT + 8; /* sums are there, and have been read */
-    static constexpr int SUMS = READ + 8, BYTES = SUMS + FRAGMENTS * CONSUMERS * 16;
 };
 
 template <int COUNT> __device__ inline void take_registers() {
@@ -136,27 +96,16 @@ template <int COUNT> __device__ inline void release_registers() {
 }
 
 /* What a block does, segment after segment: units first .. last of a tile. */
-template <class L> struct Work {
+struct Work {
     uint32_t tile, first, last, left; /* left: runs behind these */
 
     __device__ explicit Work(const ManyRowsProblem &p) {
-        if constexpr (L::SPLITS) {
-            const uint32_t rank = blockIdx.x % p.split;
-            tile = blockIdx.x / p.split, first = p.units * rank / p.split, last = p.units * (rank + 1) / p.split;
-            return;
-        }
-        const uint32_t cluster = blockIdx.x / L::CLUSTER, begin = p.shares.first_of(cluster);
-        tile = begin / p.shares.of_tile, left = p.shares.first_of(cluster + 1) - begin;
+        const uint32_t begin = p.shares.first_of(blockIdx.x);
+        tile = begin / p.shares.of_tile, left = p.shares.first_of(blockIdx.x + 1) - begin;
         take(p, begin - tile * p.shares.of_tile);
     }
     /* Whether there is one more. */
     __device__ bool next(const ManyRowsProblem &p) {
-        if constexpr (L::SPLITS) {
-            const uint32_t more = tile + gridDim.x / p.split;
-            if (more >= p.counters) return false;
-            tile = more;
-            return true;
-        }
         if (left == 0) return false;
         ++tile, take(p, 0);
         return true;
