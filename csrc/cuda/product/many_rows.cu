@@ -56,7 +56,7 @@ bool can_tile(const aqlm_shape &s, const Device &device) {
 int64_t most_tiled(const aqlm_shape &s) {
     if (s.num_codebooks > 4) return 64;
     const int64_t numbers = s.out_features * s.in_features;
-    if (numbers <= int64_t{1} << 22) return 128;
+    if (s.out_features <= 1024) return numbers <= int64_t{1} << 22 ? 128 : 256;
     if (s.nbits_per_codebook > 8 || s.num_codebooks > 2) return 256;
     return numbers <= int64_t{1} << 24 ? 1024 : 2048;
 }
