@@ -55,6 +55,7 @@ void for_each_variant(int out, int in, int n, int K, int code, int g, int sms, c
         TILING(16, 2, 8, 0, false, false, true, 8);
     }
     if (n > 16 && n <= 32) {
+        TILING(16, 2, 8);
         TILING(32, 2, 8);
         TILING(32, 2, 8, 0, false, false, true);
         TILING(32, 2, 8, 0, false, true);
@@ -62,6 +63,7 @@ void for_each_variant(int out, int in, int n, int K, int code, int g, int sms, c
         TILING(32, 4, 8, 0, false, false, true);
     }
     if (n > 32 && n <= 256) {
+        TILING(32, 2, 8);
         TILING(64, 2, 8);
         TILING(64, 2, 8, 0, false, false, true);
         TILING(64, 2, 8, 0, false, true);
