@@ -8,5 +8,5 @@ VARIABLES = {
     "AQLM_C_GPUS": "GPUs that a build makes kernels for: 80, 90a, 100; all if it is not set",
     "AQLM_C_ISA": "instruction set of the C core",
     "AQLM_C_REQUIRE": "extensions without which a build stops: torch, cuda",
-    "AQLM_C_TILES": "0: many rows on Hopper GPUs as on others, without the kernel that decodes each weight once",
+    "AQLM_C_TILES": "1: many rows on Hopper GPUs by a kernel that decodes each weight once",
 }

@@ -28,7 +28,7 @@ typedef enum aqlm_cuda_path {
                        * g = 8, og = 1, K <= 4) */
     AQLM_CUDA_SHARDS, /* the same for one row and a codebook that is cut among blocks (K = 1, B > 13) */
     AQLM_CUDA_TILES, /* many rows on Hopper GPUs: weights are decoded once into operands of matrix instructions, for all
-                      * rows of a tile (fp16 and bf16 of the codebooks' dtype, og = 1); not where AQLM_C_TILES is 0 */
+                      * rows of a tile (fp16 and bf16 of the codebooks' dtype, og = 1); where AQLM_C_TILES is 1 */
     AQLM_CUDA_DENSE, /* many rows: the caller's, who decodes W slice by slice for dense products */
     AQLM_CUDA_SEPARATE /* several products that are no one launch: the caller's, who plans each by itself */
 } aqlm_cuda_path;

@@ -6,13 +6,12 @@
  *     csrc/core/runtime/rng.c -o cuda_check
  *   for tool in memcheck racecheck initcheck synccheck; do compute-sanitizer --tool $tool ./cuda_check; done
  *
- * With AQLM_C_TILES=0 many rows not by tiles. Arguments: the numbers of the shapes to check, all of them without.
- * Prints a line for each; exits with 1 if one is wrong. Every array is an allocation of its own size. */
+ * With AQLM_C_TILES=1 many rows by tiles. Arguments: the numbers of the shapes to check, all of them without. Prints a
+ * line for each; exits with 1 if one is wrong. Every array is an allocation of its own size. */
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <deque>
 #include <functional>
 #include <numeric>
@@ -79,7 +78,7 @@ const struct {
     Format format;
     int64_t rows;
     aqlm_cuda_path path, last_path;
-    bool tiled; /* unless tiles are not wanted */
+    bool tiled; /* where tiles are wanted */
 } PATHS[] = {
     {{4096, 4096, 2, 8, 1, 8}, 1, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES, false},
     {{4096, 4096, 2, 8, 1, 8}, 3, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
@@ -154,8 +153,7 @@ bool check_paths() {
     check(cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "cudaDeviceGetAttribute");
     if (major != 9 || shared_memory < 220 * 1024) return true;
     bool ok = true;
-    const char *const wish = std::getenv("AQLM_C_TILES");
-    const bool wants_tiles = !wish || std::strcmp(wish, "0") != 0;
+    const bool wants_tiles = std::getenv("AQLM_C_TILES");
     for (auto [f, rows, path, last_path, tiled] : PATHS) {
         if (wants_tiles && tiled) path = last_path = AQLM_CUDA_TILES;
         const aqlm_product product = {nullptr, {{f.out, f.in, f.K, f.B, f.g, f.og}, 0, 0, 0, AQLM_F16, false}, nullptr};

@@ -356,11 +356,11 @@ def test_errors():
 
 @pytest.mark.skipif("AQLM_C_TILES" in os.environ, reason="AQLM_C_TILES is set: all tests here are of it")
 @pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
-def test_without_tiles():
-    """The tests of products once more, many rows not by tiles: the variable is read once by a process."""
+def test_tiles():
+    """The tests of products once more, many rows by tiles: the variable is read once by a process."""
     tests = "test_matmul or magnitudes or mixed or memory_order or views or outside or graph or row or gradients"
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", tests]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"AQLM_C_TILES": "0"}, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"AQLM_C_TILES": "1"}, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -374,6 +374,6 @@ def test_without_torch(tmp_path):
     gpu = f"{major}{minor}" + ("a" if major == 9 else "")  # as setup.py: wgmma is 90a's
     flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{gpu},code=sm_{gpu}", "--threads=0", f"-I{ROOT / 'csrc'}"]
     subprocess.run(["nvcc", *flags, ROOT / "tests/cuda/cuda_check.cu", *kernels, "-o", program], check=True)
-    for tiles in ({}, {"AQLM_C_TILES": "0"}):
+    for tiles in ({}, {"AQLM_C_TILES": "1"}):
         result = subprocess.run([program], capture_output=True, text=True, env=os.environ | tiles)
         assert result.returncode == 0, result.stdout + result.stderr
