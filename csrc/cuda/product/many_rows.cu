@@ -50,27 +50,36 @@ bool can_tile(const aqlm_shape &s, const Device &device) {
     return (g == 8 && K <= 8) || ((g == 4 || g == 16) && K <= 4) || (g == 32 && (K <= 2 || K == 4));
 }
 
-/* H200: with 512 rows and 2x8g8 0.92 of cuBLAS for 28672x8192, where decoding first has 0.69, but 0.54 and 0.66 for
- * 4096x4096. */
+/* H200, 2x8g8, times cuBLAS, by tiles and decoding first: 4096x4096 .71 and .68 with 512 rows, .88 and .89 with 2,048;
+ * 8192x8192 .95 and .70, .96 and .90; 11008x4096 .79 and .70, .96 and .93; 1024x4096 .50 and .65 with 512. Three and
+ * more codebooks, and large ones, are slower to decode for each tile of rows. */
 int64_t most_tiled(const aqlm_shape &s) {
     if (s.num_codebooks > 4) return 64;
-    return s.out_features * s.in_features >= int64_t{1} << 26 ? 512 : 256;
+    const int64_t numbers = s.out_features * s.in_features;
+    if (s.out_features <= 1024) return numbers <= int64_t{1} << 22 ? 128 : 256;
+    if (s.nbits_per_codebook > 8 || s.num_codebooks > 2) return 256;
+    return numbers <= int64_t{1} << 24 ? 1024 : 2048;
 }
 
+/* 28672x8192, 2x8g8, H200: tiles of 16 rows take 58 us, of 32 68, of 64 81, of 128 107, of 256 175. Few outputs are
+ * shared by so many blocks that two tiles of 64 rows are faster than one of 128 (1024x4096: 9.2 and 14.4 us), and where
+ * there are not many, what blocks add up is less with 128 rows (4096x4096, 256 rows: 25 and 29 us). */
 int tile_rows_of(const aqlm_shape &s, int64_t n_rows) {
-    const bool finer = s.in_group_size == 8;
+    const bool finer = s.in_group_size == 8; /* sizes of other formats are fewer */
     if (s.num_codebooks > 4) return 64;
     if (n_rows <= 16) return 16;
     if (finer && n_rows <= 32) return 32;
-    if (n_rows <= 64) return 64;
-    return finer && n_rows <= 128 ? 128 : 256;
+    if (n_rows <= 64 || s.out_features <= 1024) return 64;
+    if (!finer) return 256;
+    const bool few_tiles = n_rows <= 512 && s.out_features * s.in_features <= int64_t{1} << 24;
+    return few_tiles || divide_up(n_rows, 128) * 107 < divide_up(n_rows, 256) * 175 ? 128 : 256;
 }
 
 size_t tile_workspace(const aqlm_shape &s, int64_t n_rows, int tile_rows, const Device &device) {
-    if (splits(tile_rows)) return 0;
-    const int cluster = cluster_of(tile_rows);
-    return static_cast<size_t>(
-        ManyRowsCut(s.out_features, s.in_features, n_rows, tile_rows, TILE_OUTS, cluster, device.sms / cluster).bytes);
+    ManyRowsProblem p = {};
+    p.out = static_cast<int>(s.out_features), p.in = static_cast<int>(s.in_features);
+    p.n_rows = static_cast<int>(n_rows);
+    return static_cast<size_t>(ManyRowsCut(p, tile_rows, TILE_OUTS, is_aligned(tile_rows), device.sms).bytes);
 }
 
 cudaError_t run_tiles(const Launch &l, int tile_rows) {

@@ -14,32 +14,23 @@ template <int K, int G> constexpr int copies_of() {
 
 constexpr int TILE_WARPGROUPS = 2, TILE_OUTS = 64 * TILE_WARPGROUPS;
 
-/* Few rows go in one launch; of many, blocks fetch x together. */
-constexpr bool splits(int tile_rows) { return tile_rows <= 64; }
-constexpr int cluster_of(int tile_rows) { return splits(tile_rows) ? 1 : 2; }
+/* From so many rows of a tile on, blocks' shares end where tiles do: what they add up is much. */
+constexpr bool is_aligned(int tile_rows) { return tile_rows >= 128; }
 
-/* Of what codebooks leave of shared memory, AHEAD units of codes on the way: as many of 4, 2 or 1 as leave enough for
- * stages of x, which get the rest. */
+/* Of what codebooks leave of shared memory, four units of codes where they fit, of 2x8g8; the rest is stages of x. */
 template <class B, int N> struct TilingOf {
-    template <int AHEAD, int STAGES>
-    using Tiling = std::conditional_t<splits(N), SplitTiling<N, TILE_WARPGROUPS, STAGES, AHEAD>,
-                                      ManyRowsTiling<N, TILE_WARPGROUPS, STAGES, cluster_of(N), AHEAD, false, true>>;
-    template <int AHEAD> static constexpr int stages() {
-        using One = Tiling<AHEAD, 1>;
-        constexpr int OF_STAGE = One::STAGE_BYTES + 16, LEFT = 227 * 1024 - B::BOOKS - CodeStream<B, One>::BYTES;
-        return (LEFT - (One::BYTES - OF_STAGE)) / OF_STAGE;
-    }
-    static constexpr int AHEAD = stages<4>() >= 4 ? 4 : stages<2>() >= 2 ? 2 : 1;
-    static constexpr int STAGES = stages<AHEAD>() < 8 ? stages<AHEAD>() : 8;
+    template <int AHEAD, int STAGES> using Tiling = ManyRowsTiling<N, TILE_WARPGROUPS, STAGES, AHEAD, is_aligned(N)>;
+    static constexpr int AHEAD = is_aligned(N) && B::CODE == 1 && B::K <= 2 && B::G == 8 ? 4 : 0;
+    using One = Tiling<AHEAD, 1>;
+    static constexpr int MOST = (227 * 1024 - B::BOOKS - CodeStream<B, One>::BYTES) / One::BYTES;
+    static constexpr int STAGES = MOST < 8 ? MOST : 8;
     static_assert(STAGES >= 2);
     using type = Tiling<AHEAD, STAGES>;
 };
 
 template <class T, class B, int N>
 cudaError_t launch_tiling(const ManyRowsProblem &p, void *workspace, const Device &device, cudaStream_t stream) {
-    using L = typename TilingOf<B, N>::type;
-    if constexpr (splits(N)) return launch_split<T, B, L>(p, device, stream);
-    else return launch_many_rows<T, B, L>(p, workspace, device, stream);
+    return launch_many_rows<T, B, typename TilingOf<B, N>::type>(p, workspace, device, stream);
 }
 
 template <class T, class B>
