@@ -89,11 +89,16 @@ const struct {
     {{4096, 4096, 2, 8, 1, 8}, 24, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, true},
     {{4096, 4096, 2, 8, 1, 8}, 25, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE, true},
     {{4096, 4096, 1, 16, 1, 8}, 1, AQLM_CUDA_SHARDS, AQLM_CUDA_SHARDS, false},
-    {{4096, 4096, 2, 16, 1, 8}, 1, AQLM_CUDA_SHARDS, AQLM_CUDA_SHARDS, false},
+    {{13824, 5120, 2, 16, 1, 8}, 1, AQLM_CUDA_SHARDS, AQLM_CUDA_SHARDS, false},
+    {{4096, 4096, 2, 16, 1, 8}, 1, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
+    {{1024, 4096, 1, 16, 1, 8}, 1, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
     {{4096, 4096, 1, 16, 1, 16}, 1, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
-    {{4096, 4096, 1, 16, 1, 8}, 8, AQLM_CUDA_SHARDS, AQLM_CUDA_SHARDS, false},
+    {{4096, 4096, 1, 16, 1, 8}, 8, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
+    {{13824, 5120, 1, 16, 1, 8}, 8, AQLM_CUDA_SHARDS, AQLM_CUDA_SHARDS, false},
+    {{4096, 4096, 1, 16, 1, 16}, 16, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, true},
+    {{4096, 4096, 2, 8, 1, 16}, 2, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES, false},
     {{4096, 4096, 1, 16, 1, 8}, 9, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE, true},
-    {{4096, 4096, 8, 8, 1, 8}, 4, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
+    {{4096, 4096, 8, 8, 1, 8}, 4, AQLM_CUDA_TABLES, AQLM_CUDA_TABLES, false},
     {{4096, 4096, 8, 8, 1, 8}, 9, AQLM_CUDA_DENSE, AQLM_CUDA_DENSE, true},
     {{4096, 4096, 2, 8, 2, 8}, 1, AQLM_CUDA_GATHER, AQLM_CUDA_GATHER, false},
 };
@@ -151,12 +156,20 @@ aqlm_cuda_plan plan_of(const aqlm_product *products, int64_t count, aqlm_dtype d
     return plan;
 }
 
+int attribute(cudaDeviceAttr of) {
+    int value;
+    check(cudaDeviceGetAttribute(&value, of, 0), "cudaDeviceGetAttribute");
+    return value;
+}
+
+bool has_planes() {
+    return attribute(cudaDevAttrComputeCapabilityMajor) >= 9 &&
+           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) > 200 * 1024;
+}
+
 /* On Hopper GPUs, which have all paths. */
 bool check_paths() {
-    int major, shared_memory;
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "cudaDeviceGetAttribute");
-    check(cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "cudaDeviceGetAttribute");
-    if (major != 9 || shared_memory < 220 * 1024) return true;
+    if (attribute(cudaDevAttrComputeCapabilityMajor) != 9 || !has_planes()) return true;
     bool ok = true;
     const bool wants_tiles = std::getenv("AQLM_C_TILES");
     for (auto [f, rows, path, last_path, tiled] : PATHS) {
@@ -171,12 +184,14 @@ bool check_paths() {
     return ok;
 }
 
-/* Products with x, as planned. */
-void multiply(const std::vector<aqlm_product> &products, const void *x, aqlm_dtype dtype, int64_t rows) {
+/* Products with x, as planned; or by planes, which are planned for more codes than there are here. */
+void multiply(const std::vector<aqlm_product> &products, const void *x, aqlm_dtype dtype, int64_t rows,
+              bool by_planes) {
     const auto count = static_cast<int64_t>(products.size());
-    const aqlm_cuda_plan plan = plan_of(products.data(), count, dtype, rows);
+    aqlm_cuda_plan plan = plan_of(products.data(), count, dtype, rows);
+    if (by_planes) plan.path = plan.last_path = AQLM_CUDA_SHARDS, plan.workspace = size_t{64} << 20;
     if (plan.path == AQLM_CUDA_SEPARATE) {
-        for (const aqlm_product &product : products) multiply({product}, x, dtype, rows);
+        for (const aqlm_product &product : products) multiply({product}, x, dtype, rows, false);
         return;
     }
     const OnDevice<char> workspace(plan.workspace);
@@ -184,7 +199,8 @@ void multiply(const std::vector<aqlm_product> &products, const void *x, aqlm_dty
 }
 
 /* Of products with one x, which has so many rows; the same bits twice. */
-template <class T> double error_of_products(const std::vector<const Weight<T> *> &weights, int64_t rows) {
+template <class T>
+double error_of_products(const std::vector<const Weight<T> *> &weights, int64_t rows, bool by_planes = false) {
     const int64_t in = weights[0]->f.in;
     const bool with_bias = rows != 3;
     const OnDevice<T> x_there(random_values<T>(rows * in, 1));
@@ -197,7 +213,7 @@ template <class T> double error_of_products(const std::vector<const Weight<T> *>
     double worst = 0;
     std::vector<std::vector<T>> first;
     for (int iteration = 0; iteration < 2; ++iteration) {
-        multiply(products, x_there.data, dtype_of<T>, rows);
+        multiply(products, x_there.data, dtype_of<T>, rows, by_planes);
         for (int64_t m = 0; m < count; ++m) {
             const auto got = ys[m].host();
             if (iteration == 0) first.push_back(got);
@@ -280,6 +296,8 @@ template <class T> bool check_format(const Format &f) {
     for (int64_t rows : {1, 3, 8, 9, 16, 17, 40, 70, 130, 300})
         if (rows * f.out * f.in < 1 << 28 && plan_of(&product, 1, dtype_of<T>, rows).path != AQLM_CUDA_DENSE)
             worst = std::fmax(worst, error_of_products<T>({&weight}, rows));
+    if (has_planes() && sizeof(T) == 2 && f.B > 13 && f.K <= 2 && f.g == 8 && f.og == 1 && f.in % 64 == 0)
+        for (int64_t rows : {1, 2, 4, 5, 8}) worst = std::fmax(worst, error_of_products<T>({&weight}, rows, true));
     if (f.og == 1 && f.out * f.in < 1 << 20) { /* grouped, where that is so: fewer outputs, and more */
         Format fewer = f, more = f;
         fewer.out = std::max<int64_t>(16, f.out / 3), more.out = f.out + 50;

@@ -69,6 +69,8 @@ SHAPES = [
     (90, 512, 5, 8, 3, 16),
     (144, 1024, 8, 8, 12, 32),
     (41, 8, 3, 16, 1, 4),
+    (8200, 4096, 1, 16, 1, 8),
+    (12032, 2048, 2, 16, 1, 8),
 ]
 IDS = ["{2}x{3}g{5}-og{4}-{0}x{1}".format(*s) for s in SHAPES]
 DTYPES = ["float16", "bfloat16", "float32"]
@@ -136,7 +138,7 @@ def test_decode_rows(shape, name):
     assert torch.equal(ops.decode_rows(*weight), dense(*weight, dtype=torch.float32).to(weight[1].dtype))
 
 
-@pytest.mark.parametrize("shape", SHAPES[:1] + SHAPES[11:13], ids=IDS[:1] + IDS[11:13])
+@pytest.mark.parametrize("shape", SHAPES[:1] + SHAPES[11:13] + SHAPES[-2:], ids=IDS[:1] + IDS[11:13] + IDS[-2:])
 @pytest.mark.parametrize("size", [1e-4, 1e2])
 def test_magnitudes(shape, size):
     """Activations and codebooks far from one, and a few outliers."""
@@ -198,7 +200,7 @@ def test_nothing_is_written_outside(shape):
 
 
 @pytest.mark.parametrize("rows", [1, 4, 12, 50, 300])
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[11]], ids=[IDS[0], IDS[11]])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[11], SHAPES[-2]], ids=[IDS[0], IDS[11], IDS[-2]])
 def test_graph_and_streams(shape, rows):
     weight = random_weight(shape, torch.float16)
     x = random(rows, shape[1], dtype=torch.float16)
@@ -221,14 +223,14 @@ def test_graph_and_streams(shape, rows):
         assert torch.equal(captured, expected)
 
 
-@pytest.mark.parametrize("shape", [(1024, 1024, 2, 8, 1, 8), (1024, 1024, 1, 16, 1, 8)], ids=["2x8g8", "1x16g8"])
+@pytest.mark.parametrize("shape", [(1024, 1024, 2, 8, 1, 8), (3520, 3520, 1, 16, 1, 8)], ids=["2x8g8", "1x16g8"])
 def test_kernels_in_a_row(shape):
     """Each may start before the last ends: chains whose every input is the output before, 100 times."""
     codes, codebooks, scales = random_weight(shape, torch.float16)
     weight = codes, codebooks, scales * 0.02
     first = None
     for _ in range(100):
-        x = random(1, 1024, dtype=torch.float16)
+        x = random(1, shape[1], dtype=torch.float16)
         for _ in range(10):
             x = ops.matmul(x, *weight)
         first = x if first is None else first

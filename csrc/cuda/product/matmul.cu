@@ -68,7 +68,8 @@ cudaError_t plan_tables(aqlm_cuda_plan &plan, const aqlm_product *products, int6
     return cudaSuccess;
 }
 
-/* Rows by tables read codes of their own, and take less time each: up to as many as there are weights. */
+/* Rows by tables read codes of their own, and take less time each: up to twice as many as there are weights (H200, gate
+ * and up of Mixtral's 8 experts: 8 rows 93 us and by gathers 133, 16 rows 174 and 173). */
 cudaError_t plan_routed(aqlm_cuda_plan &plan, const aqlm_product *products, int64_t count, aqlm_dtype dtype,
                         int64_t n_rows, const aqlm_cuda_routes &routes, const Device &device) {
     constexpr int64_t MOST_BLOCKS = 65535; /* of a grid, but for its first side */
@@ -80,7 +81,7 @@ cudaError_t plan_routed(aqlm_cuda_plan &plan, const aqlm_product *products, int6
         return cudaErrorInvalidValue;
     const bool half = is_half(w, dtype);
     const int64_t K = s.num_codebooks, codes = s.in_features / s.in_group_size * K * (s.nbits_per_codebook > 8 ? 2 : 1);
-    if (half && n_rows <= routes.weights && (K == 1 || K == 2 || K == 4) && all_look_up(products, count, device)) {
+    if (half && n_rows < 2 * routes.weights && (K == 1 || K == 2 || K == 4) && all_look_up(products, count, device)) {
         plan.path = plan.last_path = AQLM_CUDA_TABLES;
         if (const cudaError_t error = plan_tables(plan, products, count, n_rows, device)) return error;
         if (plan.cut.parts * n_rows <= MOST_BLOCKS) return cudaSuccess;
@@ -98,6 +99,32 @@ cudaError_t plan_routed(aqlm_cuda_plan &plan, const aqlm_product *products, int6
     }
     plan.path = plan.last_path = AQLM_CUDA_PLAIN;
     return n_rows <= MOST_BLOCKS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+/* Rows up to which tables, that read codes for each row, are faster than gathers (H200, 4096x4096: two rows of
+ * 2x8g16 7.4 and 10.9 us, four 14.4 and 11.7; two of 2x8g32 11.7 and 9.5; four of 8x8g8 31 and 41). */
+int64_t most_looked_up(const aqlm_shape &s, bool gathers, bool best) {
+    if (!gathers) return MAX_ROWS;
+    if (best || s.in_group_size == 32) return 1;
+    return s.in_group_size == 8 && s.num_codebooks > 4 ? 4 : 2;
+}
+
+/* Whether planes are faster than gathers: with many codes (H200, one row of 1x16g8: 1024x4096 11.4 and 8.1 us,
+ * 4096x4096 15.9 and 17.1, 13824x5120 36.5 and 65.9; eight 14.5 and 8.4, 20.5 and 17.5, 51.9 and 67.3. 2x16g8, one
+ * row: 33.8 and 31.7 for 4096x4096, 97 and 124 for 13824x5120, eight 122 and 125). */
+bool shards_best(const aqlm_shape &s, int64_t rows) {
+    const int64_t groups = s.out_features * (s.in_features / s.in_group_size);
+    if (s.num_codebooks > 1) return rows <= 4 && groups >= 3000000;
+    return groups >= (rows <= 2 ? 1500000 : rows <= 4 ? 2000000 : 3000000);
+}
+
+/* Of more rows, 8 at a time, decoding W for a dense product is faster. Codebooks that L1 holds are gathered as fast as
+ * those in shared memory; entries of 16 numbers and more, a fraction of the gathers. */
+int64_t most_gathered(const aqlm_shape &s, bool best) {
+    const int64_t K = s.num_codebooks, g = s.in_group_size;
+    if (best && s.nbits_per_codebook <= 8) return 3 * MAX_ROWS;
+    const bool in_l1 = s.nbits_per_codebook > 8 && K * s.out_group_size * g * 2 << s.nbits_per_codebook <= 128 * 1024;
+    return K * 8 <= g && (in_l1 || g > 8) ? 2 * MAX_ROWS : MAX_ROWS;
 }
 
 cudaError_t plan_matmul(aqlm_cuda_plan &plan, const aqlm_product *products, int64_t count, aqlm_dtype dtype,
@@ -119,9 +146,7 @@ cudaError_t plan_matmul(aqlm_cuda_plan &plan, const aqlm_product *products, int6
         plan.workspace = tile_workspace(s, n_rows, plan.tile_rows, device);
         return cudaSuccess;
     }
-    /* of more rows, decoding W for a dense product is faster (H100) */
-    const int64_t most_rows = !gathers ? MAX_ROWS / 2 : !best || s.nbits_per_codebook > 8 ? MAX_ROWS : 3 * MAX_ROWS;
-    if (n_rows > most_rows) {
+    if (n_rows > (gathers ? most_gathered(s, best) : MAX_ROWS / 2)) {
         plan.path = plan.last_path = AQLM_CUDA_DENSE;
         plan.slice_size = slice_size(s.out_features, s.in_features, DENSE_TILE);
         return cudaSuccess;
@@ -131,9 +156,9 @@ cudaError_t plan_matmul(aqlm_cuda_plan &plan, const aqlm_product *products, int6
         if (products[m].w.shape.out_features > INT32_MAX / 2 || s.in_features > INT32_MAX / 16)
             return cudaErrorInvalidValue;
     const auto path_of = [&](int64_t rows) {
-        if (looks_up && (rows == 1 || !gathers)) return AQLM_CUDA_TABLES;
+        if (looks_up && rows <= most_looked_up(s, gathers, best)) return AQLM_CUDA_TABLES;
         if (!gathers) return AQLM_CUDA_PLAIN;
-        return can_shard(s, rows, device) ? AQLM_CUDA_SHARDS : AQLM_CUDA_GATHER;
+        return can_shard(s, rows, device) && shards_best(s, rows) ? AQLM_CUDA_SHARDS : AQLM_CUDA_GATHER;
     };
     const int64_t rows = std::min<int64_t>(n_rows, MAX_ROWS), last_rows = n_rows > rows ? n_rows % MAX_ROWS : 0;
     plan.path = path_of(rows);
