@@ -27,9 +27,11 @@ def register() -> None:
         from vllm.model_executor.layers import quantization
 
         from .config import AqlmConfig
-    except ImportError as error:
+
+        known, take = quantization.QUANTIZATION_METHODS, quantization.register_quantization_config
+    except (ImportError, AttributeError) as error:
         log.warning("aqlm_c's plugin for vLLM 0.32 does not go with this one, which cannot load AQLM models: %s", error)
         return
     for name in METHODS:
-        if name not in quantization.QUANTIZATION_METHODS:
-            quantization.register_quantization_config(name)(AqlmConfig)
+        if name not in known:
+            take(name)(AqlmConfig)
