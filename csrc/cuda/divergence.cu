@@ -47,7 +47,7 @@ template <class X> __device__ X reduce(X x, X *parts) {
     return x;
 }
 
-/* do_run(place, count) for the thread's runs of a row of n words; count is a constant where runs are whole. */
+/* do_run(place) for each of the thread's runs of a row of n words, of one word where runs are not whole. */
 template <class T, bool whole, class Do> __device__ inline void for_runs(int64_t n, const Do &do_run) {
     constexpr int SIZE = whole ? Run<T>::SIZE : 1;
     for (int64_t at = int64_t{threadIdx.x} * SIZE; at < n; at += THREADS * SIZE) do_run(at);
